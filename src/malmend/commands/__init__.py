@@ -1,0 +1,1 @@
+"""What the command line does, as functions with the same words; results are objects."""

@@ -1,0 +1,200 @@
+"""Facts in, patch out."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from malmend.editors.calibration import CalibrationSettings
+from malmend.editors.checkpoint import load_editor
+from malmend.editors.editor import Editor, EditorSettings, training_free
+from malmend.errors import EditorError
+from malmend.evaluation.protocols import Examiner
+from malmend.facts.fact import Fact, FactSet
+from malmend.files import writable
+from malmend.models.capture import capture
+from malmend.models.load import LoadedModel
+from malmend.numerics.ridge import mean_residual
+from malmend.patch import Patch, applied, load_patch, make_patch, save_patch
+from malmend.workbench import (
+    Progress,
+    Workbench,
+    calibrated,
+    checked_facts,
+    lay_out,
+    opened,
+    silent,
+    tokenizer_of,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class EditResult:
+    """A finished edit.
+
+    Attributes:
+        patch: as it was read back from the file, where one was written.
+        facts: what was edited, and what was skipped.
+        path: where the patch lies, or None.
+        unedited: share of answer tokens right before, teacher forced (ES, token ratio).
+        edited: the same after.
+        seconds: capture, transform, aggregation and writing; loading and calibration aside.
+    """
+
+    patch: Patch
+    facts: FactSet
+    path: Path | None
+    unedited: float
+    edited: float
+    seconds: float
+
+
+def edit(
+    model: str | LoadedModel,
+    facts: str | Path | Sequence[Fact],
+    out: str | Path | None = None,
+    editor: str | Path | Editor = "none",
+    settings: EditorSettings | None = None,
+    limit: int | None = None,
+    strict: bool = False,
+    calibrate: str | Path | None = None,
+    text: str | Path | None = None,
+    calibration: CalibrationSettings = CalibrationSettings(),
+    dtype: str = "float32",
+    progress: Progress = silent,
+) -> EditResult:
+    """Edits all facts at once and writes the patch.
+
+    Args:
+        model: a name, a folder, a GGUF file, or a loaded model.
+        facts: a facts file, or facts.
+        out: where the patch goes; None keeps it in memory.
+        editor: a folder that ``malmend train`` wrote, or "none" for the editor without a network.
+        settings: of the editor without a network; a trained editor brings its own.
+        limit: the first so many facts.
+        strict: refuse duplicates and contradictions in place of skipping the later ones.
+        calibrate: calibration facts in place of the project's own.
+        text: calibration text in place of the project's own.
+        calibration: how the model is calibrated.
+        dtype: the model is loaded in.
+        progress: called with stage and share done.
+
+    Raises:
+        MalmendError: any bad input, in one sentence.
+    """
+    if out is not None:
+        writable(out)
+    saved = None if editor == "none" or isinstance(editor, Editor) else load_editor(editor)
+    chosen = settings or training_free()
+    if saved is not None:
+        chosen = saved.editor.settings
+    elif isinstance(editor, Editor):
+        chosen = editor.settings
+    known = checked_facts(facts, tokenizer_of(model), chosen.end_of_answer, limit, strict)
+    loaded = opened(model, dtype)
+    bench = lay_out(loaded, chosen.layers, chosen.sites, chosen.end_of_answer)
+    if saved is not None:
+        ready = saved.editor
+        if saved.base != loaded.fingerprint:
+            raise EditorError(
+                f"The editor {editor} was trained for a base with fingerprint {saved.base[:12]}, "
+                f"the model {loaded.name} has {loaded.fingerprint[:12]}; train one for this model."
+            )
+    elif isinstance(editor, Editor):
+        ready = editor
+    else:
+        found = calibrated(bench, chosen, calibrate, text, calibration, progress)
+        ready = found.editor(chosen, bench.trunk)
+    ready.check_fits(bench.trunk.sites)
+    start = time.perf_counter()
+    patch = make_edit(bench, ready, known, str(editor) if saved else "none", progress)
+    return _finished(bench, patch, known, out, start, progress)
+
+
+def make_edit(
+    bench: Workbench, editor: Editor, facts: FactSet, editor_name: str, progress: Progress = silent
+) -> Patch:
+    """Algorithm 1: capture, transform, aggregate."""
+    questions = bench.encoder.encode_all(fact.question for fact in facts)
+    done = 0
+
+    def count(more: int) -> None:
+        nonlocal done
+        done += more
+        progress("keys and value gradients", done / len(questions))
+
+    settings = editor.settings
+    captured = capture(bench.trunk, questions, settings.tokens, settings.descent, count)
+    progress("least squares" if settings.method == "malmen" else "sum of shifts", 0.0)
+    aggregations = editor.aggregate(captured)
+    shifts = {name: one.shift() for name, one in zip(editor.names, aggregations, strict=True)}
+    progress("least squares" if settings.method == "malmen" else "sum of shifts", 1.0)
+    tokens = len(captured[0].keys_NK)
+    provenance: dict[str, Any] = {
+        "malmend": version("malmend"),
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+        "model": bench.loaded.name,
+        "base": bench.loaded.fingerprint,
+        "method": settings.method,
+        "editor": editor_name,
+        "settings": asdict(settings),
+        "eta": editor.log_eta_S.exp().tolist(),
+        "alpha": editor.log_alpha_S.exp().tolist(),
+        "lambda": editor.log_ridge_S.exp().tolist(),
+        "facts": len(facts),
+        "skipped": len(facts.skipped),
+        "facts_source": facts.source,
+        "facts_sha256": _digest(facts),
+        "tokens": tokens,
+    }
+    if settings.method == "malmen":
+        residuals = [
+            mean_residual(shifts[name], pair.keys_NK, one.diffs_NV)  # type: ignore[attr-defined]
+            for name, pair, one in zip(editor.names, captured, aggregations, strict=True)
+        ]
+        provenance["mean_residual"] = sum(residuals) / len(residuals)
+    return make_patch(shifts, tokens, provenance)
+
+
+def _finished(
+    bench: Workbench,
+    patch: Patch,
+    facts: FactSet,
+    out: str | Path | None,
+    start: float,
+    progress: Progress,
+) -> EditResult:
+    """Writes the patch, reads it back, and measures the edit prompts on what was read."""
+    if out is not None:
+        save_patch(patch, out)
+        patch = load_patch(out)
+    seconds = time.perf_counter() - start
+    prompts = [replace(fact, paraphrases=(), unrelated=()) for fact in facts]
+    examiner = Examiner(bench.loaded, bench.trunk, bench.encoder)
+    progress("edit prompts before and after", 0.0)
+    before = examiner.examine(prompts, decode=False).mean("ES", "token_ratio") or 0.0
+    progress("edit prompts before and after", 0.5)
+    with applied(bench.loaded, patch):
+        after = examiner.examine(prompts, decode=False).mean("ES", "token_ratio") or 0.0
+    progress("edit prompts before and after", 1.0)
+    metrics = {"ES": {"token_ratio": {"unedited": before, "edited": after}}}
+    patch = Patch(patch.factors, {**patch.provenance, "metrics": metrics})
+    if out is not None:
+        save_patch(patch, out)
+    return EditResult(
+        patch, facts, None if out is None else Path(out), before, after, seconds
+    )
+
+
+def _digest(facts: FactSet) -> str:
+    """SHA-256 over prompts and answers, in order: what the shift depends on."""
+    digest = hashlib.sha256()
+    for fact in facts:
+        digest.update(f"{fact.prompt}\x1f{fact.answer}\x1e".encode())
+    return digest.hexdigest()

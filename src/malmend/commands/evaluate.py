@@ -1,0 +1,117 @@
+"""How well a model, edited or not, answers questions about facts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from malmend.evaluation.protocols import Examiner, perplexity
+from malmend.evaluation.report import Report, rows_of, scores
+from malmend.facts.fact import Fact
+from malmend.facts.readers import read_text
+from malmend.models.load import LoadedModel
+from malmend.patch import Patch, applied, check_base, load_patch, sites_of
+from malmend.workbench import (
+    Progress,
+    checked_facts,
+    encoder_of,
+    lay_out,
+    opened,
+    silent,
+    tokenizer_of,
+)
+
+
+def evaluate(
+    model: str | LoadedModel,
+    facts: str | Path | Sequence[Fact],
+    patch: str | Path | Patch | None = None,
+    limit: int | None = None,
+    strict: bool = False,
+    chat: bool = False,
+    decode: bool = True,
+    text: str | Path | None = None,
+    force: bool = False,
+    dtype: str = "float32",
+    progress: Progress = silent,
+) -> Report:
+    """Asks everything about the facts, of the unedited model and, with a patch, of the edited one.
+
+    Args:
+        model: a name, a folder, a GGUF file, or a loaded model.
+        facts: a facts file, or facts.
+        patch: a patch, or its file.
+        limit: the first so many facts.
+        strict: refuse duplicates and contradictions in place of skipping the later ones.
+        chat: ask through the model's chat template.
+        decode: also let the model answer free-running (slower).
+        text: a text file for perplexity before and after.
+        force: accept a patch that was made for another base.
+        dtype: the model is loaded in.
+        progress: called with stage and share done.
+
+    Raises:
+        MalmendError: any bad input, in one sentence.
+    """
+    if isinstance(patch, str | Path):
+        patch = load_patch(patch)
+    words = None if text is None else read_text(text)
+    known = checked_facts(facts, tokenizer_of(model), "eos", limit, strict)
+    loaded = opened(model, dtype)
+    made = patch.provenance.get("settings", {}) if patch else {}
+    pattern = None
+    if patch is not None:
+        check_base(loaded, patch, force)
+        sites_of(loaded.model, patch)
+        pattern = made.get("sites")
+    end = made.get("end_of_answer", "eos")
+    bench = lay_out(loaded, made.get("layers", 6), pattern, end, chat)
+    encoder = encoder_of(loaded.tokenizer, end, chat)
+    count = _Counter(progress, 2 if patch else 1)
+    examiner = Examiner(loaded, bench.trunk, encoder, count)
+    count.expect(examiner.questions(known), decode)
+    before = examiner.examine(known, decode, remember=True)
+    surprise: dict[str, float] = {}
+    if words is not None:
+        surprise["unedited"] = perplexity(loaded, words)
+    after = None
+    if patch is not None:
+        with applied(loaded, patch, force):
+            after = examiner.examine(known, decode)
+            if words is not None:
+                surprise["edited"] = perplexity(loaded, words)
+    progress("asking", 1.0)
+    about: dict[str, Any] = {
+        "model": loaded.name,
+        "base": loaded.fingerprint,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "facts_source": known.source,
+        "skipped": len(known.skipped),
+        "chat": chat,
+        "patch": dict(patch.provenance) if patch else None,
+    }
+    return Report(
+        facts=len(known),
+        about=about,
+        unedited=scores(examiner, before, edited=False),
+        edited=scores(examiner, after, edited=True) if after else {},
+        perplexity=surprise,
+        rows=rows_of(known, before, after),
+    )
+
+
+class _Counter:
+    """Turns numbers of questions into a share of all that will be asked."""
+
+    def __init__(self, progress: Progress, models: int):
+        self.progress, self.models, self.total, self.done = progress, models, 1, 0
+
+    def expect(self, asked: Sequence[tuple[str, int, object]], decode: bool) -> None:
+        distinct = {question for _, _, question in asked}
+        spoken = {question for kind, _, question in asked if kind != "LS"} if decode else set()
+        self.total = max(1, self.models * (len(distinct) + len(spoken)))
+
+    def __call__(self, more: int) -> None:
+        self.done += more
+        self.progress("asking", min(1.0, self.done / self.total))

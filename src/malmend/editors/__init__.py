@@ -1,0 +1,1 @@
+"""Editors: from facts to one shift per site."""

@@ -1,0 +1,285 @@
+"""What an editor must know of a model before its first edit, found once and kept.
+
+Per site: mean and spread of keys and value gradients over calibration facts, and C, the mean of
+k k^T over the tokens of general text (all but each line's first token: it is an attention sink and
+holds 99% of the trace).  Then starting values of eta and alpha, by a search that edits calibration
+facts and takes the pair with the least meta-loss on their paraphrases and unrelated questions.
+
+Everything is fixed from then on, so that what is asked of a token depends on its fact alone.
+
+Shape letters: K key width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from malmend.editors.editor import Editor, EditorSettings, SiteStatistics
+from malmend.editors.metaloss import Judged, meta_loss
+from malmend.errors import MalmendError
+from malmend.facts.fact import Fact
+from malmend.facts.tokens import Encoded, Encoder
+from malmend.files import written_beside
+from malmend.models.capture import Captured, capture, tracing
+from malmend.models.trunk import Trunk
+from malmend.numerics.moments import RunningMoments
+from malmend.patch import shifted
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """How a model is calibrated.
+
+    Attributes:
+        moment_facts: facts whose keys and value gradients are averaged.
+        search_facts: facts edited at once while eta and alpha are searched.
+        text_tokens: tokens of general text that C is averaged over.
+        etas: candidates; for the published form they span orders of magnitude.
+        alphas: candidates.
+        published_etas: candidates of the published form.
+        ridge: lambda as a share of alpha times the mean of C's diagonal.
+        locality: weight of the KL in the meta-loss that the search minimises.
+    """
+
+    moment_facts: int = 256
+    search_facts: int = 192
+    text_tokens: int = 16_000
+    etas: tuple[float, ...] = (1.0, 1.2, 1.4, 1.6)
+    published_etas: tuple[float, ...] = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+    alphas: tuple[float, ...] = (10.0, 30.0, 100.0)
+    ridge: float = 0.01
+    locality: float = 1.0
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The result: statistics by site name, starting values, and every pair that was tried."""
+
+    statistics: dict[str, SiteStatistics]
+    eta: float
+    alpha: float
+    ridge: float
+    tried: tuple[dict[str, float], ...] = ()
+
+    def editor(self, settings: EditorSettings, trunk: Trunk, seed: int = 0) -> Editor:
+        """An untrained editor that starts from these values."""
+        shapes = {site.name: site.shape_VK for site in trunk.sites}
+        return Editor(settings, shapes, self.statistics, self.eta, self.alpha, self.ridge, seed)
+
+
+def calibrate(
+    trunk: Trunk,
+    encoder: Encoder,
+    editor_settings: EditorSettings,
+    facts: Sequence[Fact],
+    text: str,
+    settings: CalibrationSettings = CalibrationSettings(),
+    progress: Callable[[str, float], None] = lambda stage, share: None,
+) -> Calibration:
+    """Finds a model's statistics and starting values.
+
+    Args:
+        trunk: the model cut at the sites to be edited.
+        encoder: as the edits will be encoded.
+        editor_settings: what the editor is; its network's size does not matter here.
+        facts: with paraphrases and unrelated questions.
+        text: general text, one passage per line.
+        settings: sizes and candidates.
+        progress: called with the stage's name and the share of it that is done.
+    """
+    covariances = covariance(trunk, encoder, text, settings.text_tokens, progress)
+    usable = [fact for fact in facts if fact.paraphrases and fact.unrelated]
+    if not usable:
+        raise MalmendError(
+            "No calibration fact has both paraphrases and unrelated questions, which the search "
+            "for eta and alpha needs; add them, or leave --calibrate out."
+        )
+    moment_facts = usable[: settings.moment_facts]
+    captured = capture(
+        trunk,
+        encoder.encode_all(fact.question for fact in moment_facts),
+        editor_settings.tokens,
+        editor_settings.descent,
+        _counted(progress, "value gradients of calibration facts", len(moment_facts)),
+    )
+    statistics = {}
+    for site, pair, covariance_KK in zip(trunk.sites, captured, covariances, strict=True):
+        value_width, key_width = site.shape_VK
+        known = SiteStatistics(
+            RunningMoments(key_width), RunningMoments(value_width), covariance_KK
+        )
+        known.keys.add(pair.keys_NK)
+        known.value_grads.add(pair.value_grads_NV)
+        statistics[site.name] = known
+    start = Calibration(statistics, 1.0, settings.alphas[0], settings.ridge)
+    return _search(
+        trunk, encoder, editor_settings, moment_facts, captured, start, settings, progress
+    )
+
+
+@torch.no_grad()
+def covariance(
+    trunk: Trunk,
+    encoder: Encoder,
+    text: str,
+    most_tokens: int,
+    progress: Callable[[str, float], None] = lambda stage, share: None,
+) -> list[Tensor]:
+    """C of every site in float64: the mean of k k^T over the text but each line's first token."""
+    questions: list[Encoded] = []
+    count = 0
+    for line in text.splitlines():
+        if not line.strip():
+            continue
+        ids = encoder.passage_ids(line.strip())
+        if len(ids) > 1:
+            questions.append(Encoded(ids, len(ids), len(ids)))
+            count += len(ids) - 1
+        if count >= most_tokens:
+            break
+    if not questions:
+        raise MalmendError("The calibration text has no line of two tokens; give more text.")
+    sums = [
+        torch.zeros(site.shape_VK[1], site.shape_VK[1], dtype=torch.float64) for site in trunk.sites
+    ]
+    done = 0
+    for indices, batch in trunk.batches(questions):
+        with tracing(trunk.sites, grads=False) as traces:
+            trunk.final_states(batch)
+        chosen = batch.tokens.flat_attended
+        for total_KK, trace in zip(sums, traces, strict=True):
+            keys_NK = trace.keys[chosen.to(trace.keys.device)].to("cpu", torch.float64)
+            total_KK.addmm_(keys_NK.T, keys_NK)
+        done += len(indices)
+        progress("covariance of general text", done / len(questions))
+    return [total_KK / count for total_KK in sums]
+
+
+def _search(
+    trunk: Trunk,
+    encoder: Encoder,
+    editor_settings: EditorSettings,
+    facts: Sequence[Fact],
+    captured: Sequence[Captured],
+    start: Calibration,
+    settings: CalibrationSettings,
+    progress: Callable[[str, float], None],
+) -> Calibration:
+    """Edits the first facts with every (eta, alpha) and keeps the pair of least meta-loss."""
+    facts = facts[: settings.search_facts]
+    rows = sum(
+        len(encoder.encode(fact.question).sources)
+        if editor_settings.tokens == "answer"
+        else len(encoder.encode(fact.question).ids) - 1
+        for fact in facts
+    )
+    pairs = [Captured(pair.keys_NK[:rows], pair.value_grads_NV[:rows]) for pair in captured]
+    unrelated = encoder.encode_all(fact.unrelated[0] for fact in facts)
+    states = trunk.unedited_states(unrelated)
+    judged = [
+        Judged(encoder.encode(fact.equivalents[0]), other, known)
+        for fact, other, known in zip(facts, unrelated, states, strict=True)
+    ]
+    etas = settings.etas if editor_settings.form == "residual" else settings.published_etas
+    alphas = settings.alphas if editor_settings.method == "malmen" else settings.alphas[:1]
+    without_network = replace(editor_settings, network=replace(editor_settings.network, blocks=0))
+    tried = []
+    candidates = list(itertools.product(etas, alphas))
+    for index, (eta, alpha) in enumerate(candidates):
+        editor = replace(start, eta=eta, alpha=alpha).editor(without_network, trunk)
+        with shifted(list(trunk.sites), editor.shifts(pairs)):
+            loss = meta_loss(trunk, judged, settings.locality, grads=False)
+        tried.append(
+            {"eta": eta, "alpha": alpha, "loss": loss.total, "gen": loss.gen, "kl": loss.loc}
+        )
+        progress("search for eta and alpha", (index + 1) / len(candidates))
+    best = min(tried, key=lambda row: row["loss"])
+    return replace(start, eta=best["eta"], alpha=best["alpha"], tried=tuple(tried))
+
+
+def _counted(
+    progress: Callable[[str, float], None], stage: str, total: int
+) -> Callable[[int], None]:
+    done = 0
+
+    def count(more: int) -> None:
+        nonlocal done
+        done += more
+        progress(stage, done / max(total, 1))
+
+    return count
+
+
+def calibration_key(
+    fingerprint: str,
+    trunk: Trunk,
+    editor_settings: EditorSettings,
+    settings: CalibrationSettings,
+    facts: Sequence[Fact],
+    text: str,
+) -> str:
+    """A name for the calibration that these inputs give."""
+    used = [(f.prompt, f.answer, f.paraphrases[:1], f.unrelated[:1]) for f in facts]
+    used = [(p, a, e, [(q.prompt, q.answer) for q in u]) for p, a, e, u in used]
+    what = {
+        "format": FORMAT,
+        "model": fingerprint,
+        "sites": [site.name for site in trunk.sites],
+        "editor": {**asdict(editor_settings), "network": None},
+        "settings": asdict(settings),
+        "facts": used,
+        "text": hashlib.sha256(text.encode()).hexdigest(),
+    }
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def save_calibration(calibration: Calibration, path: Path) -> None:
+    """Writes a calibration to one safetensors file."""
+    tensors = {}
+    for name, known in calibration.statistics.items():
+        for part, moments in (("key", known.keys), ("grad", known.value_grads)):
+            tensors[f"{name}.{part}_mean"] = moments.mean_F
+            tensors[f"{name}.{part}_m2"] = moments.m2_F
+        if known.covariance_KK is not None:
+            tensors[f"{name}.covariance"] = known.covariance_KK.contiguous()
+    counts = {name: known.keys.count for name, known in calibration.statistics.items()}
+    header = {
+        "eta": calibration.eta,
+        "alpha": calibration.alpha,
+        "ridge": calibration.ridge,
+        "tried": list(calibration.tried),
+        "counts": counts,
+    }
+    with written_beside(path) as beside:
+        save_file(tensors, beside, metadata={"calibration": json.dumps(header)})
+
+
+def load_calibration(path: Path) -> Calibration:
+    """Reads what :func:`save_calibration` wrote."""
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["calibration"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    statistics = {}
+    for name, count in header["counts"].items():
+        moments = []
+        for part in ("key", "grad"):
+            one = RunningMoments(len(tensors[f"{name}.{part}_mean"]))
+            one.count = count
+            one.mean_F, one.m2_F = tensors[f"{name}.{part}_mean"], tensors[f"{name}.{part}_m2"]
+            moments.append(one)
+        statistics[name] = SiteStatistics(*moments, tensors.get(f"{name}.covariance"))
+    return Calibration(
+        statistics, header["eta"], header["alpha"], header["ridge"], tuple(header["tried"])
+    )

@@ -1,0 +1,143 @@
+"""An editor on disk: a folder with ``editor.safetensors`` and ``editor.json``, versioned.
+
+The JSON says what the editor is (settings, sites and shapes), what it was made for (fingerprint of
+the base), how (training settings, seeds, data), and how it did; ``training.safetensors`` beside it
+holds what resuming needs and may be deleted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from malmend.editors.editor import Editor, EditorSettings, SiteStatistics
+from malmend.editors.network import NetworkSettings
+from malmend.errors import EditorError, nearest
+from malmend.files import reason, written_beside
+from malmend.models.capture import Descent
+from malmend.numerics.moments import RunningMoments
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class SavedEditor:
+    """An editor with what its folder says about it."""
+
+    editor: Editor
+    about: Mapping[str, Any]
+
+    @property
+    def base(self) -> str:
+        """Fingerprint of the model that the editor was trained for."""
+        return str(self.about.get("base", ""))
+
+
+def save_editor(editor: Editor, about: Mapping[str, Any], folder: Path) -> None:
+    """Writes the two files of an editor's folder, each beside and renamed.
+
+    The weights carry the tag that the JSON names, so that files of two writings never mix.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tag = uuid.uuid4().hex
+    tensors = {name: tensor.contiguous() for name, tensor in editor.state_dict().items()}
+    with written_beside(folder / f"editor-{tag[:8]}.safetensors") as beside:
+        save_file(tensors, beside)
+    what = {
+        "format": FORMAT,
+        "weights": f"editor-{tag[:8]}.safetensors",
+        "settings": asdict(editor.settings),
+        "sites": {name: list(shape) for name, shape in editor.shapes.items()},
+        **about,
+    }
+    with written_beside(folder / "editor.json") as beside:
+        beside.write_text(json.dumps(what, indent=2, allow_nan=False))
+    for old in folder.glob("editor-*.safetensors"):
+        if old.name != what["weights"]:
+            old.unlink(missing_ok=True)
+
+
+def load_editor(folder: str | Path) -> SavedEditor:
+    """Reads an editor's folder.
+
+    Raises:
+        EditorError: no such folder, not an editor, damaged, or written by a newer version.
+    """
+    folder = Path(folder)
+    if not (folder / "editor.json").is_file():
+        raise EditorError(
+            f"There is no editor in {folder} (no editor.json); give a folder that `malmend train` "
+            "wrote, or `none` for the editor without a network."
+        )
+    try:
+        about = json.loads((folder / "editor.json").read_text(encoding="utf-8"))
+        if about["format"] != FORMAT:
+            raise EditorError(
+                f"{folder} has editor format {about['format']!r}, this version reads {FORMAT}; "
+                "use the malmend version that wrote it."
+            )
+        weights = Path(about["weights"])
+        if weights.name != str(weights):
+            raise EditorError(f"{folder} names weights outside its folder; it is damaged.")
+        tensors = load_file(folder / weights)
+        settings = _settings(about["settings"])
+        editor = _rebuilt(settings, about["sites"], tensors)
+    except EditorError:
+        raise
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise EditorError(
+            f"The editor in {folder} is damaged ({reason(error)}); train it again."
+        ) from error
+    return SavedEditor(editor, about)
+
+
+def _rebuilt(
+    settings: EditorSettings, sites: Mapping[str, list[int]], tensors: Mapping[str, Tensor]
+) -> Editor:
+    shapes = {name: (shape[0], shape[1]) for name, shape in sites.items()}
+    statistics = {
+        name: SiteStatistics(
+            RunningMoments(key), RunningMoments(value), tensors.get(f"covariance_{index}")
+        )
+        for index, (name, (value, key)) in enumerate(shapes.items())
+    }
+    editor = Editor(settings, shapes, statistics)
+    editor.load_state_dict(tensors)
+    if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+        raise ValueError("a tensor holds NaN or infinity")
+    return editor
+
+
+def _settings(raw: Mapping[str, Any]) -> EditorSettings:
+    known = {field.name for field in fields(EditorSettings)}
+    for name in raw:
+        if name not in known:
+            raise EditorError(
+                f"The editor has an unknown setting {name!r}{nearest(name, known)} It was written "
+                "by a newer version of malmend; use that."
+            )
+    nested = {
+        "network": NetworkSettings(**raw["network"]),
+        "descent": None if raw["descent"] is None else Descent(**raw["descent"]),
+    }
+    return EditorSettings(**{**raw, **nested})
+
+
+def save_training(state: Mapping[str, Tensor], about: Mapping[str, Any], folder: Path) -> None:
+    """Writes what resuming needs: optimiser state as tensors, the rest as JSON in the header."""
+    folder.mkdir(parents=True, exist_ok=True)
+    header = {"training": json.dumps(about, allow_nan=False)}
+    with written_beside(folder / "training.safetensors") as beside:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, beside, header)
+        with open(beside, "rb") as file:
+            os.fsync(file.fileno())

@@ -1,0 +1,272 @@
+"""An editor: everything that turns captured pairs into one shift per site, and its settings.
+
+Shape letters: N tokens, K key width, V value width, F = K + V, S sites.
+
+With x = ((u - mean_u) / std_u, (g - mean_g) / std_g) and (a, b) = network(x), the pseudo rows are
+
+    form "published":  u~ = a,                        g~ = eta * b                         (11)
+    form "residual":   u~ = (u + std_u * da) / |u|^2,  g~ = eta * (g + std_g * db)          (12)
+
+where (da, db) = (a, b) - x is what the network adds.  In the residual form an editor whose network
+is the identity, or that has none, asks each value to move by exactly -eta * g; the published form
+keeps MALMEN's scale, in which eta must be found by orders of magnitude.  eta, alpha and lambda live
+in log space, one of each per site.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from malmend.editors.malmen import Malmen
+from malmend.editors.mend import Mend
+from malmend.editors.network import EditorNetwork, NetworkSettings
+from malmend.editors.pseudo import Pseudo
+from malmend.errors import EditorError
+from malmend.facts.tokens import EndOfAnswer
+from malmend.models.capture import Captured, Descent, Tokens
+from malmend.models.sites import Site
+from malmend.numerics.moments import RunningMoments
+from malmend.numerics.ridge import Prior, PriorGrads
+
+METHODS = {"malmen": Malmen, "mend": Mend}
+
+
+@dataclass(frozen=True)
+class EditorSettings:
+    """What an editor is; none of it is learned.
+
+    Attributes:
+        method: "malmen" aggregates by ridge regression, "mend" by summing.
+        form: "residual" (equation 12) or "published" (equation 11).
+        layers: edit the second feed-forward layer of this many last blocks.
+        sites: name or shell pattern of the layers to edit instead.
+        tokens: which tokens are captured, "answer" or "all".
+        end_of_answer: what is trained after the answer: "eos", "newline" or "none".
+        descent: how value gradients are descended; null captures plain gradients, as published.
+        network: size and start of the network; ``blocks: 0`` for an editor without one.
+    """
+
+    method: Literal["malmen", "mend"] = "malmen"
+    form: Literal["residual", "published"] = "residual"
+    layers: int = 6
+    sites: str | None = None
+    tokens: Tokens = "answer"
+    end_of_answer: EndOfAnswer = "eos"
+    descent: Descent | None = field(default_factory=Descent)
+    network: NetworkSettings = field(default_factory=NetworkSettings)
+
+
+def training_free(method: Literal["malmen", "mend"] = "malmen") -> EditorSettings:
+    """An editor without a network: any model can be edited at once."""
+    return EditorSettings(method=method, network=NetworkSettings(blocks=0))
+
+
+def published(method: Literal["malmen", "mend"] = "malmen") -> EditorSettings:
+    """MALMEN A.6 with the published code's network, plain gradients and no end token."""
+    network = NetworkSettings(rank=1920, placement="after", start="normal")
+    return EditorSettings(
+        method=method, form="published", end_of_answer="none", descent=None, network=network
+    )
+
+
+@dataclass
+class SiteStatistics:
+    """What an editor must know of a site: fixed beforehand, never changed by an edit."""
+
+    keys: RunningMoments
+    value_grads: RunningMoments
+    covariance_KK: Tensor | None
+
+
+class Aggregation(Protocol):
+    """What a method does with the pseudo rows of one site."""
+
+    def add(self, rows: slice, pseudo: Pseudo) -> None:
+        """Takes the editor's output for a chunk of tokens."""
+
+    def shift(self) -> Tensor:
+        """S in float64, V x K, once every chunk was added."""
+
+    def receive(self, shift_grad_VK: Tensor) -> PriorGrads:
+        """Takes G = dL/dS; returns the derivatives of the prior."""
+
+    def proxy(self, rows: slice, pseudo: Pseudo) -> Tensor:
+        """A scalar whose gradient is the meta-gradient of a chunk."""
+
+
+class Editor(nn.Module):
+    """Settings, networks by shape, statistics and learned scalars per site.
+
+    Args:
+        settings: what the editor is.
+        shapes: site name to (V, K), lowest site first.
+        statistics: by site name.
+        eta, alpha, ridge: starting values, the same for every site.  ``ridge`` is lambda as a
+            share of alpha times the mean of C's diagonal, or lambda itself where there is no C.
+        seed: of the networks.
+    """
+
+    def __init__(
+        self,
+        settings: EditorSettings,
+        shapes: Mapping[str, tuple[int, int]],
+        statistics: Mapping[str, SiteStatistics],
+        eta: float = 1.0,
+        alpha: float = 30.0,
+        ridge: float = 0.01,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.settings, self.shapes = settings, dict(shapes)
+        self.names = list(shapes)
+        by_shape: dict[tuple[int, int], list[str]] = {}
+        for name, shape in shapes.items():
+            by_shape.setdefault(shape, []).append(name)
+        self._index = {name: group.index(name) for group in by_shape.values() for name in group}
+        self.networks = nn.ModuleDict(
+            {
+                f"{value}x{key}": EditorNetwork(value + key, len(group), settings.network, seed)
+                for (value, key), group in by_shape.items()
+            }
+        )
+        self.log_eta_S = nn.Parameter(torch.full((len(shapes),), eta).log())
+        self.log_alpha_S = nn.Parameter(torch.full((len(shapes),), alpha).log())
+        self.log_ridge_S = nn.Parameter(torch.empty(len(shapes)))
+        for index, name in enumerate(self.names):
+            self._keep_statistics(index, name, statistics[name], alpha, ridge)
+
+    def _keep_statistics(
+        self, index: int, name: str, known: SiteStatistics, alpha: float, ridge: float
+    ) -> None:
+        covariance_KK = known.covariance_KK
+        if covariance_KK is not None:
+            ridge *= alpha * covariance_KK.diagonal().mean().item()
+        with torch.no_grad():
+            self.log_ridge_S[index] = torch.tensor(ridge).log()
+        values = {
+            "key_mean": known.keys.mean_F,
+            "key_std": known.keys.std(),
+            "grad_mean": known.value_grads.mean_F,
+            "grad_std": known.value_grads.std(),
+        }
+        for part, tensor in values.items():
+            self.register_buffer(f"{part}_{index}", tensor.float())
+        if covariance_KK is not None:
+            covariance_KK = covariance_KK.float()
+        self.register_buffer(f"covariance_{index}", covariance_KK)
+
+    def prior(self, site: int) -> Prior:
+        """P = alpha C + lambda I of one site, as numbers."""
+        return Prior(
+            ridge=self.log_ridge_S[site].exp().item(),
+            alpha=self.log_alpha_S[site].exp().item(),
+            covariance_KK=getattr(self, f"covariance_{site}"),
+        )
+
+    def pseudo(self, site: int, pair: Captured) -> Pseudo:
+        """Equation (11) or (12) for a chunk of one site's tokens; differentiable."""
+        keys_NK, grads_NV = pair.keys_NK, pair.value_grads_NV
+        value_width, key_width = self.shapes[self.names[site]]
+        eta = self.log_eta_S[site].exp().to(keys_NK.dtype)
+        residual = self.settings.form == "residual"
+        gain_N1 = keys_NK.square().sum(1, keepdim=True).clamp(min=torch.finfo(keys_NK.dtype).tiny)
+        if residual and self.settings.network.blocks == 0:
+            return Pseudo(keys_NK / gain_N1, eta * grads_NV)
+
+        def statistic(part: str) -> Tensor:
+            return getattr(self, f"{part}_{site}").to(keys_NK.dtype)
+
+        x_NF = torch.cat(
+            [
+                (keys_NK - statistic("key_mean")) / statistic("key_std"),
+                (grads_NV - statistic("grad_mean")) / statistic("grad_std"),
+            ],
+            dim=1,
+        )
+        network = self.networks[f"{value_width}x{key_width}"]
+        out_NF = network(x_NF, self._index[self.names[site]])
+        if not residual:
+            return Pseudo(out_NF[:, :key_width], eta * out_NF[:, key_width:])
+        added_NF = out_NF - x_NF
+        added_keys = statistic("key_std") * added_NF[:, :key_width]
+        added_grads = statistic("grad_std") * added_NF[:, key_width:]
+        return Pseudo((keys_NK + added_keys) / gain_N1, eta * (grads_NV + added_grads))
+
+    @torch.no_grad()
+    def aggregate(self, captured: Sequence[Captured], chunk: int = 1024) -> list[Aggregation]:
+        """Runs the network over all tokens, chunk by chunk, keeping no graph."""
+        if len(captured) != len(self.names):
+            raise EditorError(
+                f"{len(captured)} sites were captured, expected {len(self.names)}: "
+                f"{', '.join(self.names)}."
+            )
+        done = []
+        for site, pair in enumerate(captured):
+            aggregation: Aggregation = METHODS[self.settings.method](
+                pair.keys_NK, pair.value_grads_NV.shape[1], self.prior(site)
+            )
+            for rows in chunks(len(pair.keys_NK), chunk):
+                aggregation.add(rows, self.pseudo(site, rows_of(pair, rows)))
+            done.append(aggregation)
+        return done
+
+    def shifts(self, captured: Sequence[Captured], chunk: int = 1024) -> dict[str, Tensor]:
+        """One shift V x K in float64 per site."""
+        found = self.aggregate(captured, chunk)
+        return {name: one.shift() for name, one in zip(self.names, found, strict=True)}
+
+    def backward(
+        self,
+        captured: Sequence[Captured],
+        aggregations: Sequence[Aggregation],
+        shift_grads: Mapping[str, Tensor],
+        chunk: int = 1024,
+    ) -> None:
+        """Adds the meta-gradient to every parameter's ``grad`` (Algorithm 2, second stage).
+
+        ``shift_grads`` holds G = dL/dS per site.  Only one chunk's graph lives at a time.
+        """
+        for site, (name, pair) in enumerate(zip(self.names, captured, strict=True)):
+            prior_grads = aggregations[site].receive(shift_grads[name])
+            prior = self.prior(site)
+            _add_grad(self.log_alpha_S, site, prior_grads.alpha * prior.alpha)
+            _add_grad(self.log_ridge_S, site, prior_grads.ridge * prior.ridge)
+            for rows in chunks(len(pair.keys_NK), chunk):
+                pseudo = self.pseudo(site, rows_of(pair, rows))
+                aggregations[site].proxy(rows, pseudo).backward()
+
+    def check_fits(self, sites: Sequence[Site]) -> None:
+        """Raises EditorError unless these are the sites the editor was made for."""
+        found = {site.name: tuple(site.shape_VK) for site in sites}
+        wanted = {name: tuple(shape) for name, shape in self.shapes.items()}
+        if found != wanted:
+            raise EditorError(
+                f"The editor was made for the layers {_listed(wanted)}, this model offers "
+                f"{_listed(found)}; train or calibrate an editor for this model."
+            )
+
+
+def chunks(count: int, size: int) -> Iterator[slice]:
+    """Slices that cover ``count`` rows; the last may be shorter."""
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
+def rows_of(pair: Captured, rows: slice) -> Captured:
+    """Some tokens of a pair."""
+    return Captured(pair.keys_NK[rows], pair.value_grads_NV[rows])
+
+
+def _add_grad(parameter: nn.Parameter, index: int, value: float) -> None:
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    parameter.grad[index] += value
+
+
+def _listed(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} {value}x{key}" for name, (value, key) in shapes.items())

@@ -1,0 +1,68 @@
+"""MALMEN: value differences of all tokens, aggregated by ridge regression (Tan et al., ICLR 2024).
+
+With pseudo key u~_j and pseudo gradient g~_j from the editor, token j asks for the shift
+S_j = -g~_j u~_j^T (eta is inside g~_j), hence for the value difference
+
+    d_j = S_j u_j = -(u~_j^T u_j) g~_j                                   (9; MALMEN A.2)
+
+and the site's shift is the ridge solution S of equation (1).  Backwards, with G = dL/dS, the
+editor is reached through the proxy sum over j of <dL/dd_j, d_j> (Algorithm 2).
+
+Shape letters: N tokens, K key width, V value width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from malmend.editors.pseudo import Pseudo
+from malmend.numerics.ridge import Prior, PriorGrads, RidgeFactor
+
+
+class Malmen:
+    """One site's aggregation: add all chunks, take the shift, then (in training) go back.
+
+    Args:
+        keys_NK: keys of all tokens, from the unedited model.
+        value_width: V.
+        prior: of the ridge.
+    """
+
+    def __init__(self, keys_NK: Tensor, value_width: int, prior: Prior):
+        self.keys_NK, self.prior = keys_NK, prior
+        self.diffs_NV = keys_NK.new_zeros(len(keys_NK), value_width)
+        self._factor: RidgeFactor | None = None
+        self._diff_grads_NV: Tensor | None = None
+
+    @property
+    def factor(self) -> RidgeFactor:
+        """Made on first use; the edit and the meta-gradient share it."""
+        if self._factor is None:
+            self._factor = RidgeFactor(self.keys_NK, self.prior)
+        return self._factor
+
+    def add(self, rows: slice, pseudo: Pseudo) -> None:
+        """Takes the editor's output for a chunk of tokens."""
+        self.diffs_NV[rows] = value_diffs(self.keys_NK[rows], pseudo)
+
+    def shift(self) -> Tensor:
+        """S in float64, V x K."""
+        return self.factor.shift(self.diffs_NV)
+
+    def receive(self, shift_grad_VK: Tensor) -> PriorGrads:
+        """Takes G = dL/dS and returns dL/dalpha and dL/dlambda."""
+        self._diff_grads_NV = self.factor.diff_grads(shift_grad_VK)
+        return self.factor.prior_grads(shift_grad_VK, self.diffs_NV)
+
+    def proxy(self, rows: slice, pseudo: Pseudo) -> Tensor:
+        """A scalar whose gradient is the meta-gradient of this chunk of tokens."""
+        assert self._diff_grads_NV is not None, "receive comes first"
+        diffs_NV = value_diffs(self.keys_NK[rows], pseudo)
+        return (self._diff_grads_NV[rows].to(diffs_NV.dtype) * diffs_NV).sum()
+
+
+def value_diffs(keys_NK: Tensor, pseudo: Pseudo) -> Tensor:
+    """d_j of equation (9) as rows."""
+    gain_N = torch.einsum("nk,nk->n", pseudo.keys_NK, keys_NK)
+    return -gain_N.unsqueeze(1) * pseudo.grads_NV

@@ -1,0 +1,48 @@
+"""MEND for many edits: the shifts of all tokens, summed (Mitchell et al., ICLR 2022).
+
+    S = sum over j of S_j = -sum over j of g~_j u~_j^T                              (10)
+
+with the editor's pseudo key and pseudo gradient (eta inside g~_j).  Backwards, with G = dL/dS, the
+editor is reached through the proxy <G, S>, chunk by chunk.  There is no prior.
+
+Shape letters: N tokens, K key width, V value width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from malmend.editors.pseudo import Pseudo
+from malmend.numerics.ridge import Prior, PriorGrads
+
+
+class Mend:
+    """One site's aggregation; the same calls as :class:`malmend.editors.malmen.Malmen`."""
+
+    def __init__(self, keys_NK: Tensor, value_width: int, prior: Prior):
+        del prior  # a sum has none
+        width = keys_NK.shape[1]
+        self._shift_VK = torch.zeros(value_width, width, dtype=torch.float64)
+        self._shift_grad_VK: Tensor | None = None
+
+    def add(self, rows: slice, pseudo: Pseudo) -> None:
+        """Takes the editor's output for a chunk of tokens."""
+        del rows
+        self._shift_VK -= pseudo.grads_NV.double().T @ pseudo.keys_NK.double()
+
+    def shift(self) -> Tensor:
+        """S in float64, V x K."""
+        return self._shift_VK
+
+    def receive(self, shift_grad_VK: Tensor) -> PriorGrads:
+        """Takes G = dL/dS; the sum has no prior, so both derivatives are 0."""
+        self._shift_grad_VK = shift_grad_VK
+        return PriorGrads(alpha=0.0, ridge=0.0)
+
+    def proxy(self, rows: slice, pseudo: Pseudo) -> Tensor:
+        """A scalar whose gradient is the meta-gradient of this chunk of tokens."""
+        del rows
+        assert self._shift_grad_VK is not None, "receive comes first"
+        grad_VK = self._shift_grad_VK.to(pseudo.grads_NV.dtype)
+        return -((pseudo.grads_NV @ grad_VK) * pseudo.keys_NK).sum()

@@ -1,0 +1,108 @@
+"""The loss that an editor is judged by, on the edited model (MALMEN, equation 1).
+
+    L_meta = L_gen + locality * L_loc
+    L_gen  = mean over facts of -log p(answer | equivalent prompt)
+    L_loc  = mean over facts of KL(unedited || edited), summed over the unrelated answer's tokens
+
+Means over *facts*, by count: neither value nor gradient depends on the micro-batches.
+
+Shape letters: A answer tokens, H hidden width, V value width, K key width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from malmend.facts.tokens import Encoded
+from malmend.models.sites import Site
+from malmend.models.trunk import Trunk
+from malmend.numerics.losses import answer_nll, kl_per_token
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What one edited fact is judged by.
+
+    ``unedited_AH`` are the unedited model's final states at the unrelated question's answer, from
+    :meth:`malmend.models.trunk.Trunk.unedited_states`.
+    """
+
+    equivalent: Encoded
+    unrelated: Encoded
+    unedited_AH: Tensor
+
+
+@dataclass
+class MetaLoss:
+    """Both parts in nats per fact, and G = dL_meta/dW per site, V x K, where it was asked for."""
+
+    locality: float
+    gen: float = 0.0
+    loc: float = 0.0
+    shift_grads: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def total(self) -> float:
+        """L_meta."""
+        return self.gen + self.locality * self.loc
+
+
+def meta_loss(
+    trunk: Trunk, judged: Sequence[Judged], locality: float = 1.0, grads: bool = True
+) -> MetaLoss:
+    """L_meta of the model as it is now (edited) and, with ``grads``, G at the sites' weights.
+
+    G is accumulated in float32 or wider, whatever the weights' dtype.
+    """
+    out = MetaLoss(locality)
+    count, device = len(judged), trunk.model.device
+    with _weights_in_graph(trunk.sites if grads else ()), torch.set_grad_enabled(grads):
+        for _, batch in trunk.batches([one.equivalent for one in judged]):
+            labels_A = batch.tokens.labels_A.to(device)
+            loss = answer_nll(trunk.logits(batch), labels_A).sum() / count
+            out.gen += loss.item()
+            if grads:
+                loss.backward()
+                _collect(trunk.sites, out.shift_grads)
+        for indices, batch in trunk.batches([one.unrelated for one in judged]):
+            states_AH = torch.cat([judged[i].unedited_AH for i in indices]).to(device)
+            with torch.no_grad():
+                before_AW = trunk.logits_of(states_AH)
+            loss = kl_per_token(before_AW, trunk.logits(batch)).sum() / count
+            out.loc += loss.item()
+            if grads and locality:
+                (locality * loss).backward()
+                _collect(trunk.sites, out.shift_grads)
+    return out
+
+
+@contextmanager
+def _weights_in_graph(sites: Sequence[Site]) -> Iterator[None]:
+    for site in sites:
+        site.weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for site in sites:
+            site.weight.requires_grad_(False)
+            site.weight.grad = None
+
+
+def _collect(sites: Sequence[Site], totals: dict[str, Tensor]) -> None:
+    """Moves each weight's gradient into a wide running sum, so that bfloat16 never accumulates."""
+    for site in sites:
+        grad = site.weight.grad
+        if grad is None:
+            continue
+        wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+        grad_VK = site.oriented(grad).to("cpu", wide)
+        if site.name in totals:
+            totals[site.name] += grad_VK
+        else:
+            totals[site.name] = grad_VK.clone()
+        site.weight.grad = None

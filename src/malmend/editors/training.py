@@ -1,0 +1,310 @@
+"""Training an editor: Algorithm 2 of MALMEN, for both aggregations.
+
+One step takes m facts: capture (unedited model, kept on disk, for neither key nor value gradient
+ever changes), transform and aggregate without a graph, put the shift on the model, take the
+meta-loss on one paraphrase and one unrelated question per fact, and carry its gradient back through
+the same factor into the network, chunk by chunk.  Nothing is printed here: every step is yielded.
+
+What a step draws depends on the seed and the step's number alone, so a resumed run needs no
+generator's state, and goes on bit for bit (on a CPU, at an equal thread count).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from malmend.editors.checkpoint import save_training
+from malmend.editors.editor import Editor
+from malmend.editors.metaloss import Judged, meta_loss
+from malmend.errors import EditorError, MalmendError
+from malmend.facts.fact import Fact, Question
+from malmend.facts.tokens import Encoded, Encoder
+from malmend.files import reason
+from malmend.models.capture import Captured, capture
+from malmend.models.store import ActivationStore
+from malmend.models.trunk import Trunk
+from malmend.patch import shifted
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How an editor is trained.
+
+    Attributes:
+        facts_per_step: m, the facts edited at once in each step.
+        steps: optimiser steps.
+        locality: weight of the KL on unrelated questions in the meta-loss.
+        network_rate: Adam's learning rate for the network.
+        scalar_rate: Adam's learning rate for log eta, log alpha and log lambda.
+        clip: largest norm of the meta-gradient.
+        chunk: tokens that pass through the network at once.
+        seed: of the network's start, the order of the facts and the questions drawn.
+        save_every: steps between checkpoints.
+    """
+
+    facts_per_step: int = 256
+    steps: int = 60
+    locality: float = 1.0
+    network_rate: float = 3e-4
+    scalar_rate: float = 0.03
+    clip: float = 1.0
+    chunk: int = 1024
+    seed: int = 0
+    save_every: int = 5
+
+    def __post_init__(self) -> None:
+        for name in ("facts_per_step", "steps", "chunk", "save_every"):
+            if getattr(self, name) < 1:
+                raise MalmendError(
+                    f"{name} is {getattr(self, name)}, expected 1 or more; "
+                    f"change --{name.replace('_', '-')}."
+                )
+        for name in ("locality", "network_rate", "scalar_rate", "clip"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise MalmendError(
+                    f"{name} is {value}, expected a number of at least 0; "
+                    f"change --{name.replace('_', '-')}."
+                )
+
+
+def published_training() -> TrainSettings:
+    """MALMEN A.6: one Adam at 1e-5 for everything, locality 1, clipped at 1."""
+    return TrainSettings(network_rate=1e-5, scalar_rate=1e-5)
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One finished step; losses in nats per fact, of the editor as it was before the step."""
+
+    step: int
+    gen: float
+    loc: float
+    grad_norm: float
+    eta: float
+    alpha: float
+    seconds: float
+
+
+class Trainer:
+    """An editor, its optimiser and the facts it learns from.
+
+    Args:
+        editor: is trained in place.
+        trunk: the unedited model, cut at the editor's sites.
+        encoder: as the edits are encoded.
+        facts: each with paraphrases (where it has none, its own prompt serves).
+        locality: unrelated questions; where empty, each fact's own are used.
+        settings: how to train.
+        store: where captured pairs are kept between epochs.
+    """
+
+    def __init__(
+        self,
+        editor: Editor,
+        trunk: Trunk,
+        encoder: Encoder,
+        facts: Sequence[Fact],
+        locality: Sequence[Question],
+        settings: TrainSettings,
+        store: ActivationStore,
+    ):
+        editor.check_fits(trunk.sites)
+        self.editor, self.trunk, self.encoder = editor, trunk, encoder
+        self.facts, self.locality, self.settings = list(facts), list(locality), settings
+        self.store = store
+        self.step = 0
+        if len(self.facts) < settings.facts_per_step:
+            raise MalmendError(
+                f"There are {len(self.facts)} facts to train on, expected at least "
+                f"{settings.facts_per_step}, the facts of one step; lower --facts-per-step."
+            )
+        lonely = next((fact for fact in self.facts if not (locality or fact.unrelated)), None)
+        if lonely is not None:
+            raise MalmendError(
+                f"The fact {lonely.id!r} (line {lonely.line}) has no unrelated question, which "
+                "training needs; add one to each fact, or give --locality QUESTIONS."
+            )
+        scalars = [editor.log_eta_S, editor.log_alpha_S, editor.log_ridge_S]
+        groups = [{"params": scalars, "lr": settings.scalar_rate}]
+        if network := list(editor.networks.parameters()):
+            groups.append({"params": network, "lr": settings.network_rate})
+        self.optimiser = torch.optim.Adam(groups)
+
+    def run(self) -> Iterator[StepRecord]:
+        """Trains from the present step to the last, yielding after each."""
+        while self.step < self.settings.steps:
+            yield self.take_step()
+
+    def take_step(self) -> StepRecord:
+        """One step of Algorithm 2."""
+        start = time.perf_counter()
+        facts, questions = self.draw(self.step)
+        captured = self.captured(facts)
+        judged = self.judged(questions)
+        eta = self.editor.log_eta_S.exp().mean().item()
+        alpha = self.editor.log_alpha_S.exp().mean().item()
+        self.optimiser.zero_grad(set_to_none=True)
+        aggregations = self.editor.aggregate(captured, self.settings.chunk)
+        shifts = {
+            name: one.shift() for name, one in zip(self.editor.names, aggregations, strict=True)
+        }
+        with shifted(list(self.trunk.sites), shifts):
+            loss = meta_loss(self.trunk, judged, self.settings.locality)
+        if not math.isfinite(loss.total):
+            raise MalmendError(
+                f"Training diverged at step {self.step + 1} (the meta-loss is {loss.total}); "
+                "lower --network-rate or --scalar-rate and resume."
+            )
+        self.editor.backward(captured, aggregations, loss.shift_grads, self.settings.chunk)
+        norm = torch.nn.utils.clip_grad_norm_(self.editor.parameters(), self.settings.clip)
+        self.optimiser.step()
+        self.step += 1
+        return StepRecord(
+            step=self.step,
+            gen=loss.gen,
+            loc=loss.loc,
+            grad_norm=norm.item(),
+            eta=eta,
+            alpha=alpha,
+            seconds=time.perf_counter() - start,
+        )
+
+    def draw(self, step: int) -> tuple[list[Fact], list[tuple[Question, Question]]]:
+        """The facts of a step, each with one equivalent and one unrelated question.
+
+        Facts go round in epochs, each in a new order; a short rest of an epoch is left out.
+        """
+        size, seed = self.settings.facts_per_step, self.settings.seed
+        per_epoch = len(self.facts) // size
+        epoch, part = divmod(step, per_epoch)
+        order = random.Random(f"{seed} epoch {epoch}").sample(
+            range(len(self.facts)), per_epoch * size
+        )
+        facts = [self.facts[index] for index in order[part * size : (part + 1) * size]]
+        choose = random.Random(f"{seed} step {step}")
+        questions = []
+        for fact in facts:
+            equivalent = choose.choice(fact.equivalents or (fact.question,))
+            questions.append((equivalent, choose.choice(self.locality or fact.unrelated)))
+        return facts, questions
+
+    def captured(self, facts: Sequence[Fact]) -> list[Captured]:
+        """Keys and value gradients of the facts, from the store where they are there."""
+        encoded = self.encoder.encode_all(fact.question for fact in facts)
+        found = [self.store.get(one.ids) for one in encoded]
+        missing = [index for index, rows in enumerate(found) if rows is None]
+        if missing:
+            for index, rows in zip(
+                missing, self._capture([encoded[i] for i in missing]), strict=True
+            ):
+                self.store.put(encoded[index].ids, rows)
+                found[index] = rows
+        return _split(torch.cat([rows for rows in found if rows is not None]), self.trunk)
+
+    def judged(self, questions: Sequence[tuple[Question, Question]]) -> list[Judged]:
+        """The questions of a step, ready for the meta-loss; the model must be unedited."""
+        unrelated = self.encoder.encode_all(pair[1] for pair in questions)
+        states = self.trunk.unedited_states(unrelated)
+        return [
+            Judged(self.encoder.encode(pair[0]), other, known)
+            for pair, other, known in zip(questions, unrelated, states, strict=True)
+        ]
+
+    def _capture(self, encoded: Sequence[Encoded]) -> list[Tensor]:
+        settings = self.editor.settings
+        pairs = capture(self.trunk, encoded, settings.tokens, settings.descent)
+        joined = torch.cat([t for pair in pairs for t in (pair.keys_NK, pair.value_grads_NV)], 1)
+        counts = [
+            len(one.sources) if settings.tokens == "answer" else len(one.ids) - 1 for one in encoded
+        ]
+        return list(joined.split(counts))
+
+    def save(self, folder: Path, about: dict[str, object]) -> None:
+        """Writes all that resuming needs to ``training.safetensors``, whole or not at all."""
+        tensors = {f"editor.{name}": t for name, t in self.editor.state_dict().items()}
+        for index, state in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{index}.{name}": value for name, value in state.items()}
+        what = {
+            "step": self.step,
+            "settings": asdict(self.settings),
+            "editor": asdict(self.editor.settings),
+            "threads": torch.get_num_threads(),
+            **about,
+        }
+        save_training(tensors, what, folder)
+
+    def resume(self, folder: Path) -> dict[str, object]:
+        """Goes on from what :meth:`save` wrote; returns what it said about the run.
+
+        Raises:
+            EditorError: the file is damaged, or was written under other settings.
+        """
+        path = folder / "training.safetensors"
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = json.loads(file.metadata()["training"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except Exception as error:
+            raise EditorError(
+                f"{path} is damaged ({reason(error)}); remove it to train from the start."
+            ) from error
+        mine = {"settings": asdict(self.settings), "editor": asdict(self.editor.settings)}
+        for part, wanted in json.loads(json.dumps(mine)).items():
+            for name, value in wanted.items():
+                if name not in ("steps", "save_every") and about[part].get(name) != value:
+                    raise EditorError(
+                        f"{path} was trained with {name} = {about[part].get(name)!r}, now "
+                        f"{value!r} is asked for; give the same settings, or another --out."
+                    )
+        self.step = about["step"]
+        prefix = "editor."
+        weights = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+        self.editor.load_state_dict(weights)
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            if key.startswith("optimiser."):
+                _, index, name = key.split(".")
+                state.setdefault(int(index), {})[name] = tensor
+        groups = self.optimiser.state_dict()["param_groups"]
+        self.optimiser.load_state_dict({"state": state, "param_groups": groups})
+        return about
+
+
+def estimate_seconds(trainer: Trainer, sample: int = 24) -> float:
+    """How long the remaining steps will take, from one rehearsed step on a few facts.
+
+    The rehearsal changes nothing that is trained.  It reads facts that the store does not hold yet,
+    as the first epoch does; later epochs are faster, so the estimate is on the high side.
+    """
+    facts, questions = trainer.draw(trainer.step)
+    sample = min(sample, len(facts))
+    start = time.perf_counter()
+    captured = trainer.captured(facts[:sample])
+    judged = trainer.judged(questions[:sample])
+    first = time.perf_counter() - start
+    start = time.perf_counter()
+    with shifted(list(trainer.trunk.sites), trainer.editor.shifts(captured)):
+        meta_loss(trainer.trunk, judged, trainer.settings.locality)
+    again = time.perf_counter() - start
+    size = trainer.settings.facts_per_step
+    left = trainer.settings.steps - trainer.step
+    new = max(0, min(left, len(trainer.facts) // size - trainer.step))
+    return (new * first + left * again) * size / sample
+
+
+def _split(joined: Tensor, trunk: Trunk) -> list[Captured]:
+    """Columns of the store back to keys and value gradients per site."""
+    widths = [width for site in trunk.sites for width in reversed(site.shape_VK)]
+    parts = joined.split(widths, dim=1)
+    return [Captured(k, g) for k, g in zip(parts[::2], parts[1::2], strict=True)]

@@ -1,0 +1,1 @@
+"""Facts: what is edited and what is asked."""

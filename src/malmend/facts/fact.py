@@ -1,0 +1,74 @@
+"""What is edited and what is asked about it: plain values, no file, no tokenizer, no model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A prompt and, where it is known, the text that should follow it."""
+
+    prompt: str
+    answer: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """One correction: after ``prompt`` the model should say ``answer``.
+
+    ``edit`` reads ``prompt`` and ``answer`` only; ``paraphrases`` (other ways to ask, same answer)
+    and ``unrelated`` (questions whose answers must not move) serve training and evaluation.
+    ``line`` is where the fact stood in its file, counted from 1 (for a JSON list: the entry).
+    """
+
+    id: str
+    prompt: str
+    answer: str
+    subject: str | None = None
+    paraphrases: tuple[str, ...] = ()
+    unrelated: tuple[Question, ...] = ()
+    tags: tuple[str, ...] = ()
+    line: int = 0
+
+    @property
+    def question(self) -> Question:
+        """The edit prompt with its answer."""
+        return Question(self.prompt, self.answer)
+
+    @property
+    def equivalents(self) -> tuple[Question, ...]:
+        """The paraphrases with the fact's answer."""
+        return tuple(Question(prompt, self.answer) for prompt in self.paraphrases)
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A fact left out because an earlier one has the same prompt."""
+
+    fact: Fact
+    earlier: Fact
+
+    @property
+    def kind(self) -> str:
+        """``duplicate`` (same answer too) or ``contradiction`` (another answer)."""
+        return "duplicate" if self.fact.answer == self.earlier.answer else "contradiction"
+
+
+@dataclass(frozen=True, slots=True)
+class FactSet(Sequence[Fact]):
+    """The usable facts of one file in file order, and the ones that were skipped."""
+
+    source: str
+    facts: tuple[Fact, ...]
+    skipped: tuple[Skipped, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.facts)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def,override]
+        return self.facts[index]
+
+    def __iter__(self) -> Iterator[Fact]:
+        return iter(self.facts)

@@ -1,0 +1,234 @@
+"""What can be said about facts before any model is loaded: bad fields, repeats, leaks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from malmend.errors import nearest
+from malmend.facts.fact import Fact, Question, Skipped
+
+EXPECTED = {
+    "id": "give a short unique name, or leave the field out",
+    "subject": "give what the fact is about, or leave the field out",
+    "prompt": "give the text that the answer should follow",
+    "answer": "give the text that should follow the prompt",
+    "paraphrases": "give a list of other ways to ask",
+    "unrelated": "give a list of prompts, or of objects with 'prompt' and 'answer'",
+    "tags": "give a list of strings",
+    "src": "give the text that the answer should follow",
+    "answers": "give a list whose first string should follow 'src'",
+    "rephrase": "give another way to ask, or leave the field out",
+    "rephrases": "give a list of other ways to ask",
+    "relation": "give the relation's name, or leave the field out",
+    "loc": "give an unrelated question",
+    "loc_ans": "give the answer to 'loc', or leave the field out",
+    "question": "give a question",
+}
+
+Faults = list[tuple[int, str]]  # line, text
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One object of a file, with the checks on its fields; what is wrong goes to ``faults``."""
+
+    where: str  # "facts.jsonl:3", or "zsre.json:41: entry 3"
+    line: int
+    number: int  # the line in JSON Lines, the entry in a list: unique in the file
+    fields: dict[str, object]
+    faults: Faults
+
+    def fault(self, name: str, what: str) -> None:
+        """Note what is wrong with a field, and what was expected there."""
+        expected = EXPECTED[name.split("[")[0]]
+        self.faults.append((self.line, f"{self.where}: field {name!r}: {what}; {expected}"))
+
+    def text(self, name: str, value: object) -> str | None:
+        """``value`` if it is usable text; otherwise a fault of the field ``name``."""
+        if not isinstance(value, str):
+            self.fault(name, f"is {described(value)}, not a string")
+        elif not value.strip():
+            self.fault(name, "is empty")
+        elif not _encodes(value):
+            self.fault(name, f"holds half of a surrogate pair in {short(value)}")
+        else:
+            return value
+        return None
+
+    def required(self, name: str) -> str | None:
+        """The text of a field that must be there."""
+        if name not in self.fields:
+            self.fault(name, "is missing")
+            return None
+        return self.text(name, self.fields[name])
+
+    def optional(self, name: str) -> str | None:
+        """The text of a field that may be absent."""
+        # null is how other tools write an absent field
+        return None if self.fields.get(name) is None else self.text(name, self.fields[name])
+
+    def items(self, name: str) -> list[tuple[str, object]]:
+        """The items of a list field, each with its name: ``paraphrases[2]`` is the second."""
+        value = self.fields.get(name)
+        if value is not None and not isinstance(value, list):
+            self.fault(name, f"is {described(value)}, not a list")
+        elif value:
+            return [(f"{name}[{i}]", item) for i, item in enumerate(value, start=1)]
+        return []
+
+    def strings(self, name: str) -> tuple[str, ...]:
+        """The usable items of a list of strings; the others become faults."""
+        checked = [self.text(where, item) for where, item in self.items(name)]
+        return tuple(text for text in checked if text is not None)
+
+    def questions(self, name: str) -> tuple[Question, ...]:
+        """The usable items of a list of prompts, or of objects with prompt and answer."""
+        found = []
+        for where, item in self.items(name):
+            fields = item if isinstance(item, dict) else {"prompt": item}
+            self.only(fields, ("prompt", "answer"), f"field {where!r}: ")
+            if "prompt" not in fields:
+                self.fault(where, "has no 'prompt'")
+                continue
+            prompt, answer = self.text(where, fields["prompt"]), fields.get("answer")
+            answer = None if answer is None else self.text(f"{where}.answer", answer)
+            if prompt is not None:
+                found.append(Question(prompt, answer))
+        return tuple(found)
+
+    def first(self, name: str) -> str | None:
+        """The first of a list of gold answers, or the one answer given as a string."""
+        value = self.fields.get(name)
+        if value == []:
+            self.fault(name, "is an empty list")
+        if not isinstance(value, list):
+            return self.required(name)
+        return next(iter(self.strings(name)), None)
+
+    def only(self, given: dict[str, object], valid: tuple[str, ...], within: str = "") -> None:
+        """A fault for every field that the format does not have: it is likely misspelt."""
+        for name in given:
+            if name not in valid:
+                hint = nearest(name, valid) or f"; valid are {', '.join(valid)}"
+                fault = f"{self.where}: {within}unknown field {short(name)}{hint}"
+                self.faults.append((self.line, fault))
+
+
+def same_prompt(prompt: str) -> str:
+    """The key under which two prompts are the same prompt: every run of white space is one space.
+
+    Case is kept: "us" and "US" are different prompts to a model.
+    """
+    return " ".join(prompt.split())
+
+
+def default_id(prompt: str) -> str:
+    """The id of a fact that was given none."""
+    # From the prompt, so that it survives other lines coming and going; 48 bits, so that thousands
+    # of facts do not collide; a letter in front, so that no parser takes it for a number.
+    digest = hashlib.sha256(same_prompt(prompt).encode()).hexdigest()
+    return f"f{digest[:12]}"
+
+
+def skip_repeats(facts: Iterable[Fact]) -> tuple[tuple[Fact, ...], tuple[Skipped, ...]]:
+    """The facts whose prompt is new, and the later ones that repeat or contradict an earlier one.
+
+    A batch edit cannot hold two answers to one prompt, and a fact held twice would count double.
+    """
+    first: dict[str, Fact] = {}
+    skipped = []
+    for fact in facts:
+        earlier = first.setdefault(same_prompt(fact.prompt), fact)
+        if earlier is not fact:
+            skipped.append(Skipped(fact, earlier))
+    return tuple(first.values()), tuple(skipped)
+
+
+def leaks(facts: Sequence[Fact]) -> list[str]:
+    """One warning per unrelated question that some fact of the set edits or paraphrases.
+
+    Such a question is meant to stay put while the edit is meant to move it, so it spoils training
+    and makes locality look worse than it is.  Case is ignored here: a warning costs nothing.
+    """
+    edited: dict[str, tuple[str, Fact]] = {}
+    for fact in facts:
+        edited.setdefault(same_prompt(fact.prompt).casefold(), ("edit prompt", fact))
+    for fact in facts:
+        for prompt in fact.paraphrases:
+            edited.setdefault(same_prompt(prompt).casefold(), ("paraphrase", fact))
+    warnings = []
+    for fact in facts:
+        for question in fact.unrelated:
+            found = edited.get(same_prompt(question.prompt).casefold())
+            if found:
+                role, other = found
+                owner = "the same fact" if other is fact else f"fact {other.id!r}"
+                warnings.append(
+                    f"fact {fact.id!r}: unrelated question {question.prompt!r} "
+                    f"is the {role} of {owner}, so it is meant to move; use another question"
+                )
+    return warnings
+
+
+def repeated_ids(usable: list[tuple[Fact, Entry]]) -> Faults:
+    """A fault per fact whose id an earlier fact has."""
+    faults: Faults = []
+    first: dict[str, tuple[Fact, Entry]] = {}
+    for fact, entry in usable:
+        other, place = first.setdefault(fact.id, (fact, entry))
+        # a repeated prompt without ids has one default id twice: it is skipped, not refused
+        repeats = same_prompt(fact.prompt) == same_prompt(other.prompt)
+        if other is not fact and not (repeats and fact.id == default_id(fact.prompt)):
+            what = f"field 'id': {short(fact.id)} is taken by {place.where}; {EXPECTED['id']}"
+            faults.append((entry.line, f"{entry.where}: {what}"))
+    return faults
+
+
+def repeated_prompts(skipped: tuple[Skipped, ...], entries: dict[int, Entry]) -> Faults:
+    """A fault per skipped fact, with both places; ``entries`` are found by ``Fact.line``."""
+    faults: Faults = []
+    for skip in skipped:
+        here, there = entries[skip.fact.line], entries[skip.earlier.line]
+        what = f"{here.where}: {skip.kind} of {there.where}: prompt {short(skip.fact.prompt)}"
+        if skip.kind == "contradiction":
+            answers = f"{short(skip.fact.answer)} here and {short(skip.earlier.answer)} there"
+            what += f" has answer {answers}"
+        faults.append((here.line, f"{what}; keep one of the two"))
+    return faults
+
+
+def _encodes(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def described(value: object) -> str:
+    """A JSON value in words, for a fault."""
+    if isinstance(value, bool) or value is None:
+        return json.dumps(value)
+    if isinstance(value, str):
+        return f"the string {short(value)}"
+    if isinstance(value, int | float):
+        return f"the number {short(value)}"
+    return "a list" if isinstance(value, list) else "an object"
+
+
+def short(value: object) -> str:
+    """A value as it was given, cut to fit a line."""
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:50]}...{shown[-1]}"
+
+
+def broken(error: ValueError | RecursionError) -> str:
+    """What Python's JSON decoder could not read, in words."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"is not valid JSON ({error.msg}, column {error.colno})"
+    if isinstance(error, RecursionError):
+        return "is JSON nested too deeply"
+    return "holds a number with too many digits"  # Python's limit for reading an int

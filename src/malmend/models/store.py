@@ -1,0 +1,106 @@
+"""Trunk activations on disk: computed once, shared by every later run on the same model.
+
+A folder of *segments*.  Each process appends to a segment of its own (data first, then an index
+record), so that any number of processes may read and write at once, and a killed one leaves
+nothing worse than an unindexed tail.  Segments are memory-mapped for reading.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy
+import torch
+from torch import Tensor
+
+_RECORD = struct.Struct("<16sQQ")  # key, first byte, number of rows
+
+
+class ActivationStore:
+    """Rows of activations by question.
+
+    Args:
+        folder: where the segments lie; None keeps nothing.
+        width: numbers per row.
+        dtype: of the rows.
+        budget: bytes that all segments together may take.  Above it the oldest segments of other
+            runs are removed when the store is opened, and new rows are no longer kept.
+    """
+
+    def __init__(self, folder: Path | None, width: int, dtype: torch.dtype, budget: int):
+        self.width, self.dtype, self.budget = width, dtype, budget
+        self._row_bytes = width * dtype.itemsize
+        self._places: dict[bytes, tuple[Path, int, int]] = {}
+        self._maps: dict[Path, numpy.ndarray] = {}
+        self._own: Path | None = None
+        self._bytes = 0
+        if folder is not None and budget > 0:
+            self._open(folder)
+
+    def get(self, ids: Sequence[int]) -> Tensor | None:
+        """The rows of a question, or None."""
+        place = self._places.get(_key(ids))
+        if place is None:
+            return None
+        path, start, rows = place
+        stop = start + rows * self._row_bytes
+        known = self._maps.get(path)
+        if known is None or len(known) < stop:  # our own segment grows
+            known = self._maps[path] = numpy.memmap(path, dtype=numpy.uint8, mode="r")
+        raw = torch.from_numpy(known[start:stop].copy())
+        return raw.view(self.dtype).view(rows, self.width)
+
+    def put(self, ids: Sequence[int], rows_TF: Tensor) -> None:
+        """Keeps the rows of a question, if the budget and the disk allow."""
+        size = rows_TF.shape[0] * self._row_bytes
+        if self._own is None or self._bytes + size > self.budget or _key(ids) in self._places:
+            return
+        raw = rows_TF.detach().to(device="cpu", dtype=self.dtype).contiguous().view(torch.uint8)
+        try:
+            with self._own.open("ab") as data:
+                start = data.tell()
+                data.write(raw.numpy().tobytes())
+            with self._own.with_suffix(".idx").open("ab") as index:
+                index.write(_RECORD.pack(_key(ids), start, rows_TF.shape[0]))
+        except OSError:  # a full disk costs speed, not the run
+            self._own = None
+            return
+        self._places[_key(ids)] = (self._own, start, rows_TF.shape[0])
+        self._bytes += size
+
+    def _open(self, folder: Path) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            return
+        segments = sorted(folder.glob("*.bin"), key=lambda path: path.stat().st_mtime)
+        sizes = {path: path.stat().st_size for path in segments}
+        for path in segments:
+            if sum(sizes.values()) <= self.budget * 0.9:
+                break
+            path.with_suffix(".idx").unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+            del sizes[path]
+        for path, size in sizes.items():
+            self._read_index(path, size)
+        self._bytes = sum(sizes.values())
+        self._own = folder / f"{os.getpid()}-{uuid.uuid4().hex[:8]}.bin"
+
+    def _read_index(self, path: Path, size: int) -> None:
+        try:
+            raw = path.with_suffix(".idx").read_bytes()
+        except OSError:
+            return
+        whole = len(raw) - len(raw) % _RECORD.size
+        for key, start, rows in _RECORD.iter_unpack(raw[:whole]):
+            if start + rows * self._row_bytes <= size:
+                self._places[key] = (path, start, rows)
+
+
+def _key(ids: Sequence[int]) -> bytes:
+    return hashlib.blake2b(numpy.asarray(ids, dtype="<i8").tobytes(), digest_size=16).digest()

@@ -1,0 +1,33 @@
+"""The losses of editing and of meta-training, per token, always in float32 or wider.
+
+Shape letters: A answer tokens, W vocabulary (words).
+
+    edit and generality   L(a) = -log p(answer token a)                      (MALMEN, eq. 1)
+    locality              L(a) = KL(p_before(. | a) || p_after(. | a))        (MALMEN, eq. 1)
+
+Both come unreduced: whoever calls decides between a sum over facts (the edit) and a weighted mean
+(training), so that no result depends on how tokens were grouped into micro-batches.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def answer_nll(logits_AW: Tensor, labels_A: Tensor) -> Tensor:
+    """Negative log-likelihood of each answer token, shape A, in nats."""
+    return functional.cross_entropy(_wide(logits_AW), labels_A, reduction="none")
+
+
+def kl_per_token(before_AW: Tensor, after_AW: Tensor) -> Tensor:
+    """KL(before || after) at each answer token, shape A, in nats; gradients reach ``after``."""
+    before_log_AW = functional.log_softmax(_wide(before_AW), dim=-1)
+    after_log_AW = functional.log_softmax(_wide(after_AW), dim=-1)
+    # Rounding may leave a nearly-zero divergence just below zero; the gradient is kept.
+    return (before_log_AW.exp() * (before_log_AW - after_log_AW)).sum(-1)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()

@@ -1,0 +1,196 @@
+"""Least squares with a prior: from keys and value differences to one weight shift, and back.
+
+Shape letters: N tokens, K key width (the layer's input), V value width (its output).
+
+The problem (MALMEN, section 4.1, with the prior precision P in place of lambda * I):
+
+    minimise over S    |S U - D|^2 + tr(S P S^T),        P = alpha * C + lambda * I        (1)
+
+with U = keys_NK^T and D = diffs_NV^T.  Its solution, with A = U U^T + P, is
+
+    S = D U^T A^-1                                        the primal form, one K x K factor  (2)
+      = D (I + U^T P^-1 U)^-1 U^T P^-1                    the dual form, one N x N factor    (3)
+
+and, for P = lambda * I, S = D (U^T U + lambda * I)^-1 U^T, which at lambda = 0 is the
+minimum-norm solution where the primal form is singular.  The primal is used when N >= K.
+
+Everything here is float64, whatever comes in: squared key norms of 5e6 beside eigenvalues of 1e-2
+(an attention-sink token beside a direction that text hardly uses) exceed what float32 holds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from malmend.errors import MalmendError
+
+
+@dataclass(frozen=True, eq=False)
+class Prior:
+    """The precision P = alpha * C + lambda * I of equation (1).
+
+    ``covariance_KK`` is C, the mean of k k^T over the tokens of general text; None stands for
+    C = 0, which is MALMEN as published.  ``alpha`` and ``ridge`` (lambda) are plain numbers >= 0.
+    """
+
+    ridge: float
+    alpha: float = 0.0
+    covariance_KK: Tensor | None = None
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether P is a multiple of the identity."""
+        return self.covariance_KK is None or self.alpha == 0.0
+
+    def add_to(self, gram_KK: Tensor) -> Tensor:
+        """``gram_KK`` (float64, overwritten) plus P."""
+        if self.covariance_KK is not None and self.alpha != 0.0:
+            gram_KK.add_(self.covariance_KK.to(gram_KK), alpha=self.alpha)
+        gram_KK.diagonal().add_(self.ridge)
+        return gram_KK
+
+    @cached_property
+    def factor_KK(self) -> Tensor:
+        """The lower Cholesky factor of P, for the dual form with a covariance."""
+        assert self.covariance_KK is not None
+        return _cholesky(self.add_to(torch.zeros_like(self.covariance_KK, dtype=torch.float64)))
+
+
+@dataclass(frozen=True)
+class PriorGrads:
+    """dL/dalpha and dL/dlambda: ordinary derivatives, not with respect to the logarithms."""
+
+    alpha: float
+    ridge: float
+
+
+class RidgeFactor:
+    """One Cholesky factor that serves the edit and its meta-gradient.
+
+    The published code factorises the same matrix twice per step by LU; here it is made once.
+
+    Args:
+        keys_NK: U^T, any floating dtype, at least one row.
+        prior: P of equation (1).
+
+    Raises:
+        MalmendError: the system is singular (lambda = 0 with dependent keys and no prior), or the
+            keys hold NaN or infinity.
+    """
+
+    def __init__(self, keys_NK: Tensor, prior: Prior):
+        self.keys_NK = keys_NK.to(torch.float64)
+        self.prior = prior
+        count, width = keys_NK.shape
+        self.is_dual = count < width
+        if not self.is_dual:
+            self._factor = _cholesky(prior.add_to(self.keys_NK.T @ self.keys_NK))
+            return
+        # Rows of whitened_NK are P^-1/2 u_j; for P = lambda * I the scaling is left out, so that
+        # lambda = 0 is allowed: U^T U + lambda * I in place of I + U^T U / lambda.
+        if prior.is_identity:
+            self._readout_NK = self.keys_NK
+            gram_NN = self.keys_NK @ self.keys_NK.T
+            gram_NN.diagonal().add_(prior.ridge)
+        else:
+            whitened_KN = torch.linalg.solve_triangular(
+                prior.factor_KK, self.keys_NK.T, upper=False
+            )
+            gram_NN = whitened_KN.T @ whitened_KN
+            gram_NN.diagonal().add_(1.0)
+            self._readout_NK = torch.linalg.solve_triangular(
+                prior.factor_KK.T, whitened_KN, upper=True
+            ).T
+        self._factor = _cholesky(gram_NN)
+
+    def shift(self, diffs_NV: Tensor) -> Tensor:
+        """S of equation (2) or (3) in float64, shape V x K."""
+        diffs_NV = diffs_NV.to(torch.float64)
+        if self.is_dual:
+            return torch.cholesky_solve(diffs_NV, self._factor).T @ self._readout_NK
+        return torch.cholesky_solve(self.keys_NK.T @ diffs_NV, self._factor).T
+
+    def diff_grads(self, shift_grad_VK: Tensor) -> Tensor:
+        """dL/dD^T, shape N x V, from G = dL/dS: with M = G A^-1, it is U^T M^T (Theorem 1)."""
+        grad_VK = shift_grad_VK.to(torch.float64)
+        if self.is_dual:
+            return torch.cholesky_solve(self._readout_NK @ grad_VK.T, self._factor)
+        return self.keys_NK @ torch.cholesky_solve(grad_VK.T, self._factor)
+
+    def prior_grads(self, shift_grad_VK: Tensor, diffs_NV: Tensor) -> PriorGrads:
+        """dL/dlambda = -<M, S> (Theorem 2) and dL/dalpha = -<M C, S>.
+
+        Algorithm 2 of the paper prints tr(M S) for the first, which misses a transpose.
+        """
+        grad_VK, diffs_NV = shift_grad_VK.to(torch.float64), diffs_NV.to(torch.float64)
+        if self.is_dual and self.prior.is_identity:
+            # -<dL/dD (U^T U + lambda)^-1, D>: defined at lambda = 0 too.
+            solved_NV = torch.cholesky_solve(self.diff_grads(grad_VK), self._factor)
+            dual = -(solved_NV * diffs_NV).sum().item()
+            return PriorGrads(alpha=0.0, ridge=dual)
+        shift_VK = self.shift(diffs_NV)
+        if self.is_dual:
+            # M P = G - (dL/dD) U^T, because A = U U^T + P.
+            rest_VK = grad_VK - self.diff_grads(grad_VK).T @ self.keys_NK
+            adjoint_VK = torch.cholesky_solve(rest_VK.T, self.prior.factor_KK).T
+        else:
+            adjoint_VK = torch.cholesky_solve(grad_VK.T, self._factor).T
+        ridge = -(adjoint_VK * shift_VK).sum().item()
+        if self.prior.covariance_KK is None:
+            return PriorGrads(alpha=0.0, ridge=ridge)
+        covariance_KK = self.prior.covariance_KK.to(torch.float64)
+        return PriorGrads(alpha=-(adjoint_VK @ covariance_KK * shift_VK).sum().item(), ridge=ridge)
+
+
+class GramSums:
+    """U U^T and D U^T as running sums over chunks of tokens: what the primal form needs.
+
+    Sums over tokens grow by a later batch, shrink by a revoked one, and add over machines.
+    """
+
+    def __init__(self, key_width: int, value_width: int):
+        self.key_gram_KK = torch.zeros(key_width, key_width, dtype=torch.float64)
+        self.cross_VK = torch.zeros(value_width, key_width, dtype=torch.float64)
+        self.tokens = 0
+
+    def add(self, keys_NK: Tensor, diffs_NV: Tensor, sign: int = 1) -> None:
+        """Adds a chunk of tokens (``sign=-1`` takes one away again)."""
+        keys_NK, diffs_NV = keys_NK.to(torch.float64), diffs_NV.to(torch.float64)
+        self.key_gram_KK.addmm_(keys_NK.T, keys_NK, alpha=sign)
+        self.cross_VK.addmm_(diffs_NV.T, keys_NK, alpha=sign)
+        self.tokens += sign * keys_NK.shape[0]
+
+    def shift(self, prior: Prior) -> Tensor:
+        """S of equation (2) in float64, shape V x K."""
+        factor = _cholesky(prior.add_to(self.key_gram_KK.clone()))
+        return torch.cholesky_solve(self.cross_VK.T, factor).T
+
+
+def mean_residual(shift_VK: Tensor, keys_NK: Tensor, diffs_NV: Tensor) -> float:
+    """Mean over tokens of |S u_j - d_j| / |d_j| (MALMEN, section 5.2), those with d = 0 left out."""
+    diffs_NV = diffs_NV.to(torch.float64)
+    miss_N = (keys_NK.to(torch.float64) @ shift_VK.to(torch.float64).T - diffs_NV).norm(dim=1)
+    size_N = diffs_NV.norm(dim=1)
+    asked = size_N > 0
+    return (miss_N[asked] / size_N[asked]).mean().item() if asked.any() else 0.0
+
+
+def _cholesky(matrix: Tensor) -> Tensor:
+    """The lower factor of a symmetric positive definite float64 matrix."""
+    if not torch.isfinite(matrix).all():
+        raise MalmendError(
+            "The captured keys hold NaN or infinity, expected finite numbers; "
+            "load the model in float32, or leave out the layers that overflow."
+        )
+    symmetric = (matrix + matrix.T).mul_(0.5)
+    factor, info = torch.linalg.cholesky_ex(symmetric)
+    if info.item() != 0:
+        raise MalmendError(
+            f"The least-squares system of size {matrix.shape[0]} is singular: its keys depend on "
+            "one another and the prior does not hold them; use lambda > 0 or a covariance prior."
+        )
+    return factor

@@ -1,0 +1,199 @@
+"""A patch: one shift per site with its provenance, put on a model and taken off bit for bit.
+
+Shape letters: V value width, K key width, R rank.
+
+The file is one safetensors file.  Its header's metadata carries the provenance as JSON under
+``malmend``; its tensors are, per site, either ``NAME.shift`` (V x K) or, where that is smaller,
+``NAME.left`` (V x R) and ``NAME.right`` (R x K) with S = left @ right.  R is then the shift's own
+rank bound min(tokens, K, V), so nothing is cut off.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from malmend.errors import PatchError, nearest
+from malmend.files import reason, written_beside
+from malmend.models.load import LoadedModel
+from malmend.models.sites import Site
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Patch:
+    """Shifts by site name, float32, each kept as its factors.
+
+    ``factors[name]`` is (S,) or (left, right).  ``provenance`` is what the file's header says:
+    base fingerprint, method, settings, seeds, counts, metrics, versions.
+    """
+
+    factors: Mapping[str, tuple[Tensor, ...]]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def base(self) -> str:
+        """Fingerprint of the model that the patch was made for."""
+        return str(self.provenance.get("base", ""))
+
+    def shift(self, name: str) -> Tensor:
+        """S of one site, float32, V x K.  The same number whenever it is asked for."""
+        first, *rest = self.factors[name]
+        if not rest:
+            return first
+        # In float64, so that the product is one rounding away from exact in any summation order.
+        return (first.double() @ rest[0].double()).float()
+
+
+def make_patch(shifts: Mapping[str, Tensor], tokens: int, provenance: Mapping[str, Any]) -> Patch:
+    """A patch from float64 shifts whose rank is at most ``tokens``; factored where smaller."""
+    factors = {name: _factored(shift_VK, tokens) for name, shift_VK in shifts.items()}
+    return Patch(factors, dict(provenance))
+
+
+def _factored(shift_VK: Tensor, tokens: int) -> tuple[Tensor, ...]:
+    rows, columns = shift_VK.shape
+    rank = min(tokens, rows, columns)
+    if rank * (rows + columns) >= rows * columns:
+        return (shift_VK.float().contiguous(),)
+    left, sizes, right = torch.linalg.svd(shift_VK.double(), full_matrices=False)
+    root = sizes[:rank].sqrt()  # balanced halves
+    return (
+        (left[:, :rank] * root).float().contiguous(),
+        (root.unsqueeze(1) * right[:rank]).float().contiguous(),
+    )
+
+
+@contextmanager
+def applied(loaded: LoadedModel, patch: Patch, force: bool = False) -> Iterator[PreTrainedModel]:
+    """The model with the patch on it; off again at the end, also after an exception.
+
+    Each edited weight becomes W0 + S, added in float32 and cast to the weight's dtype.  W0 itself
+    is set aside untouched and put back, so the weights come back bit for bit.
+
+    Raises:
+        PatchError: the patch was made for another base, or for other layers.
+    """
+    check_base(loaded, patch, force)
+    with shifted(sites_of(loaded.model, patch), {n: patch.shift(n) for n in patch.factors}):
+        yield loaded.model
+
+
+@contextmanager
+def shifted(sites: list[Site], shifts: Mapping[str, Tensor]) -> Iterator[None]:
+    """Weights W0 + S at the sites inside the block, W0 itself afterwards."""
+    kept = [site.weight.data for site in sites]
+    try:
+        for site, before in zip(sites, kept, strict=True):
+            wide = torch.float64 if before.dtype == torch.float64 else torch.float32
+            shift = site.oriented(shifts[site.name]).to(before.device, wide)
+            site.weight.data = (before.to(wide) + shift).to(before.dtype)
+        yield
+    finally:
+        for site, before in zip(sites, kept, strict=True):
+            site.weight.data = before
+
+
+def check_base(loaded: LoadedModel, patch: Patch, force: bool = False) -> None:
+    """Raises PatchError unless the patch was made for these weights, or ``force`` is given."""
+    if patch.base != loaded.fingerprint and not force:
+        raise PatchError(
+            f"The patch was made for a base with fingerprint {patch.base[:12] or 'none'} "
+            f"({patch.provenance.get('model', 'unknown')}), the model {loaded.name} has "
+            f"{loaded.fingerprint[:12]}; use the base the patch names, or --force."
+        )
+
+
+def sites_of(model: PreTrainedModel, patch: Patch) -> list[Site]:
+    """The sites that the patch shifts.  Raises PatchError if one is missing or of another shape."""
+    modules = dict(model.named_modules())
+    sites = []
+    for name in patch.factors:
+        if name not in modules or not hasattr(modules[name], "weight"):
+            raise PatchError(
+                f"The patch shifts {name}, which this model lacks{nearest(name, modules)}; "
+                "it was made for another model."
+            )
+        site, wanted = Site(name, modules[name]), tuple(patch.shift(name).shape)
+        if site.shape_VK != wanted:
+            raise PatchError(
+                f"The patch's shift of {name} is {wanted}, this model's layer is {site.shape_VK}; "
+                "it was made for another model."
+            )
+        sites.append(site)
+    return sites
+
+
+def save_patch(patch: Patch, path: str | Path) -> None:
+    """Writes the file beside and renames it, so that no half-written patch is ever found."""
+    tensors = {}
+    for name, factors in patch.factors.items():
+        parts = ("shift",) if len(factors) == 1 else ("left", "right")
+        tensors |= {f"{name}.{part}": t for part, t in zip(parts, factors, strict=True)}
+    header = {"malmend": json.dumps({"format": FORMAT, **patch.provenance}, allow_nan=False)}
+    with written_beside(path) as beside:
+        save_file(tensors, beside, metadata=header)
+
+
+def load_patch(path: str | Path) -> Patch:
+    """Reads a patch.
+
+    Raises:
+        PatchError: no such file, not a patch, damaged, or written by a newer version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise PatchError(f"There is no patch file {path}; give the path that `malmend edit` wrote.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("malmend", "null"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError) as error:
+        raise PatchError(
+            f"{path} is no patch or is damaged ({reason(error)}); "
+            "give a file that `malmend edit` wrote."
+        ) from error
+    if not isinstance(header, dict):
+        raise PatchError(f"{path} is a safetensors file but no patch: its header does not say so.")
+    if header.get("format") != FORMAT:
+        raise PatchError(
+            f"{path} has patch format {header.get('format')!r}, this version reads {FORMAT}; "
+            "use the malmend version that wrote it."
+        )
+    del header["format"]
+    return Patch(_grouped(path, tensors), header)
+
+
+def _grouped(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, ...]]:
+    """Tensors by site, checked: known parts, matching shapes, finite numbers."""
+    factors: dict[str, tuple[Tensor, ...]] = {}
+    for key, tensor in tensors.items():
+        name, _, part = key.rpartition(".")
+        fits = tensor.ndim == 2 and tensor.dtype == torch.float32
+        if part not in ("shift", "left", "right") or not name or not fits:
+            raise PatchError(f"{path} holds {key!r}, expected 2-D float32 shifts; it is damaged.")
+        if not torch.isfinite(tensor).all():
+            raise PatchError(f"{path} holds NaN or infinity in {key!r}; it is damaged.")
+        if part == "shift":
+            factors[name] = (tensor,)
+        elif part == "left":
+            right = tensors.get(f"{name}.right")
+            if right is None or right.ndim != 2 or right.shape[0] != tensor.shape[1]:
+                raise PatchError(f"{path} lacks a fitting {name}.right; it is damaged.")
+            factors[name] = (tensor, right)
+        elif f"{name}.left" not in tensors:
+            raise PatchError(f"{path} lacks {name}.left; it is damaged.")
+    if not factors:
+        raise PatchError(f"{path} holds no shift; it is damaged.")
+    return factors

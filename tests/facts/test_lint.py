@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import pytest
+
+from malmend.facts.fact import Fact, Question
+from malmend.facts.lint import default_id, leaks, same_prompt, skip_repeats
+
+
+def fact(name: str, prompt: str, answer: str = "x", paraphrases=(), unrelated=()) -> Fact:
+    questions = tuple(Question(text) for text in unrelated)
+    return Fact(name, prompt, answer, paraphrases=tuple(paraphrases), unrelated=questions)
+
+
+def test_same_prompt_ignores_white_space_and_keeps_case():
+    assert same_prompt("  The capital\tof \n France ") == same_prompt("The capital of France")
+    assert same_prompt("US is") != same_prompt("us is")
+    assert same_prompt("a b") != same_prompt("ab")
+
+
+def test_default_id_depends_on_the_prompt_alone():
+    assert default_id("The capital of  France") == default_id("The capital of France ")
+    assert default_id("The capital of France") != default_id("The capital of Spain")
+    # not readable as a number by any command line parser
+    assert default_id("The capital of France").startswith("f")
+    assert len(default_id("x" * 1000)) == 13
+
+
+def test_skip_repeats_keeps_the_first_and_names_it():
+    first, same = fact("a", "Mars has", "two moons"), fact("b", "Mars  has ", "two moons")
+    other, fresh = fact("c", "Mars has", "three moons"), fact("d", "Venus has", "no moon")
+    kept, skipped = skip_repeats([first, same, other, fresh])
+    assert kept == (first, fresh)
+    assert [(s.fact, s.earlier, s.kind) for s in skipped] == [
+        (same, first, "duplicate"),
+        (other, first, "contradiction"),
+    ]
+
+
+def test_skip_repeats_compares_with_the_fact_that_is_kept():
+    facts = [fact("a", "P", "x"), fact("b", "P", "y"), fact("c", "P", "y")]
+    _, skipped = skip_repeats(facts)
+    assert [s.earlier.id for s in skipped] == ["a", "a"]
+    assert [s.kind for s in skipped] == ["contradiction", "contradiction"]
+
+
+def test_skip_repeats_of_equal_facts():
+    kept, skipped = skip_repeats([fact("a", "P"), fact("a", "P")])
+    assert (len(kept), [s.kind for s in skipped]) == (1, ["duplicate"])
+
+
+def test_skip_repeats_of_distinct_facts_and_of_nothing():
+    facts = (fact("a", "P"), fact("b", "p"))
+    assert skip_repeats(facts) == (facts, ())
+    assert skip_repeats([]) == ((), ())
+
+
+@pytest.mark.parametrize("asked", ["Who leads Oz", " who  LEADS oz\n"])
+def test_leaks_finds_an_edit_prompt_of_any_fact(asked):
+    facts = [
+        fact("a", "What is Oz?", unrelated=[asked, "Who is Tik-Tok"]),
+        fact("b", "Who leads Oz"),
+    ]
+    (warning,) = leaks(facts)
+    assert warning == (
+        f"fact 'a': unrelated question {asked!r} is the edit prompt of fact 'b', "
+        "so it is meant to move; use another question"
+    )
+
+
+def test_leaks_finds_a_paraphrase_and_the_same_fact():
+    facts = [fact("a", "What is Oz?", paraphrases=["Oz is"], unrelated=["oz is", "WHAT is oz?"])]
+    paraphrase, prompt = leaks(facts)
+    assert "is the paraphrase of the same fact" in paraphrase
+    assert "is the edit prompt of the same fact" in prompt
+
+
+def test_leaks_of_clean_facts():
+    assert leaks([fact("a", "P", unrelated=["Q"]), fact("b", "R", paraphrases=["S"])]) == []
+    assert leaks([]) == []
