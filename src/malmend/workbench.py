@@ -64,7 +64,9 @@ def trunk_folder(loaded: LoadedModel) -> Path:
     return cache_folder() / "trunk" / f"{loaded.fingerprint[:16]}-{dtype}"
 
 
-def encoder_of(tokenizer: object, end_of_answer: EndOfAnswer = "eos", chat: bool = False) -> Encoder:
+def encoder_of(
+    tokenizer: object, end_of_answer: EndOfAnswer = "eos", chat: bool = False
+) -> Encoder:
     """The encoder of a tokenizer, within the length that the tokenizer states."""
     longest = getattr(tokenizer, "model_max_length", 512)
     return Encoder(tokenizer, end_of_answer, min(512, int(longest)), chat)

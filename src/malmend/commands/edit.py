@@ -19,6 +19,7 @@ from malmend.facts.fact import Fact, FactSet
 from malmend.files import writable
 from malmend.models.capture import capture
 from malmend.models.load import LoadedModel
+from malmend.models.trunk import TrunkSettings
 from malmend.numerics.ridge import mean_residual
 from malmend.patch import Patch, applied, load_patch, make_patch, save_patch
 from malmend.workbench import (
@@ -65,6 +66,7 @@ def edit(
     calibrate: str | Path | None = None,
     text: str | Path | None = None,
     calibration: CalibrationSettings = CalibrationSettings(),
+    trunk: TrunkSettings = TrunkSettings(),
     dtype: str = "float32",
     progress: Progress = silent,
 ) -> EditResult:
@@ -81,6 +83,7 @@ def edit(
         calibrate: calibration facts in place of the project's own.
         text: calibration text in place of the project's own.
         calibration: how the model is calibrated.
+        trunk: grouping of questions and the disk budget for trunk activations.
         dtype: the model is loaded in.
         progress: called with stage and share done.
 
@@ -97,7 +100,7 @@ def edit(
         chosen = editor.settings
     known = checked_facts(facts, tokenizer_of(model), chosen.end_of_answer, limit, strict)
     loaded = opened(model, dtype)
-    bench = lay_out(loaded, chosen.layers, chosen.sites, chosen.end_of_answer)
+    bench = lay_out(loaded, chosen.layers, chosen.sites, chosen.end_of_answer, trunk=trunk)
     if saved is not None:
         ready = saved.editor
         if saved.base != loaded.fingerprint:
@@ -178,18 +181,16 @@ def _finished(
     prompts = [replace(fact, paraphrases=(), unrelated=()) for fact in facts]
     examiner = Examiner(bench.loaded, bench.trunk, bench.encoder)
     progress("edit prompts before and after", 0.0)
-    before = examiner.examine(prompts, decode=False).mean("ES", "token_ratio") or 0.0
+    before = examiner.examine(prompts, decode_facts=0).mean("ES", "token_ratio") or 0.0
     progress("edit prompts before and after", 0.5)
     with applied(bench.loaded, patch):
-        after = examiner.examine(prompts, decode=False).mean("ES", "token_ratio") or 0.0
+        after = examiner.examine(prompts, decode_facts=0).mean("ES", "token_ratio") or 0.0
     progress("edit prompts before and after", 1.0)
     metrics = {"ES": {"token_ratio": {"unedited": before, "edited": after}}}
     patch = Patch(patch.factors, {**patch.provenance, "metrics": metrics})
     if out is not None:
         save_patch(patch, out)
-    return EditResult(
-        patch, facts, None if out is None else Path(out), before, after, seconds
-    )
+    return EditResult(patch, facts, None if out is None else Path(out), before, after, seconds)
 
 
 def _digest(facts: FactSet) -> str:

@@ -11,6 +11,7 @@ from malmend.evaluation.report import Report, rows_of, scores
 from malmend.facts.fact import Fact
 from malmend.facts.readers import read_text
 from malmend.models.load import LoadedModel
+from malmend.models.trunk import TrunkSettings
 from malmend.patch import Patch, applied, check_base, load_patch, sites_of
 from malmend.workbench import (
     Progress,
@@ -30,9 +31,10 @@ def evaluate(
     limit: int | None = None,
     strict: bool = False,
     chat: bool = False,
-    decode: bool = True,
+    decode_facts: int | None = None,
     text: str | Path | None = None,
     force: bool = False,
+    trunk: TrunkSettings = TrunkSettings(),
     dtype: str = "float32",
     progress: Progress = silent,
 ) -> Report:
@@ -45,9 +47,11 @@ def evaluate(
         limit: the first so many facts.
         strict: refuse duplicates and contradictions in place of skipping the later ones.
         chat: ask through the model's chat template.
-        decode: also let the model answer free-running (slower).
+        decode_facts: for how many of the facts the model also answers free-running (the slow
+            part); None for all.
         text: a text file for perplexity before and after.
         force: accept a patch that was made for another base.
+        trunk: grouping of questions and the disk budget for trunk activations.
         dtype: the model is loaded in.
         progress: called with stage and share done.
 
@@ -66,19 +70,21 @@ def evaluate(
         sites_of(loaded.model, patch)
         pattern = made.get("sites")
     end = made.get("end_of_answer", "eos")
-    bench = lay_out(loaded, made.get("layers", 6), pattern, end, chat)
+    bench = lay_out(loaded, made.get("layers", 6), pattern, end, chat, trunk)
     encoder = encoder_of(loaded.tokenizer, end, chat)
     count = _Counter(progress, 2 if patch else 1)
     examiner = Examiner(loaded, bench.trunk, encoder, count)
-    count.expect(examiner.questions(known), decode)
-    before = examiner.examine(known, decode, remember=True)
+    asked = examiner.questions(known)
+    distinct = {question for _, _, question in asked}
+    count.expect(len(distinct) + len(examiner.spoken_of(asked, decode_facts)))
+    before = examiner.examine(known, decode_facts, remember=True)
     surprise: dict[str, float] = {}
     if words is not None:
         surprise["unedited"] = perplexity(loaded, words)
     after = None
     if patch is not None:
         with applied(loaded, patch, force):
-            after = examiner.examine(known, decode)
+            after = examiner.examine(known, decode_facts)
             if words is not None:
                 surprise["edited"] = perplexity(loaded, words)
     progress("asking", 1.0)
@@ -89,6 +95,7 @@ def evaluate(
         "facts_source": known.source,
         "skipped": len(known.skipped),
         "chat": chat,
+        "decoded_facts": len(known) if decode_facts is None else min(decode_facts, len(known)),
         "patch": dict(patch.provenance) if patch else None,
     }
     return Report(
@@ -107,10 +114,8 @@ class _Counter:
     def __init__(self, progress: Progress, models: int):
         self.progress, self.models, self.total, self.done = progress, models, 1, 0
 
-    def expect(self, asked: Sequence[tuple[str, int, object]], decode: bool) -> None:
-        distinct = {question for _, _, question in asked}
-        spoken = {question for kind, _, question in asked if kind != "LS"} if decode else set()
-        self.total = max(1, self.models * (len(distinct) + len(spoken)))
+    def expect(self, questions: int) -> None:
+        self.total = max(1, self.models * questions)
 
     def __call__(self, more: int) -> None:
         self.done += more

@@ -3,7 +3,9 @@
 Per site: mean and spread of keys and value gradients over calibration facts, and C, the mean of
 k k^T over the tokens of general text (all but each line's first token: it is an attention sink and
 holds 99% of the trace).  Then starting values of eta and alpha, by a search that edits calibration
-facts and takes the pair with the least meta-loss on their paraphrases and unrelated questions.
+facts and takes the pair with the least meta-loss on their paraphrases and on unrelated questions:
+by turns a fact's own (a near one: the same relation of another subject) and the end of a line of
+the text (a far one).
 
 Everything is fixed from then on, so that what is asked of a token depends on its fact alone.
 
@@ -49,6 +51,7 @@ class CalibrationSettings:
         etas: candidates; for the published form they span orders of magnitude.
         alphas: candidates.
         published_etas: candidates of the published form.
+        unrelated_tokens: tokens at a line's end that count as an unrelated answer.
         ridge: lambda as a share of alpha times the mean of C's diagonal.
         locality: weight of the KL in the meta-loss that the search minimises.
     """
@@ -56,9 +59,10 @@ class CalibrationSettings:
     moment_facts: int = 256
     search_facts: int = 192
     text_tokens: int = 16_000
-    etas: tuple[float, ...] = (1.0, 1.2, 1.4, 1.6)
+    etas: tuple[float, ...] = (0.8, 1.0, 1.2, 1.4, 1.7)
     published_etas: tuple[float, ...] = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
     alphas: tuple[float, ...] = (10.0, 30.0, 100.0)
+    unrelated_tokens: int = 5
     ridge: float = 0.01
     locality: float = 1.0
 
@@ -94,18 +98,19 @@ def calibrate(
         trunk: the model cut at the sites to be edited.
         encoder: as the edits will be encoded.
         editor_settings: what the editor is; its network's size does not matter here.
-        facts: with paraphrases and unrelated questions.
+        facts: with paraphrases.
         text: general text, one passage per line.
         settings: sizes and candidates.
         progress: called with the stage's name and the share of it that is done.
     """
-    covariances = covariance(trunk, encoder, text, settings.text_tokens, progress)
-    usable = [fact for fact in facts if fact.paraphrases and fact.unrelated]
+    usable = [fact for fact in facts if fact.paraphrases]
     if not usable:
         raise MalmendError(
-            "No calibration fact has both paraphrases and unrelated questions, which the search "
-            "for eta and alpha needs; add them, or leave --calibrate out."
+            "No calibration fact has a paraphrase, which the search for eta and alpha needs; "
+            "add paraphrases, or leave --calibrate out."
         )
+    passages = _passages(encoder, text)
+    covariances = covariance(trunk, passages, settings.text_tokens, progress)
     moment_facts = usable[: settings.moment_facts]
     captured = capture(
         trunk,
@@ -124,33 +129,31 @@ def calibrate(
         known.value_grads.add(pair.value_grads_NV)
         statistics[site.name] = known
     start = Calibration(statistics, 1.0, settings.alphas[0], settings.ridge)
+    unrelated = _unrelated(encoder, moment_facts, passages, settings)
     return _search(
-        trunk, encoder, editor_settings, moment_facts, captured, start, settings, progress
+        trunk,
+        encoder,
+        editor_settings,
+        moment_facts,
+        unrelated,
+        captured,
+        start,
+        settings,
+        progress,
     )
 
 
 @torch.no_grad()
 def covariance(
     trunk: Trunk,
-    encoder: Encoder,
-    text: str,
+    passages: Sequence[Encoded],
     most_tokens: int,
     progress: Callable[[str, float], None] = lambda stage, share: None,
 ) -> list[Tensor]:
     """C of every site in float64: the mean of k k^T over the text but each line's first token."""
-    questions: list[Encoded] = []
-    count = 0
-    for line in text.splitlines():
-        if not line.strip():
-            continue
-        ids = encoder.passage_ids(line.strip())
-        if len(ids) > 1:
-            questions.append(Encoded(ids, len(ids), len(ids)))
-            count += len(ids) - 1
-        if count >= most_tokens:
-            break
-    if not questions:
-        raise MalmendError("The calibration text has no line of two tokens; give more text.")
+    sizes = torch.tensor([len(one.ids) - 1 for one in passages]).cumsum(0)
+    questions = passages[: int((sizes < most_tokens).sum()) + 1]
+    count = sum(len(one.ids) - 1 for one in questions)
     sums = [
         torch.zeros(site.shape_VK[1], site.shape_VK[1], dtype=torch.float64) for site in trunk.sites
     ]
@@ -167,11 +170,42 @@ def covariance(
     return [total_KK / count for total_KK in sums]
 
 
+def _passages(encoder: Encoder, text: str) -> list[Encoded]:
+    """The lines of a text that have two tokens or more, without an answer."""
+    lines = [encoder.passage_ids(line.strip()) for line in text.splitlines() if line.strip()]
+    passages = [Encoded(ids, len(ids), len(ids)) for ids in lines if len(ids) > 1]
+    if not passages:
+        raise MalmendError("The calibration text has no line of two tokens; give more text.")
+    return passages
+
+
+def _unrelated(
+    encoder: Encoder,
+    facts: Sequence[Fact],
+    passages: Sequence[Encoded],
+    settings: CalibrationSettings,
+) -> list[Encoded]:
+    """One unrelated question per fact, near and far by turns.
+
+    Of the text, the last lines come first, for they are the least likely to be in C.
+    """
+    questions = []
+    for index, fact in enumerate(facts[: settings.search_facts]):
+        ids = passages[-1 - index % len(passages)].ids
+        if index % 2 and fact.unrelated:
+            questions.append(encoder.encode(fact.unrelated[0]))
+        else:
+            start = max(1, len(ids) - settings.unrelated_tokens)
+            questions.append(Encoded(ids, start, len(ids)))
+    return questions
+
+
 def _search(
     trunk: Trunk,
     encoder: Encoder,
     editor_settings: EditorSettings,
     facts: Sequence[Fact],
+    unrelated: Sequence[Encoded],
     captured: Sequence[Captured],
     start: Calibration,
     settings: CalibrationSettings,
@@ -186,7 +220,6 @@ def _search(
         for fact in facts
     )
     pairs = [Captured(pair.keys_NK[:rows], pair.value_grads_NV[:rows]) for pair in captured]
-    unrelated = encoder.encode_all(fact.unrelated[0] for fact in facts)
     states = trunk.unedited_states(unrelated)
     judged = [
         Judged(encoder.encode(fact.equivalents[0]), other, known)

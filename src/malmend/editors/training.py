@@ -15,7 +15,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -43,7 +43,7 @@ class TrainSettings:
     Attributes:
         facts_per_step: m, the facts edited at once in each step.
         steps: optimiser steps.
-        locality: weight of the KL on unrelated questions in the meta-loss.
+        locality_weight: of the KL on unrelated questions in the meta-loss.
         network_rate: Adam's learning rate for the network.
         scalar_rate: Adam's learning rate for log eta, log alpha and log lambda.
         clip: largest norm of the meta-gradient.
@@ -54,7 +54,7 @@ class TrainSettings:
 
     facts_per_step: int = 256
     steps: int = 60
-    locality: float = 1.0
+    locality_weight: float = 1.0
     network_rate: float = 3e-4
     scalar_rate: float = 0.03
     clip: float = 1.0
@@ -69,7 +69,7 @@ class TrainSettings:
                     f"{name} is {getattr(self, name)}, expected 1 or more; "
                     f"change --{name.replace('_', '-')}."
                 )
-        for name in ("locality", "network_rate", "scalar_rate", "clip"):
+        for name in ("locality_weight", "network_rate", "scalar_rate", "clip"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise MalmendError(
@@ -160,7 +160,7 @@ class Trainer:
             name: one.shift() for name, one in zip(self.editor.names, aggregations, strict=True)
         }
         with shifted(list(self.trunk.sites), shifts):
-            loss = meta_loss(self.trunk, judged, self.settings.locality)
+            loss = meta_loss(self.trunk, judged, self.settings.locality_weight)
         if not math.isfinite(loss.total):
             raise MalmendError(
                 f"Training diverged at step {self.step + 1} (the meta-loss is {loss.total}); "
@@ -295,7 +295,7 @@ def estimate_seconds(trainer: Trainer, sample: int = 24) -> float:
     first = time.perf_counter() - start
     start = time.perf_counter()
     with shifted(list(trainer.trunk.sites), trainer.editor.shifts(captured)):
-        meta_loss(trainer.trunk, judged, trainer.settings.locality)
+        meta_loss(trainer.trunk, judged, trainer.settings.locality_weight)
     again = time.perf_counter() - start
     size = trainer.settings.facts_per_step
     left = trainer.settings.steps - trainer.step

@@ -1,8 +1,8 @@
 """Free-running greedy answers: what a user of the model would see.
 
 Decoding stops at any end token of the model, at a line break, or at the token limit; it is never
-cut at the length of the gold answer.  Exact match is taken after the field's usual normalisation (case,
-punctuation, articles and blanks; SQuAD's).
+cut at the length of the gold answer.  Exact match is taken after the field's usual normalisation
+(case, punctuation, articles and blanks; SQuAD's).
 """
 
 from __future__ import annotations
@@ -36,15 +36,20 @@ def matches(answer: str, gold: str) -> bool:
 
 
 def can_still_match(text: str, gold: str) -> bool:
-    """Whether text that goes on could yet match: its whole words must be where gold begins.
+    """Whether text that may go on could yet match ``gold``.
 
-    The last word may be unfinished and is not judged.
+    Its letters must be those that gold begins with.  The last word may be unfinished, so it may
+    also be the start of an article, which normalisation would take out.
     """
-    if not normalised(gold):
+    wanted = normalised(gold)
+    if not wanted:
         return True
-    words = text.split(" ")
-    begun = normalised(" ".join(words[:-1]))
-    return not begun or f"{normalised(gold)} ".startswith(f"{begun} ")
+    *whole, last = text.lower().split(" ")
+    begun = normalised(" ".join(whole))
+    last = last.translate(_PUNCTUATION)
+    if any(article.startswith(last) for article in ("a", "an", "the")):  # "" is among them
+        last = ""
+    return wanted.startswith(f"{begun} {last}".strip()) if last else wanted.startswith(begun)
 
 
 class _LineEnds(StoppingCriteria):
@@ -70,6 +75,7 @@ def generate(
     max_new_tokens: int = 24,
     golds: Sequence[str] | None = None,
     batch_tokens: int = 2048,
+    whole: bool = False,
 ) -> list[str]:
     """The model's answer to each prompt: first line, outer blanks off.
 
@@ -81,6 +87,7 @@ def generate(
         golds: answers to be matched; a row then also stops once it can no longer match, so its
             text may break off.  Whether it matches is not changed by that.
         batch_tokens: positions in one batch.
+        whole: go on over line breaks.
     """
     ids = [encoder.prompt_ids(prompt) for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda index: -len(ids[index]))
@@ -91,7 +98,7 @@ def generate(
         chosen = order[start : start + count]
         start += count
         wanted = [golds[i] if golds is not None else None for i in chosen]
-        texts = _decode_batch(loaded, [ids[i] for i in chosen], wanted, max_new_tokens)
+        texts = _decode_batch(loaded, [ids[i] for i in chosen], wanted, max_new_tokens, whole)
         for index, text in zip(chosen, texts, strict=True):
             answers[index] = text
     return answers
@@ -102,6 +109,7 @@ def _decode_batch(
     ids: Sequence[Sequence[int]],
     golds: Sequence[str | None],
     max_new_tokens: int,
+    whole: bool,
 ) -> list[str]:
     width = max(map(len, ids))
     device = loaded.model.device
@@ -132,8 +140,10 @@ def _decode_batch(
         top_k=None,
         eos_token_id=stop or None,
         pad_token_id=stop[0] if stop else 0,
-        stopping_criteria=StoppingCriteriaList([_LineEnds(decode, width, golds)]),
+        stopping_criteria=StoppingCriteriaList([] if whole else [_LineEnds(decode, width, golds)]),
     )
+    if whole:
+        return [decode(row[width:]).strip() for row in out]
     return [decode(row[width:]).lstrip().split("\n")[0].strip() for row in out]
 
 

@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from malmend.evaluation.generate import generate, matches
+from malmend.evaluation.generate import can_still_match, generate, matches
 from malmend.facts.fact import Fact, Question
 from malmend.facts.tokens import Encoded, Encoder
 from malmend.models.load import LoadedModel
@@ -101,13 +101,14 @@ class Examiner:
         return asked
 
     def examine(
-        self, facts: Sequence[Fact], decode: bool = True, remember: bool = False
+        self, facts: Sequence[Fact], decode_facts: int | None = None, remember: bool = False
     ) -> Replies:
         """Asks everything once.
 
         Args:
             facts: what was, or will be, edited.
-            decode: also answer ES and GS questions free-running (the ``generated`` protocol).
+            decode_facts: answer the ES and GS questions of the first so many facts free-running
+                too (the ``generated`` protocol); None for all, 0 for none.
             remember: keep the replies to unrelated questions as the unedited ones, against which
                 later calls measure retention and KL.
         """
@@ -115,7 +116,7 @@ class Examiner:
         distinct = list(dict.fromkeys(question for _, _, question in asked))
         unrelated = {question for kind, _, question in asked if kind == "LS"}
         forced = self._forced(distinct, unrelated, remember)
-        spoken = self._spoken([q for k, _, q in asked if k != "LS"], forced) if decode else {}
+        spoken = self._spoken(self.spoken_of(asked, decode_facts), forced)
         rows = []
         for kind, fact, question in asked:
             known = forced[question]
@@ -134,6 +135,18 @@ class Examiner:
                 )
             )
         return Replies(rows)
+
+    @staticmethod
+    def spoken_of(
+        asked: Sequence[tuple[Kind, int, Question]], decode_facts: int | None
+    ) -> list[Question]:
+        """The distinct questions that are answered free-running."""
+        chosen = [
+            question
+            for kind, fact, question in asked
+            if kind != "LS" and (decode_facts is None or fact < decode_facts)
+        ]
+        return list(dict.fromkeys(chosen))
 
     @torch.no_grad()
     def _forced(
@@ -187,16 +200,20 @@ class Examiner:
         """Free-running answers, decoded only where teacher forcing does not settle them.
 
         If every answer token *and* the end token are the model's first choice, then greedy
-        decoding says exactly the answer and stops.
+        decoding says exactly the answer and stops.  And its first token is the first choice after
+        the prompt: where the answer cannot begin like that, it is lost, and the token is the text.
         """
         ends = self.encoder.end_of_answer != "none"
-        distinct = list(dict.fromkeys(questions))
-        settled = {q: q.answer or "" for q in distinct if ends and forced[q].with_end}
-        rest = [q for q in distinct if q not in settled]
+        settled = {q: q.answer or "" for q in questions if ends and forced[q].with_end}
+        for question in questions:
+            first = self.loaded.tokenizer.decode(forced[question].predicted[:1]).lstrip()
+            if question not in settled and not can_still_match(first, question.answer or ""):
+                settled[question] = first.split("\n")[0]
+        rest = [q for q in questions if q not in settled]
         golds = [q.answer or "" for q in rest]
         limit = 8 + max((len(forced[q].predicted) for q in rest), default=0)
         texts = generate(self.loaded, self.encoder, [q.prompt for q in rest], limit, golds)
-        self.progress(len(distinct))
+        self.progress(len(questions))
         return settled | dict(zip(rest, texts, strict=True))
 
 

@@ -10,11 +10,11 @@ how far, and only near the unedited model.  With a :class:`Descent`, the outputs
 fact's own tokens are moved by free vectors delta_j along the negative gradient, a few steps, until
 each answer token is likely enough; g_j = -delta_j is captured instead.  Each step of fact f is
 
-    delta_jl -= s_f g_jl / |g_jl|,   s_f = rate * L_f / (sum of |g_jl| over its open j, all l)    (6)
+    delta_jl -= s_f g_jl / |g_jl|,   s_f = rate * L_f / (sum of |g_jl| over its open j, all l)   (6)
 
-for token j and site l: a Polyak step, which aims to take off the share ``rate`` of the loss and needs
-no unit of length, so that it serves any model.  The weights stay as they are and every fact is
-descended alone.
+for token j and site l: a Polyak step, which aims to take off the share ``rate`` of the loss and
+needs no unit of length, so that it serves any model.  The weights stay as they are and every fact
+is descended alone.
 
 Captured tensors are float32 (float64 for a float64 model), on the CPU, in the questions' order.
 """
@@ -127,7 +127,7 @@ def capture(
     """
     counts = [len(_positions(question, tokens)) for question in questions]
     starts = torch.tensor([0, *counts]).cumsum(0).tolist()
-    dtype = torch.float64 if trunk.model.dtype == torch.float64 else torch.float32
+    dtype = trunk.wide
     out = [
         Captured(
             torch.empty(starts[-1], site.shape_VK[1], dtype=dtype),
@@ -181,7 +181,7 @@ class _Group:
         sites = self.trunk.sites
         deltas = [
             torch.zeros(
-                len(self.flat_Q), site.shape_VK[0], device=self.flat_Q.device, dtype=self.wide
+                len(self.flat_Q), site.shape_VK[0], device=self.flat_Q.device, dtype=self.trunk.wide
             )
             for site in sites
         ]
@@ -198,11 +198,6 @@ class _Group:
             for delta, grad, norms_Q in zip(deltas, grads, norms_LQ, strict=True):
                 delta -= (step_Q / norms_Q.clamp(min=1e-30)).unsqueeze(1) * grad
         return keys, [-delta for delta in deltas]
-
-    @property
-    def wide(self) -> torch.dtype:
-        """float64 for a float64 model, else float32."""
-        return torch.float64 if self.trunk.model.dtype == torch.float64 else torch.float32
 
     def _open(self, nll_A: Tensor, descent: Descent) -> tuple[Tensor, Tensor]:
         """Which chosen tokens still move, and each question's open loss."""
@@ -227,5 +222,5 @@ class _Group:
             nll_A = answer_nll(self.trunk.logits(batch), batch.tokens.labels_A.to(flat.device))
             nll_A.sum().backward()
         keys = [trace.keys[flat] for trace in traces]
-        grads = [trace.value_grads[flat].to(self.wide) for trace in traces]
+        grads = [trace.value_grads[flat].to(self.trunk.wide) for trace in traces]
         return keys, grads, nll_A.detach()

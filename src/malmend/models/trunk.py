@@ -86,6 +86,11 @@ class Trunk:
         self.store = ActivationStore(store_folder, width, model.dtype, settings.store_bytes)
         self._unedited: dict[tuple[int, ...], Tensor] = {}
 
+    @property
+    def wide(self) -> torch.dtype:
+        """What captured tensors are kept in: float64 for a float64 model, else float32."""
+        return torch.float64 if self.model.dtype == torch.float64 else torch.float32
+
     def batches(self, questions: Sequence[Encoded]) -> Iterator[tuple[list[int], Batch]]:
         """Micro-batches of like length, longest first, with the indices of their questions."""
         order = sorted(range(len(questions)), key=lambda i: -len(questions[i].ids))

@@ -171,7 +171,7 @@ class GramSums:
 
 
 def mean_residual(shift_VK: Tensor, keys_NK: Tensor, diffs_NV: Tensor) -> float:
-    """Mean over tokens of |S u_j - d_j| / |d_j| (MALMEN, section 5.2), those with d = 0 left out."""
+    """Mean over tokens of |S u_j - d_j| / |d_j| (MALMEN, section 5.2); d = 0 is left out."""
     diffs_NV = diffs_NV.to(torch.float64)
     miss_N = (keys_NK.to(torch.float64) @ shift_VK.to(torch.float64).T - diffs_NV).norm(dim=1)
     size_N = diffs_NV.norm(dim=1)

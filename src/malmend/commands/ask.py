@@ -1,0 +1,57 @@
+"""One prompt, free-running, before and after."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from malmend.errors import MalmendError
+from malmend.evaluation.generate import generate
+from malmend.models.load import LoadedModel
+from malmend.patch import Patch, applied, load_patch
+from malmend.workbench import encoder_of, opened
+
+
+@dataclass(frozen=True)
+class AskResult:
+    """What the model says; ``edited`` is None where no patch was given."""
+
+    prompt: str
+    unedited: str
+    edited: str | None = None
+
+
+def ask(
+    model: str | LoadedModel,
+    prompt: str,
+    patch: str | Path | Patch | None = None,
+    chat: bool = False,
+    max_new_tokens: int = 32,
+    force: bool = False,
+    dtype: str = "float32",
+) -> AskResult:
+    """Lets the model answer in its own words (greedy), with and without the patch.
+
+    Args:
+        model: a name, a folder, a GGUF file, or a loaded model.
+        prompt: what to ask.
+        patch: a patch, or its file.
+        chat: ask through the model's chat template.
+        max_new_tokens: where the answer is cut at the latest.
+        force: accept a patch that was made for another base.
+        dtype: the model is loaded in.
+    """
+    if not prompt.strip():
+        raise MalmendError("The prompt is empty, expected a question or the start of a sentence.")
+    if max_new_tokens < 1:
+        raise MalmendError(f"max_new_tokens is {max_new_tokens}, expected 1 or more.")
+    if isinstance(patch, str | Path):
+        patch = load_patch(patch)
+    loaded = opened(model, dtype)
+    encoder = encoder_of(loaded.tokenizer, "none", chat)
+    before = generate(loaded, encoder, [prompt], max_new_tokens, whole=True)[0]
+    if patch is None:
+        return AskResult(prompt, before)
+    with applied(loaded, patch, force):
+        after = generate(loaded, encoder, [prompt], max_new_tokens, whole=True)[0]
+    return AskResult(prompt, before, after)

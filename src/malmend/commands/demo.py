@@ -1,0 +1,102 @@
+"""The main job on a real model, from facts to a patch and back, with figures."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from malmend.commands.ask import AskResult, ask
+from malmend.commands.edit import EditResult, edit
+from malmend.commands.evaluate import evaluate
+from malmend.evaluation.report import Report
+from malmend.facts.fact import Fact
+from malmend.facts.readers import read_facts
+from malmend.models.load import LoadedModel, load_model
+from malmend.patch import applied
+from malmend.workbench import Progress, shipped, silent
+
+
+@dataclass(frozen=True, eq=False)
+class DemoResult:
+    """Everything the demo did.
+
+    ``weights_before``, ``weights_during`` and ``weights_after`` are SHA-256 over all bytes of all
+    parameters: unedited, with the patch on, and with the patch off again.
+    """
+
+    edit: EditResult
+    report: Report
+    asked: tuple[AskResult, ...]
+    weights_before: str
+    weights_during: str
+    weights_after: str
+
+
+def demo(
+    out: str | Path = "demo-out",
+    model: str = "smollm2-135m",
+    facts: int = 1000,
+    spoken: int = 200,
+    progress: Progress = silent,
+    told: Callable[[str], None] = lambda line: None,
+) -> DemoResult:
+    """Edits the project's own facts into a model, measures, asks, and takes the patch off again.
+
+    Args:
+        out: folder for the patch and the report.
+        model: a name, a folder or a GGUF file.
+        facts: how many to edit at once, 1,200 at most.
+        spoken: for how many of them the model also answers free-running (the slow part).
+        progress: called with stage and share done.
+        told: called with a line about what comes next.
+    """
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    known = _demo_facts(facts)
+    told(f"Loading {model}.")
+    loaded = load_model(model)
+    before = weights_digest(loaded)
+    told(f"Editing {len(known)} facts at once.")
+    done = edit(loaded, known, folder / "patch.safetensors", progress=progress)
+    told(f"Asking about all {len(known)}, before and after.")
+    asked_about = [replace(fact, paraphrases=fact.paraphrases[:1]) for fact in known]
+    report = evaluate(loaded, asked_about, done.patch, decode_facts=spoken, progress=progress)
+    report.save(folder / "report.json")
+    told("Asking three facts in free-running text.")
+    patch = done.patch
+    asked = tuple(ask(loaded, prompt, patch) for prompt in _prompts(known, report))
+    during = _digest_with(loaded, done)
+    after = weights_digest(loaded)
+    return DemoResult(done, report, asked, before, during, after)
+
+
+def weights_digest(loaded: LoadedModel) -> str:
+    """SHA-256 over all bytes of all parameters: any flipped bit shows."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(loaded.model.named_parameters()):
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def _digest_with(loaded: LoadedModel, done: EditResult) -> str:
+    with applied(loaded, done.patch):
+        return weights_digest(loaded)
+
+
+def _demo_facts(count: int) -> list[Fact]:
+    known = [fact for fact in read_facts(shipped("places.jsonl")) if "demo" in fact.tags]
+    return known[:count]
+
+
+def _prompts(facts: list[Fact], report: Report) -> list[str]:
+    """An edit prompt and two paraphrases of facts that the unedited model got wrong."""
+    wrong = [
+        fact
+        for fact, row in zip(facts, report.rows, strict=True)
+        if not row.unedited[0].exact and fact.paraphrases
+    ]
+    chosen = (wrong or facts)[:: max(1, len(wrong or facts) // 3)][:3]
+    return [chosen[0].prompt, *(fact.paraphrases[0] for fact in chosen[1:])]

@@ -1,0 +1,101 @@
+"""What is in a model, an editor, a patch or a facts file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from malmend.editors.checkpoint import load_editor
+from malmend.facts.lint import leaks
+from malmend.facts.readers import read_facts
+from malmend.models.load import BUILT_IN, load_model
+from malmend.models.sites import find_sites
+from malmend.patch import load_patch
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """``kind`` is model, editor, patch or facts; ``entries`` say the rest, in order."""
+
+    kind: str
+    name: str
+    entries: Mapping[str, Any]
+
+
+def inspect(
+    thing: str | Path, layers: int = 6, sites: str | None = None, dtype: str = "float32"
+) -> Inspection:
+    """Looks at a model, editor, patch or facts file and says what it is.
+
+    Args:
+        thing: a model's name, folder or GGUF file; an editor's folder; a patch; a facts file.
+        layers: which sites of a model to show: the last so many blocks'.
+        sites: which sites of a model to show, by name or pattern.
+        dtype: a model is loaded in.
+    """
+    path = Path(thing)
+    if str(thing) in BUILT_IN or path.suffix == ".gguf":
+        return _model(str(thing), layers, sites, dtype)
+    if path.is_dir():
+        is_editor = (path / "editor.json").is_file()
+        return _editor(path) if is_editor else _model(str(thing), layers, sites, dtype)
+    if path.is_file():
+        return _patch(path) if _is_safetensors(path) else _facts(path)
+    return _model(str(thing), layers, sites, dtype)
+
+
+def _model(name: str, layers: int, pattern: str | None, dtype: str) -> Inspection:
+    loaded = load_model(name, dtype)
+    found = find_sites(loaded.model, layers, pattern)
+    entries = {
+        "class": type(loaded.model).__name__,
+        "parameters": sum(p.numel() for p in loaded.model.parameters()),
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "fingerprint": loaded.fingerprint,
+        "sites": {site.name: "{} x {}".format(*site.shape_VK) for site in found},
+    }
+    return Inspection("model", name, entries)
+
+
+def _editor(path: Path) -> Inspection:
+    saved = load_editor(path)
+    about = {name: value for name, value in saved.about.items() if name != "curve"}
+    about["learned"] = sum(p.numel() for p in saved.editor.parameters())
+    if curve := saved.about.get("curve"):
+        about["last step"] = curve[-1]
+    return Inspection("editor", str(path), about)
+
+
+def _patch(path: Path) -> Inspection:
+    patch = load_patch(path)
+    shifts = {}
+    for name, factors in patch.factors.items():
+        rows, columns = patch.shift(name).shape
+        kept = f"rank {factors[0].shape[1]}" if len(factors) == 2 else "full"
+        norm = patch.shift(name).norm().item()
+        shifts[name] = f"{rows} x {columns}, {kept}, norm {norm:.3g}"
+    return Inspection("patch", str(path), {**patch.provenance, "shifts": shifts})
+
+
+def _facts(path: Path) -> Inspection:
+    known = read_facts(path)
+    entries = {
+        "facts": len(known),
+        "with paraphrases": sum(bool(fact.paraphrases) for fact in known),
+        "with unrelated questions": sum(bool(fact.unrelated) for fact in known),
+        "skipped": [
+            f"line {one.fact.line}: {one.kind} of line {one.earlier.line}" for one in known.skipped
+        ],
+        "leaks": leaks(known),
+        "first": {"prompt": known[0].prompt, "answer": known[0].answer},
+    }
+    return Inspection("facts", str(path), entries)
+
+
+def _is_safetensors(path: Path) -> bool:
+    """A safetensors file starts with its header's length and an opening brace."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    return path.suffix == ".safetensors" or (len(start) == 9 and start[8:] == b"{" and 0 in start)

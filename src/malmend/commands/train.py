@@ -1,0 +1,168 @@
+"""Facts in, trained editor out; stops and goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from malmend.editors.calibration import CalibrationSettings
+from malmend.editors.checkpoint import SavedEditor, load_editor, save_editor
+from malmend.editors.editor import EditorSettings
+from malmend.editors.training import StepRecord, Trainer, TrainSettings, estimate_seconds
+from malmend.errors import EditorError
+from malmend.facts.fact import Fact, FactSet, Question
+from malmend.facts.lint import leaks
+from malmend.facts.readers import read_questions
+from malmend.files import writable
+from malmend.models.load import LoadedModel
+from malmend.models.store import ActivationStore
+from malmend.models.trunk import TrunkSettings
+from malmend.workbench import (
+    Progress,
+    Workbench,
+    calibrated,
+    checked_facts,
+    lay_out,
+    opened,
+    silent,
+    tokenizer_of,
+    trunk_folder,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class TrainResult:
+    """A trained editor.
+
+    Attributes:
+        saved: the editor and what its folder says.
+        folder: where it lies.
+        records: every step, those of interrupted runs included.
+        leaks: unrelated questions that are also edit prompts.
+    """
+
+    saved: SavedEditor
+    folder: Path
+    records: tuple[StepRecord, ...]
+    leaks: tuple[str, ...]
+
+
+def train(
+    model: str | LoadedModel,
+    facts: str | Path | Sequence[Fact],
+    out: str | Path,
+    locality: str | Path | Sequence[Question] | None = None,
+    settings: TrainSettings = TrainSettings(),
+    editor: EditorSettings = EditorSettings(),
+    limit: int | None = None,
+    strict: bool = False,
+    calibrate: str | Path | None = None,
+    text: str | Path | None = None,
+    calibration: CalibrationSettings = CalibrationSettings(),
+    trunk: TrunkSettings = TrunkSettings(),
+    dtype: str = "float32",
+    progress: Progress = silent,
+    starting: Callable[[Trainer, float], None] = lambda trainer, seconds: None,
+    stepped: Callable[[StepRecord], None] = lambda record: None,
+) -> TrainResult:
+    """Trains an editor, or goes on with the one that ``out`` holds.
+
+    Args:
+        model: a name, a folder, a GGUF file, or a loaded model.
+        facts: a facts file, or facts, with paraphrases.
+        out: the editor's folder.
+        locality: unrelated questions; None takes each fact's own.
+        settings: how to train.
+        editor: what the editor is.
+        limit: the first so many facts.
+        strict: refuse duplicates and contradictions in place of skipping the later ones.
+        calibrate: calibration facts in place of the project's own.
+        text: calibration text in place of the project's own.
+        calibration: how the model is calibrated.
+        trunk: grouping of questions and the disk budget.
+        dtype: the model is loaded in.
+        progress: called with stage and share done, before training starts.
+        starting: called with the trainer and the expected seconds, before the first step.
+        stepped: called after every step.
+
+    Raises:
+        MalmendError: any bad input, in one sentence.
+    """
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True) if folder.parent.is_dir() else None
+    writable(folder / "editor.json")
+    known = checked_facts(facts, tokenizer_of(model), editor.end_of_answer, limit, strict)
+    others = read_questions(locality) if isinstance(locality, str | Path) else tuple(locality or ())
+    loaded = opened(model, dtype)
+    bench = lay_out(loaded, editor.layers, editor.sites, editor.end_of_answer, trunk=trunk)
+    found = calibrated(bench, editor, calibrate, text, calibration, progress)
+    trainer = Trainer(
+        found.editor(editor, bench.trunk, settings.seed),
+        bench.trunk,
+        bench.encoder,
+        known,
+        others,
+        settings,
+        _pairs_store(bench, editor, trunk),
+    )
+    about = _about(bench, known, settings)
+    records = _resumed(trainer, folder, about)
+    starting(trainer, estimate_seconds(trainer) if trainer.step < settings.steps else 0.0)
+    for record in trainer.run():
+        records.append(record)
+        stepped(record)
+        if record.step % settings.save_every == 0 or record.step == settings.steps:
+            curve = [asdict(one) for one in records]
+            trainer.save(folder, {**about, "curve": curve})
+            save_editor(trainer.editor, {**about, "step": record.step, "curve": curve}, folder)
+    return TrainResult(load_editor(folder), folder, tuple(records), tuple(leaks(known)))
+
+
+def _resumed(trainer: Trainer, folder: Path, about: dict[str, Any]) -> list[StepRecord]:
+    """Goes on from the folder's checkpoint, if it has one of the same model and facts."""
+    if not (folder / "training.safetensors").is_file():
+        return []
+    said: dict[str, Any] = dict(trainer.resume(folder))
+    for name, what in (("base", "model"), ("facts_sha256", "facts")):
+        if said.get(name) != about[name]:
+            raise EditorError(
+                f"{folder} holds an editor in training on another {what}; give the same {what} "
+                "to go on with it, or another --out."
+            )
+    return [StepRecord(**row) for row in said["curve"]]
+
+
+def _about(bench: Workbench, facts: FactSet, settings: TrainSettings) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for fact in facts:
+        digest.update(f"{fact.prompt}\x1f{fact.answer}\x1f{fact.paraphrases}\x1e".encode())
+    return {
+        "malmend": version("malmend"),
+        "torch": version("torch"),
+        "model": bench.loaded.name,
+        "base": bench.loaded.fingerprint,
+        "facts": len(facts),
+        "facts_source": facts.source,
+        "facts_sha256": digest.hexdigest(),
+        "training": asdict(settings),
+    }
+
+
+def _pairs_store(bench: Workbench, editor: EditorSettings, trunk: TrunkSettings) -> ActivationStore:
+    """Captured pairs on disk, apart by everything that they depend on."""
+    what = repr(
+        (
+            editor.tokens,
+            editor.end_of_answer,
+            editor.descent,
+            sorted(s.name for s in bench.trunk.sites),
+        )
+    )
+    tag = hashlib.sha256(what.encode()).hexdigest()[:12]
+    width = sum(sum(site.shape_VK) for site in bench.trunk.sites)
+    folder = trunk_folder(bench.loaded) / f"pairs-{tag}"
+    return ActivationStore(folder, width, bench.trunk.wide, trunk.store_bytes)

@@ -1,0 +1,199 @@
+"""Tables and progress for the terminal: the only file beside cli.py that knows how things look."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from malmend.commands.ask import AskResult
+from malmend.commands.demo import DemoResult
+from malmend.commands.edit import EditResult
+from malmend.commands.inspect import Inspection
+from malmend.commands.train import TrainResult
+from malmend.editors.training import StepRecord
+from malmend.evaluation.report import PROTOCOLS, Report, Scores
+from malmend.facts.fact import FactSet
+
+OUT = Console()
+ERR = Console(stderr=True)
+QUESTIONS = {
+    "ES": "edit prompts",
+    "GS": "paraphrases",
+    "LS": "unrelated questions",
+}
+
+
+@contextmanager
+def bars() -> Iterator[Any]:
+    """Progress bars on standard error, one per stage; yields the callback to feed them."""
+    columns = (
+        TextColumn("{task.description:<38}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=ERR) as shown:
+        tasks: dict[str, TaskID] = {}
+
+        def report(stage: str, share: float) -> None:
+            if stage not in tasks:
+                tasks[stage] = shown.add_task(escape(stage), total=1.0)
+            shown.update(tasks[stage], completed=share)
+            if share >= 1.0:
+                shown.stop_task(tasks[stage])
+
+        yield report
+
+
+def edited(result: EditResult) -> None:
+    """What an edit did."""
+    skipped(result.facts)
+    facts = len(result.facts)
+    OUT.print(
+        f"Edited {facts:,} fact{'s' * (facts != 1)} at {len(result.patch.factors)} layers in "
+        f"{result.seconds:.1f} s: the edit prompts' answer tokens are right "
+        f"{_percent(result.edited)} of the time, {_percent(result.unedited)} before "
+        "(token ratio, teacher forced)."
+    )
+    if result.path is not None:
+        size = result.path.stat().st_size / 1e6
+        OUT.print(f"Patch: {escape(str(result.path))} ({size:.1f} MB)")
+
+
+def skipped(facts: FactSet) -> None:
+    """Which facts were left out, and why."""
+    if not facts.skipped:
+        return
+    kinds = [one.kind for one in facts.skipped]
+    OUT.print(
+        f"Skipped {len(kinds)} facts: {kinds.count('duplicate')} duplicates and "
+        f"{kinds.count('contradiction')} contradictions of earlier lines (--strict refuses them)."
+    )
+    for one in facts.skipped[:10]:
+        OUT.print(f"  line {one.fact.line}: {one.kind} of line {one.earlier.line}", highlight=False)
+    if len(kinds) > 10:
+        OUT.print(f"  and {len(kinds) - 10} more")
+
+
+def report(result: Report) -> None:
+    """Unedited beside edited, each column's protocol named."""
+    table = Table(title=f"{result.facts:,} facts, {escape(str(result.about['model']))}")
+    table.add_column("question")
+    table.add_column("protocol")
+    table.add_column("unedited", justify="right")
+    if result.edited:
+        table.add_column("edited", justify="right")
+    for kind, before in result.unedited.items():
+        after = result.edited.get(kind)
+        for index, (metric, cells) in enumerate(_lines(before, after)):
+            label = f"{kind} ({QUESTIONS[kind]})" if index == 0 else ""
+            table.add_row(label, metric, *cells[: 2 if result.edited else 1])
+        table.add_section()
+    if result.perplexity:
+        cells = [f"{result.perplexity[key]:.2f}" for key in result.perplexity]
+        table.add_row("text", "perplexity", *cells)
+    OUT.print(table)
+    for metric, meaning in PROTOCOLS.items():
+        if metric != "interval":
+            OUT.print(f"  {metric.replace('_', ' ')}: {meaning}", style="dim", highlight=False)
+
+
+def _lines(before: Scores, after: Scores | None) -> Iterator[tuple[str, list[str]]]:
+    for metric in ("token_ratio", "exact", "generated", "retention", "kl"):
+        values = [getattr(one, metric) if one else None for one in (before, after)]
+        if values == [None, None]:
+            continue
+        if metric == "kl":
+            cells = ["" if value is None else f"{value:.3f}" for value in values]
+        else:
+            cells = ["" if value is None else _percent(value) for value in values]
+        if metric == "token_ratio":
+            for index, one in enumerate((before, after)):
+                if one and one.interval:
+                    cells[index] += f" ± {100 * one.interval:.1f}"
+        yield metric.replace("_", " "), cells
+
+
+def asked(result: AskResult) -> None:
+    """A prompt and what the model says."""
+    OUT.print(f"[bold]{escape(result.prompt)}[/bold]", highlight=False)
+    if result.edited is None:
+        OUT.print(escape(result.unedited), highlight=False)
+        return
+    OUT.print(f"  unedited: {escape(result.unedited)}", highlight=False)
+    OUT.print(f"  edited:   {escape(result.edited)}", highlight=False)
+
+
+def step(record: StepRecord, steps: int) -> None:
+    """One line per training step."""
+    OUT.print(
+        f"step {record.step:>4}/{steps}  loss {record.gen + record.loc:.4f}  "
+        f"generality {record.gen:.4f}  locality {record.loc:.4f}  "
+        f"gradient {record.grad_norm:.3g}  eta {record.eta:.3g}  {record.seconds:.1f} s",
+        highlight=False,
+    )
+
+
+def trained(result: TrainResult) -> None:
+    """Where the editor lies and how the loss went."""
+    if result.leaks:
+        OUT.print(f"{len(result.leaks)} unrelated questions are also edit prompts; the first:")
+        OUT.print(f"  {escape(result.leaks[0])}")
+    first, last = result.records[0], result.records[-1]
+    OUT.print(
+        f"Trained {last.step} steps: meta-loss {first.gen + first.loc:.3f} at the first, "
+        f"{last.gen + last.loc:.3f} at the last.  Editor: {escape(str(result.folder))}"
+    )
+
+
+def inspected(result: Inspection) -> None:
+    """Names and values, nested ones indented."""
+    OUT.print(f"[bold]{result.kind}[/bold] {escape(result.name)}", highlight=False)
+    _entries(result.entries, 2)
+
+
+def _entries(entries: Mapping[str, Any], indent: int) -> None:
+    for name, value in entries.items():
+        if isinstance(value, Mapping):
+            OUT.print(f"{' ' * indent}{escape(name)}:", highlight=False)
+            _entries(value, indent + 2)
+        elif isinstance(value, list) and value and isinstance(value[0], str):
+            OUT.print(f"{' ' * indent}{escape(name)}: {len(value)}", highlight=False)
+            for line in value[:20]:
+                OUT.print(f"{' ' * indent}  {escape(line)}", highlight=False)
+        else:
+            if isinstance(value, list) and value and isinstance(value[0], float):
+                value = ", ".join(f"{one:.4g}" for one in value)
+            shown = f"{value:,}" if isinstance(value, int) else value
+            OUT.print(f"{' ' * indent}{escape(name)}: {escape(str(shown))}", highlight=False)
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}%"
+
+
+def demonstrated(result: DemoResult) -> None:
+    """The demo's figures, answers and the proof that the weights came back."""
+    edited(result.edit)
+    report(result.report)
+    decoded = result.report.about["decoded_facts"]
+    OUT.print(f"  (generated: of the first {decoded:,} facts)", style="dim", highlight=False)
+    OUT.print("\nIn free-running text:")
+    for one in result.asked:
+        asked(one)
+    OUT.print("\nSHA-256 over every bit of every weight:")
+    OUT.print(f"  unedited           {result.weights_before}", highlight=False)
+    OUT.print(f"  with the patch on  {result.weights_during}", highlight=False)
+    OUT.print(f"  patch off again    {result.weights_after}", highlight=False)
+    back = result.weights_before == result.weights_after
+    OUT.print(
+        "The weights are bit for bit what they were."
+        if back
+        else "The weights did NOT come back as they were; please report this."
+    )
