@@ -12,63 +12,82 @@ The commands of the command line are functions with the same words::
         ...  # the edited model; afterwards the weights are bit for bit what they were
 """
 
-from importlib.metadata import version
+from __future__ import annotations
 
-from malmend.commands.ask import AskResult, ask
-from malmend.commands.demo import DemoResult, demo
-from malmend.commands.edit import EditResult, edit
-from malmend.commands.evaluate import evaluate
-from malmend.commands.evaluate import evaluate as eval
-from malmend.commands.inspect import Inspection, inspect
-from malmend.commands.train import TrainResult, train
-from malmend.editors.editor import EditorSettings, published, training_free
-from malmend.editors.network import NetworkSettings
-from malmend.editors.training import TrainSettings, published_training
-from malmend.errors import EditorError, FactsError, MalmendError, ModelError, PatchError
-from malmend.evaluation.report import Report
-from malmend.facts.fact import Fact, FactSet, Question
-from malmend.facts.readers import read_facts
-from malmend.models.capture import Descent
-from malmend.models.load import LoadedModel, load_model, prepared
-from malmend.patch import Patch, applied, load_patch, save_patch
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__version__ = version("malmend")
+if TYPE_CHECKING:
+    from malmend.commands.ask import AskResult as AskResult
+    from malmend.commands.ask import ask as ask
+    from malmend.commands.demo import DemoResult as DemoResult
+    from malmend.commands.demo import demo as demo
+    from malmend.commands.edit import EditResult as EditResult
+    from malmend.commands.edit import edit as edit
+    from malmend.commands.evaluate import evaluate as evaluate
+    from malmend.commands.inspect import Inspection as Inspection
+    from malmend.commands.inspect import inspect as inspect
+    from malmend.commands.train import TrainResult as TrainResult
+    from malmend.commands.train import train as train
+    from malmend.editors.editor import EditorSettings as EditorSettings
+    from malmend.editors.editor import published as published
+    from malmend.editors.editor import training_free as training_free
+    from malmend.editors.network import NetworkSettings as NetworkSettings
+    from malmend.editors.training import TrainSettings as TrainSettings
+    from malmend.editors.training import published_training as published_training
+    from malmend.errors import EditorError as EditorError
+    from malmend.errors import FactsError as FactsError
+    from malmend.errors import MalmendError as MalmendError
+    from malmend.errors import ModelError as ModelError
+    from malmend.errors import PatchError as PatchError
+    from malmend.evaluation.report import Report as Report
+    from malmend.facts.fact import Fact as Fact
+    from malmend.facts.fact import FactSet as FactSet
+    from malmend.facts.fact import Question as Question
+    from malmend.facts.readers import read_facts as read_facts
+    from malmend.models.capture import Descent as Descent
+    from malmend.models.load import LoadedModel as LoadedModel
+    from malmend.models.load import load_model as load_model
+    from malmend.models.load import prepared as prepared
+    from malmend.patch import Patch as Patch
+    from malmend.patch import applied as applied
+    from malmend.patch import load_patch as load_patch
+    from malmend.patch import save_patch as save_patch
 
-__all__ = [
-    "AskResult",
-    "DemoResult",
-    "Descent",
-    "EditResult",
-    "EditorError",
-    "EditorSettings",
-    "Fact",
-    "FactSet",
-    "FactsError",
-    "Inspection",
-    "LoadedModel",
-    "MalmendError",
-    "ModelError",
-    "NetworkSettings",
-    "Patch",
-    "PatchError",
-    "Question",
-    "Report",
-    "TrainResult",
-    "TrainSettings",
-    "applied",
-    "ask",
-    "demo",
-    "edit",
-    "eval",
-    "evaluate",
-    "inspect",
-    "load_model",
-    "load_patch",
-    "prepared",
-    "published",
-    "published_training",
-    "read_facts",
-    "save_patch",
-    "train",
-    "training_free",
-]
+# Loaded on first use, so that `malmend --help` does not wait for torch.
+_HOME = {
+    "commands.ask": ("AskResult", "ask"),
+    "commands.demo": ("DemoResult", "demo"),
+    "commands.edit": ("EditResult", "edit"),
+    "commands.evaluate": ("evaluate",),
+    "commands.inspect": ("Inspection", "inspect"),
+    "commands.train": ("TrainResult", "train"),
+    "editors.editor": ("EditorSettings", "published", "training_free"),
+    "editors.network": ("NetworkSettings",),
+    "editors.training": ("TrainSettings", "published_training"),
+    "errors": ("EditorError", "FactsError", "MalmendError", "ModelError", "PatchError"),
+    "evaluation.report": ("Report",),
+    "facts.fact": ("Fact", "FactSet", "Question"),
+    "facts.readers": ("read_facts",),
+    "models.capture": ("Descent",),
+    "models.load": ("LoadedModel", "load_model", "prepared"),
+    "patch": ("Patch", "applied", "load_patch", "save_patch"),
+}
+_MODULES = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = ["__version__", "eval", *_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("malmend")
+    known = "evaluate" if name == "eval" else name  # the command line's word
+    if known not in _MODULES:
+        raise AttributeError(f"module 'malmend' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"malmend.{_MODULES[known]}"), known)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -114,8 +114,7 @@ def _train(arguments: list[str]) -> None:
     _settings(parser, network=True)
     parser.add_class_arguments(TrainSettings)
     if "--paper" in arguments:
-        method = "mend" if "mend" in arguments else "malmen"
-        defaults = _flat({**vars(published(method)), **vars(published_training())})
+        defaults = _flat({**vars(published()), **vars(published_training())})
         parser.set_defaults(defaults)
     given = _parse(parser, arguments)
     given.pop("paper")

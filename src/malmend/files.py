@@ -57,6 +57,27 @@ def writable(path: str | Path) -> Path:
     return path
 
 
+def writable_folder(path: str | Path) -> Path:
+    """Makes the folder if need be (its parent must exist) and checks that it takes files.
+
+    Raises:
+        MalmendError: ``path`` is a file, its parent does not exist, or it takes no file.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise MalmendError(f"{path} is a file, expected a folder to write into.")
+    try:
+        path.mkdir(exist_ok=True)
+    except FileNotFoundError:
+        raise MalmendError(f"There is no folder {path.parent} to make {path.name} in.") from None
+    except OSError as error:
+        raise MalmendError(
+            f"{path} cannot be made ({reason(error)}); give another path."
+        ) from error
+    writable(path / "probe")
+    return path
+
+
 def reason(error: Exception) -> str:
     """The short reason in an exception, one line."""
     return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]

@@ -137,7 +137,7 @@ def sites_of(model: PreTrainedModel, patch: Patch) -> list[Site]:
 
 def save_patch(patch: Patch, path: str | Path) -> None:
     """Writes the file beside and renames it, so that no half-written patch is ever found."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, factors in patch.factors.items():
         parts = ("shift",) if len(factors) == 1 else ("left", "right")
         tensors |= {f"{name}.{part}": t for part, t in zip(parts, factors, strict=True)}

@@ -137,6 +137,7 @@ def step(record: StepRecord, steps: int) -> None:
         f"generality {record.gen:.4f}  locality {record.loc:.4f}  "
         f"gradient {record.grad_norm:.3g}  eta {record.eta:.3g}  {record.seconds:.1f} s",
         highlight=False,
+        soft_wrap=True,
     )
 
 

@@ -25,7 +25,7 @@ from malmend.facts.fact import Fact, FactSet
 from malmend.facts.readers import read_facts, read_text
 from malmend.facts.tokens import Encoder, EndOfAnswer
 from malmend.models.load import LoadedModel, cache_folder, load_model, load_tokenizer
-from malmend.models.sites import find_sites
+from malmend.models.sites import Site
 from malmend.models.trunk import Trunk, TrunkSettings
 
 Progress = Callable[[str, float], None]
@@ -46,15 +46,13 @@ class Workbench:
 
 def lay_out(
     loaded: LoadedModel,
-    layers: int = 6,
-    sites: str | None = None,
+    sites: Sequence[Site],
     end_of_answer: EndOfAnswer = "eos",
     chat: bool = False,
     trunk: TrunkSettings = TrunkSettings(),
 ) -> Workbench:
-    """Finds the sites, cuts the model there, and makes the encoder."""
-    found = find_sites(loaded.model, layers, sites)
-    cut = Trunk(loaded.model, found, trunk, trunk_folder(loaded))
+    """Cuts the model at its sites (lowest first) and makes the encoder."""
+    cut = Trunk(loaded.model, sites, trunk, trunk_folder(loaded))
     return Workbench(loaded, cut, encoder_of(loaded.tokenizer, end_of_answer, chat))
 
 

@@ -13,6 +13,7 @@ from malmend.commands.evaluate import evaluate
 from malmend.evaluation.report import Report
 from malmend.facts.fact import Fact
 from malmend.facts.readers import read_facts
+from malmend.files import writable_folder
 from malmend.models.load import LoadedModel, load_model
 from malmend.patch import applied
 from malmend.workbench import Progress, shipped, silent
@@ -52,8 +53,7 @@ def demo(
         progress: called with stage and share done.
         told: called with a line about what comes next.
     """
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = writable_folder(out)
     known = _demo_facts(facts)
     told(f"Loading {model}.")
     loaded = load_model(model)

@@ -19,6 +19,7 @@ from malmend.facts.fact import Fact, FactSet
 from malmend.files import writable
 from malmend.models.capture import capture
 from malmend.models.load import LoadedModel
+from malmend.models.sites import find_sites
 from malmend.models.trunk import TrunkSettings
 from malmend.numerics.ridge import mean_residual
 from malmend.patch import Patch, applied, load_patch, make_patch, save_patch
@@ -100,7 +101,8 @@ def edit(
         chosen = editor.settings
     known = checked_facts(facts, tokenizer_of(model), chosen.end_of_answer, limit, strict)
     loaded = opened(model, dtype)
-    bench = lay_out(loaded, chosen.layers, chosen.sites, chosen.end_of_answer, trunk=trunk)
+    sites = find_sites(loaded.model, chosen.layers, chosen.sites)
+    bench = lay_out(loaded, sites, chosen.end_of_answer, trunk=trunk)
     if saved is not None:
         ready = saved.editor
         if saved.base != loaded.fingerprint:

@@ -11,12 +11,12 @@ from malmend.evaluation.report import Report, rows_of, scores
 from malmend.facts.fact import Fact
 from malmend.facts.readers import read_text
 from malmend.models.load import LoadedModel
+from malmend.models.sites import find_sites
 from malmend.models.trunk import TrunkSettings
 from malmend.patch import Patch, applied, check_base, load_patch, sites_of
 from malmend.workbench import (
     Progress,
     checked_facts,
-    encoder_of,
     lay_out,
     opened,
     silent,
@@ -64,16 +64,15 @@ def evaluate(
     known = checked_facts(facts, tokenizer_of(model), "eos", limit, strict)
     loaded = opened(model, dtype)
     made = patch.provenance.get("settings", {}) if patch else {}
-    pattern = None
-    if patch is not None:
+    if patch is None:
+        sites = list(find_sites(loaded.model))
+    else:
         check_base(loaded, patch, force)
-        sites_of(loaded.model, patch)
-        pattern = made.get("sites")
+        sites = sites_of(loaded.model, patch)
     end = made.get("end_of_answer", "eos")
-    bench = lay_out(loaded, made.get("layers", 6), pattern, end, chat, trunk)
-    encoder = encoder_of(loaded.tokenizer, end, chat)
+    bench = lay_out(loaded, sites, end, chat, trunk)
     count = _Counter(progress, 2 if patch else 1)
-    examiner = Examiner(loaded, bench.trunk, encoder, count)
+    examiner = Examiner(loaded, bench.trunk, bench.encoder, count)
     asked = examiner.questions(known)
     distinct = {question for _, _, question in asked}
     count.expect(len(distinct) + len(examiner.spoken_of(asked, decode_facts)))

@@ -17,8 +17,9 @@ from malmend.errors import EditorError
 from malmend.facts.fact import Fact, FactSet, Question
 from malmend.facts.lint import leaks
 from malmend.facts.readers import read_questions
-from malmend.files import writable
+from malmend.files import writable_folder
 from malmend.models.load import LoadedModel
+from malmend.models.sites import find_sites
 from malmend.models.store import ActivationStore
 from malmend.models.trunk import TrunkSettings
 from malmend.workbench import (
@@ -93,12 +94,12 @@ def train(
         MalmendError: any bad input, in one sentence.
     """
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True) if folder.parent.is_dir() else None
-    writable(folder / "editor.json")
+    writable_folder(folder)
     known = checked_facts(facts, tokenizer_of(model), editor.end_of_answer, limit, strict)
     others = read_questions(locality) if isinstance(locality, str | Path) else tuple(locality or ())
     loaded = opened(model, dtype)
-    bench = lay_out(loaded, editor.layers, editor.sites, editor.end_of_answer, trunk=trunk)
+    sites = find_sites(loaded.model, editor.layers, editor.sites)
+    bench = lay_out(loaded, sites, editor.end_of_answer, trunk=trunk)
     found = calibrated(bench, editor, calibrate, text, calibration, progress)
     trainer = Trainer(
         found.editor(editor, bench.trunk, settings.seed),

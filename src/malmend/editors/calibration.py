@@ -4,8 +4,8 @@ Per site: mean and spread of keys and value gradients over calibration facts, an
 k k^T over the tokens of general text (all but each line's first token: it is an attention sink and
 holds 99% of the trace).  Then starting values of eta and alpha, by a search that edits calibration
 facts and takes the pair with the least meta-loss on their paraphrases and on unrelated questions:
-by turns a fact's own (a near one: the same relation of another subject) and the end of a line of
-the text (a far one).
+for one fact in four its own (a near one: the same relation of another subject), for the others the
+end of a line of the text (a far one).
 
 Everything is fixed from then on, so that what is asked of a token depends on its fact alone.
 
@@ -37,7 +37,7 @@ from malmend.models.trunk import Trunk
 from malmend.numerics.moments import RunningMoments
 from malmend.patch import shifted
 
-FORMAT = 1
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,10 @@ class CalibrationSettings:
         search_facts: facts edited at once while eta and alpha are searched.
         text_tokens: tokens of general text that C is averaged over.
         etas: candidates; for the published form they span orders of magnitude.
-        alphas: candidates.
+        alphas: candidates; more than 30 looks better to a search with few facts, and then costs
+            edit success at a thousand.
         published_etas: candidates of the published form.
+        sum_etas: candidates where shifts are summed, which adds up what the facts share.
         unrelated_tokens: tokens at a line's end that count as an unrelated answer.
         ridge: lambda as a share of alpha times the mean of C's diagonal.
         locality: weight of the KL in the meta-loss that the search minimises.
@@ -61,7 +63,8 @@ class CalibrationSettings:
     text_tokens: int = 16_000
     etas: tuple[float, ...] = (0.8, 1.0, 1.2, 1.4, 1.7)
     published_etas: tuple[float, ...] = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
-    alphas: tuple[float, ...] = (10.0, 30.0, 100.0)
+    sum_etas: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0)
+    alphas: tuple[float, ...] = (10.0, 30.0)
     unrelated_tokens: int = 5
     ridge: float = 0.01
     locality: float = 1.0
@@ -110,7 +113,9 @@ def calibrate(
             "add paraphrases, or leave --calibrate out."
         )
     passages = _passages(encoder, text)
-    covariances = covariance(trunk, passages, settings.text_tokens, progress)
+    covariances: list[Tensor | None] = [None] * len(trunk.sites)
+    if editor_settings.prior == "text":
+        covariances = [*covariance(trunk, passages, settings.text_tokens, progress)]
     moment_facts = usable[: settings.moment_facts]
     captured = capture(
         trunk,
@@ -128,7 +133,11 @@ def calibrate(
         known.keys.add(pair.keys_NK)
         known.value_grads.add(pair.value_grads_NV)
         statistics[site.name] = known
-    start = Calibration(statistics, 1.0, settings.alphas[0], settings.ridge)
+    # Without C, lambda is absolute and starts at 1 (log lambda at 0), as published.
+    ridge = settings.ridge if editor_settings.prior == "text" else 1.0
+    start = Calibration(statistics, editor_settings.eta or 1.0, settings.alphas[0], ridge)
+    if editor_settings.eta is not None:
+        return start
     unrelated = _unrelated(encoder, moment_facts, passages, settings)
     return _search(
         trunk,
@@ -185,14 +194,14 @@ def _unrelated(
     passages: Sequence[Encoded],
     settings: CalibrationSettings,
 ) -> list[Encoded]:
-    """One unrelated question per fact, near and far by turns.
+    """One unrelated question per fact, one in four of them near.
 
     Of the text, the last lines come first, for they are the least likely to be in C.
     """
     questions = []
     for index, fact in enumerate(facts[: settings.search_facts]):
         ids = passages[-1 - index % len(passages)].ids
-        if index % 2 and fact.unrelated:
+        if index % 4 == 3 and fact.unrelated:
             questions.append(encoder.encode(fact.unrelated[0]))
         else:
             start = max(1, len(ids) - settings.unrelated_tokens)
@@ -225,8 +234,12 @@ def _search(
         Judged(encoder.encode(fact.equivalents[0]), other, known)
         for fact, other, known in zip(facts, unrelated, states, strict=True)
     ]
-    etas = settings.etas if editor_settings.form == "residual" else settings.published_etas
-    alphas = settings.alphas if editor_settings.method == "malmen" else settings.alphas[:1]
+    etas = settings.etas if editor_settings.method == "malmen" else settings.sum_etas
+    if editor_settings.form == "published":
+        etas = settings.published_etas
+    # Neither a sum nor a prior without C has an alpha.
+    has_alpha = editor_settings.method == "malmen" and editor_settings.prior == "text"
+    alphas = settings.alphas if has_alpha else settings.alphas[:1]
     without_network = replace(editor_settings, network=replace(editor_settings.network, blocks=0))
     tried = []
     candidates = list(itertools.product(etas, alphas))
@@ -264,8 +277,10 @@ def calibration_key(
     text: str,
 ) -> str:
     """A name for the calibration that these inputs give."""
-    used = [(f.prompt, f.answer, f.paraphrases[:1], f.unrelated[:1]) for f in facts]
-    used = [(p, a, e, [(q.prompt, q.answer) for q in u]) for p, a, e, u in used]
+    used = [
+        (f.prompt, f.answer, f.paraphrases[:1], [(q.prompt, q.answer) for q in f.unrelated[:1]])
+        for f in facts
+    ]
     what = {
         "format": FORMAT,
         "model": fingerprint,
@@ -312,7 +327,8 @@ def load_calibration(path: Path) -> Calibration:
             one.count = count
             one.mean_F, one.m2_F = tensors[f"{name}.{part}_mean"], tensors[f"{name}.{part}_m2"]
             moments.append(one)
-        statistics[name] = SiteStatistics(*moments, tensors.get(f"{name}.covariance"))
+        covariance_KK = tensors.get(f"{name}.covariance")
+        statistics[name] = SiteStatistics(moments[0], moments[1], covariance_KK)
     return Calibration(
         statistics, header["eta"], header["alpha"], header["ridge"], tuple(header["tried"])
     )

@@ -15,7 +15,7 @@ in log space, one of each per site.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -33,8 +33,6 @@ from malmend.models.sites import Site
 from malmend.numerics.moments import RunningMoments
 from malmend.numerics.ridge import Prior, PriorGrads
 
-METHODS = {"malmen": Malmen, "mend": Mend}
-
 
 @dataclass(frozen=True)
 class EditorSettings:
@@ -48,6 +46,9 @@ class EditorSettings:
         tokens: which tokens are captured, "answer" or "all".
         end_of_answer: what is trained after the answer: "eos", "newline" or "none".
         descent: how value gradients are descended; null captures plain gradients, as published.
+        prior: "text" for alpha C + lambda I with C from general text, "identity" for lambda I
+            alone, as published.
+        eta: start of the learning rate; null searches it (and alpha) on calibration facts.
         network: size and start of the network; ``blocks: 0`` for an editor without one.
     """
 
@@ -58,6 +59,8 @@ class EditorSettings:
     tokens: Tokens = "answer"
     end_of_answer: EndOfAnswer = "eos"
     descent: Descent | None = field(default_factory=Descent)
+    prior: Literal["text", "identity"] = "text"
+    eta: float | None = None
     network: NetworkSettings = field(default_factory=NetworkSettings)
 
 
@@ -67,10 +70,15 @@ def training_free(method: Literal["malmen", "mend"] = "malmen") -> EditorSetting
 
 
 def published(method: Literal["malmen", "mend"] = "malmen") -> EditorSettings:
-    """MALMEN A.6 with the published code's network, plain gradients and no end token."""
-    network = NetworkSettings(rank=1920, placement="after", start="normal")
+    """MALMEN A.6: published network and prior, plain gradients, no end token, eta from 1e-6."""
     return EditorSettings(
-        method=method, form="published", end_of_answer="none", descent=None, network=network
+        method=method,
+        form="published",
+        end_of_answer="none",
+        descent=None,
+        prior="identity",
+        eta=1e-6,
+        network=NetworkSettings(rank=1920, placement="after", start="normal"),
     )
 
 
@@ -97,6 +105,9 @@ class Aggregation(Protocol):
 
     def proxy(self, rows: slice, pseudo: Pseudo) -> Tensor:
         """A scalar whose gradient is the meta-gradient of a chunk."""
+
+
+METHODS: dict[str, Callable[[Tensor, int, Prior], Aggregation]] = {"malmen": Malmen, "mend": Mend}
 
 
 class Editor(nn.Module):
@@ -207,7 +218,7 @@ class Editor(nn.Module):
             )
         done = []
         for site, pair in enumerate(captured):
-            aggregation: Aggregation = METHODS[self.settings.method](
+            aggregation = METHODS[self.settings.method](
                 pair.keys_NK, pair.value_grads_NV.shape[1], self.prior(site)
             )
             for rows in chunks(len(pair.keys_NK), chunk):
@@ -244,7 +255,7 @@ class Editor(nn.Module):
         """Raises EditorError unless these are the sites the editor was made for."""
         found = {site.name: tuple(site.shape_VK) for site in sites}
         wanted = {name: tuple(shape) for name, shape in self.shapes.items()}
-        if found != wanted:
+        if list(found.items()) != list(wanted.items()):  # pairs come in the order of the sites
             raise EditorError(
                 f"The editor was made for the layers {_listed(wanted)}, this model offers "
                 f"{_listed(found)}; train or calibrate an editor for this model."

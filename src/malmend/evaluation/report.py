@@ -85,7 +85,7 @@ class Report:
 def scores(examiner: Examiner, replies: Replies, edited: bool) -> dict[str, Scores]:
     """All metrics of one model's replies."""
     retention, kl = examiner.retention(replies) if edited else (None, None)
-    out = {}
+    out: dict[str, Scores] = {}
     kinds: tuple[Kind, ...] = ("ES", "GS", "LS")
     for kind in kinds:
         out[kind] = Scores(

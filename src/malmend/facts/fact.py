@@ -67,7 +67,7 @@ class FactSet(Sequence[Fact]):
     def __len__(self) -> int:
         return len(self.facts)
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def,override]
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
         return self.facts[index]
 
     def __iter__(self) -> Iterator[Fact]:

@@ -56,7 +56,7 @@ class Trunk:
 
     Args:
         model: in evaluation mode, parameters not requiring gradients.
-        sites: the layers to be edited, lowest first.
+        sites: the layers to be edited, in any order.
         settings: grouping and budget.
         store_folder: where activations are kept; None keeps none.
     """

@@ -1,0 +1,1 @@
+"""Its place makes tests/helpers.py importable from every folder of tests."""

@@ -1,0 +1,370 @@
+"""The decoupled meta-gradient equals autograd through the whole edit.
+
+The reference shares no code with the pipeline: captures one question at a time through the whole
+model, writes the network out, solves the primal normal equations by LU, and runs the whole edited
+model on one unpadded question at a time.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+from support import (
+    captured_of,
+    copies,
+    encoder,
+    random_editor,
+    random_facts,
+    statistics_of,
+    tiny_model,
+    tiny_trunk,
+)
+from torch import Tensor
+from torch.func import functional_call
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from malmend.editors.editor import Editor, EditorSettings
+from malmend.editors.metaloss import Judged, meta_loss
+from malmend.editors.network import NetworkSettings
+from malmend.facts.fact import Fact
+from malmend.facts.tokens import Encoded
+from malmend.models.capture import Captured, Descent
+from malmend.models.trunk import Trunk
+from malmend.patch import shifted
+
+LOCALITY = 0.7
+BATCHINGS = [(1, 1), (30, 3), (4096, 4096)]  # trunk positions, network tokens at once
+
+
+@dataclass(frozen=True)
+class Case:
+    method: str = "malmen"
+    family: str = "llama"
+    many: bool = False
+    covariance: bool = True
+    form: str = "residual"
+    placement: str = "before"
+    tokens: str = "answer"
+    descent: bool = False
+
+    @property
+    def settings(self) -> EditorSettings:
+        return EditorSettings(
+            method=self.method,
+            form=self.form,
+            layers=2,
+            tokens=self.tokens,
+            descent=Descent(steps=4) if self.descent else None,
+            network=NetworkSettings(rank=5, placement=self.placement),
+        )
+
+    @property
+    def eta(self) -> float:
+        return 0.5 if self.form == "residual" else 0.01
+
+
+def _cases() -> list[Case]:
+    """Sixteen of the 256 cases, in which every three choices meet in every combination."""
+    cases = []
+    for a, b, c, d in itertools.product((0, 1), repeat=4):
+        e, f, g, h = b ^ c ^ d, a ^ c ^ d, a ^ b ^ c, a ^ b ^ d
+        cases.append(
+            Case(
+                method=("malmen", "mend")[a],
+                family=("llama", "gpt2")[b],
+                many=bool(c),
+                covariance=bool(d),
+                form=("residual", "published")[e],
+                placement=("before", "after")[f],
+                tokens=("answer", "all")[g],
+                descent=bool(h),
+            )
+        )
+    return cases
+
+
+def test_the_cases_meet_in_threes():
+    rows = [list(vars(case).values()) for case in _cases()]
+    for three in itertools.combinations(range(8), 3):
+        assert len({tuple(row[i] for i in three) for row in rows}) == 8
+
+
+@pytest.mark.parametrize("case", _cases(), ids=lambda case: "-".join(map(str, vars(case).values())))
+def test_metagradient_of_every_parameter(case):
+    facts = random_facts(14 if case.many else 3, seed=1)
+    model = tiny_model(case.family)
+    captured = captured_of(tiny_trunk(model), facts, case.settings)
+    count, width = captured[0].keys_NK.shape
+    assert (count > width) == case.many
+    editor = random_editor(
+        case.settings, tiny_trunk(model), captured, case.covariance, eta=case.eta
+    ).double()
+    # The descended gradients have their own tests; the plain ones are taken anew.
+    pairs = captured if case.descent else _captured_alone(model, editor.names, facts, case.tokens)
+    wanted_loss, wanted = _through_the_edit(model, editor, pairs, facts)
+    _check_not_vacuous(case, wanted)
+    for batch_tokens, chunk in BATCHINGS:
+        loss, found = _decoupled(editor, tiny_trunk(model, batch_tokens=batch_tokens), facts, chunk)
+        assert loss == pytest.approx(wanted_loss, rel=1e-10)
+        _compare(found, wanted)
+
+
+@pytest.mark.parametrize("method", ["malmen", "mend"])
+@pytest.mark.parametrize("placement", ["before", "after"])
+def test_metagradient_at_the_identity_start(method, placement):
+    """Where every pre-activation is exactly 0, the last block's U has a gradient all the same."""
+    case = Case(method=method, placement=placement, descent=True)
+    facts, model = random_facts(4, seed=2), tiny_model()
+    trunk = tiny_trunk(model)
+    captured = captured_of(trunk, facts, case.settings)
+    shapes = {site.name: site.shape_VK for site in trunk.sites}
+    fresh = Editor(case.settings, shapes, statistics_of(trunk, captured), 0.7, 2.0, 0.1).double()
+    _, wanted = _through_the_edit(model, fresh, captured, facts)
+    for name, grad in wanted.items():
+        if name.endswith("up_FR"):
+            assert grad.norm() > 1e-6, name
+    for batch_tokens, chunk in BATCHINGS:
+        _, found = _decoupled(fresh, tiny_trunk(model, batch_tokens=batch_tokens), facts, chunk)
+        _compare(found, wanted)
+
+
+@pytest.mark.parametrize("method", ["malmen", "mend"])
+def test_metagradient_with_two_shapes_and_several_sites_in_the_first_block(method):
+    settings = EditorSettings(
+        method=method, descent=None, network=NetworkSettings(rank=5, placement="after")
+    )
+    facts, model = random_facts(8, seed=3), tiny_model("gpt2")
+    pattern = "transformer.h.[12].mlp.c_*"
+    trunk = tiny_trunk(model, pattern=pattern)
+    captured = captured_of(trunk, facts, settings)
+    editor = random_editor(settings, trunk, captured, eta=0.3).double()
+    assert len(editor.names) == 4
+    assert set(editor.networks) == {"32x16", "16x32"}
+    pairs = _captured_alone(model, editor.names, facts, "answer")
+    wanted_loss, wanted = _through_the_edit(model, editor, pairs, facts)
+    for batch_tokens, chunk in BATCHINGS:
+        cut = tiny_trunk(model, pattern=pattern, batch_tokens=batch_tokens)
+        loss, found = _decoupled(editor, cut, facts, chunk)
+        assert loss == pytest.approx(wanted_loss, rel=1e-10)
+        _compare(found, wanted)
+
+
+@pytest.mark.parametrize("form", ["residual", "published"])
+def test_metagradient_without_a_network(form):
+    settings = EditorSettings(form=form, descent=None, network=NetworkSettings(blocks=0))
+    facts, model = random_facts(5, seed=4), tiny_model()
+    trunk = tiny_trunk(model)
+    captured = captured_of(trunk, facts, settings)
+    editor = random_editor(settings, trunk, captured, eta=0.05).double()
+    _, wanted = _through_the_edit(model, editor, captured, facts)
+    assert set(wanted) == {"log_eta_S", "log_alpha_S", "log_ridge_S"}
+    _compare(_decoupled(editor, trunk, facts, 4)[1], wanted)
+
+
+def test_backward_adds_to_gradients_that_are_there():
+    case = Case()
+    facts, model = random_facts(4, seed=5), tiny_model()
+    trunk = tiny_trunk(model)
+    captured = captured_of(trunk, facts, case.settings)
+    editor = random_editor(case.settings, trunk, captured).double()
+    aggregations = editor.aggregate(captured)
+    grads = {name: torch.randn_like(one.shift()) for name, one in _named(editor, aggregations)}
+    editor.backward(captured, aggregations, grads)
+    once = copies({name: p.grad for name, p in editor.named_parameters()})
+    editor.backward(captured, aggregations, grads)
+    for name, parameter in editor.named_parameters():
+        torch.testing.assert_close(parameter.grad, 2 * once[name], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("method", ["malmen", "mend"])
+@pytest.mark.parametrize("tokens", ["answer", "all"])
+@pytest.mark.parametrize("descent", [None, Descent(steps=5)], ids=["plain", "descent"])
+def test_shift_depends_on_neither_batching_nor_order(method, tokens, descent):
+    settings = EditorSettings(
+        method=method, tokens=tokens, descent=descent, network=NetworkSettings(rank=5)
+    )
+    facts, model = random_facts(12, seed=6), tiny_model()
+    trunk = tiny_trunk(model)
+    captured = captured_of(trunk, facts, settings)
+    editor = random_editor(settings, trunk, captured).double()
+    wanted = editor.shifts(captured)
+    for batch_tokens, chunk in BATCHINGS:
+        for order in (facts, facts[::-1], facts[5:] + facts[:5]):
+            again = captured_of(tiny_trunk(model, batch_tokens=batch_tokens), order, settings)
+            for name, shift_VK in editor.shifts(again, chunk).items():
+                assert (shift_VK - wanted[name]).norm() <= 1e-10 * wanted[name].norm()
+
+
+# --- the pipeline under test ---------------------------------------------------------------------
+
+
+def _decoupled(
+    editor: Editor, trunk: Trunk, facts: Sequence[Fact], chunk: int
+) -> tuple[float, dict[str, Tensor | None]]:
+    """L_meta and its gradients as training takes them."""
+    encode = encoder(editor.settings.end_of_answer).encode
+    captured = captured_of(trunk, facts, editor.settings)
+    unrelated = [encode(fact.unrelated[0]) for fact in facts]
+    states = trunk.unedited_states(unrelated)
+    judged = [
+        Judged(encode(fact.equivalents[0]), other, known)
+        for fact, other, known in zip(facts, unrelated, states, strict=True)
+    ]
+    for parameter in editor.parameters():
+        parameter.grad = None
+    aggregations = editor.aggregate(captured, chunk)
+    shifts = {name: one.shift() for name, one in _named(editor, aggregations)}
+    with shifted(list(trunk.sites), shifts):
+        loss = meta_loss(trunk, judged, LOCALITY)
+    editor.backward(captured, aggregations, loss.shift_grads, chunk)
+    return loss.total, {name: p.grad for name, p in editor.named_parameters()}
+
+
+def _named(editor: Editor, aggregations: Sequence) -> list:
+    return list(zip(editor.names, aggregations, strict=True))
+
+
+# --- the reference ------------------------------------------------------------------------------
+
+
+def _through_the_edit(
+    model: PreTrainedModel, editor: Editor, pairs: Sequence[Captured], facts: Sequence[Fact]
+) -> tuple[float, dict[str, Tensor]]:
+    """L_meta and its gradients by autograd, with the edit inside the graph."""
+    weights = {}
+    for index, (name, pair) in enumerate(zip(editor.names, pairs, strict=True)):
+        module = model.get_submodule(name)
+        shift_VK = _shift(editor, index, pair)
+        shift = shift_VK.T if isinstance(module, Conv1D) else shift_VK
+        weights[f"{name}.weight"] = module.weight + shift
+    encode = encoder(editor.settings.end_of_answer).encode
+    loss = torch.zeros((), dtype=torch.float64)
+    for fact in facts:
+        asked, other = encode(fact.equivalents[0]), encode(fact.unrelated[0])
+        loss = loss - _answer_logs(model, weights, asked)[_picked(asked)].sum() / len(facts)
+        before, after = (_answer_logs(model, w, other) for w in ({}, weights))
+        kl = torch.nn.functional.kl_div(after, before, log_target=True, reduction="sum")
+        loss = loss + LOCALITY * kl / len(facts)
+    names, parameters = zip(*editor.named_parameters(), strict=True)
+    grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+    filled = [
+        torch.zeros_like(p) if grad is None else grad
+        for p, grad in zip(parameters, grads, strict=True)
+    ]
+    return loss.item(), dict(zip(names, filled, strict=True))
+
+
+def _answer_logs(model: PreTrainedModel, weights: dict[str, Tensor], asked: Encoded) -> Tensor:
+    """Log-probabilities at the positions before each answer token, one question, no padding."""
+    inputs = {"input_ids": torch.tensor([asked.ids]), "use_cache": False}
+    logits = functional_call(model, weights, (), inputs).logits[0]
+    return logits[asked.answer_start - 1 : len(asked.ids) - 1].log_softmax(-1)
+
+
+def _picked(asked: Encoded) -> tuple[Tensor, Tensor]:
+    labels = torch.tensor(asked.ids[asked.answer_start :])
+    return torch.arange(len(labels)), labels
+
+
+def _shift(editor: Editor, index: int, pair: Captured) -> Tensor:
+    settings, name = editor.settings, editor.names[index]
+    u, g = pair.keys_NK, pair.value_grads_NV
+    buffers = dict(editor.named_buffers())
+    mean_u, std_u = buffers[f"key_mean_{index}"], buffers[f"key_std_{index}"]
+    mean_g, std_g = buffers[f"grad_mean_{index}"], buffers[f"grad_std_{index}"]
+    x = torch.cat([(u - mean_u) / std_u, (g - mean_g) / std_g], 1)
+    alike = [other for other in editor.names if editor.shapes[other] == editor.shapes[name]]
+    value_width, key_width = editor.shapes[name]
+    y = _network(editor, f"networks.{value_width}x{key_width}", alike.index(name), x)
+    a, b = y[:, :key_width], y[:, key_width:]
+    eta = editor.log_eta_S[index].exp()
+    if settings.form == "published":
+        key, grad = a, eta * b
+    else:
+        key = (u + std_u * (a - x[:, :key_width])) / (u * u).sum(1)[:, None]
+        grad = eta * (g + std_g * (b - x[:, key_width:]))
+    if settings.method == "mend":
+        return -sum(torch.outer(g_j, u_j) for g_j, u_j in zip(grad, key, strict=True))
+    diffs = torch.stack([-(k @ u_j) * g_j for k, u_j, g_j in zip(key, u, grad, strict=True)])
+    prior = editor.log_ridge_S[index].exp() * torch.eye(key_width, dtype=torch.float64)
+    covariance = buffers.get(f"covariance_{index}")
+    if covariance is not None:
+        prior = prior + editor.log_alpha_S[index].exp() * covariance
+    return torch.linalg.solve(u.T @ u + prior, u.T @ diffs).T
+
+
+def _network(editor: Editor, prefix: str, site: int, x: Tensor) -> Tensor:
+    known = dict(editor.named_parameters())
+    for block in range(editor.settings.network.blocks):
+        start = f"{prefix}.blocks.{block}"
+        down, up, bias = (known[f"{start}.{part}"] for part in ("down_RF", "up_FR", "bias_F"))
+        scale, offset = known[f"{start}.scale_SF"][site], known[f"{start}.offset_SF"][site]
+        low = torch.einsum("fr,re,ne->nf", up, down, x) + bias
+        if editor.settings.network.placement == "before":
+            x = x + _sigma(scale * low + offset)
+        else:
+            x = x + scale * _sigma(low) + offset
+    return x
+
+
+def _sigma(x: Tensor) -> Tensor:
+    return torch.where(x >= 0, x, torch.zeros_like(x))
+
+
+def _captured_alone(
+    model: PreTrainedModel, names: Sequence[str], facts: Sequence[Fact], tokens: str
+) -> list[Captured]:
+    """Keys and plain value gradients: the whole model on one question at a time."""
+    rows: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in names]
+    for asked in encoder().encode_all(fact.question for fact in facts):
+        inputs: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
+
+        def keep(name, module, args, output, inputs=inputs, outputs=outputs):
+            inputs[name] = args[0].detach()[0]
+            outputs[name] = output if output.requires_grad else output.requires_grad_()
+            outputs[name].retain_grad()
+            return outputs[name]
+
+        handles = [
+            model.get_submodule(name).register_forward_hook(
+                lambda *found, name=name, keep=keep: keep(name, *found)
+            )
+            for name in names
+        ]
+        with torch.enable_grad():
+            logs = _answer_logs(model, {}, asked)
+        for handle in handles:
+            handle.remove()
+        (-logs[_picked(asked)].sum()).backward()
+        start = asked.answer_start - 1 if tokens == "answer" else 1
+        stop = len(asked.ids) - 1 if tokens == "answer" else len(asked.ids)
+        for (keys, grads), name in zip(rows, names, strict=True):
+            keys.append(inputs[name][start:stop])
+            grads.append(outputs[name].grad[0][start:stop])
+    return [Captured(torch.cat(keys), torch.cat(grads)) for keys, grads in rows]
+
+
+def _compare(found: dict[str, Tensor | None], wanted: dict[str, Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, reference in wanted.items():
+        got = torch.zeros_like(reference) if found[name] is None else found[name]
+        assert (got - reference).norm() <= 1e-8 * reference.norm(), name
+
+
+def _check_not_vacuous(case: Case, wanted: dict[str, Tensor]) -> None:
+    """Every gradient that the case should have is there."""
+    absent = set()
+    if case.method == "mend":
+        absent = {"log_alpha_S", "log_ridge_S"}
+    elif not case.covariance:
+        absent = {"log_alpha_S"}
+    for name, grad in wanted.items():
+        assert bool(grad.norm() > 1e-9) == (name not in absent), name
+        if name.endswith(("scale_SF", "offset_SF", "_S")) and name not in absent:
+            assert (grad.reshape(2, -1).norm(dim=1) > 0).all(), f"a site of {name} is not reached"

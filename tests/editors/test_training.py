@@ -1,0 +1,466 @@
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from support import (
+    captured_of,
+    copies,
+    encoder,
+    random_facts,
+    same,
+    statistics_of,
+    tiny_model,
+    tiny_trunk,
+)
+
+from malmend.editors import training
+from malmend.editors.editor import Editor, EditorSettings
+from malmend.editors.metaloss import meta_loss
+from malmend.editors.network import NetworkSettings
+from malmend.editors.training import Trainer, TrainSettings, estimate_seconds, published_training
+from malmend.errors import EditorError, MalmendError
+from malmend.facts.fact import Fact, Question
+from malmend.models.capture import Descent
+from malmend.models.store import ActivationStore
+from malmend.patch import shifted
+
+SETTINGS = TrainSettings(
+    facts_per_step=8, steps=6, network_rate=3e-3, scalar_rate=0.03, chunk=7, seed=5, save_every=2
+)
+EDITOR = EditorSettings(
+    layers=2, descent=Descent(steps=3), network=NetworkSettings(rank=8, placement="after")
+)
+FACTS = random_facts(24, seed=10)
+
+
+def trainer_of(
+    settings: TrainSettings = SETTINGS,
+    editor_settings: EditorSettings = EDITOR,
+    facts: Sequence[Fact] = FACTS,
+    locality: Sequence[Question] = (),
+    folder: Path | None = None,
+    batch_tokens: int = 60,
+) -> Trainer:
+    trunk = tiny_trunk(tiny_model(dtype=torch.float32), batch_tokens=batch_tokens)
+    captured = captured_of(trunk, FACTS, editor_settings)
+    shapes = {site.name: site.shape_VK for site in trunk.sites}
+    known = statistics_of(trunk, captured)
+    editor = Editor(editor_settings, shapes, known, 0.8, 3.0, 0.1, settings.seed)
+    width = sum(sum(shape) for shape in shapes.values())
+    store = ActivationStore(folder, width, trunk.wide, 10**7)
+    ending = encoder(editor_settings.end_of_answer)
+    return Trainer(editor, trunk, ending, facts, locality, settings, store)
+
+
+def loss_over_all(trainer: Trainer) -> float:
+    pairs = [(fact.equivalents[0], fact.unrelated[0]) for fact in trainer.facts]
+    judged = trainer.judged(pairs)
+    shifts = trainer.editor.shifts(trainer.captured(trainer.facts))
+    with shifted(list(trainer.trunk.sites), shifts):
+        return meta_loss(trainer.trunk, judged, grads=False).total
+
+
+@pytest.mark.parametrize("method", ["malmen", "mend"])
+def test_training_lowers_the_loss_and_moves_every_parameter(method):
+    editor_settings = replace(EDITOR, method=method)
+    settings = replace(SETTINGS, facts_per_step=12, steps=10, network_rate=0.01)
+    trainer = trainer_of(settings, editor_settings)
+    start, before = copies(trainer.editor.state_dict()), loss_over_all(trainer)
+    records = list(trainer.run())
+    assert [record.step for record in records] == list(range(1, 11))
+    assert loss_over_all(trainer) < 0.9 * before
+    fixed = dict(trainer.editor.named_buffers())
+    for name, tensor in trainer.editor.state_dict().items():
+        moved = not torch.equal(tensor, start[name])
+        prior = name in ("log_alpha_S", "log_ridge_S")
+        assert moved == (name not in fixed and not (prior and method == "mend")), name
+    assert records[0].eta == pytest.approx(0.8)
+    assert records[0].alpha == pytest.approx(3.0)
+    assert records[1].eta != records[0].eta
+    for record in records:
+        assert record.gen > 0
+        assert record.loc > 0
+        assert record.grad_norm > 0
+
+
+def test_a_training_free_editor_trains_its_scalars():
+    trainer = trainer_of(editor_settings=replace(EDITOR, network=NetworkSettings(blocks=0)))
+    before = trainer.editor.log_eta_S.detach().clone()
+    trainer.take_step()
+    moved = (trainer.editor.log_eta_S - before).abs()
+    torch.testing.assert_close(
+        moved, torch.full_like(moved, SETTINGS.scalar_rate), rtol=1e-3, atol=0
+    )
+
+
+def test_each_group_has_its_rate_and_the_gradient_is_clipped():
+    trainer = trainer_of(replace(SETTINGS, network_rate=0.0, scalar_rate=0.01, clip=1e-3))
+    before = copies(trainer.editor.state_dict())
+    record = trainer.take_step()
+    norm = math.sqrt(sum(p.grad.square().sum().item() for p in trainer.editor.parameters()))
+    assert norm == pytest.approx(1e-3, rel=1e-3)
+    assert record.grad_norm > 1e-2
+    for name, tensor in trainer.editor.state_dict().items():
+        assert torch.equal(tensor, before[name]) == (not name.startswith("log_")), name
+
+
+def test_a_steps_gradient_is_of_its_facts_and_its_questions(monkeypatch):
+    """What draw() names is what is edited, and what is asked of the edited model."""
+    trainer, asked = trainer_of(), []
+
+    def noted(trunk, judged, *rest):
+        asked.extend((one.equivalent.ids, one.unrelated.ids) for one in judged)
+        return meta_loss(trunk, judged, *rest)
+
+    monkeypatch.setattr(training, "meta_loss", noted)
+    facts, questions = trainer.draw(0)
+    captured = captured_of(trainer.trunk, facts, EDITOR)
+    wanted = trainer.editor.aggregate(captured)
+    trainer.take_step()
+    encode = trainer.encoder.encode
+    assert asked == [(encode(a).ids, encode(b).ids) for a, b in questions]
+    assert len(asked) == SETTINGS.facts_per_step
+    assert wanted[0].shift().norm() > 0
+
+
+def test_the_same_seed_gives_the_same_bits():
+    states = []
+    for seed in (5, 5, 6):
+        trainer = trainer_of(replace(SETTINGS, seed=seed, steps=3))
+        records = list(trainer.run())
+        states.append((copies(trainer.editor.state_dict()), [(r.gen, r.loc) for r in records]))
+    assert same(states[0][0], states[1][0])
+    assert states[0][1] == states[1][1]
+    assert not same(states[0][0], states[2][0])
+
+
+@pytest.mark.parametrize("network", [EDITOR.network, NetworkSettings(blocks=0)])
+def test_resuming_is_as_if_never_interrupted(tmp_path, network):
+    editor_settings = replace(EDITOR, network=network)
+    whole = trainer_of(editor_settings=editor_settings)
+    records = list(whole.run())
+    first = trainer_of(replace(SETTINGS, steps=3), editor_settings)
+    list(first.run())
+    first.save(tmp_path, {"curve": [1.5], "base": "b"})
+    second = trainer_of(editor_settings=editor_settings)
+    about = second.resume(tmp_path)
+    assert (about["curve"], about["base"], about["step"]) == ([1.5], "b", 3)
+    rest = list(second.run())
+    assert [record.step for record in rest] == [4, 5, 6]
+    assert [(r.gen, r.loc, r.grad_norm) for r in rest] == [
+        (r.gen, r.loc, r.grad_norm) for r in records[3:]
+    ]
+    assert same(second.editor.state_dict(), whole.editor.state_dict())
+    for mine, theirs in zip(
+        second.optimiser.state_dict()["state"].values(),
+        whole.optimiser.state_dict()["state"].values(),
+        strict=True,
+    ):
+        assert same(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"facts_per_step": 12}, "facts_per_step = 8, now 12"),
+        ({"network_rate": 0.5}, r"network_rate = 0\.003, now 0\.5"),
+        ({"seed": 6}, "seed = 5, now 6"),
+        ({"chunk": 8}, "chunk = 7, now 8"),
+    ],
+)
+def test_resuming_with_other_settings_is_refused(tmp_path, change, named):
+    first = trainer_of(replace(SETTINGS, steps=1))
+    first.take_step()
+    first.save(tmp_path, {})
+    other = trainer_of(replace(SETTINGS, **change))
+    before = copies(other.editor.state_dict())
+    with pytest.raises(EditorError, match=named + r" is asked for; give the same settings, or"):
+        other.resume(tmp_path)
+    assert other.step == 0
+    assert same(other.editor.state_dict(), before)
+
+
+def test_resuming_another_editor_is_refused(tmp_path):
+    trainer_of().save(tmp_path, {})
+    for change, named in (
+        ({"method": "mend"}, "method = 'malmen', now 'mend'"),
+        ({"network": NetworkSettings(rank=4)}, "network = .*'rank': 8.* now .*'rank': 4"),
+        ({"descent": None}, "descent = .* now None"),
+    ):
+        with pytest.raises(EditorError, match=named):
+            trainer_of(editor_settings=replace(EDITOR, **change)).resume(tmp_path)
+
+
+def test_resuming_for_more_steps_is_allowed(tmp_path):
+    first = trainer_of(replace(SETTINGS, steps=1, save_every=1))
+    list(first.run())
+    first.save(tmp_path, {})
+    longer = trainer_of(replace(SETTINGS, steps=2, save_every=7))
+    longer.resume(tmp_path)
+    assert [record.step for record in longer.run()] == [2]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "no header", "text"])
+def test_a_damaged_checkpoint_is_refused(tmp_path, damage):
+    trainer_of().save(tmp_path, {})
+    path = tmp_path / "training.safetensors"
+    raw = path.read_bytes()
+    if damage == "cut":
+        path.write_bytes(raw[:-10])
+    elif damage == "flipped":
+        path.write_bytes(raw[:20] + b"\xff" + raw[21:])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "no header":
+        save_file(load_file(path), path)
+    else:
+        path.write_text("no checkpoint")
+    with pytest.raises(EditorError, match=r"training\.safetensors is damaged \(.+\); remove it"):
+        trainer_of().resume(tmp_path)
+
+
+def test_a_checkpoint_says_what_it_is(tmp_path):
+    trainer = trainer_of()
+    trainer.take_step()
+    trainer.save(tmp_path, {"more": "here"})
+    assert [path.name for path in tmp_path.iterdir()] == ["training.safetensors"]
+    with safe_open(tmp_path / "training.safetensors", framework="pt") as file:
+        about = json.loads(file.metadata()["training"])
+    assert about["step"] == 1
+    assert about["settings"]["seed"] == 5
+    assert about["editor"]["network"]["rank"] == 8
+    assert about["threads"] == torch.get_num_threads()
+    assert about["more"] == "here"
+
+
+def test_too_few_facts_are_refused():
+    trainer_of(replace(SETTINGS, facts_per_step=24))
+    with pytest.raises(MalmendError, match=r"There are 24 facts .* at least 25, .* lower --facts-"):
+        trainer_of(replace(SETTINGS, facts_per_step=25))
+
+
+def test_facts_without_unrelated_questions_need_locality():
+    facts = [*FACTS[:20], replace(FACTS[20], unrelated=()), *FACTS[21:]]
+    with pytest.raises(
+        MalmendError, match=r"'f20' \(line 21\) has no unrelated question, .* give --locality"
+    ):
+        trainer_of(facts=facts)
+    others = [Question("w1 w2", "w3"), Question("w4 w5", "w6 w7")]
+    trainer = trainer_of(facts=facts, locality=others)
+    asked = {other for step in range(6) for _, other in trainer.draw(step)[1]}
+    assert asked == set(others), "--locality takes the place of each fact's own"
+    assert math.isfinite(trainer.take_step().loc)
+
+
+def test_facts_without_paraphrases_are_asked_by_their_own_prompt():
+    facts = [replace(fact, paraphrases=()) for fact in FACTS]
+    trainer = trainer_of(facts=facts)
+    drawn, questions = trainer.draw(0)
+    assert [equivalent for equivalent, _ in questions] == [fact.question for fact in drawn]
+    assert math.isfinite(trainer.take_step().gen)
+
+
+@pytest.mark.parametrize("rate", ["network_rate", "scalar_rate"])
+def test_divergence_ends_training(rate):
+    trainer = trainer_of(replace(SETTINGS, steps=50, **{rate: 1e30}))
+    with pytest.raises(MalmendError):
+        list(trainer.run())
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_parameters(monkeypatch):
+    """The loss may be finite where its gradient is not."""
+    trainer = trainer_of()
+    trainer.take_step()
+
+    def broken(*rest):
+        loss = meta_loss(*rest)
+        next(iter(loss.shift_grads.values()))[0, 0] = math.inf
+        return loss
+
+    monkeypatch.setattr(training, "meta_loss", broken)
+    before = copies(trainer.editor.state_dict())
+    with pytest.raises(MalmendError, match=r"diverged at step 2 .* lower --network-rate"):
+        trainer.take_step()
+    assert same(trainer.editor.state_dict(), before)
+    assert trainer.step == 1
+
+
+def test_a_loss_that_is_not_finite_never_reaches_the_parameters(monkeypatch):
+    trainer = trainer_of()
+
+    def broken(*rest):
+        return replace(meta_loss(*rest), gen=math.nan)
+
+    monkeypatch.setattr(training, "meta_loss", broken)
+    before = copies(trainer.editor.state_dict())
+    with pytest.raises(MalmendError, match=r"diverged at step 1 \(the meta-loss is nan\)"):
+        trainer.take_step()
+    assert same(trainer.editor.state_dict(), before)
+    assert all(p.grad is None for p in trainer.editor.parameters())
+
+
+def test_draw_goes_round_all_facts():
+    trainer = trainer_of()
+    orders = []
+    for epoch in range(3):
+        steps = range(3 * epoch, 3 * epoch + 3)
+        drawn = [fact.id for step in steps for fact in trainer.draw(step)[0]]
+        assert sorted(drawn) == sorted(fact.id for fact in FACTS)
+        orders.append(drawn)
+    assert orders[0] != orders[1] != orders[2]
+    assert [trainer.draw(step) for step in (4, 0, 4)] == [
+        trainer_of().draw(step) for step in (4, 0, 4)
+    ]
+    assert trainer.draw(0) != trainer_of(replace(SETTINGS, seed=6)).draw(0)
+
+
+def test_draw_leaves_out_a_short_rest_and_another_one_each_time():
+    trainer = trainer_of(replace(SETTINGS, facts_per_step=10))
+    seen = set()
+    for epoch in range(6):
+        drawn = [f.id for step in (2 * epoch, 2 * epoch + 1) for f in trainer.draw(step)[0]]
+        assert len(drawn) == len(set(drawn)) == 20
+        seen |= set(drawn)
+    assert len(seen) == 24
+
+
+def test_draw_asks_every_paraphrase_and_unrelated_question_in_time():
+    trainer, asked, others = trainer_of(), set(), set()
+    for step in range(60):
+        facts, questions = trainer.draw(step)
+        for fact, (equivalent, other) in zip(facts, questions, strict=True):
+            assert equivalent in fact.equivalents
+            assert other in fact.unrelated
+            asked.add(equivalent)
+            others.add(other)
+    assert asked == {question for fact in FACTS for question in fact.equivalents}
+    assert others == {question for fact in FACTS for question in fact.unrelated}
+
+
+def test_training_leaves_the_model_bit_for_bit():
+    trainer = trainer_of()
+    model = trainer.trunk.model
+    before, places = (
+        copies(model.state_dict()),
+        {n: p.data_ptr() for n, p in model.named_parameters()},
+    )
+    list(trainer.run())
+    assert same(model.state_dict(), before)
+    for name, parameter in model.named_parameters():
+        assert parameter.data_ptr() == places[name]
+        assert not parameter.requires_grad
+        assert parameter.grad is None
+
+
+def test_the_model_comes_back_after_an_interrupted_step(monkeypatch):
+    trainer = trainer_of()
+    model = trainer.trunk.model
+    before = copies(model.state_dict())
+
+    def broken(trunk, judged, *rest):
+        meta_loss(trunk, judged[:2], *rest)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "meta_loss", broken)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.take_step()
+    assert same(model.state_dict(), before)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_pairs_from_the_store_are_the_fresh_ones(tmp_path):
+    trainer = trainer_of(folder=tmp_path)
+    fresh = trainer.captured(FACTS)
+    direct = captured_of(trainer.trunk, FACTS, EDITOR)
+    again = trainer_of(folder=tmp_path)
+    again._capture = None  # whatever is not in the store would call it
+    stored = again.captured(FACTS[::-1])[0:2]
+    counts = [len(one.sources) for one in again.encoder.encode_all(f.question for f in FACTS)]
+    for mine, theirs, kept in zip(fresh, direct, stored, strict=True):
+        for part in ("keys_NK", "value_grads_NV"):
+            rows = getattr(mine, part)
+            torch.testing.assert_close(rows, getattr(theirs, part), rtol=0, atol=0)
+            backwards = torch.cat(list(rows.split(counts))[::-1])
+            assert torch.equal(getattr(kept, part), backwards)
+
+
+def test_a_store_changes_no_bit_of_training(tmp_path):
+    settings = replace(SETTINGS, steps=5)  # into the second epoch
+    without, filling = trainer_of(settings), trainer_of(settings, folder=tmp_path)
+    list(without.run())
+    list(filling.run())
+    assert any(tmp_path.iterdir())
+    filled = trainer_of(settings, folder=tmp_path)
+    list(filled.run())
+    assert same(filling.editor.state_dict(), filled.editor.state_dict())
+    for name, tensor in without.editor.state_dict().items():
+        torch.testing.assert_close(tensor, filled.editor.state_dict()[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", ["answer", "all"])
+def test_facts_of_one_wording_split_elsewhere_are_kept_apart(tmp_path, tokens):
+    """The same ids with another boundary between prompt and answer are another fact."""
+    texts = [("w1 w2 w3", "w4 w5"), ("w1 w2", "w3 w4 w5"), ("w1 w2 w3 w4", "w5")]
+    facts = [
+        replace(fact, prompt=prompt, answer=answer)
+        for fact, (prompt, answer) in zip(FACTS, texts, strict=False)
+    ]
+    settings = replace(EDITOR, tokens=tokens)
+    trainer = trainer_of(replace(SETTINGS, facts_per_step=3), settings, facts, folder=tmp_path)
+    wanted = captured_of(trainer.trunk, facts, settings)
+    for _ in range(2):
+        for index, fact in enumerate(facts):
+            alone = captured_of(trainer.trunk, [fact], settings)
+            for mine, theirs in zip(trainer.captured([fact]), alone, strict=True):
+                torch.testing.assert_close(mine.keys_NK, theirs.keys_NK)
+                torch.testing.assert_close(mine.value_grads_NV, theirs.value_grads_NV)
+            del index
+        for mine, theirs in zip(trainer.captured(facts), wanted, strict=True):
+            torch.testing.assert_close(mine.value_grads_NV, theirs.value_grads_NV)
+
+
+def test_the_estimate_changes_nothing_that_is_trained():
+    trainer, plain = trainer_of(), trainer_of()
+    before = copies(trainer.editor.state_dict())
+    model = copies(trainer.trunk.model.state_dict())
+    assert estimate_seconds(trainer, sample=4) > 0
+    assert same(trainer.editor.state_dict(), before)
+    assert same(trainer.trunk.model.state_dict(), model)
+    assert not any(parameter.requires_grad for parameter in trainer.trunk.model.parameters())
+    assert trainer.step == 0
+    list(trainer.run())
+    list(plain.run())
+    assert same(trainer.editor.state_dict(), plain.editor.state_dict())
+    assert estimate_seconds(trainer) == 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"facts_per_step": 0}, "--facts-per-step"),
+        ({"steps": 0}, "--steps"),
+        ({"chunk": 0}, "--chunk"),
+        ({"save_every": 0}, "--save-every"),
+        ({"network_rate": -1.0}, "--network-rate"),
+        ({"scalar_rate": math.nan}, "--scalar-rate"),
+        ({"clip": math.inf}, "--clip"),
+        ({"locality_weight": -0.1}, "--locality-weight"),
+    ],
+)
+def test_settings_that_cannot_train_are_refused(wrong, named):
+    with pytest.raises(MalmendError, match=rf"expected .*; change {named}\.$"):
+        TrainSettings(**wrong)
+
+
+def test_published_training():
+    settings = published_training()
+    assert settings.network_rate == settings.scalar_rate == 1e-5
+    assert settings.locality_weight == settings.clip == 1.0
