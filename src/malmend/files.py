@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -30,7 +30,8 @@ def written_beside(path: str | Path) -> Iterator[Path]:
             f"{path} cannot be written ({reason(error)}); give another path."
         ) from error
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):  # where nothing could be written, nothing is left
+            beside.unlink(missing_ok=True)
 
 
 def writable(path: str | Path) -> Path:

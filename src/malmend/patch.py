@@ -120,10 +120,10 @@ def sites_of(model: PreTrainedModel, patch: Patch) -> list[Site]:
     modules = dict(model.named_modules())
     sites = []
     for name in patch.factors:
-        if name not in modules or not hasattr(modules[name], "weight"):
+        if getattr(getattr(modules.get(name), "weight", None), "ndim", 0) != 2:
             raise PatchError(
-                f"The patch shifts {name}, which this model lacks{nearest(name, modules)}; "
-                "it was made for another model."
+                f"The patch shifts {name}, which this model lacks{nearest(name, modules) or '.'} "
+                "It was made for another model."
             )
         site, wanted = Site(name, modules[name]), tuple(patch.shift(name).shape)
         if site.shape_VK != wanted:

@@ -139,6 +139,7 @@ def step(record: StepRecord, steps: int) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    OUT.file.flush()  # a log file should show every step at once
 
 
 def trained(result: TrainResult) -> None:

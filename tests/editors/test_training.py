@@ -71,12 +71,12 @@ def loss_over_all(trainer: Trainer) -> float:
 @pytest.mark.parametrize("method", ["malmen", "mend"])
 def test_training_lowers_the_loss_and_moves_every_parameter(method):
     editor_settings = replace(EDITOR, method=method)
-    settings = replace(SETTINGS, facts_per_step=12, steps=10, network_rate=0.01)
+    settings = replace(SETTINGS, facts_per_step=12, steps=10, network_rate=0.02, scalar_rate=0.1)
     trainer = trainer_of(settings, editor_settings)
     start, before = copies(trainer.editor.state_dict()), loss_over_all(trainer)
     records = list(trainer.run())
     assert [record.step for record in records] == list(range(1, 11))
-    assert loss_over_all(trainer) < 0.9 * before
+    assert loss_over_all(trainer) < 0.95 * before
     fixed = dict(trainer.editor.named_buffers())
     for name, tensor in trainer.editor.state_dict().items():
         moved = not torch.equal(tensor, start[name])
@@ -142,29 +142,32 @@ def test_the_same_seed_gives_the_same_bits():
     assert not same(states[0][0], states[2][0])
 
 
-@pytest.mark.parametrize("network", [EDITOR.network, NetworkSettings(blocks=0)])
-def test_resuming_is_as_if_never_interrupted(tmp_path, network):
-    editor_settings = replace(EDITOR, network=network)
-    whole = trainer_of(editor_settings=editor_settings)
+@pytest.mark.parametrize("kept", [False, True], ids=["no store", "store"])
+@pytest.mark.parametrize(
+    "network", [EDITOR.network, NetworkSettings(blocks=0)], ids=["net", "none"]
+)
+@pytest.mark.parametrize(("cut", "steps"), [(1, 3), (2, 3), (4, 6)])
+def test_resuming_is_as_if_never_interrupted(tmp_path, network, kept, cut, steps):
+    """An epoch has three steps; after it, facts and questions come again."""
+    editor_settings, settings = replace(EDITOR, network=network), replace(SETTINGS, steps=steps)
+    stores = [tmp_path / "whole", tmp_path / "parts"] if kept else [None, None]
+    whole = trainer_of(settings, editor_settings, folder=stores[0])
     records = list(whole.run())
-    first = trainer_of(replace(SETTINGS, steps=3), editor_settings)
+    first = trainer_of(replace(settings, steps=cut), editor_settings, folder=stores[1])
     list(first.run())
     first.save(tmp_path, {"curve": [1.5], "base": "b"})
-    second = trainer_of(editor_settings=editor_settings)
+    second = trainer_of(settings, editor_settings, folder=stores[1])
     about = second.resume(tmp_path)
-    assert (about["curve"], about["base"], about["step"]) == ([1.5], "b", 3)
+    assert (about["curve"], about["base"], about["step"]) == ([1.5], "b", cut)
     rest = list(second.run())
-    assert [record.step for record in rest] == [4, 5, 6]
+    assert [record.step for record in rest] == list(range(cut + 1, steps + 1))
     assert [(r.gen, r.loc, r.grad_norm) for r in rest] == [
-        (r.gen, r.loc, r.grad_norm) for r in records[3:]
+        (r.gen, r.loc, r.grad_norm) for r in records[cut:]
     ]
     assert same(second.editor.state_dict(), whole.editor.state_dict())
-    for mine, theirs in zip(
-        second.optimiser.state_dict()["state"].values(),
-        whole.optimiser.state_dict()["state"].values(),
-        strict=True,
-    ):
-        assert same(mine, theirs)
+    mine, theirs = (one.optimiser.state_dict()["state"] for one in (second, whole))
+    assert mine.keys() == theirs.keys()
+    assert all(same(mine[index], theirs[index]) for index in mine)
 
 
 @pytest.mark.parametrize(
@@ -268,10 +271,13 @@ def test_facts_without_paraphrases_are_asked_by_their_own_prompt():
     assert math.isfinite(trainer.take_step().gen)
 
 
-@pytest.mark.parametrize("rate", ["network_rate", "scalar_rate"])
-def test_divergence_ends_training(rate):
-    trainer = trainer_of(replace(SETTINGS, steps=50, **{rate: 1e30}))
-    with pytest.raises(MalmendError):
+@pytest.mark.parametrize(
+    ("rates", "named"),
+    [({"network_rate": 1e30}, "the meta-loss is nan"), ({"scalar_rate": 1e30}, "alpha is inf")],
+)
+def test_divergence_ends_training(rates, named):
+    trainer = trainer_of(replace(SETTINGS, steps=50, **rates))
+    with pytest.raises(MalmendError, match=rf"diverged at step 2 \({named}\); lower --network-"):
         list(trainer.run())
 
 
@@ -319,7 +325,16 @@ def test_draw_goes_round_all_facts():
     assert [trainer.draw(step) for step in (4, 0, 4)] == [
         trainer_of().draw(step) for step in (4, 0, 4)
     ]
-    assert trainer.draw(0) != trainer_of(replace(SETTINGS, seed=6)).draw(0)
+    other = trainer_of(replace(SETTINGS, seed=6))
+    assert [fact.id for fact in trainer.draw(0)[0]] != [fact.id for fact in other.draw(0)[0]]
+    assert _chosen(trainer) == _chosen(trainer_of())
+    assert _chosen(trainer) != _chosen(other)
+
+
+def _chosen(trainer: Trainer) -> list[int]:
+    """Which paraphrase was drawn at each place of the first epoch."""
+    drawn = [pair for step in range(3) for pair in zip(*trainer.draw(step), strict=True)]
+    return [fact.equivalents.index(asked) for fact, (asked, _) in drawn]
 
 
 def test_draw_leaves_out_a_short_rest_and_another_one_each_time():
@@ -417,12 +432,11 @@ def test_facts_of_one_wording_split_elsewhere_are_kept_apart(tmp_path, tokens):
     trainer = trainer_of(replace(SETTINGS, facts_per_step=3), settings, facts, folder=tmp_path)
     wanted = captured_of(trainer.trunk, facts, settings)
     for _ in range(2):
-        for index, fact in enumerate(facts):
+        for fact in facts:
             alone = captured_of(trainer.trunk, [fact], settings)
             for mine, theirs in zip(trainer.captured([fact]), alone, strict=True):
                 torch.testing.assert_close(mine.keys_NK, theirs.keys_NK)
                 torch.testing.assert_close(mine.value_grads_NV, theirs.value_grads_NV)
-            del index
         for mine, theirs in zip(trainer.captured(facts), wanted, strict=True):
             torch.testing.assert_close(mine.value_grads_NV, theirs.value_grads_NV)
 
@@ -438,7 +452,9 @@ def test_the_estimate_changes_nothing_that_is_trained():
     assert trainer.step == 0
     list(trainer.run())
     list(plain.run())
-    assert same(trainer.editor.state_dict(), plain.editor.state_dict())
+    # Questions that were asked before stand in other batches, hence the rounding.
+    for name, tensor in plain.editor.state_dict().items():
+        torch.testing.assert_close(trainer.editor.state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
     assert estimate_seconds(trainer) == 0
 
 

@@ -86,7 +86,6 @@ def test_outer_blanks_between_prompt_and_answer_make_no_difference(tokenizer):
     assert encoder.encode(Question("Mars has", " two moons")) == expected
 
 
-@pytest.mark.xfail(strict=True, reason="a line break at the end of the prompt counts as answer")
 @EVERY
 def test_a_line_break_at_the_end_of_the_prompt_is_prompt(tokenizer):
     encoder = Encoder(tokenizer)
@@ -95,7 +94,6 @@ def test_a_line_break_at_the_end_of_the_prompt_is_prompt(tokenizer):
     assert encoded.ids[: encoded.answer_start] == encoder.prompt_ids("Lake Ora is in\n")
 
 
-@pytest.mark.xfail(strict=True, reason="generation starts behind a blank token never edited")
 @EVERY
 def test_generation_starts_where_the_answer_does_after_a_blank(tokenizer):
     encoder = Encoder(tokenizer)
@@ -204,7 +202,6 @@ def test_a_tokenizer_without_an_end_token():
     assert encoded.ids == (4, 5, 6)
 
 
-@pytest.mark.xfail(strict=True, reason="the unknown token is trained as the end of answers")
 def test_a_tokenizer_without_a_line_break_cannot_end_with_one():
     tokenizer = words(MARS)
     assert tokenizer("\n")["input_ids"] == [tokenizer.unk_token_id]
@@ -303,6 +300,7 @@ def test_masks_go_by_length_when_a_real_token_has_the_id_of_the_filling():
     batch = collate([encoder.encode(Question("zzz zzz", "two"))])
     assert batch.ids_BT.tolist() == [[0, 0, 6, 2]]
     assert batch.mask_BT.tolist() == [[1, 1, 1, 1]]
+    assert batch.flat_attended.tolist() == [1, 2, 3]
 
 
 @pytest.mark.parametrize("build", [byte_level, metaspace])
@@ -341,12 +339,15 @@ CHAT = (
 )
 
 
-def test_chat_frames_the_prompt_and_puts_no_blank_before_the_answer():
-    encoder = Encoder(byte_level(chat_template=CHAT), chat=True)
-    assert encoder.framed("Mars has") == "<|user|>Mars has<|reply|>\n"
+@pytest.mark.parametrize("last", ["<|reply|>\n", "<|reply|>", ":"])
+def test_chat_frames_the_prompt_and_puts_no_blank_before_the_answer(last):
+    template = CHAT.replace("<|reply|>\n", last)
+    encoder = Encoder(byte_level(chat_template=template), chat=True)
+    framed = f"<|user|>Mars has{last}"
+    assert encoder.framed("Mars has") == framed
     encoded = encoder.encode(Question("Mars has", "two moons"))
     decode = encoder.tokenizer.decode
-    assert decode(encoded.ids[: encoded.answer_start]) == "<|user|>Mars has<|reply|>\n"
+    assert decode(encoded.ids[: encoded.answer_start]) == framed
     assert decode(encoded.ids[encoded.answer_start :]) == "two moons<|end|>"
     assert encoder.prompt_ids("Mars has") == encoded.ids[: encoded.answer_start]
     assert encoder.encode(Question("Mars has")).ids == encoder.prompt_ids("Mars has")
@@ -365,6 +366,10 @@ def test_bos_of_the_chat_template_is_not_doubled(template):
     encoded = encoder.encode(Question("mars", " two moons"))
     assert encoded == Encoded((1, 4, 5, 6, 7, 2), 3, 5)
     assert encoder.prompt_ids("mars") == (1, 4, 5)
+
+
+def test_a_bos_that_the_user_wrote_stays():
+    assert Encoder(words(MARS, "<s> $A")).prompt_ids("<s> mars") == (1, 1, 4)
 
 
 def test_a_repeated_word_is_not_taken_for_a_doubled_bos():

@@ -200,18 +200,7 @@ def test_ridge_gradient_at_no_ridge():
     assert factors[0].prior_grads(grad, diffs).ridge == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    "tokens",
-    [
-        pytest.param(
-            3,
-            marks=pytest.mark.xfail(
-                strict=True, reason="the dual form leaves out dL/dalpha at alpha = 0"
-            ),
-        ),
-        9,
-    ],
-)
+@pytest.mark.parametrize("tokens", [3, 9])
 def test_alpha_gradient_at_alpha_zero(tokens):
     keys, diffs, grad = problem(tokens)
     alpha = torch.tensor(0.0, dtype=torch.float64, requires_grad=True)
@@ -246,7 +235,6 @@ def test_a_repeated_key_without_ridge_is_refused():
         RidgeFactor(torch.eye(K)[[0, 0]], Prior(0.0))
 
 
-@pytest.mark.xfail(strict=True, reason="rounding leaves a pivot of 1e-16 that passes as positive")
 @pytest.mark.parametrize("repeated", ["key", "dimension"])
 def test_dependence_up_to_rounding_without_ridge_is_refused(repeated):
     refused = []

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -251,7 +252,8 @@ def _search(
             {"eta": eta, "alpha": alpha, "loss": loss.total, "gen": loss.gen, "kl": loss.loc}
         )
         progress("search for eta and alpha", (index + 1) / len(candidates))
-    best = min(tried, key=lambda row: row["loss"])
+    # A NaN compares as neither less nor more, and would stay if it came first.
+    best = min(tried, key=lambda row: math.inf if math.isnan(row["loss"]) else row["loss"])
     return replace(start, eta=best["eta"], alpha=best["alpha"], tried=tuple(tried))
 
 

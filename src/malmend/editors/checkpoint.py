@@ -28,6 +28,8 @@ from malmend.models.capture import Descent
 from malmend.numerics.moments import RunningMoments
 
 FORMAT = 1
+# What values of another kind than expected raise.
+_MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RuntimeError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,11 +56,11 @@ def save_editor(editor: Editor, about: Mapping[str, Any], folder: Path) -> None:
     with written_beside(folder / f"editor-{tag[:8]}.safetensors") as beside:
         save_file(tensors, beside)
     what = {
+        **about,  # may come from a loaded editor, and then names that one's weights
         "format": FORMAT,
         "weights": f"editor-{tag[:8]}.safetensors",
         "settings": asdict(editor.settings),
         "sites": {name: list(shape) for name, shape in editor.shapes.items()},
-        **about,
     }
     with written_beside(folder / "editor.json") as beside:
         beside.write_text(json.dumps(what, indent=2, allow_nan=False))
@@ -94,7 +96,7 @@ def load_editor(folder: str | Path) -> SavedEditor:
         editor = _rebuilt(settings, about["sites"], tensors)
     except EditorError:
         raise
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, SafetensorError, *_MALFORMED) as error:
         raise EditorError(
             f"The editor in {folder} is damaged ({reason(error)}); train it again."
         ) from error
@@ -123,8 +125,8 @@ def _settings(raw: Mapping[str, Any]) -> EditorSettings:
     for name in raw:
         if name not in known:
             raise EditorError(
-                f"The editor has an unknown setting {name!r}{nearest(name, known)} It was written "
-                "by a newer version of malmend; use that."
+                f"The editor has an unknown setting {name!r}{nearest(name, known)}; it was written "
+                "by a newer version of malmend, use that."
             )
     nested = {
         "network": NetworkSettings(**raw["network"]),

@@ -154,6 +154,8 @@ class Trainer:
         judged = self.judged(questions)
         eta = self.editor.log_eta_S.exp().mean().item()
         alpha = self.editor.log_alpha_S.exp().mean().item()
+        self._check_finite("eta", eta)
+        self._check_finite("alpha", alpha)
         self.optimiser.zero_grad(set_to_none=True)
         aggregations = self.editor.aggregate(captured, self.settings.chunk)
         shifts = {
@@ -161,13 +163,10 @@ class Trainer:
         }
         with shifted(list(self.trunk.sites), shifts):
             loss = meta_loss(self.trunk, judged, self.settings.locality_weight)
-        if not math.isfinite(loss.total):
-            raise MalmendError(
-                f"Training diverged at step {self.step + 1} (the meta-loss is {loss.total}); "
-                "lower --network-rate or --scalar-rate and resume."
-            )
+        self._check_finite("the meta-loss", loss.total)
         self.editor.backward(captured, aggregations, loss.shift_grads, self.settings.chunk)
         norm = torch.nn.utils.clip_grad_norm_(self.editor.parameters(), self.settings.clip)
+        self._check_finite("the meta-gradient's norm", norm.item())
         self.optimiser.step()
         self.step += 1
         return StepRecord(
@@ -202,13 +201,13 @@ class Trainer:
     def captured(self, facts: Sequence[Fact]) -> list[Captured]:
         """Keys and value gradients of the facts, from the store where they are there."""
         encoded = self.encoder.encode_all(fact.question for fact in facts)
-        found = [self.store.get(one.ids) for one in encoded]
+        found = [self.store.get(one.place) for one in encoded]
         missing = [index for index, rows in enumerate(found) if rows is None]
         if missing:
             for index, rows in zip(
                 missing, self._capture([encoded[i] for i in missing]), strict=True
             ):
-                self.store.put(encoded[index].ids, rows)
+                self.store.put(encoded[index].place, rows)
                 found[index] = rows
         return _split(torch.cat([rows for rows in found if rows is not None]), self.trunk)
 
@@ -220,6 +219,13 @@ class Trainer:
             Judged(self.encoder.encode(pair[0]), other, known)
             for pair, other, known in zip(questions, unrelated, states, strict=True)
         ]
+
+    def _check_finite(self, name: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise MalmendError(
+                f"Training diverged at step {self.step + 1} ({name} is {value}); "
+                "lower --network-rate or --scalar-rate and resume."
+            )
 
     def _capture(self, encoded: Sequence[Encoded]) -> list[Tensor]:
         settings = self.editor.settings

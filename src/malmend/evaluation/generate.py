@@ -20,6 +20,7 @@ from malmend.facts.tokens import Encoder
 from malmend.models.load import LoadedModel
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+_LAST_WORD = re.compile(r"\w*\Z")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -39,17 +40,23 @@ def can_still_match(text: str, gold: str) -> bool:
     """Whether text that may go on could yet match ``gold``.
 
     Its letters must be those that gold begins with.  The last word may be unfinished, so it may
-    also be the start of an article, which normalisation would take out.
+    also be the start of an article, which normalisation would take out; and the last character may
+    lack bytes (it then reads U+FFFD), so it says nothing yet.
     """
-    wanted = normalised(gold)
+    wanted = _one_sigma(normalised(gold))
     if not wanted:
         return True
-    *whole, last = text.lower().split(" ")
-    begun = normalised(" ".join(whole))
-    last = last.translate(_PUNCTUATION)
-    if any(article.startswith(last) for article in ("a", "an", "the")):  # "" is among them
-        last = ""
-    return wanted.startswith(f"{begun} {last}".strip()) if last else wanted.startswith(begun)
+    plain = _one_sigma(text.rstrip("\ufffd").lower().translate(_PUNCTUATION))
+    last = _LAST_WORD.search(plain)[0]  # type: ignore[index]  # it matches the empty string too
+    begun = _ARTICLES.sub(" ", plain.removesuffix(last))
+    if not any(article.startswith(last) for article in ("a", "an", "the")):  # "" is among them
+        begun += last
+    return wanted.startswith(" ".join(begun.split()))
+
+
+def _one_sigma(text: str) -> str:
+    """Greek's small sigma is written otherwise at a word's end, which may yet move."""
+    return text.replace("ς", "σ")
 
 
 class _LineEnds(StoppingCriteria):

@@ -39,6 +39,11 @@ class Encoded:
     answer_end: int
 
     @property
+    def place(self) -> tuple[int, ...]:
+        """Names the question in a store: the same ids may be cut into prompt and answer twice."""
+        return (*self.ids, self.answer_start)
+
+    @property
     def labels(self) -> tuple[int, ...]:
         """The tokens to be predicted: the answer and its end token."""
         return self.ids[self.answer_start :]
@@ -153,12 +158,11 @@ class Encoder:
         Raises:
             MalmendError: the answer does not survive tokenisation, or the question is too long.
         """
-        prompt = self.framed(question.prompt)
         if question.answer is None:
-            ids = self._ids(prompt)[0]
+            ids = self.prompt_ids(question.prompt)
             encoded = Encoded(ids, len(ids), len(ids))
         else:
-            encoded = self._encode_joined(prompt, question.answer)
+            encoded = self._encode_joined(self.framed(question.prompt), question.answer.strip())
         if encoded.answer_start < 1:
             raise MalmendError(
                 f"the prompt {question.prompt!r} has no token before the answer; give a longer one"
@@ -174,9 +178,12 @@ class Encoder:
         return [self.encode(question) for question in questions]
 
     def framed(self, prompt: str) -> str:
-        """The prompt as the model reads it: as it is, or as a user's turn of a chat."""
+        """The prompt as the model reads it: as it is, or as a user's turn of a chat.
+
+        Blanks at its end are left out: the one before the answer is part of the answer's token.
+        """
         if not self.chat:
-            return prompt
+            return prompt.rstrip(" ")
         turns = [{"role": "user", "content": prompt}]
         return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
@@ -203,12 +210,12 @@ class Encoder:
         return found
 
     def _encode_joined(self, prompt: str, answer: str) -> Encoded:
-        gap = "" if self.chat or prompt[-1:].isspace() or answer[:1].isspace() else " "
+        gap = "" if self.chat or prompt[-1:].isspace() else " "
         ids, spans = self._ids(prompt + gap + answer)
-        boundary = len(prompt.rstrip()) if not self.chat else len(prompt)
-        start = next((i for i, (_, end) in enumerate(spans) if end > boundary), len(ids))
+        start = next((i for i, (_, end) in enumerate(spans) if end > len(prompt)), len(ids))
         kept = self.tokenizer.decode(ids[start:], clean_up_tokenization_spaces=False)
-        if self.tokenizer.unk_token_id in ids[start:] or not _same(kept, answer):
+        unknown = self.tokenizer.unk_token_id in ids[start:]
+        if not answer or unknown or not _same(kept, answer):
             raise MalmendError(
                 f"the answer {answer!r} does not survive tokenisation, it reads back as {kept!r}; "
                 "write it with characters that the tokenizer knows"
@@ -233,7 +240,13 @@ class Encoder:
         if end_of_answer == "none":
             return ()
         if end_of_answer == "newline":
-            return tuple(self.tokenizer("\n", add_special_tokens=False)["input_ids"][-1:])
+            ids = tuple(self.tokenizer("\n", add_special_tokens=False)["input_ids"][-1:])
+            if "\n" not in self.tokenizer.decode(ids):
+                raise MalmendError(
+                    "The tokenizer has no token for a line break; set end_of_answer to 'eos' or "
+                    "'none'."
+                )
+            return ids
         if self.tokenizer.eos_token_id is None:
             raise MalmendError(
                 "The tokenizer has no end token; set end_of_answer to 'newline' or 'none'."

@@ -29,7 +29,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from malmend.facts.tokens import Encoded
+from malmend.facts.tokens import Encoded, collate
 from malmend.models.sites import Site
 from malmend.models.trunk import Batch, Trunk
 from malmend.numerics.losses import answer_nll
@@ -178,26 +178,34 @@ class _Group:
 
     def descended(self, descent: Descent) -> tuple[list[Tensor], list[Tensor]]:
         """Keys of the unedited model, and minus the moves that make the answers likely."""
-        sites = self.trunk.sites
-        deltas = [
-            torch.zeros(
-                len(self.flat_Q), site.shape_VK[0], device=self.flat_Q.device, dtype=self.trunk.wide
-            )
-            for site in sites
+        rows, device = len(self.flat_Q), self.flat_Q.device
+        moves = [
+            torch.zeros(rows, site.shape_VK[0], device=device, dtype=self.trunk.wide)
+            for site in self.trunk.sites
         ]
         keys: list[Tensor] = []
+        group, at = self, torch.arange(rows, device=device)  # at: the group's rows in the whole
         for step in range(descent.steps):
-            seen, grads, nll_A = self._backward(deltas)
+            seen, grads, nll_A = group._backward([-move[at] for move in moves])
             keys = keys if step else seen
-            open_Q, loss_B = self._open(nll_A, descent)
+            open_Q, loss_B = group._open(nll_A, descent)
             if not open_Q.any():
                 break
             norms_LQ = torch.stack([grad.norm(dim=1) for grad in grads]) * open_Q
-            pull_B = torch.zeros_like(loss_B).index_add(0, self.owner_Q, norms_LQ.sum(0))
-            step_Q = (descent.rate * loss_B / pull_B.clamp(min=1e-30))[self.owner_Q] * open_Q
-            for delta, grad, norms_Q in zip(deltas, grads, norms_LQ, strict=True):
-                delta -= (step_Q / norms_Q.clamp(min=1e-30)).unsqueeze(1) * grad
-        return keys, [-delta for delta in deltas]
+            pull_B = torch.zeros_like(loss_B).index_add(0, group.owner_Q, norms_LQ.sum(0))
+            step_Q = (descent.rate * loss_B / pull_B.clamp(min=1e-30))[group.owner_Q] * open_Q
+            for move, grad, norms_Q in zip(moves, grads, norms_LQ, strict=True):
+                move[at] += (step_Q / norms_Q.clamp(min=1e-30)).unsqueeze(1) * grad
+            if not (loss_B > 0).all():  # a question with nothing open will not move again
+                at = at[(loss_B > 0)[group.owner_Q]]
+                group = group._subset((loss_B > 0).nonzero().squeeze(1).tolist())
+        return keys, moves
+
+    def _subset(self, rows: list[int]) -> _Group:
+        questions = [self.questions[row] for row in rows]
+        tokens = collate(questions)
+        stored_BTF = self.batch.stored_BTF[rows, : tokens.ids_BT.shape[1]]
+        return _Group(self.trunk, questions, Batch(tokens, stored_BTF), self.tokens)
 
     def _open(self, nll_A: Tensor, descent: Descent) -> tuple[Tensor, Tensor]:
         """Which chosen tokens still move, and each question's open loss."""

@@ -54,8 +54,8 @@ def load_tokenizer(name: str) -> Any:
     Raises:
         ModelError: there is no such model.
     """
-    folder, gguf = _locate(name)
     with _quiet(), _explained(name):
+        folder, gguf = _locate(name)
         if gguf is not None:
             copy = _float_copy(folder, gguf)
             return AutoTokenizer.from_pretrained(copy)
@@ -74,11 +74,18 @@ def load_model(name: str, dtype: str = "float32") -> LoadedModel:
     """
     if dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r} is unknown, expected one of {', '.join(DTYPES)}.")
-    folder, gguf = _locate(name)
     with _quiet(), _explained(name):
+        folder, gguf = _locate(name)
         source = _float_copy(folder, gguf) if gguf is not None else folder
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype])
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source, dtype=DTYPES[dtype], output_loading_info=True
+        )
+        if missing := sorted(found["missing_keys"]):  # the loader has made them up at random
+            raise ModelError(
+                f"The weights of {name!r} lack {missing[0]} (and {len(missing) - 1} more); "
+                "give a whole decoder with its output layer."
+            )
     return prepared(model, tokenizer, name)
 
 
@@ -127,7 +134,7 @@ def _locate(name: str) -> tuple[str, str | None]:
         or name.startswith((".", "/"))
     ):
         raise ModelError(
-            f"There is no model {name!r}{nearest(name, BUILT_IN)} Expected a built-in name "
+            f"There is no model {name!r}{nearest(name, BUILT_IN) or '.'} Expected a built-in name "
             f"({', '.join(BUILT_IN)}), a model's folder, a .gguf file, or a hub name like org/name."
         )
     return name, None

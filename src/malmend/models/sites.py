@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from malmend.errors import ModelError, nearest
+from malmend.files import reason
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,9 +74,9 @@ def find_sites(
 ) -> tuple[Site, ...]:
     """The second linear layer of the last ``layers`` feed-forward blocks, lowest first.
 
-    Found by running two tokens: of the linear layers of a block, the one that is run last and
-    gives the block's width.  ``pattern`` (a module name, or a shell pattern such as
-    ``*.mlp.c_proj``) chooses by name instead; ``layers`` then does not apply.
+    Found by running two tokens: of what a block multiplies by, the layer that is run last, which
+    must be a linear layer that gives the block's width.  ``pattern`` (a module name, or a shell
+    pattern such as ``*.mlp.c_proj``) chooses by name instead; ``layers`` then does not apply.
 
     Raises:
         ModelError: no such layer, or one that cannot be edited, with the reason.
@@ -88,20 +89,20 @@ def find_sites(
             f"{layers} layers were to be edited, expected 1 to {len(blocks)}, the number of blocks "
             "of this model; change --layers."
         )
-    order = _executed_linears(model, prefix)
+    order = _executed_matrices(model, prefix)
     sites = []
     for index in range(len(blocks) - layers, len(blocks)):
         start = f"{prefix}.{index}."
         width = model.config.get_text_config().hidden_size
         mine = [name for name in order if name.startswith(start)]
-        fitting = [name for name in mine if _linear_shape(model.get_submodule(name))[0] == width]
-        if not fitting:
+        last = model.get_submodule(mine[-1]) if mine else None
+        if last is None or not _is_linear(last) or Site("", last).shape_VK[0] != width:
             raise ModelError(
-                f"Block {prefix}.{index} runs no plain linear layer of output width {width} "
-                "(mixture-of-experts, fused and quantised layers cannot be edited); "
+                f"Block {prefix}.{index} does not end in a plain linear layer of output width "
+                f"{width} (mixture-of-experts, fused and quantised layers cannot be edited); "
                 "choose layers by name with --sites."
             )
-        sites.append(_checked_site(model, fitting[-1]))
+        sites.append(_checked_site(model, mine[-1]))
     return tuple(sites)
 
 
@@ -110,8 +111,8 @@ def _named_sites(model: PreTrainedModel, pattern: str) -> tuple[Site, ...]:
     chosen = fnmatch.filter(linears, pattern)
     if not chosen:
         raise ModelError(
-            f"No linear layer is named {pattern!r}{nearest(pattern, linears) or '; try'} "
-            f"a name such as {linears[-1]!r}, or a pattern with *, from `malmend inspect`."
+            f"No linear layer is named {pattern!r}{nearest(pattern, linears) or '.'} "
+            "Give a name, or a pattern with *, from `malmend inspect`."
         )
     inside = f"{find_blocks(model)[0]}."
     for name in chosen:
@@ -146,21 +147,28 @@ def _is_linear(module: nn.Module) -> bool:
     return type(module) in (nn.Linear, Conv1D)
 
 
-def _linear_shape(module: nn.Module) -> tuple[int, int]:
-    return Site("", module).shape_VK
+def _has_matrix(module: nn.Module) -> bool:
+    """Whether the module itself, not a child, keeps a weight of two or more dimensions."""
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return any(tensor.ndim >= 2 for tensor in own)
 
 
 @torch.no_grad()
-def _executed_linears(model: PreTrainedModel, prefix: str) -> list[str]:
-    """Names of the linear layers inside the blocks, in the order in which they run."""
+def _executed_matrices(model: PreTrainedModel, prefix: str) -> list[str]:
+    """Names of the modules with matrices inside the blocks, in the order in which they end."""
     order: list[str] = []
     handles = [
         module.register_forward_hook(lambda *_, name=name: order.append(name))
         for name, module in model.named_modules()
-        if name.startswith(f"{prefix}.") and _is_linear(module)
+        if name.startswith(f"{prefix}.") and _has_matrix(module)
     ]
     try:
         model(input_ids=torch.tensor([[0, 1]], device=model.device), use_cache=False)
+    except RuntimeError as error:
+        raise ModelError(
+            f"{type(model).__name__} cannot run ({reason(error)}), which finding its layers needs; "
+            "load it whole and unquantised."
+        ) from error
     finally:
         for handle in handles:
             handle.remove()

@@ -12,6 +12,7 @@ import os
 import struct
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy
@@ -38,6 +39,7 @@ class ActivationStore:
         self._places: dict[bytes, tuple[Path, int, int]] = {}
         self._maps: dict[Path, numpy.ndarray] = {}
         self._own: Path | None = None
+        self._own_bytes = 0
         self._bytes = 0
         if folder is not None and budget > 0:
             self._open(folder)
@@ -51,7 +53,10 @@ class ActivationStore:
         stop = start + rows * self._row_bytes
         known = self._maps.get(path)
         if known is None or len(known) < stop:  # our own segment grows
-            known = self._maps[path] = numpy.memmap(path, dtype=numpy.uint8, mode="r")
+            try:
+                known = self._maps[path] = numpy.memmap(path, dtype=numpy.uint8, mode="r")
+            except OSError:  # another run has removed it
+                return None
         raw = torch.from_numpy(known[start:stop].copy())
         return raw.view(self.dtype).view(rows, self.width)
 
@@ -62,8 +67,9 @@ class ActivationStore:
             return
         raw = rows_TF.detach().to(device="cpu", dtype=self.dtype).contiguous().view(torch.uint8)
         try:
-            with self._own.open("ab") as data:
-                start = data.tell()
+            # Never made anew: another run may have removed it, and then nothing more is kept.
+            with self._own.open("r+b" if self._own_bytes else "xb") as data:
+                start = data.seek(self._own_bytes)
                 data.write(raw.numpy().tobytes())
             with self._own.with_suffix(".idx").open("ab") as index:
                 index.write(_RECORD.pack(_key(ids), start, rows_TF.shape[0]))
@@ -71,21 +77,27 @@ class ActivationStore:
             self._own = None
             return
         self._places[_key(ids)] = (self._own, start, rows_TF.shape[0])
+        self._own_bytes += size
         self._bytes += size
 
     def _open(self, folder: Path) -> None:
+        found: list[tuple[float, Path, int]] = []
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            for path in folder.glob("*.bin"):
+                with suppress(FileNotFoundError):  # another run removes old ones as well
+                    stat = path.stat()
+                    found.append((stat.st_mtime, path, stat.st_size))
+            found.sort()
+            sizes = {path: size for _, path, size in found}
+            for _, path, _ in found:
+                if sum(sizes.values()) <= self.budget * 0.9:
+                    break
+                path.with_suffix(".idx").unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
+                del sizes[path]
         except OSError:
             return
-        segments = sorted(folder.glob("*.bin"), key=lambda path: path.stat().st_mtime)
-        sizes = {path: path.stat().st_size for path in segments}
-        for path in segments:
-            if sum(sizes.values()) <= self.budget * 0.9:
-                break
-            path.with_suffix(".idx").unlink(missing_ok=True)
-            path.unlink(missing_ok=True)
-            del sizes[path]
         for path, size in sizes.items():
             self._read_index(path, size)
         self._bytes = sum(sizes.values())

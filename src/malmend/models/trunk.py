@@ -76,15 +76,14 @@ class Trunk:
         inside = [site for site, index in zip(sites, indices, strict=True) if index == min(indices)]
         self.first = inside[0]
         self._tuple_length = 0
-        self._cut_inside = len(inside) == 1 and self._adds_plainly()
-        width = model.config.get_text_config().hidden_size
-        if self._cut_inside:
-            width += self.first.shape_VK[1]
-        if store_folder is not None:
-            kind = "site" if self._cut_inside else "block"
-            store_folder = store_folder / f"{self.first.name}-{kind}"
-        self.store = ActivationStore(store_folder, width, model.dtype, settings.store_bytes)
-        self._unedited: dict[tuple[int, ...], Tensor] = {}
+        self._cut_inside = self._adds_plainly() and len(inside) == 1
+        hidden = model.config.get_text_config().hidden_size
+        kind = "site" if self._cut_inside else "block"
+        width = hidden + self.first.shape_VK[1] if self._cut_inside else hidden
+        folder = None if store_folder is None else store_folder / f"{self.first.name}-{kind}"
+        states = None if store_folder is None else store_folder / "unedited-states"
+        self.store = ActivationStore(folder, width, model.dtype, settings.store_bytes)
+        self._states = ActivationStore(states, hidden, model.dtype, settings.store_bytes)
 
     @property
     def wide(self) -> torch.dtype:
@@ -132,16 +131,18 @@ class Trunk:
 
     @torch.no_grad()
     def unedited_states(self, questions: Sequence[Encoded]) -> list[Tensor]:
-        """Final states of the unedited model per question, each A x H, kept in memory.
+        """Final states of the unedited model per question, each A x H, kept in the store.
 
-        Call while the weights are the unedited ones; what was asked before is not run again.
+        Call while the weights are the unedited ones.
         """
-        missing = list({q.ids: q for q in questions if q.ids not in self._unedited}.values())
+        known = {question: self._states.get(question.place) for question in questions}
+        missing = [question for question, states_AH in known.items() if states_AH is None]
         for indices, batch in self.batches(missing):
-            states = self.final_states(batch).cpu().split(batch.tokens.sources)
-            for index, states_AH in zip(indices, states, strict=True):
-                self._unedited[missing[index].ids] = states_AH.clone()
-        return [self._unedited[question.ids] for question in questions]
+            split = self.final_states(batch).cpu().split(batch.tokens.sources)
+            for index, states_AH in zip(indices, split, strict=True):
+                known[missing[index]] = states_AH.clone()
+                self._states.put(missing[index].place, states_AH)
+        return [states_AH for q in questions if (states_AH := known[q]) is not None]
 
     def logits_of(self, states_AH: Tensor) -> Tensor:
         """Logits of :meth:`final_states`, shape A x W, through the model's own output code."""
@@ -235,6 +236,8 @@ class Trunk:
         _, value, out = self._run_first_block(probe)
         if self.model.dtype not in (torch.float32, torch.float64):
             return False  # taking the layer's output off again would round
+        if value.numel() != out.numel():
+            return False
         generator = torch.Generator().manual_seed(0)
         added = torch.randn(out.shape, generator=generator).to(out)
         added *= value.abs().mean() + 1e-3 * out.abs().mean()

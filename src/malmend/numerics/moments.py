@@ -42,12 +42,16 @@ class RunningMoments:
     def std(self, floor: float = 1e-3) -> Tensor:
         """Standard deviation, shape F, population form (divided by the row count).
 
-        A dimension that hardly varies is given ``floor`` times the root mean square over all
-        dimensions, so that dividing by it magnifies nothing; with one row, where no dimension
-        varies, and with none, the result is ones.
+        A dimension that hardly varies is given ``floor`` times the root mean square over
+        all dimensions, so that dividing by it magnifies nothing.  Where none varies, or with
+        fewer than two rows, the result is ones.
         """
         if self.count < 2:
             return torch.ones_like(self.m2_F)
         std_F = (self.m2_F / self.count).sqrt()
+        varies_F = std_F > 1e-12 * self.mean_F.abs()  # below that it is rounding of the mean
+        if not varies_F.any():
+            return torch.ones_like(std_F)
         least = floor * std_F.square().mean().sqrt()
-        return std_F.clamp(min=least.item()) if least > 0 else torch.ones_like(std_F)
+        still = least if floor > 0 else torch.ones_like(least)
+        return torch.where(varies_F, std_F.clamp(min=least.item()), still)

@@ -46,6 +46,11 @@ class Prior:
         """Whether P is a multiple of the identity."""
         return self.covariance_KK is None or self.alpha == 0.0
 
+    @property
+    def is_zero(self) -> bool:
+        """Whether nothing regularises."""
+        return self.is_identity and self.ridge == 0.0
+
     def add_to(self, gram_KK: Tensor) -> Tensor:
         """``gram_KK`` (float64, overwritten) plus P."""
         if self.covariance_KK is not None and self.alpha != 0.0:
@@ -88,7 +93,8 @@ class RidgeFactor:
         count, width = keys_NK.shape
         self.is_dual = count < width
         if not self.is_dual:
-            self._factor = _cholesky(prior.add_to(self.keys_NK.T @ self.keys_NK))
+            gram_KK = prior.add_to(self.keys_NK.T @ self.keys_NK)
+            self._factor = _cholesky(gram_KK, prior.is_zero)
             return
         # Rows of whitened_NK are P^-1/2 u_j; for P = lambda * I the scaling is left out, so that
         # lambda = 0 is allowed: U^T U + lambda * I in place of I + U^T U / lambda.
@@ -105,7 +111,7 @@ class RidgeFactor:
             self._readout_NK = torch.linalg.solve_triangular(
                 prior.factor_KK.T, whitened_KN, upper=True
             ).T
-        self._factor = _cholesky(gram_NN)
+        self._factor = _cholesky(gram_NN, prior.is_zero)
 
     def shift(self, diffs_NV: Tensor) -> Tensor:
         """S of equation (2) or (3) in float64, shape V x K."""
@@ -131,12 +137,17 @@ class RidgeFactor:
             # -<dL/dD (U^T U + lambda)^-1, D>: defined at lambda = 0 too.
             solved_NV = torch.cholesky_solve(self.diff_grads(grad_VK), self._factor)
             dual = -(solved_NV * diffs_NV).sum().item()
-            return PriorGrads(alpha=0.0, ridge=dual)
+            if self.prior.covariance_KK is None:
+                return PriorGrads(alpha=0.0, ridge=dual)
         shift_VK = self.shift(diffs_NV)
         if self.is_dual:
             # M P = G - (dL/dD) U^T, because A = U U^T + P.
             rest_VK = grad_VK - self.diff_grads(grad_VK).T @ self.keys_NK
-            adjoint_VK = torch.cholesky_solve(rest_VK.T, self.prior.factor_KK).T
+            adjoint_VK = (
+                rest_VK / self.prior.ridge
+                if self.prior.is_identity
+                else torch.cholesky_solve(rest_VK.T, self.prior.factor_KK).T
+            )
         else:
             adjoint_VK = torch.cholesky_solve(grad_VK.T, self._factor).T
         ridge = -(adjoint_VK * shift_VK).sum().item()
@@ -166,7 +177,7 @@ class GramSums:
 
     def shift(self, prior: Prior) -> Tensor:
         """S of equation (2) in float64, shape V x K."""
-        factor = _cholesky(prior.add_to(self.key_gram_KK.clone()))
+        factor = _cholesky(prior.add_to(self.key_gram_KK.clone()), prior.is_zero)
         return torch.cholesky_solve(self.cross_VK.T, factor).T
 
 
@@ -179,8 +190,12 @@ def mean_residual(shift_VK: Tensor, keys_NK: Tensor, diffs_NV: Tensor) -> float:
     return (miss_N[asked] / size_N[asked]).mean().item() if asked.any() else 0.0
 
 
-def _cholesky(matrix: Tensor) -> Tensor:
-    """The lower factor of a symmetric positive definite float64 matrix."""
+def _cholesky(matrix: Tensor, unregularised: bool = False) -> Tensor:
+    """The lower factor of a symmetric positive definite float64 matrix.
+
+    Without regularisation rounding may leave a tiny positive pivot where the exact one is 0; then
+    pivots that are nothing beside their own diagonal entry count as 0 too.
+    """
     if not torch.isfinite(matrix).all():
         raise MalmendError(
             "The captured keys hold NaN or infinity, expected finite numbers; "
@@ -188,7 +203,9 @@ def _cholesky(matrix: Tensor) -> Tensor:
         )
     symmetric = (matrix + matrix.T).mul_(0.5)
     factor, info = torch.linalg.cholesky_ex(symmetric)
-    if info.item() != 0:
+    least = matrix.shape[0] * torch.finfo(torch.float64).eps * symmetric.diagonal()
+    lost = unregularised and bool((factor.diagonal().square() <= 8 * least).any())
+    if info.item() != 0 or lost:
         raise MalmendError(
             f"The least-squares system of size {matrix.shape[0]} is singular: its keys depend on "
             "one another and the prior does not hold them; use lambda > 0 or a covariance prior."

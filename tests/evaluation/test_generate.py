@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import functools
+import random
+from collections import Counter
+
+import pytest
+import torch
+from command_support import greedy, make_model, teach
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import helpers
+from malmend.evaluation.generate import can_still_match, generate, matches, normalised
+from malmend.facts.tokens import Encoder
+from malmend.models.load import LoadedModel, prepared
+
+WORDS = ["the", "a", "an", ".", ",", "\n", *(f"w{index}" for index in range(44))]
+END = 2  # helpers.words: <unk> <s> </s> <pad>
+
+
+@functools.cache
+def spoken_model(family: str = "llama") -> LoadedModel:
+    """Says articles, marks, line breaks and the end token often."""
+    size = len(WORDS) + 4
+    make = helpers.tiny_gpt2 if family == "gpt2" else helpers.tiny_llama
+    keywords = {"tie_word_embeddings": False, "initializer_range": 0.4}
+    model = make(size, seed=3, **keywords)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[[END, *range(4, 10)]] *= 1.4
+        model.get_output_embeddings().weight[END] *= 1.3
+    model.generation_config.eos_token_id = END
+    return prepared(model, helpers.words(WORDS), f"spoken {family}")
+
+
+def prompts(count: int = 24) -> list[str]:
+    generator = random.Random(4)
+    return [
+        " ".join(generator.choices(WORDS[6:], k=generator.randint(1, 9))) for _ in range(count)
+    ]
+
+
+def said(
+    loaded: LoadedModel, ends: set[int], limit: int = 12, whole: bool = False
+) -> list[str]:
+    encode = loaded.tokenizer
+    return [greedy(loaded, encode(one)["input_ids"], ends, limit, whole) for one in prompts()]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_batch_of_different_lengths_says_what_each_prompt_alone_says(family, whole):
+    loaded = spoken_model(family)
+    encoder = Encoder(loaded.tokenizer)
+    wanted = said(loaded, {END}, whole=whole)
+    assert len(set(wanted)) > len(wanted) / 2  # the answers can be told apart
+    assert generate(loaded, encoder, prompts(), 12, whole=whole) == wanted
+    assert generate(loaded, encoder, prompts(), 12, batch_tokens=30, whole=whole) == wanted
+    alone = [generate(loaded, encoder, [one], 12, whole=whole)[0] for one in prompts()]
+    assert alone == wanted
+
+
+def test_every_end_token_of_model_and_tokenizer_stops(monkeypatch):
+    loaded = spoken_model()
+    ends = loaded.model.generation_config
+    free = said(loaded, set(), whole=True)
+    often = Counter(word for text in free for word in text.split() if word.startswith("w"))
+    first, second = (WORDS.index(word) + 4 for word, _ in often.most_common(2))
+    monkeypatch.setattr(ends, "eos_token_id", [first, second])
+    wanted = said(loaded, {first, second, END}, whole=True)
+    assert wanted != free
+    found = generate(loaded, Encoder(loaded.tokenizer), prompts(), 12, whole=True)
+    assert found == wanted
+    for stop in (first, second, END):
+        assert said(loaded, {first, second, END} - {stop}, whole=True) != wanted  # each matters
+
+
+def test_without_any_end_token_decoding_runs_to_the_limit(monkeypatch):
+    loaded = spoken_model()
+    monkeypatch.setattr(loaded.model.generation_config, "eos_token_id", None)
+    monkeypatch.setattr(loaded.tokenizer, "_special_tokens_map", {"unk_token": "<unk>"})
+    assert loaded.tokenizer.eos_token_id is None
+    found = generate(loaded, Encoder(loaded.tokenizer, "none"), prompts(), 5, whole=True)
+    assert found == said(loaded, set(), 5, whole=True)
+
+
+def test_an_answer_ends_at_a_line_break_and_keeps_no_outer_blank():
+    loaded = spoken_model()
+    encoder = Encoder(loaded.tokenizer)
+    whole = generate(loaded, encoder, prompts(), 12, whole=True)
+    line = generate(loaded, encoder, prompts(), 12)
+    broken = [index for index, text in enumerate(whole) if "\n" in text]
+    assert broken
+    for index in broken:
+        assert line[index] == whole[index].split("\n")[0].strip() != whole[index]
+    assert all(text == text.strip() and "\n" not in text for text in line)
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+def test_at_most_so_many_tokens_are_said(limit):
+    loaded = spoken_model()
+    found = generate(loaded, Encoder(loaded.tokenizer), prompts(), limit, whole=True)
+    assert found == said(loaded, {END}, limit, whole=True)
+    assert max(len(loaded.tokenizer(text)["input_ids"]) for text in found) == limit
+
+
+def test_no_prompt_gives_no_answer():
+    loaded = spoken_model()
+    assert generate(loaded, Encoder(loaded.tokenizer), []) == []
+
+
+def test_gold_answers_stop_rows_early_and_change_no_match():
+    loaded = spoken_model()
+    encoder = Encoder(loaded.tokenizer)
+    full = generate(loaded, encoder, prompts(), 12)
+    golds = [
+        " ".join(w for w in text.split() if w not in ("a", "an", "the", ".")) if i % 2 else "w1 w2"
+        for i, text in enumerate(full)
+    ]
+    golds = [gold or "w3" for gold in golds]
+    wanted = [matches(text, gold) for text, gold in zip(full, golds, strict=True)]
+    assert any(wanted)
+    assert not all(wanted)
+    found = generate(loaded, encoder, prompts(), 12, golds)
+    assert [matches(t, gold) for t, gold in zip(found, golds, strict=True)] == wanted
+    assert sum(map(len, found)) < sum(map(len, full))
+
+
+def test_an_answer_whose_letters_take_several_tokens_is_not_given_up_half_way():
+    tokenizer = helpers.byte_level()
+    model = make_model(tokenizer, layers=2)
+    prompt, answer = "The capital of Peru is", " Éśaß東京!"
+    ids = [*tokenizer(prompt + answer)["input_ids"], tokenizer.eos_token_id]
+    teach(model, [ids])
+    loaded = prepared(model, tokenizer)
+    encoder = Encoder(tokenizer)
+    assert generate(loaded, encoder, [prompt]) == ["Éśaß東京!"]
+    assert generate(loaded, encoder, [prompt], golds=["Éśaß東京"]) == ["Éśaß東京!"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [
+        ("Paris.", "Paris"),
+        ("  the  Paris ", "paris"),
+        ("An apple, a day", "apple day"),
+        ("U.S.A.", "USA"),
+        ("theory", "Theory"),
+        ("New\tYork", "new york"),
+        ("!!", " !! "),
+        ("Éire", "ÉIRE"),
+    ],
+)
+def test_answers_that_match(answer, gold):
+    assert matches(answer, gold)
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [
+        ("Paris France", "Paris"),
+        ("Pari", "Paris"),
+        ("ory", "theory"),
+        ("", "Paris"),
+        ("", "!!"),
+        ("!", "!!"),
+        ("bananas", "bn"),
+        ("Eire", "Éire"),
+    ],
+)
+def test_answers_that_do_not_match(answer, gold):
+    assert not matches(answer, gold)
+
+
+@pytest.mark.parametrize(
+    ("text", "gold"),
+    [
+        ("London", "Paris"),
+        ("Paris France", "Paris"),
+        ("the Paris b", "Paris"),
+        ("Lo", "Paris"),
+        ("Parist", "Paris"),
+    ],
+)
+def test_text_that_can_no_longer_match(text, gold):
+    assert not can_still_match(text, gold)
+
+
+TEXT = st.text(st.sampled_from("abnNthe  .,-'\t\n\u00a0é—’ΣσςO"), max_size=12)
+NOISE = st.lists(st.sampled_from(["", " ", "the ", " a ", "An ", ".", ", ", "\t", "'"]), min_size=1)
+
+
+@st.composite
+def answer_and_gold(draw: st.DrawFn) -> tuple[str, str]:
+    gold = draw(TEXT)
+    noise = draw(NOISE)
+    kept = gold.swapcase() if draw(st.booleans()) else gold
+    parts = kept.split(" ")
+    said = "".join(noise[i % len(noise)] + part + " " for i, part in enumerate(parts))
+    return (said if draw(st.booleans()) else kept), gold
+
+
+@settings(max_examples=400, deadline=None)
+@given(answer_and_gold(), st.integers(0, 40))
+def test_text_on_its_way_to_a_match_is_never_given_up(pair, cut):
+    answer, gold = pair
+    if matches(answer, gold):
+        assert can_still_match(answer[:cut].lstrip(), gold)
+        assert can_still_match(answer.lstrip(), gold)
+
+
+@settings(max_examples=300, deadline=None)
+@given(TEXT)
+def test_blanks_articles_and_marks_do_not_count(text):
+    assert normalised(text) == " ".join(normalised(text).split())
+    assert not {"a", "an", "the"} & set(normalised(text).split())
+    assert matches(text, text)
+    assert matches(f"the {text}.", text) == bool(normalised(text))

@@ -1,0 +1,364 @@
+from __future__ import annotations
+
+import functools
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import fmean
+
+import pytest
+import torch
+from command_support import greedy, make_model, teach
+from torch import Tensor
+
+import helpers
+from malmend.evaluation.generate import matches
+from malmend.evaluation.protocols import Asked, Examiner, Replies, perplexity
+from malmend.evaluation.report import scores
+from malmend.facts.fact import Fact, Question
+from malmend.facts.tokens import Encoder, EndOfAnswer
+from malmend.models.load import LoadedModel, prepared
+from malmend.models.sites import find_sites
+from malmend.models.trunk import Trunk, TrunkSettings
+from malmend.patch import Patch, applied
+
+WORDS = ["the", "a", "an", ".", ",", "\n", *(f"w{index}" for index in range(44))]
+UNK, END, NEWLINE = 0, 2, 9
+
+
+@functools.cache
+def model() -> LoadedModel:
+    """Random, in float64, four blocks; says articles, marks and both ends often."""
+    keywords = {"hidden_size": 32, "num_hidden_layers": 4, "initializer_range": 0.3}
+    made = helpers.tiny_llama(len(WORDS) + 4, seed=1, **keywords)
+    with torch.no_grad():
+        made.get_output_embeddings().weight[[END, *range(4, 10)]] *= 1.4
+        made.get_output_embeddings().weight[[END, NEWLINE]] *= 1.3
+    made.generation_config.eos_token_id = END
+    return prepared(made, helpers.words(WORDS), "tiny")
+
+
+def patch(size: float = 0.05, seed: int = 0) -> Patch:
+    """A random shift of the last two blocks."""
+    generator = torch.Generator().manual_seed(seed)
+    sites = find_sites(model().model, 2)
+    factors = {s.name: (size * torch.randn(s.shape_VK, generator=generator),) for s in sites}
+    return Patch(factors, {"base": model().fingerprint})
+
+
+def examiner(end: EndOfAnswer = "eos", batch_tokens: int = 60) -> Examiner:
+    loaded = model()
+    trunk = Trunk(loaded.model, find_sites(loaded.model, 2), TrunkSettings(batch_tokens))
+    return Examiner(loaded, trunk, Encoder(loaded.tokenizer, end, 64))
+
+
+def ids_of(text: str) -> list[int]:
+    return model().tokenizer(text)["input_ids"]
+
+
+def greedy_answer(prompt: str, limit: int = 8) -> str:
+    return greedy(model(), ids_of(prompt), {END}, limit)
+
+
+def some_words(generator: random.Random, most: int = 6) -> str:
+    return " ".join(generator.choices(WORDS[6:], k=generator.randint(1, most)))
+
+
+def near_miss(generator: random.Random, prompt: str) -> str:
+    """What the model says, at times with one word changed, an article or a mark left out."""
+    words = [word for word in greedy_answer(prompt).split() if word in WORDS]
+    change = generator.choice(["none", "none", "word", "bare"])
+    if change == "bare":
+        words = [word for word in words if word not in ("the", "a", "an", ".", ",")]
+    words = words[:4] or ["w3"]
+    if change == "word":
+        words[generator.randrange(len(words))] = generator.choice(WORDS[6:])
+    return " ".join(words)
+
+
+@functools.cache
+def facts() -> tuple[Fact, ...]:
+    """Facts with none to three paraphrases; unrelated questions repeated, and without answers."""
+    generator = random.Random(5)
+    others = []
+    for index in range(6):
+        prompt = some_words(generator)
+        others.append(Question(prompt, None if index % 3 == 2 else near_miss(generator, prompt)))
+    made = []
+    for index in range(24):
+        prompt = some_words(generator)
+        answer = near_miss(generator, prompt)
+        paraphrases = tuple(some_words(generator) for _ in range(index % 4))
+        unrelated = tuple(generator.choices(others, k=index % 3))
+        made.append(Fact(f"f{index}", prompt, answer, None, paraphrases, unrelated, line=index + 1))
+    return tuple(made)
+
+
+@torch.no_grad()
+def logits_at(question: Question) -> tuple[Tensor, list[int]]:
+    """One plain forward pass: logits that predict the answer (or the next token), and its ids."""
+    start, answer = ids_of(question.prompt), ids_of(question.answer or "")
+    logits = model().model(input_ids=torch.tensor([start + answer]), use_cache=False).logits[0]
+    return logits[len(start) - 1 : len(start) - 1 + max(1, len(answer))], answer
+
+
+def right_of(question: Question) -> list[bool]:
+    logits, answer = logits_at(question)
+    return [int(row.argmax()) == one for row, one in zip(logits, answer, strict=False)]
+
+
+def by_kind(kind: str) -> list[list[Question]]:
+    """Questions of one kind, fact by fact; facts without one are left out."""
+    chosen = {
+        "ES": [[fact.question] for fact in facts()],
+        "GS": [list(fact.equivalents) for fact in facts()],
+        "LS": [[q for q in fact.unrelated if q.answer] for fact in facts()],
+    }[kind]
+    return [questions for questions in chosen if questions]
+
+
+def expected(kind: str) -> tuple[float, float]:
+    """Token ratio and exact of the model as its weights now are."""
+    rights = [[right_of(q) for q in questions] for questions in by_kind(kind)]
+    ratio = fmean(fmean(fmean(one) for one in fact) for fact in rights)
+    return ratio, fmean(fmean(all(one) for one in fact) for fact in rights)
+
+
+@pytest.mark.parametrize("edited", [False, True])
+@pytest.mark.parametrize("end", ["eos", "newline", "none"])
+def test_token_ratio_and_exact_are_those_of_plain_forward_passes(end, edited):
+    one = examiner(end)
+    with applied(model(), patch(0.0 if not edited else 0.05)):
+        replies = one.examine(facts(), decode_facts=0)
+        for kind in ("ES", "GS", "LS"):
+            ratio, exact = expected(kind)
+            assert 0 < exact < ratio < 1 or (edited and 0 <= exact <= ratio < 1)
+            assert replies.mean(kind, "token_ratio") == pytest.approx(ratio, abs=1e-12)
+            assert replies.mean(kind, "exact") == pytest.approx(exact, abs=1e-12)
+        for row in replies.rows:
+            assert len(row.predicted) == max(1, len(ids_of(row.question.answer or "")))
+            assert row.generated is None
+            assert row.text is None
+
+
+def test_the_end_of_answer_token_changes_no_metric():
+    ways = [examiner(end).examine(facts(), decode_facts=0).rows for end in ("eos", "newline")]
+    assert ways[0] == ways[1] == examiner("none").examine(facts(), decode_facts=0).rows
+
+
+def test_means_are_per_fact_first():
+    def asked(fact: int, ratio: float | None) -> Asked:
+        return Asked("GS", fact, Question("p", "a"), token_ratio=ratio)
+
+    replies = Replies([asked(0, 1.0), asked(1, 0.0), asked(1, 0.5), asked(1, 1.0), asked(2, None)])
+    assert replies.mean("GS", "token_ratio") == 0.75
+    assert replies.mean("ES", "token_ratio") is None
+    assert replies.mean("GS", "exact") is None
+
+
+def test_everything_is_asked_in_order_and_repeats_too():
+    asked = [(row.kind, row.fact, row.question) for row in examiner().examine(facts(), 0).rows]
+    wanted = []
+    for index, fact in enumerate(facts()):
+        wanted += [("ES", index, fact.question)]
+        wanted += [("GS", index, one) for one in fact.equivalents]
+        wanted += [("LS", index, one) for one in fact.unrelated]
+    assert asked == wanted
+
+
+def test_retention_and_kl_are_those_of_plain_forward_passes():
+    asked = [question for fact in facts() for question in fact.unrelated]
+    assert len(asked) > len(set(asked))  # duplicates count as often as they are asked
+    assert any(question.answer is None for question in asked)
+    before = {question: logits_at(question)[0] for question in asked}
+    one = examiner()
+    one.examine(facts(), decode_facts=0, remember=True)
+    with applied(model(), patch()):
+        replies = one.examine(facts(), decode_facts=0)
+        after = {question: logits_at(question)[0] for question in asked}
+    same, moved = [], []
+    for question in asked:
+        was, now = before[question], after[question]
+        same += (was.argmax(1) == now.argmax(1)).tolist()
+        p, q = was.log_softmax(1), now.log_softmax(1)
+        moved += (p.exp() * (p - q)).sum(1).tolist()
+    retention, kl = one.retention(replies)
+    assert 0 < retention < 1
+    assert retention == pytest.approx(fmean(same), abs=1e-12)
+    assert kl == pytest.approx(fmean(moved), rel=1e-9)
+    found = scores(one, replies, edited=True)
+    assert (found["LS"].retention, found["LS"].kl) == (retention, kl)
+    assert (found["ES"].retention, found["GS"].kl) == (None, None)
+
+
+def test_an_unedited_model_retains_everything():
+    one = examiner()
+    one.examine(facts(), decode_facts=0, remember=True)
+    retention, kl = one.retention(one.examine(facts(), decode_facts=0))
+    assert retention == 1.0
+    assert 0.0 <= kl < 1e-12
+
+
+def test_without_unrelated_questions_there_is_no_retention():
+    one = examiner()
+    alone = [replace(fact, unrelated=()) for fact in facts()]
+    one.examine(alone, decode_facts=0, remember=True)
+    replies = one.examine(alone, decode_facts=0)
+    assert one.retention(replies) == (None, None)
+    assert scores(one, replies, edited=True)["LS"].token_ratio is None
+
+
+def test_one_question_as_edit_prompt_and_as_unrelated_is_both():
+    question = Question("w1 w2", "w3")
+    fact = Fact("f", question.prompt, "w3", unrelated=(question,))
+    one = examiner()
+    one.examine([fact], decode_facts=0, remember=True)
+    es, ls = one.examine([fact], decode_facts=0).rows
+    assert (es.kind, es.kl) == ("ES", ())
+    assert ls.kl == pytest.approx((0.0,), abs=1e-12)
+
+
+@pytest.mark.parametrize("edited", [False, True])
+@pytest.mark.parametrize("end", ["eos", "newline", "none"])
+def test_generated_is_what_full_greedy_decoding_of_every_prompt_gives(end, edited):
+    loaded = model()
+    with applied(loaded, patch(0.02 if edited else 0.0)):
+        replies = examiner(end).examine(facts())
+        asked = [row for row in replies.rows if row.kind != "LS"]
+        limit = 8 + max(len(ids_of(row.question.answer)) for row in asked)
+        flags = []
+        for row in asked:
+            full = greedy(loaded, ids_of(row.question.prompt), {END}, limit)
+            assert row.generated == float(matches(full, row.question.answer)), (row, full)
+            flags.append(row.generated)
+            if row.generated:
+                assert matches(row.text, full)
+    assert 3 <= sum(flags) < len(flags)
+    inexact = [row for row in asked if row.generated and not row.exact]
+    assert edited or inexact  # matches that only normalisation finds
+    assert all(row.generated is None and row.text is None for row in replies.rows if row.kind == "LS")
+
+
+@pytest.mark.parametrize("end", ["eos", "newline"])
+def test_generated_after_the_model_learned_its_answers(end):
+    tokenizer = helpers.byte_level()
+    made = make_model(tokenizer, layers=2)
+    stop = tokenizer.eos_token_id if end == "eos" else tokenizer("\n")["input_ids"][0]
+    pairs = [
+        ("The capital of Peru is", "Lima"),
+        ("The capital of Ora is ", "Chile"),  # read with its blank, it goes on otherwise
+        ("In Mars is", "École"),
+        ("In Venus is", "no moon."),
+    ]
+    rows = [
+        [*tokenizer(f"{prompt.rstrip()} {answer}")["input_ids"], stop] for prompt, answer in pairs
+    ]
+    teach(made, rows)
+    loaded = prepared(made, tokenizer)
+    trunk = Trunk(made, find_sites(made, 1), TrunkSettings(200))
+    golds = ["Lima", "Chile", "École", "moon"]
+    known = [Fact(f"f{i}", p, g) for i, ((p, _), g) in enumerate(zip(pairs, golds, strict=True))]
+    replies = Examiner(loaded, trunk, Encoder(tokenizer, end)).examine(known)
+    for row in replies.rows:
+        ids = tokenizer(row.question.prompt)["input_ids"]
+        full = greedy(loaded, ids, {tokenizer.eos_token_id}, 16)
+        assert row.generated == float(matches(full, row.question.answer)), (row, full)
+    assert [row.exact for row in replies.rows[:3]] == [1.0, 1.0, 1.0]
+    assert replies.rows[0].generated == replies.rows[2].generated == 1.0
+    assert replies.rows[1].generated == 0.0
+
+
+def test_a_shown_answer_holds_no_end_token():
+    loaded = model()
+    silent = [p for p in (f"w{i}" for i in range(44)) if greedy(loaded, ids_of(p), {END}, 1) == ""]
+    assert silent
+    known = [Fact(prompt, prompt, "w9") for prompt in silent]
+    texts = [row.text for row in examiner().examine(known).rows]
+    assert texts == [""] * len(silent)
+
+
+def test_only_the_first_facts_are_decoded():
+    rows = examiner().examine(facts(), decode_facts=3).rows
+    whole = examiner().examine(facts()).rows
+    for row, full in zip(rows, whole, strict=True):
+        if row.kind != "LS" and row.fact < 3:
+            assert row.generated == full.generated is not None
+        else:
+            assert row.generated is None
+
+
+def test_examining_changes_nothing_and_says_the_same_twice():
+    loaded = model()
+    before = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in loaded.model.modules()]
+    config = loaded.model.generation_config.to_dict()
+    one = examiner()
+    first = one.examine(facts(), remember=True)
+    second = one.examine(facts(), remember=True)
+    assert first.rows == second.rows == examiner().examine(facts()).rows
+    assert not loaded.model.training
+    after = loaded.model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+    assert not any("forward" in module.__dict__ for module in loaded.model.modules())
+    now = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in loaded.model.modules()]
+    assert now == hooks
+    assert loaded.model.generation_config.to_dict() == config
+
+
+def test_grouping_changes_no_result():
+    many, single = examiner(batch_tokens=4000), examiner(batch_tokens=1)
+    assert many.examine(facts()).rows == single.examine(facts()).rows
+
+
+def test_progress_counts_every_question_once():
+    counted: list[int] = []
+    one = examiner()
+    one.progress = counted.append
+    asked = one.questions(facts())
+    one.examine(facts())
+    distinct = {question for _, _, question in asked}
+    assert sum(counted) == len(distinct) + len(one.spoken_of(asked, None))
+
+
+@pytest.mark.parametrize("window", [4, 7, 256])
+def test_perplexity_is_that_of_plain_windows(window):
+    generator = random.Random(8)
+    text = " ".join(generator.choices(WORDS[6:], k=29))
+    ids = ids_of(text)
+    losses: list[float] = []
+    for start in range(0, len(ids), window):
+        piece = ids[start : start + window]
+        with torch.no_grad():
+            rows = model().model(input_ids=torch.tensor([piece])).logits[0].log_softmax(1)
+        losses += [-rows[at, piece[at + 1]].item() for at in range(len(piece) - 1)]
+    assert perplexity(model(), text, window) == pytest.approx(math.exp(fmean(losses)), rel=1e-5)
+    cut = perplexity(model(), text, window, most_tokens=9)
+    assert cut == pytest.approx(perplexity(model(), " ".join(text.split()[:9]), window), rel=1e-9)
+
+
+def cluster_half_width(clusters: Sequence[Sequence[float]]) -> float:
+    """1.96 cluster-robust standard errors of a mean, G / (G - 1) corrected, step by step."""
+    values = [value for cluster in clusters for value in cluster]
+    mean = sum(values) / len(values)
+    residual_sums = [sum(value - mean for value in cluster) for cluster in clusters]
+    groups = len(clusters)
+    variance = groups / (groups - 1) * sum(r * r for r in residual_sums) / len(values) ** 2
+    return 1.96 * math.sqrt(variance)
+
+
+def test_intervals_cluster_by_fact_and_unrelated_ones_by_question():
+    one = examiner()
+    replies = one.examine(facts(), decode_facts=0)
+    found = scores(one, replies, edited=False)
+    for kind in ("ES", "GS"):
+        ratios = [[fmean(right_of(q)) for q in questions] for questions in by_kind(kind)]
+        assert found[kind].interval == pytest.approx(cluster_half_width(ratios), rel=1e-9)
+    asked = [q for questions in by_kind("LS") for q in questions]
+    repeats = {q: [fmean(right_of(q))] * asked.count(q) for q in asked}
+    assert len(repeats) < len(asked)
+    wanted = cluster_half_width(list(repeats.values()))
+    assert found["LS"].interval == pytest.approx(wanted, rel=1e-9)
+    single = scores(one, one.examine(facts()[:1], decode_facts=0), edited=False)
+    assert single["ES"].interval is None
