@@ -65,8 +65,7 @@ def test_boundary_in_the_joined_text(tokenizer, prompt, answer):
     assert before.strip() == prompt.strip()
     assert after.strip() == answer.strip()
     assert encoded.ids[encoded.answer_end :] == (tokenizer.eos_token_id,)
-    gap = "" if prompt.endswith(" ") or answer.startswith(" ") else " "
-    joined = tokenizer(prompt + gap + answer)["input_ids"]
+    joined = tokenizer(f"{prompt.strip()} {answer.strip()}")["input_ids"]
     assert list(encoded.ids[: encoded.answer_end]) == joined  # one tokenisation of the whole
 
 
@@ -420,7 +419,7 @@ def test_too_long(answer):
         Encoder(tokenizer, max_tokens=length - 1).encode(question)
 
 
-@pytest.mark.parametrize("prompt", ["", " ", "\n"])
+@pytest.mark.parametrize("prompt", ["", " "])
 def test_no_token_before_the_answer(prompt):
     with pytest.raises(MalmendError, match="has no token before the answer; give a longer one"):
         Encoder(byte_level()).encode(Question(prompt, "two moons"))

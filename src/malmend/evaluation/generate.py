@@ -7,6 +7,7 @@ cut at the length of the gold answer.  Exact match is taken after the field's us
 
 from __future__ import annotations
 
+import itertools
 import re
 import string
 from collections.abc import Callable, Sequence
@@ -125,16 +126,10 @@ def _decode_batch(
     for row, question in enumerate(ids):  # padded on the left: new tokens follow at the right
         rows[row, width - len(question) :] = torch.tensor(question)
         mask[row, width - len(question) :] = 1
-    tokenizer = loaded.tokenizer
     stop = sorted(_end_ids(loaded))
 
     def decode(new: Tensor) -> str:
-        kept = []
-        for token in new.tolist():
-            if token in stop:
-                break
-            kept.append(token)
-        return tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return _text(loaded, new.tolist())
 
     out = loaded.model.generate(
         input_ids=rows.to(device),
@@ -151,7 +146,21 @@ def _decode_batch(
     )
     if whole:
         return [decode(row[width:]).strip() for row in out]
-    return [decode(row[width:]).lstrip().split("\n")[0].strip() for row in out]
+    return [first_line(loaded, row[width:].tolist()) for row in out]
+
+
+def first_line(loaded: LoadedModel, new: Sequence[int]) -> str:
+    """New tokens as the text of an answer: up to an end token, first line, outer blanks off."""
+    return _text(loaded, new).lstrip().split("\n")[0].strip()
+
+
+def _text(loaded: LoadedModel, new: Sequence[int]) -> str:
+    """The text of new tokens up to the first that ends an answer."""
+    ends = _end_ids(loaded)
+    kept = list(itertools.takewhile(lambda token: token not in ends, new))
+    return loaded.tokenizer.decode(
+        kept, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
 
 
 def _end_ids(loaded: LoadedModel) -> set[int]:

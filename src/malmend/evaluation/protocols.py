@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from malmend.evaluation.generate import can_still_match, generate, matches
+from malmend.evaluation.generate import can_still_match, first_line, generate, matches
 from malmend.facts.fact import Fact, Question
 from malmend.facts.tokens import Encoded, Encoder
 from malmend.models.load import LoadedModel
@@ -202,13 +202,19 @@ class Examiner:
         If every answer token *and* the end token are the model's first choice, then greedy
         decoding says exactly the answer and stops.  And its first token is the first choice after
         the prompt: where the answer cannot begin like that, it is lost, and the token is the text.
+        Both hold only where prompt and answer, read as one text, begin with the prompt's tokens.
         """
         ends = self.encoder.end_of_answer != "none"
-        settled = {q: q.answer or "" for q in questions if ends and forced[q].with_end}
+        settled: dict[Question, str] = {}
         for question in questions:
-            first = self.loaded.tokenizer.decode(forced[question].predicted[:1]).lstrip()
-            if question not in settled and not can_still_match(first, question.answer or ""):
-                settled[question] = first.split("\n")[0]
+            known, gold = forced[question], question.answer or ""
+            if self.encoder.prompt_ids(question.prompt) != known.prompt_ids:
+                continue
+            first = first_line(self.loaded, known.predicted[:1])
+            if ends and known.with_end and "\n" not in gold.strip():
+                settled[question] = gold.strip()
+            elif not can_still_match(first, gold):
+                settled[question] = first
         rest = [q for q in questions if q not in settled]
         golds = [q.answer or "" for q in rest]
         limit = 8 + max((len(forced[q].predicted) for q in rest), default=0)
@@ -224,6 +230,7 @@ class _Forced:
     token_ratio: float | None
     exact: float | None
     with_end: bool
+    prompt_ids: tuple[int, ...]
     predicted: tuple[int, ...]
     kl: tuple[float, ...]
 
@@ -236,6 +243,7 @@ class _Forced:
             token_ratio=sum(counted) / len(counted) if counted else None,
             exact=float(all(counted)) if counted else None,
             with_end=bool(right) and all(right),
+            prompt_ids=one.ids[: one.answer_start],
             predicted=tuple(top[: max(one.counted, 1)]),
             kl=kl,
         )

@@ -210,7 +210,7 @@ class Encoder:
         return found
 
     def _encode_joined(self, prompt: str, answer: str) -> Encoded:
-        gap = "" if self.chat or prompt[-1:].isspace() else " "
+        gap = "" if prompt[-1:].isspace() else " "
         ids, spans = self._ids(prompt + gap + answer)
         start = next((i for i, (_, end) in enumerate(spans) if end > len(prompt)), len(ids))
         kept = self.tokenizer.decode(ids[start:], clean_up_tokenization_spaces=False)
