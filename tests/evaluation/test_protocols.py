@@ -30,16 +30,16 @@ UNK, END, NEWLINE = 0, 2, 9
 @functools.cache
 def model() -> LoadedModel:
     """Random, in float64, four blocks; says articles, marks and both ends often."""
-    keywords = {"hidden_size": 32, "num_hidden_layers": 4, "initializer_range": 0.3}
-    made = helpers.tiny_llama(len(WORDS) + 4, seed=1, **keywords)
+    keywords = {"hidden_size": 32, "num_hidden_layers": 4, "initializer_range": 0.5}
+    made = helpers.tiny_llama(len(WORDS) + 4, seed=2, **keywords)
     with torch.no_grad():
         made.get_output_embeddings().weight[[END, *range(4, 10)]] *= 1.4
-        made.get_output_embeddings().weight[[END, NEWLINE]] *= 1.3
+        made.get_output_embeddings().weight[[END, NEWLINE]] *= 1.6
     made.generation_config.eos_token_id = END
     return prepared(made, helpers.words(WORDS), "tiny")
 
 
-def patch(size: float = 0.05, seed: int = 0) -> Patch:
+def patch(size: float = 0.3, seed: int = 0) -> Patch:
     """A random shift of the last two blocks."""
     generator = torch.Generator().manual_seed(seed)
     sites = find_sites(model().model, 2)
@@ -68,12 +68,12 @@ def some_words(generator: random.Random, most: int = 6) -> str:
 def near_miss(generator: random.Random, prompt: str) -> str:
     """What the model says, at times with one word changed, an article or a mark left out."""
     words = [word for word in greedy_answer(prompt).split() if word in WORDS]
-    change = generator.choice(["none", "none", "word", "bare"])
+    change = generator.choice(["none", "word", "bare"])
     if change == "bare":
         words = [word for word in words if word not in ("the", "a", "an", ".", ",")]
-    words = words[:4] or ["w3"]
+    words = words[:8] or ["w3"]
     if change == "word":
-        words[generator.randrange(len(words))] = generator.choice(WORDS[6:])
+        words[-1] = generator.choice(WORDS[6:])
     return " ".join(words)
 
 
@@ -129,7 +129,7 @@ def expected(kind: str) -> tuple[float, float]:
 @pytest.mark.parametrize("end", ["eos", "newline", "none"])
 def test_token_ratio_and_exact_are_those_of_plain_forward_passes(end, edited):
     one = examiner(end)
-    with applied(model(), patch(0.0 if not edited else 0.05)):
+    with applied(model(), patch(0.3 if edited else 0.0)):
         replies = one.examine(facts(), decode_facts=0)
         for kind in ("ES", "GS", "LS"):
             ratio, exact = expected(kind)
@@ -223,7 +223,7 @@ def test_one_question_as_edit_prompt_and_as_unrelated_is_both():
 @pytest.mark.parametrize("end", ["eos", "newline", "none"])
 def test_generated_is_what_full_greedy_decoding_of_every_prompt_gives(end, edited):
     loaded = model()
-    with applied(loaded, patch(0.02 if edited else 0.0)):
+    with applied(loaded, patch(0.1 if edited else 0.0)):
         replies = examiner(end).examine(facts())
         asked = [row for row in replies.rows if row.kind != "LS"]
         limit = 8 + max(len(ids_of(row.question.answer)) for row in asked)

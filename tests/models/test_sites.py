@@ -265,7 +265,7 @@ def test_encoder_decoder_is_refused():
     )
     model = T5ForConditionalGeneration(config).eval()
     for asked in ({"layers": 1}, {"pattern": "decoder.block.1.layer.2.DenseReluDense.wo"}):
-        with pytest.raises(ModelError, match="T5ForConditionalGeneration .* give a decoder"):
+        with pytest.raises(ModelError, match=r"T5ForConditionalGeneration .* give a decoder"):
             find_sites(model, **asked)
 
 

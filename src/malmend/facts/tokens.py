@@ -162,7 +162,7 @@ class Encoder:
             ids = self.prompt_ids(question.prompt)
             encoded = Encoded(ids, len(ids), len(ids))
         else:
-            encoded = self._encode_joined(self.framed(question.prompt), question.answer.strip())
+            encoded = self._encode_joined(self.framed(question.prompt), question.answer.rstrip())
         if encoded.answer_start < 1:
             raise MalmendError(
                 f"the prompt {question.prompt!r} has no token before the answer; give a longer one"
@@ -210,12 +210,13 @@ class Encoder:
         return found
 
     def _encode_joined(self, prompt: str, answer: str) -> Encoded:
-        gap = "" if prompt[-1:].isspace() else " "
-        ids, spans = self._ids(prompt + gap + answer)
+        # A chat template ends where the reply begins, with whatever blank belongs there.
+        blank = "" if self.chat or prompt[-1:].isspace() else " "
+        ids, spans = self._ids(prompt + blank + (answer if self.chat else answer.lstrip()))
         start = next((i for i, (_, end) in enumerate(spans) if end > len(prompt)), len(ids))
         kept = self.tokenizer.decode(ids[start:], clean_up_tokenization_spaces=False)
         unknown = self.tokenizer.unk_token_id in ids[start:]
-        if not answer or unknown or not _same(kept, answer):
+        if not answer.strip() or unknown or not _same(kept, answer):
             raise MalmendError(
                 f"the answer {answer!r} does not survive tokenisation, it reads back as {kept!r}; "
                 "write it with characters that the tokenizer knows"
