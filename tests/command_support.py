@@ -1,8 +1,8 @@
 """One tiny model on disk with facts, text and a cache folder, for the tests of whole commands.
 
-    tiny = command_support.tiny            (a fixture; assign it in the module that uses it)
-    cache = command_support.cache          (autouse: MALMEND_CACHE points into a temporary folder)
-    malmend("edit", model, facts, ...)     runs the command line in process
+tiny = command_support.tiny            (a fixture; assign it in the module that uses it)
+cache = command_support.cache          (autouse: MALMEND_CACHE points into a temporary folder)
+malmend("edit", model, facts, ...)     runs the command line in process
 """
 
 from __future__ import annotations

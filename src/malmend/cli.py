@@ -1,8 +1,8 @@
 """The command line: ``malmend COMMAND ...``.  With show.py the only place that prints or exits.
 
 Options are derived by jsonargparse from the functions in ``malmend.commands`` and the frozen
-settings dataclasses that they take; nothing is declared twice.  ``--config FILE`` reads the same
-names from YAML.
+settings dataclasses that they take; nothing is declared twice.  ``train --config FILE`` reads the
+same names from YAML.
 """
 
 from __future__ import annotations
@@ -109,14 +109,16 @@ def _train(arguments: list[str]) -> None:
     parser.add_argument("model", type=str, help="name, folder or GGUF file")
     parser.add_argument("facts", type=str, help="facts file, with paraphrases")
     parser.add_argument("--out", type=str, required=True, help="the editor's folder")
-    parser.add_argument("--paper", type=bool, default=False, help="the settings of MALMEN A.6")
+    parser.add_argument(
+        "--paper", type=bool, default=False, help="MALMEN A.6 and the published code"
+    )
     _derive(parser, train, {"model", "facts", "out", "settings", "editor", "starting", "stepped"})
     _settings(parser, network=True)
     parser.add_class_arguments(TrainSettings)
-    if "--paper" in arguments:
-        defaults = _flat({**vars(published()), **vars(published_training())})
-        parser.set_defaults(defaults)
     given = _parse(parser, arguments)
+    if given["paper"]:  # other defaults; what was given still counts
+        parser.set_defaults(_flat({**vars(published()), **vars(published_training())}))
+        given = _parse(parser, arguments)
     given.pop("paper")
     given.pop("config", None)
     names = TrainSettings.__dataclass_fields__

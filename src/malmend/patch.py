@@ -36,7 +36,7 @@ class Patch:
     """Shifts by site name, float32, each kept as its factors.
 
     ``factors[name]`` is (S,) or (left, right).  ``provenance`` is what the file's header says:
-    base fingerprint, method, settings, seeds, counts, metrics, versions.
+    base fingerprint, method, settings, counts, metrics, versions.
     """
 
     factors: Mapping[str, tuple[Tensor, ...]]

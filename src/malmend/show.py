@@ -133,7 +133,7 @@ def asked(result: AskResult) -> None:
 def step(record: StepRecord, steps: int) -> None:
     """One line per training step."""
     OUT.print(
-        f"step {record.step:>4}/{steps}  loss {record.gen + record.loc:.4f}  "
+        f"step {record.step:>4}/{steps}  loss {record.loss:.4f}  "
         f"generality {record.gen:.4f}  locality {record.loc:.4f}  "
         f"gradient {record.grad_norm:.3g}  eta {record.eta:.3g}  {record.seconds:.1f} s",
         highlight=False,
@@ -149,8 +149,8 @@ def trained(result: TrainResult) -> None:
         OUT.print(f"  {escape(result.leaks[0])}")
     first, last = result.records[0], result.records[-1]
     OUT.print(
-        f"Trained {last.step} steps: meta-loss {first.gen + first.loc:.3f} at the first, "
-        f"{last.gen + last.loc:.3f} at the last.  Editor: {escape(str(result.folder))}"
+        f"Trained {last.step} steps: meta-loss {first.loss:.3f} at the first, "
+        f"{last.loss:.3f} at the last.  Editor: {escape(str(result.folder))}"
     )
 
 

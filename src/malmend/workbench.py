@@ -76,6 +76,7 @@ def checked_facts(
     end_of_answer: EndOfAnswer = "eos",
     limit: int | None = None,
     strict: bool = False,
+    chat: bool = False,
 ) -> FactSet:
     """Reads facts and checks that every question can be encoded; needs no model.
 
@@ -88,7 +89,7 @@ def checked_facts(
         known = FactSet("facts", tuple(facts)[:limit])
         if not known:
             raise FactsError("No facts were given, expected at least one.")
-    faults = encoder_of(tokenizer, end_of_answer).faults(known)
+    faults = encoder_of(tokenizer, end_of_answer, chat).faults(known)
     if faults:
         raise FactsError(
             f"{known.source}: {len(faults)} questions do not fit this model's tokenizer:",

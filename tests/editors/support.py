@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -49,9 +50,13 @@ def tiny_model(
 
 
 def tiny_trunk(
-    model: PreTrainedModel, layers: int = 2, pattern: str | None = None, batch_tokens: int = 4096
+    model: PreTrainedModel,
+    layers: int = 2,
+    pattern: str | None = None,
+    batch_tokens: int = 4096,
+    store: Path | None = None,
 ) -> Trunk:
-    return Trunk(model, find_sites(model, layers, pattern), TrunkSettings(batch_tokens))
+    return Trunk(model, find_sites(model, layers, pattern), TrunkSettings(batch_tokens), store)
 
 
 def some_words(generator: random.Random, least: int, most: int) -> str:

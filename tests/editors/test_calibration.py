@@ -30,7 +30,7 @@ from malmend.editors.metaloss import Judged, meta_loss
 from malmend.editors.network import NetworkSettings
 from malmend.errors import MalmendError
 from malmend.facts.tokens import Encoded
-from malmend.models.capture import Captured, Descent
+from malmend.models.capture import Descent
 from malmend.models.trunk import Trunk
 from malmend.patch import shifted
 
@@ -83,10 +83,12 @@ def test_covariance_is_the_mean_over_tokens_but_each_lines_first(family, batch_t
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("most", [1, 2, 20, 40])
+@pytest.mark.parametrize("most", [1, 2, 20, 40, "exactly three lines"])
 def test_covariance_stops_at_the_line_that_reaches_the_bound(most):
     model = tiny_model()
     trunk, lines, used, tokens = tiny_trunk(model), TEXT.splitlines(), [], 0
+    if isinstance(most, str):
+        most = sum(len(line.split()) - 1 for line in lines[:3])
     for line in lines:
         if tokens >= most:
             break
@@ -152,14 +154,15 @@ def test_the_search_tries_every_pair_and_keeps_the_best(tokens):
     assert same(trunk.model.state_dict(), tiny_model().state_dict()), "the model is left as it was"
 
 
-def test_the_search_scores_the_edit_of_its_facts():
+@pytest.mark.parametrize("tokens", ["answer", "all"])
+def test_the_search_scores_the_edit_of_its_facts(tokens):
     """One row of ``tried``, done by hand: the first five facts edited, then asked."""
-    trunk = tiny_trunk(tiny_model())
-    found = calibrate(trunk, encoder(), EDITOR, FACTS, TEXT, SMALL)
+    trunk, settings = tiny_trunk(tiny_model()), replace(EDITOR, tokens=tokens)
+    found = calibrate(trunk, encoder(), settings, FACTS, TEXT, SMALL)
     row = found.tried[2]
-    editor = replace(found, eta=row["eta"], alpha=row["alpha"]).editor(EDITOR, trunk)
-    captured = captured_of(trunk, FACTS[:5], EDITOR)
-    shifts = editor.shifts([Captured(c.keys_NK, c.value_grads_NV) for c in captured])
+    editor = replace(found, eta=row["eta"], alpha=row["alpha"]).editor(settings, trunk)
+    captured = captured_of(trunk, FACTS[:5], settings)
+    shifts = editor.shifts(captured)
     unrelated = []
     for index, fact in enumerate(FACTS[:5]):
         ids = encoder().passage_ids(TEXT.splitlines()[-1 - index])

@@ -38,14 +38,10 @@ def spoken_model(family: str = "llama") -> LoadedModel:
 
 def prompts(count: int = 24) -> list[str]:
     generator = random.Random(4)
-    return [
-        " ".join(generator.choices(WORDS[6:], k=generator.randint(1, 9))) for _ in range(count)
-    ]
+    return [" ".join(generator.choices(WORDS[6:], k=generator.randint(1, 9))) for _ in range(count)]
 
 
-def said(
-    loaded: LoadedModel, ends: set[int], limit: int = 12, whole: bool = False
-) -> list[str]:
+def said(loaded: LoadedModel, ends: set[int], limit: int = 12, whole: bool = False) -> list[str]:
     encode = loaded.tokenizer
     return [greedy(loaded, encode(one)["input_ids"], ends, limit, whole) for one in prompts()]
 

@@ -133,7 +133,8 @@ def test_token_ratio_and_exact_are_those_of_plain_forward_passes(end, edited):
         replies = one.examine(facts(), decode_facts=0)
         for kind in ("ES", "GS", "LS"):
             ratio, exact = expected(kind)
-            assert 0 < exact < ratio < 1 or (edited and 0 <= exact <= ratio < 1)
+            assert edited or 0 < ratio < 1
+            assert edited or kind == "GS" or 0 < exact < ratio
             assert replies.mean(kind, "token_ratio") == pytest.approx(ratio, abs=1e-12)
             assert replies.mean(kind, "exact") == pytest.approx(exact, abs=1e-12)
         for row in replies.rows:
@@ -237,36 +238,47 @@ def test_generated_is_what_full_greedy_decoding_of_every_prompt_gives(end, edite
     assert 3 <= sum(flags) < len(flags)
     inexact = [row for row in asked if row.generated and not row.exact]
     assert edited or inexact  # matches that only normalisation finds
-    assert all(row.generated is None and row.text is None for row in replies.rows if row.kind == "LS")
+    assert all(
+        row.generated is None and row.text is None for row in replies.rows if row.kind == "LS"
+    )
 
 
+@pytest.mark.parametrize("chat", [False, True])
 @pytest.mark.parametrize("end", ["eos", "newline"])
-def test_generated_after_the_model_learned_its_answers(end):
-    tokenizer = helpers.byte_level()
+def test_generated_after_the_model_learned_its_answers(end, chat):
+    # This template's last blank is part of the answer's first token, but only beside an answer.
+    template = "{{ messages[0]['content'] }} In Mars: "
+    tokenizer = helpers.byte_level(chat_template=template)
     made = make_model(tokenizer, layers=2)
     stop = tokenizer.eos_token_id if end == "eos" else tokenizer("\n")["input_ids"][0]
-    pairs = [
-        ("The capital of Peru is", "Lima"),
-        ("The capital of Ora is ", "Chile"),  # read with its blank, it goes on otherwise
-        ("In Mars is", "École"),
-        ("In Venus is", "no moon."),
-    ]
+    said = {"The capital of Peru is": "Lima", "In Ora is": "École", "In Venus is": "no moon."}
+    encoder = Encoder(tokenizer, end, chat=chat)
     rows = [
-        [*tokenizer(f"{prompt.rstrip()} {answer}")["input_ids"], stop] for prompt, answer in pairs
+        [*tokenizer(f"{encoder.framed(prompt).rstrip()} {answer}")["input_ids"], stop]
+        for prompt, answer in said.items()
     ]
     teach(made, rows)
     loaded = prepared(made, tokenizer)
     trunk = Trunk(made, find_sites(made, 1), TrunkSettings(200))
-    golds = ["Lima", "Chile", "École", "moon"]
-    known = [Fact(f"f{i}", p, g) for i, ((p, _), g) in enumerate(zip(pairs, golds, strict=True))]
-    replies = Examiner(loaded, trunk, Encoder(tokenizer, end)).examine(known)
+    golds = ["Lima", "École", "moon"]
+    known = [Fact(f"f{i}", p, gold) for i, (p, gold) in enumerate(zip(said, golds, strict=True))]
+    replies = Examiner(loaded, trunk, encoder).examine(known)
     for row in replies.rows:
-        ids = tokenizer(row.question.prompt)["input_ids"]
+        ids = tokenizer(encoder.framed(row.question.prompt))["input_ids"]
         full = greedy(loaded, ids, {tokenizer.eos_token_id}, 16)
         assert row.generated == float(matches(full, row.question.answer)), (row, full)
-    assert [row.exact for row in replies.rows[:3]] == [1.0, 1.0, 1.0]
-    assert replies.rows[0].generated == replies.rows[2].generated == 1.0
-    assert replies.rows[1].generated == 0.0
+    assert [row.exact for row in replies.rows] == [1.0, 1.0, 0.0]
+    assert [row.generated for row in replies.rows[:2]] == [float(not chat), 1.0]
+
+
+def test_an_answer_of_two_lines_is_never_said():
+    tokenizer = helpers.byte_level()
+    made = make_model(tokenizer, layers=2)
+    fact = Fact("f", "In Mars is", "Lima\nParis")
+    teach(made, [[*tokenizer(f"{fact.prompt} {fact.answer}")["input_ids"], 0]])
+    trunk = Trunk(made, find_sites(made, 1))
+    (row,) = Examiner(prepared(made, tokenizer), trunk, Encoder(tokenizer)).examine([fact]).rows
+    assert (row.exact, row.generated, row.text) == (1.0, 0.0, "Lima")
 
 
 def test_a_shown_answer_holds_no_end_token():

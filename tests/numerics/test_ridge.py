@@ -8,13 +8,12 @@ The systems here have condition numbers below 1e4, so that two float64 methods a
 
 from __future__ import annotations
 
-import itertools
 
 import pytest
 import torch
 
 from malmend.errors import MalmendError
-from malmend.numerics.ridge import GramSums, Prior, RidgeFactor, mean_residual
+from malmend.numerics.ridge import Prior, RidgeFactor, mean_residual
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 K, V = 6, 4
@@ -217,17 +216,6 @@ def test_dependent_key_dimensions_without_ridge_are_refused():
     keys[:, 2] = 0.0  # no rounding: this pivot is exactly 0
     with pytest.raises(MalmendError, match=r"size 6 is singular.*use lambda > 0"):
         RidgeFactor(keys, Prior(0.0))
-    sums = GramSums(K, V)
-    sums.add(keys, normal(9, V))
-    with pytest.raises(MalmendError, match="size 6 is singular"):
-        sums.shift(Prior(0.0))
-
-
-def test_fewer_tokens_than_dimensions_are_singular_in_the_primal_form():
-    sums = GramSums(K, V)
-    sums.add(torch.eye(K)[:3], normal(3, V))
-    with pytest.raises(MalmendError, match="singular"):
-        sums.shift(Prior(0.0))
 
 
 def test_a_repeated_key_without_ridge_is_refused():
@@ -261,67 +249,10 @@ def test_a_singular_covariance_alone_holds_nothing():
 @PRIORS
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_keys_that_are_not_finite_are_refused(tokens, prior_name, bad):
-    keys, diffs, _ = problem(tokens)
+    keys, _, _ = problem(tokens)
     keys[-1, 2] = bad
     with pytest.raises(MalmendError, match="NaN or infinity"):
         RidgeFactor(keys, make_prior(prior_name))
-    sums = GramSums(K, V)
-    sums.add(keys, diffs)
-    with pytest.raises(MalmendError, match="NaN or infinity"):
-        sums.shift(make_prior(prior_name))
-
-
-# --- running sums
-
-
-def summed(chunks: list[tuple[torch.Tensor, torch.Tensor]]) -> GramSums:
-    sums = GramSums(K, V)
-    for keys, diffs in chunks:
-        sums.add(keys, diffs)
-    return sums
-
-
-@PRIORS
-def test_chunks_in_any_order_equal_all_at_once(prior_name):
-    keys, diffs, _ = problem(9)
-    prior = make_prior(prior_name)
-    expected = stacked(keys, diffs, precision(prior))
-    chunks = list(zip(keys.split([1, 5, 3]), diffs.split([1, 5, 3]), strict=True))
-    for order in itertools.permutations(chunks):
-        sums = summed(list(order))
-        assert sums.tokens == 9
-        torch.testing.assert_close(sums.shift(prior), expected, **EXACT)
-
-
-@TOKENS
-@PRIORS
-def test_revoking_equals_never_having_added(tokens, prior_name):
-    keys, diffs, _ = problem(tokens)
-    prior = make_prior(prior_name)
-    sums = summed([(keys, diffs)])
-    sums.add(5 * normal(4, K, seed=8), normal(4, V, seed=9))
-    assert not torch.allclose(sums.shift(prior), stacked(keys, diffs, precision(prior)), rtol=1e-2)
-    sums.add(5 * normal(4, K, seed=8), normal(4, V, seed=9), sign=-1)
-    assert sums.tokens == tokens
-    torch.testing.assert_close(sums.shift(prior), stacked(keys, diffs, precision(prior)), **EXACT)
-
-
-def test_sums_are_float64_from_float32_chunks():
-    keys, diffs, _ = problem(9)
-    keys, diffs = keys.float(), diffs.float()
-    sums = summed([(keys, diffs)])
-    torch.testing.assert_close(sums.key_gram_KK, keys.double().T @ keys.double(), **EXACT)
-    torch.testing.assert_close(sums.cross_VK, diffs.double().T @ keys.double(), **EXACT)
-
-
-def test_solving_leaves_the_sums_as_they_are():
-    keys, diffs, _ = problem(9)
-    sums = summed([(keys, diffs)])
-    before = sums.key_gram_KK.clone(), sums.cross_VK.clone()
-    first, second = sums.shift(make_prior("full")), sums.shift(make_prior("full"))
-    assert torch.equal(first, second)
-    assert torch.equal(sums.key_gram_KK, before[0])
-    assert torch.equal(sums.cross_VK, before[1])
 
 
 # --- residual
@@ -369,8 +300,6 @@ def test_inputs_are_not_changed(tokens, prior_name, dtype):
     factor.shift(diffs)
     factor.diff_grads(grad)
     factor.prior_grads(grad, diffs)
-    sums = summed([(keys, diffs)])
-    sums.shift(prior)
     mean_residual(grad, keys, diffs)
     for tensor, copy in zip(given, before, strict=True):
         assert torch.equal(tensor, copy)

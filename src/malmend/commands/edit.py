@@ -116,8 +116,9 @@ def edit(
         found = calibrated(bench, chosen, calibrate, text, calibration, progress)
         ready = found.editor(chosen, bench.trunk)
     ready.check_fits(bench.trunk.sites)
+    name = "in memory" if isinstance(editor, Editor) else str(editor)
     start = time.perf_counter()
-    patch = make_edit(bench, ready, known, str(editor) if saved else "none", progress)
+    patch = make_edit(bench, ready, known, name, progress)
     return _finished(bench, patch, known, out, start, progress)
 
 

@@ -61,15 +61,15 @@ def evaluate(
     if isinstance(patch, str | Path):
         patch = load_patch(patch)
     words = None if text is None else read_text(text)
-    known = checked_facts(facts, tokenizer_of(model), "eos", limit, strict)
-    loaded = opened(model, dtype)
     made = patch.provenance.get("settings", {}) if patch else {}
+    end = made.get("end_of_answer", "eos")
+    known = checked_facts(facts, tokenizer_of(model), end, limit, strict, chat)
+    loaded = opened(model, dtype)
     if patch is None:
         sites = list(find_sites(loaded.model))
     else:
         check_base(loaded, patch, force)
         sites = sites_of(loaded.model, patch)
-    end = made.get("end_of_answer", "eos")
     bench = lay_out(loaded, sites, end, chat, trunk)
     count = _Counter(progress, 2 if patch else 1)
     examiner = Examiner(loaded, bench.trunk, bench.encoder, count)

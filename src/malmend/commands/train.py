@@ -110,7 +110,7 @@ def train(
         settings,
         _pairs_store(bench, editor, trunk),
     )
-    about = _about(bench, known, settings)
+    about = _about(bench, known, others, settings)
     records = _resumed(trainer, folder, about)
     starting(trainer, estimate_seconds(trainer) if trainer.step < settings.steps else 0.0)
     for record in trainer.run():
@@ -118,9 +118,10 @@ def train(
         stepped(record)
         if record.step % settings.save_every == 0 or record.step == settings.steps:
             curve = [asdict(one) for one in records]
-            trainer.save(folder, {**about, "curve": curve})
+            # The editor first: if only it is written, resuming takes the steps again.
             save_editor(trainer.editor, {**about, "step": record.step, "curve": curve}, folder)
-    return TrainResult(load_editor(folder), folder, tuple(records), tuple(leaks(known)))
+            trainer.save(folder, {**about, "curve": curve})
+    return TrainResult(load_editor(folder), folder, tuple(records), tuple(leaks(known, others)))
 
 
 def _resumed(trainer: Trainer, folder: Path, about: dict[str, Any]) -> list[StepRecord]:
@@ -128,19 +129,24 @@ def _resumed(trainer: Trainer, folder: Path, about: dict[str, Any]) -> list[Step
     if not (folder / "training.safetensors").is_file():
         return []
     said: dict[str, Any] = dict(trainer.resume(folder))
-    for name, what in (("base", "model"), ("facts_sha256", "facts")):
+    parts = (
+        ("base", "model"),
+        ("facts_sha256", "facts"),
+        ("locality_sha256", "locality questions"),
+    )
+    for name, what in parts:
         if said.get(name) != about[name]:
             raise EditorError(
-                f"{folder} holds an editor in training on another {what}; give the same {what} "
+                f"{folder} holds an editor in training on other {what}; give the same {what} "
                 "to go on with it, or another --out."
             )
     return [StepRecord(**row) for row in said["curve"]]
 
 
-def _about(bench: Workbench, facts: FactSet, settings: TrainSettings) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    for fact in facts:
-        digest.update(f"{fact.prompt}\x1f{fact.answer}\x1f{fact.paraphrases}\x1e".encode())
+def _about(
+    bench: Workbench, facts: FactSet, others: Sequence[Question], settings: TrainSettings
+) -> dict[str, Any]:
+    learned = [(f.prompt, f.answer, f.paraphrases, f.unrelated) for f in facts]
     return {
         "malmend": version("malmend"),
         "torch": version("torch"),
@@ -148,7 +154,8 @@ def _about(bench: Workbench, facts: FactSet, settings: TrainSettings) -> dict[st
         "base": bench.loaded.fingerprint,
         "facts": len(facts),
         "facts_source": facts.source,
-        "facts_sha256": digest.hexdigest(),
+        "facts_sha256": hashlib.sha256(repr(learned).encode()).hexdigest(),
+        "locality_sha256": hashlib.sha256(repr(list(others)).encode()).hexdigest(),
         "training": asdict(settings),
     }
 

@@ -115,7 +115,8 @@ def calibrate(
         )
     passages = _passages(encoder, text)
     covariances: list[Tensor | None] = [None] * len(trunk.sites)
-    if editor_settings.prior == "text":
+    has_covariance = editor_settings.method == "malmen" and editor_settings.prior == "text"
+    if has_covariance:
         covariances = [*covariance(trunk, passages, settings.text_tokens, progress)]
     moment_facts = usable[: settings.moment_facts]
     captured = capture(
@@ -135,7 +136,7 @@ def calibrate(
         known.value_grads.add(pair.value_grads_NV)
         statistics[site.name] = known
     # Without C, lambda is absolute and starts at 1 (log lambda at 0), as published.
-    ridge = settings.ridge if editor_settings.prior == "text" else 1.0
+    ridge = settings.ridge if has_covariance else 1.0
     start = Calibration(statistics, editor_settings.eta or 1.0, settings.alphas[0], ridge)
     if editor_settings.eta is not None:
         return start
@@ -285,7 +286,7 @@ def calibration_key(
     ]
     what = {
         "format": FORMAT,
-        "model": fingerprint,
+        "model": [fingerprint, str(trunk.model.dtype)],
         "sites": [site.name for site in trunk.sites],
         "editor": {**asdict(editor_settings), "network": None},
         "settings": asdict(settings),

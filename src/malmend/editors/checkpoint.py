@@ -1,4 +1,4 @@
-"""An editor on disk: a folder with ``editor.safetensors`` and ``editor.json``, versioned.
+"""An editor on disk: a folder with ``editor.json`` and the weights that it names, versioned.
 
 The JSON says what the editor is (settings, sites and shapes), what it was made for (fingerprint of
 the base), how (training settings, seeds, data), and how it did; ``training.safetensors`` beside it
@@ -48,7 +48,8 @@ class SavedEditor:
 def save_editor(editor: Editor, about: Mapping[str, Any], folder: Path) -> None:
     """Writes the two files of an editor's folder, each beside and renamed.
 
-    The weights carry the tag that the JSON names, so that files of two writings never mix.
+    The weights' file has a new name each time, which the JSON gives, so that files of two writings
+    never mix.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tag = uuid.uuid4().hex

@@ -70,7 +70,7 @@ def training_free(method: Literal["malmen", "mend"] = "malmen") -> EditorSetting
 
 
 def published(method: Literal["malmen", "mend"] = "malmen") -> EditorSettings:
-    """MALMEN A.6: published network and prior, plain gradients, no end token, eta from 1e-6."""
+    """MALMEN A.6, and where it is silent the published code: plain gradients, no end token."""
     return EditorSettings(
         method=method,
         form="published",

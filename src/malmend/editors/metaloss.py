@@ -2,7 +2,8 @@
 
     L_meta = L_gen + locality * L_loc
     L_gen  = mean over facts of -log p(answer | equivalent prompt)
-    L_loc  = mean over facts of KL(unedited || edited), summed over the unrelated answer's tokens
+    L_loc  = mean over facts of KL(unedited || edited), summed over the unrelated answer's tokens,
+             its end token included (without an answer: at the one next token)
 
 Means over *facts*, by count: neither value nor gradient depends on the micro-batches.
 

@@ -85,9 +85,13 @@ def published_training() -> TrainSettings:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One finished step; losses in nats per fact, of the editor as it was before the step."""
+    """One finished step; losses in nats per fact, of the editor as it was before the step.
+
+    ``loss`` is gen + locality weight * loc.
+    """
 
     step: int
+    loss: float
     gen: float
     loc: float
     grad_norm: float
@@ -171,6 +175,7 @@ class Trainer:
         self.step += 1
         return StepRecord(
             step=self.step,
+            loss=loss.total,
             gen=loss.gen,
             loc=loss.loc,
             grad_norm=norm.item(),

@@ -23,6 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from malmend.errors import MalmendError
 from malmend.evaluation.generate import can_still_match, first_line, generate, matches
 from malmend.facts.fact import Fact, Question
 from malmend.facts.tokens import Encoded, Encoder
@@ -37,8 +38,8 @@ Kind = Literal["ES", "GS", "LS"]
 class Asked:
     """One question put to one fact's model, with what is known of the reply.
 
-    ``answers`` are the top predictions at the gold answer's tokens, as text; ``text`` is the
-    free-running answer, where it was decoded.
+    ``predicted`` are the ids of the top predictions at the gold answer's tokens, ``text`` is the
+    free-running answer, where it was asked for, and ``kl`` is per counted token.
     """
 
     kind: Kind
@@ -57,7 +58,6 @@ class Replies:
     """All replies of one model, edited or not."""
 
     rows: list[Asked] = field(default_factory=list)
-    perplexity: float | None = None
 
     def mean(self, kind: Kind, metric: str) -> float | None:
         """Mean over a fact's questions, then over facts; None where nothing was asked."""
@@ -265,7 +265,11 @@ def perplexity(
         logits = loaded.model(input_ids=row, use_cache=False).logits[0, :-1].float()
         total += torch.nn.functional.cross_entropy(logits, row[0, 1:], reduction="sum").item()
         count += len(piece) - 1
-    return math.exp(total / count) if count else math.nan
+    if count == 0:
+        raise MalmendError("The text for perplexity has fewer than two tokens; give more text.")
+    if math.isnan(total):
+        raise MalmendError("The model's logits are NaN on the text; load it in float32.")
+    return math.exp(min(total / count, 700.0))  # beyond that a float cannot say it
 
 
 def _pieces(ids: Sequence[int], size: int) -> Iterable[Sequence[int]]:

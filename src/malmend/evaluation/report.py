@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -62,7 +63,7 @@ class Report:
     rows: Sequence[FactRow] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values.  Metrics that were not asked for are left out; None says "no question"."""
+        """Plain values; None says that nothing of the kind was asked."""
         return {
             "facts": self.facts,
             "unedited": {kind: _shown(kind, s, False) for kind, s in self.unedited.items()},
@@ -114,22 +115,23 @@ def rows_of(facts: Sequence[Fact], unedited: Replies, edited: Replies | None) ->
 
 
 def _interval(replies: Replies, kind: Kind) -> float | None:
-    """1.96 standard errors of the mean token ratio.
+    """1.96 standard errors of the mean token ratio, which is over facts.
 
     Clusters are facts for ES and GS, and distinct questions for LS, where the same unrelated
     question may stand beside many facts and would otherwise be counted as many.
     """
-    sums: dict[object, list[float]] = {}
-    for row in replies.rows:
-        if row.kind == kind and row.token_ratio is not None:
-            cluster = row.question if kind == "LS" else row.fact
-            sums.setdefault(cluster, []).append(row.token_ratio)
-    count = sum(map(len, sums.values()))
+    rows = [row for row in replies.rows if row.kind == kind and row.token_ratio is not None]
+    per_fact = Counter(row.fact for row in rows)
+    mean = replies.mean(kind, "token_ratio") or 0.0
+    sums: dict[object, float] = {}
+    for row in rows:
+        cluster = row.question if kind == "LS" else row.fact
+        weight = 1 / (per_fact[row.fact] * len(per_fact))
+        sums[cluster] = sums.get(cluster, 0.0) + weight * ((row.token_ratio or 0.0) - mean)
     if len(sums) < 2:
         return None
-    mean = math.fsum(math.fsum(values) for values in sums.values()) / count
-    spread = math.fsum((math.fsum(v) - mean * len(v)) ** 2 for v in sums.values())
-    return 1.96 * math.sqrt(spread * len(sums) / (len(sums) - 1)) / count
+    spread = math.fsum(value**2 for value in sums.values())
+    return 1.96 * math.sqrt(spread * len(sums) / (len(sums) - 1))
 
 
 def _shown(kind: str, scores: Scores, edited: bool) -> dict[str, float | None]:

@@ -147,11 +147,12 @@ def skip_repeats(facts: Iterable[Fact]) -> tuple[tuple[Fact, ...], tuple[Skipped
     return tuple(first.values()), tuple(skipped)
 
 
-def leaks(facts: Sequence[Fact]) -> list[str]:
+def leaks(facts: Sequence[Fact], others: Sequence[Question] = ()) -> list[str]:
     """One warning per unrelated question that some fact of the set edits or paraphrases.
 
     Such a question is meant to stay put while the edit is meant to move it, so it spoils training
-    and makes locality look worse than it is.  Case is ignored here: a warning costs nothing.
+    and makes locality look worse than it is.  ``others`` are questions that stand beside all facts
+    (``--locality``).  Case is ignored here: a warning costs nothing.
     """
     edited: dict[str, tuple[str, Fact]] = {}
     for fact in facts:
@@ -159,17 +160,19 @@ def leaks(facts: Sequence[Fact]) -> list[str]:
     for fact in facts:
         for prompt in fact.paraphrases:
             edited.setdefault(same_prompt(prompt).casefold(), ("paraphrase", fact))
+    asked: list[tuple[str, Fact | None, Question]]
+    asked = [(f"fact {f.id!r}: unrelated", f, question) for f in facts for question in f.unrelated]
+    asked += [("locality", None, question) for question in others]
     warnings = []
-    for fact in facts:
-        for question in fact.unrelated:
-            found = edited.get(same_prompt(question.prompt).casefold())
-            if found:
-                role, other = found
-                owner = "the same fact" if other is fact else f"fact {other.id!r}"
-                warnings.append(
-                    f"fact {fact.id!r}: unrelated question {question.prompt!r} "
-                    f"is the {role} of {owner}, so it is meant to move; use another question"
-                )
+    for where, asker, question in asked:
+        found = edited.get(same_prompt(question.prompt).casefold())
+        if found:
+            role, other = found
+            owner = "the same fact" if other is asker else f"fact {other.id!r}"
+            warnings.append(
+                f"{where} question {question.prompt!r} is the {role} of {owner}, "
+                "so it is meant to move; use another question"
+            )
     return warnings
 
 

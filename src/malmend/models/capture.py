@@ -12,9 +12,9 @@ each answer token is likely enough; g_j = -delta_j is captured instead.  Each st
 
     delta_jl -= s_f g_jl / |g_jl|,   s_f = rate * L_f / (sum of |g_jl| over its open j, all l)   (6)
 
-for token j and site l: a Polyak step, which aims to take off the share ``rate`` of the loss and
-needs no unit of length, so that it serves any model.  The weights stay as they are and every fact
-is descended alone.
+for token j and site l, L_f the loss of its open answer tokens: a Polyak step, which aims to take
+off the share ``rate`` of the loss and needs no unit of length, so that it serves any model.  The
+weights stay as they are and every fact is descended alone.
 
 Captured tensors are float32 (float64 for a float64 model), on the CPU, in the questions' order.
 """
@@ -115,7 +115,7 @@ def capture(
     descent: Descent | None = None,
     progress: Callable[[int], None] = lambda count: None,
 ) -> list[Captured]:
-    """Keys and value gradients per site, lowest first.
+    """Keys and value gradients per site, in the order of ``trunk.sites``.
 
     Args:
         trunk: the cut model; its weights are not changed.

@@ -163,7 +163,8 @@ def _executed_matrices(model: PreTrainedModel, prefix: str) -> list[str]:
         if name.startswith(f"{prefix}.") and _has_matrix(module)
     ]
     try:
-        model(input_ids=torch.tensor([[0, 1]], device=model.device), use_cache=False)
+        ids = torch.tensor([[0, 1], [0, 2]], device=model.device)
+        logits = model(input_ids=ids, use_cache=False).logits[:, 0].float()
     except RuntimeError as error:
         raise ModelError(
             f"{type(model).__name__} cannot run ({reason(error)}), which finding its layers needs; "
@@ -172,4 +173,10 @@ def _executed_matrices(model: PreTrainedModel, prefix: str) -> list[str]:
     finally:
         for handle in handles:
             handle.remove()
+    # Rounding may differ between the rows of a batch; a look ahead changes far more.
+    if not torch.allclose(logits[0], logits[1], rtol=0, atol=1e-2 * logits.abs().max().item()):
+        raise ModelError(
+            f"{type(model).__name__} lets a token see the ones after it, expected a decoder, which "
+            "reads from left to right; give another model."
+        )
     return order

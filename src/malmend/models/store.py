@@ -1,4 +1,6 @@
-"""Trunk activations on disk: computed once, shared by every later run on the same model.
+"""What is found of a model's questions, on disk: computed once, shared by every later run.
+
+Trunk activations, final states of the unedited model, captured pairs.
 
 A folder of *segments*.  Each process appends to a segment of its own (data first, then an index
 record), so that any number of processes may read and write at once, and a killed one leaves
@@ -29,8 +31,9 @@ class ActivationStore:
         folder: where the segments lie; None keeps nothing.
         width: numbers per row.
         dtype: of the rows.
-        budget: bytes that all segments together may take.  Above it the oldest segments of other
-            runs are removed when the store is opened, and new rows are no longer kept.
+        budget: bytes that all segments may take together, those in the folders beside this one
+            (the same model's other stores) included.  Above it the oldest segments are removed
+            when a store is opened, and new rows are no longer kept.
     """
 
     def __init__(self, folder: Path | None, width: int, dtype: torch.dtype, budget: int):
@@ -84,7 +87,7 @@ class ActivationStore:
         found: list[tuple[float, Path, int]] = []
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for path in folder.glob("*.bin"):
+            for path in folder.parent.glob("*/*.bin"):
                 with suppress(FileNotFoundError):  # another run removes old ones as well
                     stat = path.stat()
                     found.append((stat.st_mtime, path, stat.st_size))
@@ -99,7 +102,8 @@ class ActivationStore:
         except OSError:
             return
         for path, size in sizes.items():
-            self._read_index(path, size)
+            if path.parent == folder:
+                self._read_index(path, size)
         self._bytes = sum(sizes.values())
         self._own = folder / f"{os.getpid()}-{uuid.uuid4().hex[:8]}.bin"
 

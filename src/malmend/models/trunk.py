@@ -83,7 +83,8 @@ class Trunk:
         folder = None if store_folder is None else store_folder / f"{self.first.name}-{kind}"
         states = None if store_folder is None else store_folder / "unedited-states"
         self.store = ActivationStore(folder, width, model.dtype, settings.store_bytes)
-        self._states = ActivationStore(states, hidden, model.dtype, settings.store_bytes)
+        read = model.get_output_embeddings().weight.shape[1]  # some project to another width first
+        self._states = ActivationStore(states, read, model.dtype, settings.store_bytes)
 
     @property
     def wide(self) -> torch.dtype:

@@ -157,30 +157,6 @@ class RidgeFactor:
         return PriorGrads(alpha=-(adjoint_VK @ covariance_KK * shift_VK).sum().item(), ridge=ridge)
 
 
-class GramSums:
-    """U U^T and D U^T as running sums over chunks of tokens: what the primal form needs.
-
-    Sums over tokens grow by a later batch, shrink by a revoked one, and add over machines.
-    """
-
-    def __init__(self, key_width: int, value_width: int):
-        self.key_gram_KK = torch.zeros(key_width, key_width, dtype=torch.float64)
-        self.cross_VK = torch.zeros(value_width, key_width, dtype=torch.float64)
-        self.tokens = 0
-
-    def add(self, keys_NK: Tensor, diffs_NV: Tensor, sign: int = 1) -> None:
-        """Adds a chunk of tokens (``sign=-1`` takes one away again)."""
-        keys_NK, diffs_NV = keys_NK.to(torch.float64), diffs_NV.to(torch.float64)
-        self.key_gram_KK.addmm_(keys_NK.T, keys_NK, alpha=sign)
-        self.cross_VK.addmm_(diffs_NV.T, keys_NK, alpha=sign)
-        self.tokens += sign * keys_NK.shape[0]
-
-    def shift(self, prior: Prior) -> Tensor:
-        """S of equation (2) in float64, shape V x K."""
-        factor = _cholesky(prior.add_to(self.key_gram_KK.clone()), prior.is_zero)
-        return torch.cholesky_solve(self.cross_VK.T, factor).T
-
-
 def mean_residual(shift_VK: Tensor, keys_NK: Tensor, diffs_NV: Tensor) -> float:
     """Mean over tokens of |S u_j - d_j| / |d_j| (MALMEN, section 5.2); d = 0 is left out."""
     diffs_NV = diffs_NV.to(torch.float64)

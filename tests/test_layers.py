@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Python in a process of its own, in an empty folder that also stands in for the home."""
+    environment = {
+        **os.environ,
+        "HOME": str(folder),
+        "MALMEND_CACHE": str(folder / "cache"),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+LINT = """
+import sys
+from importlinter.cli import lint_imports
+sys.exit(lint_imports(config_filename=sys.argv[1], no_cache=True))
+"""
+
+
+def lint(config: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", LINT, str(config)]
+    return subprocess.run(command, cwd=config.parent, capture_output=True, text=True, timeout=120)
+
+
+def test_imports_run_one_way():
+    done = lint(ROOT / "pyproject.toml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 kept, 0 broken" in done.stdout
+
+
+def test_a_broken_contract_would_be_seen(tmp_path):
+    config = tmp_path / "upside_down.toml"
+    config.write_text(
+        '[tool.importlinter]\nroot_package = "malmend"\n'
+        '[[tool.importlinter.contracts]]\nname = "upside down"\ntype = "layers"\n'
+        'layers = ["malmend.errors", "malmend.files"]\n'
+    )
+    done = lint(config)
+    assert done.returncode == 1
+    assert "0 kept, 1 broken" in done.stdout
+
+
+@pytest.mark.parametrize("module", ["malmend", "malmend.errors", "malmend.cli"])
+def test_importing_is_quick_and_silent_and_leaves_nothing(module, tmp_path):
+    heavy = "{'torch', 'transformers', 'jsonargparse', 'rich', 'numpy'}"
+    done = run(f"import sys, {module}; sys.exit(sorted({heavy} & set(sys.modules)) or 0)", tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert list(tmp_path.rglob("*")) == []
+
+
+def test_every_public_name_can_be_had_and_nothing_is_printed(tmp_path):
+    code = (
+        "import malmend\n"
+        "for name in malmend.__all__: getattr(malmend, name)\n"
+        "assert malmend.eval is malmend.evaluate\n"
+        "assert set(dir(malmend)) == set(malmend.__all__)\n"
+    )
+    done = run(code, tmp_path)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.rglob("*")) == []
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    import malmend
+
+    with pytest.raises(AttributeError, match="has no attribute 'edits'"):
+        malmend.edits  # noqa: B018
