@@ -129,4 +129,4 @@ def logits_alone(model: PreTrainedModel, asked: Sequence[Encoded]) -> Tensor:
 
 def bits(tensor: Tensor) -> Tensor:
     """The tensor's bytes."""
-    return tensor.detach().contiguous().view(torch.uint8).clone()
+    return tensor.detach().flatten().contiguous().view(torch.uint8).clone()

@@ -58,7 +58,7 @@ def _run(arguments: list[str]) -> int:
     name = arguments[0]
     if name not in COMMANDS:
         raise MalmendError(
-            f"There is no command {name!r}{nearest(name, COMMANDS)} "
+            f"There is no command {name!r}{nearest(name, COMMANDS) or '.'} "
             f"Expected one of {', '.join(COMMANDS)}."
         )
     # Warnings of the libraries below are for developers, who have the tests for them.
@@ -78,6 +78,7 @@ def _run(arguments: list[str]) -> int:
 def _edit(arguments: list[str]) -> None:
     from malmend import show
     from malmend.commands.edit import edit
+    from malmend.editors.editor import training_free
 
     parser = _parser("edit")
     parser.add_argument("model", type=str, help="name, folder or GGUF file")
@@ -87,8 +88,8 @@ def _edit(arguments: list[str]) -> None:
     parser.add_argument("--editor", type=str, default="none", help="an editor's folder, or none")
     _settings(parser, network=False)
     given = _parse(parser, arguments)
-    settings = _editor_settings(parser, given, network=False)
-    if given["editor"] != "none" and settings != _editor_settings(parser, {}, network=False):
+    settings = _editor_settings(given, network=False)
+    if given["editor"] != "none" and settings != training_free():
         raise MalmendError(
             f"The editor {given['editor']} brings its own settings; leave out --method, --layers "
             "and the other settings of editors."
@@ -123,7 +124,7 @@ def _train(arguments: list[str]) -> None:
     given.pop("config", None)
     names = TrainSettings.__dataclass_fields__
     training = TrainSettings(**{name: given.pop(name) for name in names})
-    settings = _editor_settings(parser, given, network=True)
+    settings = _editor_settings(given, network=True)
     with show.bars() as bars:
         started = False
 
@@ -131,7 +132,7 @@ def _train(arguments: list[str]) -> None:
             nonlocal started
             left = training.steps - trainer.step
             resumed = f" (resumed after step {trainer.step})" if trainer.step else ""
-            show.OUT.print(
+            show.status(
                 f"{left} steps of {training.facts_per_step} facts{resumed}: "
                 f"about {max(1, round(seconds / 60))} minutes."
             )
@@ -199,7 +200,7 @@ def _demo(arguments: list[str]) -> None:
     _derive(parser, demo, {"told"})
     given = _parse(parser, arguments)
     with show.bars() as bars:
-        result = demo(**given, progress=bars, told=lambda line: show.OUT.print(line))
+        result = demo(**given, progress=bars, told=show.status)
     show.demonstrated(result)
 
 
@@ -238,29 +239,20 @@ def _settings(parser: Any, network: bool) -> None:
     parser.add_class_arguments(EditorSettings, skip=set() if network else {"network"})
 
 
-def _editor_settings(parser: Any, given: dict[str, Any], network: bool) -> Any:
+def _editor_settings(given: dict[str, Any], network: bool) -> Any:
     """Takes the fields of EditorSettings out of the parsed options."""
     from malmend.editors.editor import EditorSettings
     from malmend.editors.network import NetworkSettings
-
-    defaults = parser.get_defaults()
-    names = [name for name in EditorSettings.__dataclass_fields__ if name != "network" or network]
-    values = {name: given.pop(name) if name in given else defaults[name] for name in names}
-    for name in ("descent", "network"):
-        values[name] = _built(parser, name, values.get(name))
-    if not network:
-        values["network"] = NetworkSettings(blocks=0)
-    return EditorSettings(**values)
-
-
-def _built(parser: Any, name: str, value: Any) -> Any:
-    """A nested settings dataclass from what was parsed."""
-    from malmend.editors.network import NetworkSettings
     from malmend.models.capture import Descent
 
-    if value is None or not isinstance(value, dict):
-        return value
-    return {"descent": Descent, "network": NetworkSettings}[name](**value)
+    names = [name for name in EditorSettings.__dataclass_fields__ if name != "network" or network]
+    values = {name: given.pop(name) for name in names}
+    if isinstance(values["descent"], dict):
+        values["descent"] = Descent(**values["descent"])
+    values["network"] = (
+        NetworkSettings(**values["network"]) if network else NetworkSettings(blocks=0)
+    )
+    return EditorSettings(**values)
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
@@ -283,7 +275,7 @@ def _parse(parser: Any, arguments: list[str]) -> dict[str, Any]:
         for one in arguments
     ]
     defaults = parser.get_defaults().as_dict()
-    for index, (one, following) in enumerate(zip(spelt, [*spelt[1:], ""], strict=True)):
+    for index, (one, following) in enumerate(zip(spelt, [*spelt, ""][1:], strict=True)):
         # A switch may stand alone: --strict is --strict=true.
         if isinstance(defaults.get(one[2:]), bool) and following not in ("true", "false"):
             spelt[index] = f"{one}=true"
@@ -300,11 +292,23 @@ def _usage_error(command: str, message: str, parser: Any) -> str:
     options = [option.replace("_", "-") for option in options if option.startswith("--")]
     wrong = re.search(r"[Uu]nrecognized arguments: (\S+)", text)
     if wrong is None:
-        return f"{text.rstrip('.')}; see malmend {command} --help."
+        return f"{_bad_value(text) or text.rstrip('.')}; see malmend {command} --help."
     name = wrong[1].split("=")[0].replace("_", "-")
     close = difflib.get_close_matches(name, options, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ";"
+    hint = f"; did you mean {close[0]!r}?" if close else "."
     return f"There is no option {name!r} of malmend {command}{hint} See malmend {command} --help."
+
+
+def _bad_value(text: str) -> str | None:
+    """A parser's complaint about a value, in plain words: option, value and what was expected."""
+    found = re.match(r'Parser key "([\w.]+)": (.*)(?:Got value|Given value): (.*)$', text)
+    kinds = re.findall(r"Expected a (?:<class '(\w+)'>|typing\.Literal\[(.*?)\])", text)
+    if found is None or not kinds:
+        return None
+    names = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+    wanted = [names.get(kind, kind) or choices for kind, choices in kinds if kind != "NoneType"]
+    option = found[1].replace("_", "-")
+    return f"--{option} is {found[3].rstrip('.')!r}, expected {' or '.join(wanted)}"
 
 
 if __name__ == "__main__":

@@ -158,8 +158,9 @@ def load_patch(path: str | Path) -> Patch:
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("malmend", "null"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError) as error:
+            # Copies, because a tensor of the file changes when somebody overwrites the file.
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise PatchError(
             f"{path} is no patch or is damaged ({reason(error)}); "
             "give a file that `malmend edit` wrote."

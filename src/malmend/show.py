@@ -51,6 +51,11 @@ def bars() -> Iterator[Any]:
         yield report
 
 
+def status(line: str) -> None:
+    """What comes next; on standard error, where the bars are."""
+    ERR.print(escape(line), highlight=False)
+
+
 def edited(result: EditResult) -> None:
     """What an edit did."""
     skipped(result.facts)
@@ -126,20 +131,20 @@ def asked(result: AskResult) -> None:
     if result.edited is None:
         OUT.print(escape(result.unedited), highlight=False)
         return
-    OUT.print(f"  unedited: {escape(result.unedited)}", highlight=False)
-    OUT.print(f"  edited:   {escape(result.edited)}", highlight=False)
+    for name, text in (("unedited:", result.unedited), ("edited:", result.edited)):
+        line = " / ".join(part.strip() for part in text.splitlines() if part.strip())
+        OUT.print(f"  {name:<9} {escape(line) or '(nothing)'}", highlight=False, soft_wrap=True)
 
 
 def step(record: StepRecord, steps: int) -> None:
     """One line per training step."""
-    OUT.print(
+    ERR.print(
         f"step {record.step:>4}/{steps}  loss {record.loss:.4f}  "
         f"generality {record.gen:.4f}  locality {record.loc:.4f}  "
         f"gradient {record.grad_norm:.3g}  eta {record.eta:.3g}  {record.seconds:.1f} s",
         highlight=False,
         soft_wrap=True,
     )
-    OUT.file.flush()  # a log file should show every step at once
 
 
 def trained(result: TrainResult) -> None:
@@ -185,14 +190,23 @@ def demonstrated(result: DemoResult) -> None:
     edited(result.edit)
     report(result.report)
     decoded = result.report.about["decoded_facts"]
-    OUT.print(f"  (generated: of the first {decoded:,} facts)", style="dim", highlight=False)
+    OUT.print(
+        f"  generated is over the first {decoded:,} facts; the unrelated questions here are of the "
+        "nearest kind,\n  the same question about another place, which other reports seldom ask",
+        style="dim",
+        highlight=False,
+    )
     OUT.print("\nIn free-running text:")
     for one in result.asked:
         asked(one)
     OUT.print("\nSHA-256 over every bit of every weight:")
-    OUT.print(f"  unedited           {result.weights_before}", highlight=False)
-    OUT.print(f"  with the patch on  {result.weights_during}", highlight=False)
-    OUT.print(f"  patch off again    {result.weights_after}", highlight=False)
+    digests = {
+        "unedited": result.weights_before,
+        "with the patch on": result.weights_during,
+        "patch off again": result.weights_after,
+    }
+    for name, digest in digests.items():
+        OUT.print(f"  {name:<18} {digest}", highlight=False, soft_wrap=True)
     back = result.weights_before == result.weights_after
     OUT.print(
         "The weights are bit for bit what they were."

@@ -86,6 +86,8 @@ def checked_facts(
     if isinstance(facts, str | Path):
         known = read_facts(facts, limit, strict)
     else:
+        if limit is not None and limit < 1:
+            raise MalmendError(f"limit is {limit}, expected 1 or more.")
         known = FactSet("facts", tuple(facts)[:limit])
         if not known:
             raise FactsError("No facts were given, expected at least one.")

@@ -67,13 +67,14 @@ def loss_over_all(trainer: Trainer) -> float:
     judged = trainer.judged(pairs)
     shifts = trainer.editor.shifts(trainer.captured(trainer.facts))
     with shifted(list(trainer.trunk.sites), shifts):
-        return meta_loss(trainer.trunk, judged, grads=False).total
+        return meta_loss(trainer.trunk, judged, trainer.settings.locality_weight, grads=False).total
 
 
 @pytest.mark.parametrize("method", ["malmen", "mend"])
 def test_training_lowers_the_loss_and_moves_every_parameter(method):
     editor_settings = replace(EDITOR, method=method)
     settings = replace(SETTINGS, facts_per_step=12, steps=10, network_rate=0.02, scalar_rate=0.1)
+    settings = replace(settings, locality_weight=0.5)
     trainer = trainer_of(settings, editor_settings)
     start, before = copies(trainer.editor.state_dict()), loss_over_all(trainer)
     records = list(trainer.run())
@@ -87,6 +88,7 @@ def test_training_lowers_the_loss_and_moves_every_parameter(method):
     assert records[0].eta == pytest.approx(0.8)
     assert records[0].alpha == pytest.approx(3.0)
     assert records[1].eta != records[0].eta
+    assert records[0].loss == pytest.approx(records[0].gen + 0.5 * records[0].loc)
     for record in records:
         assert record.gen > 0
         assert record.loc > 0
@@ -331,6 +333,7 @@ def test_draw_goes_round_all_facts():
     assert [fact.id for fact in trainer.draw(0)[0]] != [fact.id for fact in other.draw(0)[0]]
     assert _chosen(trainer) == _chosen(trainer_of())
     assert _chosen(trainer) != _chosen(other)
+    assert _chosen(trainer)[:8] != _chosen(trainer)[8:16], "each step draws anew"
 
 
 def _chosen(trainer: Trainer) -> list[int]:

@@ -6,11 +6,11 @@ from collections import Counter
 
 import pytest
 import torch
-from command_support import greedy, make_model, teach
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import helpers
+from command_support import greedy, make_model, teach
 from malmend.evaluation.generate import can_still_match, generate, matches, normalised
 from malmend.facts.tokens import Encoder
 from malmend.models.load import LoadedModel, prepared

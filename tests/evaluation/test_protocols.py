@@ -9,10 +9,10 @@ from statistics import fmean
 
 import pytest
 import torch
-from command_support import greedy, make_model, teach
 from torch import Tensor
 
 import helpers
+from command_support import greedy, make_model, teach
 from malmend.evaluation.generate import matches
 from malmend.evaluation.protocols import Asked, Examiner, Replies, perplexity
 from malmend.evaluation.report import scores

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from command_support import files_in
 
+from command_support import files_in
 from malmend.errors import MalmendError
 from malmend.evaluation.protocols import Asked, Kind, Replies
 from malmend.evaluation.report import PROTOCOLS, Report, rows_of, scores

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    BertConfig,
+    BertLMHeadModel,
     MixtralConfig,
     MixtralForCausalLM,
     Qwen2MoeConfig,
@@ -267,6 +269,21 @@ def test_encoder_decoder_is_refused():
     for asked in ({"layers": 1}, {"pattern": "decoder.block.1.layer.2.DenseReluDense.wo"}):
         with pytest.raises(ModelError, match=r"T5ForConditionalGeneration .* give a decoder"):
             find_sites(model, **asked)
+
+
+@pytest.mark.parametrize("decoder", [True, False])
+def test_a_model_that_looks_ahead_is_refused(decoder):
+    sizes = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=60, intermediate_size=24, is_decoder=decoder, **sizes)
+    torch.manual_seed(0)
+    config.initializer_range = 0.25
+    model = BertLMHeadModel(config).eval()
+    if decoder:
+        (site,) = find_sites(model, 1)
+        assert site.name == "bert.encoder.layer.1.output.dense"
+    else:
+        with pytest.raises(ModelError, match="BertLMHeadModel lets a token see the ones after it"):
+            find_sites(model, 1)
 
 
 def test_site_of_either_layout():

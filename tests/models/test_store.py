@@ -17,6 +17,13 @@ WIDTH = 5
 BIG = 1 << 30
 
 
+@pytest.fixture(name="tmp_path")
+def folder_of_one_store(tmp_path):
+    """Stores in folders beside one another share a budget, so each test has a parent of its own."""
+    (tmp_path / "model" / "store").mkdir(parents=True)
+    return tmp_path / "model" / "store"
+
+
 def opened(folder, dtype=torch.float32, budget=BIG, width=WIDTH):
     return ActivationStore(folder, width, dtype, budget)
 
@@ -257,6 +264,22 @@ def test_oldest_segments_make_room_at_the_start(tmp_path):
     assert len(list(tmp_path.glob("*.idx"))) == 2
     assert holds(opened(tmp_path, budget=10), KEYS[:3]) == [False] * 3
     assert list(tmp_path.iterdir()) == []
+
+
+def test_budget_is_shared_with_the_stores_beside_it(tmp_path):
+    other_model = tmp_path.parent.parent / "another model" / "store"
+    fill(opened(other_model), KEYS)
+    beside = tmp_path.with_name("beside")
+    fill(opened(beside), KEYS[:2])
+    store = opened(tmp_path, budget=190)
+    assert not any(holds(store, KEYS))  # and their rows are not its own
+    fill(store, KEYS)
+    assert bytes_in(tmp_path) == 60
+    for path in beside.iterdir():
+        os.utime(path, (1_000_000, 1_000_000))
+    assert holds(opened(tmp_path, budget=150), KEYS) == [True] + [False] * 5
+    assert bytes_in(beside) == 0
+    assert all(holds(opened(other_model), KEYS))
 
 
 def test_a_run_whose_segment_another_run_removes(tmp_path):

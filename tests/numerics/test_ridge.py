@@ -8,7 +8,6 @@ The systems here have condition numbers below 1e4, so that two float64 methods a
 
 from __future__ import annotations
 
-
 import pytest
 import torch
 

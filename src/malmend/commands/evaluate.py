@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from malmend.errors import MalmendError
 from malmend.evaluation.protocols import Examiner, perplexity
 from malmend.evaluation.report import Report, rows_of, scores
 from malmend.facts.fact import Fact
 from malmend.facts.readers import read_text
 from malmend.models.load import LoadedModel
-from malmend.models.sites import find_sites
+from malmend.models.sites import find_blocks, find_sites
 from malmend.models.trunk import TrunkSettings
 from malmend.patch import Patch, applied, check_base, load_patch, sites_of
 from malmend.workbench import (
@@ -58,15 +59,20 @@ def evaluate(
     Raises:
         MalmendError: any bad input, in one sentence.
     """
+    if decode_facts is not None and decode_facts < 0:
+        raise MalmendError(f"decode_facts is {decode_facts}, expected 0 or more.")
     if isinstance(patch, str | Path):
         patch = load_patch(patch)
     words = None if text is None else read_text(text)
-    made = patch.provenance.get("settings", {}) if patch else {}
-    end = made.get("end_of_answer", "eos")
-    known = checked_facts(facts, tokenizer_of(model), end, limit, strict, chat)
+    tokenizer = tokenizer_of(model)
+    end = "none" if getattr(tokenizer, "eos_token_id", None) is None else "eos"
+    if patch is not None:
+        end = patch.provenance.get("settings", {}).get("end_of_answer", end)
+    known = checked_facts(facts, tokenizer, end, limit, strict, chat)
     loaded = opened(model, dtype)
     if patch is None:
-        sites = list(find_sites(loaded.model))
+        blocks = len(find_blocks(loaded.model)[1])
+        sites = list(find_sites(loaded.model, min(6, blocks)))
     else:
         check_base(loaded, patch, force)
         sites = sites_of(loaded.model, patch)

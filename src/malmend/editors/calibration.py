@@ -4,7 +4,7 @@ Per site: mean and spread of keys and value gradients over calibration facts, an
 k k^T over the tokens of general text (all but each line's first token: it is an attention sink and
 holds 99% of the trace).  Then starting values of eta and alpha, by a search that edits calibration
 facts and takes the pair with the least meta-loss on their paraphrases and on unrelated questions:
-for one fact in four its own (a near one: the same relation of another subject), for the others the
+for one fact in eight its own (a near one: the same relation of another subject), for the others the
 end of a line of the text (a far one).
 
 Everything is fixed from then on, so that what is asked of a token depends on its fact alone.
@@ -38,7 +38,7 @@ from malmend.models.trunk import Trunk
 from malmend.numerics.moments import RunningMoments
 from malmend.patch import shifted
 
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class CalibrationSettings:
     moment_facts: int = 256
     search_facts: int = 192
     text_tokens: int = 16_000
-    etas: tuple[float, ...] = (0.8, 1.0, 1.2, 1.4, 1.7)
+    etas: tuple[float, ...] = (0.8, 1.0, 1.15, 1.3, 1.5)
     published_etas: tuple[float, ...] = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
     sum_etas: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0)
     alphas: tuple[float, ...] = (10.0, 30.0)
@@ -196,14 +196,14 @@ def _unrelated(
     passages: Sequence[Encoded],
     settings: CalibrationSettings,
 ) -> list[Encoded]:
-    """One unrelated question per fact, one in four of them near.
+    """One unrelated question per fact, one in eight of them near.
 
     Of the text, the last lines come first, for they are the least likely to be in C.
     """
     questions = []
     for index, fact in enumerate(facts[: settings.search_facts]):
         ids = passages[-1 - index % len(passages)].ids
-        if index % 4 == 3 and fact.unrelated:
+        if index % 8 == 7 and fact.unrelated:
             questions.append(encoder.encode(fact.unrelated[0]))
         else:
             start = max(1, len(ids) - settings.unrelated_tokens)

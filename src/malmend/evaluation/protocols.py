@@ -257,6 +257,9 @@ def perplexity(
 
     Read in windows of ``window`` tokens without overlap; the first token of each is not predicted.
     At most ``most_tokens`` are read, from the start.
+
+    Raises:
+        MalmendError: the text has fewer than two tokens.
     """
     ids = loaded.tokenizer(text, add_special_tokens=False)["input_ids"][:most_tokens]
     total, count = 0.0, 0

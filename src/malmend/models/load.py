@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,8 +152,11 @@ def _float_copy(folder: str, gguf: str) -> Path:
     beside = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.part")
     try:
         beside.mkdir(parents=True)
-        AutoTokenizer.from_pretrained(folder, gguf_file=gguf).save_pretrained(beside)
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32)
+        with redirect_stderr(io.StringIO()):  # the converter draws a bar of its own
+            AutoTokenizer.from_pretrained(folder, gguf_file=gguf).save_pretrained(beside)
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, gguf_file=gguf, dtype=torch.float32
+            )
         # A model that still names its GGUF quantisation refuses to be saved.
         del model.config.quantization_config
         model.hf_quantizer = None

@@ -1,0 +1,485 @@
+"""Whatever is wrong: one message, no traceback, nothing half-written, good files untouched."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import command_support
+from command_support import CALIBRATION, Tiny, malmend, save_model
+from malmend import edit as edit_facts
+from malmend import train as train_editor
+from malmend.commands import edit as edit_module
+from malmend.commands import train as train_module
+from malmend.editors import checkpoint
+from malmend.editors.editor import EditorSettings
+from malmend.editors.network import NetworkSettings
+from malmend.editors.training import TrainSettings
+
+tiny = command_support.tiny
+cache = command_support.cache
+
+Arguments = list[object]
+SMALL = ["--layers", 2, "--network.rank", 4, "--facts-per-step", 4, "--steps", 2]
+
+
+@pytest.fixture(scope="session")
+def made(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A good patch and a good editor of the tiny model, and another model with its own."""
+    folder = tmp_path_factory.mktemp("made")
+    own = {"calibrate": tiny.calibrate, "text": tiny.text, "calibration": CALIBRATION}
+    small = EditorSettings(layers=2, network=NetworkSettings(rank=4))
+    short = TrainSettings(facts_per_step=4, steps=1)
+    other = save_model(folder / "other", seed=5)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("MALMEND_CACHE", str(tiny.folder / "cache"))
+        edit_facts(tiny.loaded, tiny.facts, folder / "good.safetensors", **own)
+        edit_facts(other, tiny.facts, folder / "foreign.safetensors", **own)
+        train_editor(tiny.loaded, tiny.facts, folder / "good", None, short, small, **own)
+        train_editor(other, tiny.facts, folder / "foreign", None, short, small, **own)
+    return folder
+
+
+class Place:
+    """One test's own folder, with a good output that must survive."""
+
+    def __init__(self, tiny: Tiny, made: Path, folder: Path):
+        self.tiny, self.made, self.folder = tiny, made, folder
+        self.model, self.facts, self.fast = tiny.model, tiny.facts, tiny.fast
+        shutil.copy(made / "good.safetensors", folder / "good.safetensors")
+        self.good = folder / "good.safetensors"
+
+    def file(self, name: str, content: str | bytes) -> Path:
+        path = self.folder / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    def edit(self, *more: object, model: object = None, facts: object = None) -> Arguments:
+        start = ["edit", model or self.model, facts or self.facts, "--out", self.good]
+        return [*start, *self.fast, *more]
+
+    def train(self, *more: object, out: object = None) -> Arguments:
+        out = out or self.folder / "editor"
+        return ["train", self.model, self.facts, "--out", out, *self.fast, *SMALL, *more]
+
+    def eval(self, *more: object, facts: object = None) -> Arguments:
+        return ["eval", self.model, facts or self.facts, *more]
+
+    def copied(self, name: str) -> Path:
+        return Path(shutil.copytree(self.made / name, self.folder / name))
+
+
+@pytest.fixture
+def place(tiny: Tiny, made: Path, tmp_path: Path) -> Place:
+    return Place(tiny, made, tmp_path)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def messages(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The lines of standard error but for progress bars."""
+    return [line for line in capsys.readouterr().err.splitlines() if line and "━" not in line]
+
+
+def refused(
+    arguments: Arguments, folder: Path, capsys: pytest.CaptureFixture[str], lines: int | None = 1
+) -> str:
+    """Runs it; returns the message after the checks that every failure must pass."""
+    before = contents(folder)
+    code = malmend(*arguments)
+    said = messages(capsys)
+    assert code == 2, said
+    assert said[0].startswith("malmend: ")
+    assert lines is None or len(said) == lines, said
+    assert all(not line.startswith("malmend: ") for line in said[1:])
+    assert not any("Traceback" in line or 'File "' in line for line in said)
+    assert contents(folder) == before
+    return "\n".join(said)
+
+
+def broken_model(place: Place, breaking: Callable[[Path], object]) -> Path:
+    folder = Path(shutil.copytree(place.model, place.folder / "model"))
+    breaking(folder)
+    return folder
+
+
+def cut(path: Path, size: int = 200) -> None:
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def with_nan(path: Path) -> None:
+    """The same file with one number that is none."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    tensors = load_file(path)
+    next(iter(tensors.values())).view(-1)[0] = torch.nan
+    save_file(tensors, path, metadata=header)
+
+
+def no_patch(path: Path) -> Path:
+    save_file({"weight": torch.ones(2, 2)}, path)
+    return path
+
+
+FACTS = '{"prompt": "In Ora is", "answer": "Chile"}\n'
+
+# Name: what is run, and what its message must hold.
+CASES: dict[str, tuple[Callable[[Place], Arguments], str]] = {
+    # the command line
+    "unknown command": (lambda p: ["edti"], "no command 'edti'; did you mean 'edit'?"),
+    "unknown command, nothing near": (lambda p: ["zzz"], "no command 'zzz'. Expected one of edit"),
+    "no arguments": (lambda p: ["edit"], "required: model"),
+    "no out": (lambda p: ["edit", p.model, p.facts], "required: out"),
+    "unknown option": (lambda p: p.edit("--limt", 3), "'--limt' of malmend edit; did you mean '--l"),
+    "unknown option, nothing near": (lambda p: p.edit("--zzz"), "no option '--zzz' of malmend edit."),
+    "unknown nested option": (lambda p: p.train("--network.rnk=3"), "mean '--network.rank'?"),
+    "bad choice": (lambda p: p.edit("--method", "mand"), "--method is 'mand', expected 'malmen', 'm"),
+    "limit in words": (lambda p: p.edit("--limit", "ten"), "--limit is 'ten', expected a whole num"),
+    "rate in words": (lambda p: p.train("--clip", "x"), "--clip is 'x', expected a number"),
+    "switch that is neither": (lambda p: p.eval("--chat=maybe"), "--chat is 'maybe', expected true or"),
+    "limit zero": (lambda p: p.edit("--limit", 0), "limit is 0"),
+    "limit below zero": (lambda p: p.edit("--limit=-3"), "limit is -3"),
+    "decode fewer than none": (lambda p: p.eval("--decode-facts=-1"), "decode_facts is -1"),
+    "no new token": (lambda p: ["ask", p.model, "Ora", "--max-new-tokens", 0], "max_new_tokens is 0"),
+    "bad dtype": (lambda p: p.edit("--dtype", "int8"), "'int8' is unknown, expected one of float32"),
+    "too many layers": (lambda p: p.edit("--layers", 99), "99 layers were to be edited, expected 1"),
+    "no such site": (lambda p: p.edit("--sites", "*.nix"), "No linear layer is named '*.nix'"),
+    "rank zero": (lambda p: p.train("--network.rank", 0), "rank 0"),
+    # models
+    "missing model": (lambda p: p.edit(model="nothing"), "There is no model 'nothing'"),
+    "misspelt model": (lambda p: p.edit(model="smolm2-135m"), "did you mean 'smollm2-135m'?"),
+    "missing folder": (lambda p: p.edit(model=p.folder / "no"), "There is no model"),
+    "missing gguf": (lambda p: p.edit(model="no.gguf"), "There is no model 'no.gguf'"),
+    "model without config": (lambda p: p.edit(model=p.folder), "holds no config.json"),
+    "model that is a file": (lambda p: p.edit(model=p.facts), "There is no model"),
+    "model with corrupt weights": (
+        lambda p: p.edit(model=broken_model(p, lambda f: cut(f / "model.safetensors"))),
+        "cannot be loaded",
+    ),
+    "model without weights": (
+        lambda p: p.edit(model=broken_model(p, lambda f: (f / "model.safetensors").unlink())),
+        "cannot be loaded",
+    ),
+    "model with a broken config": (
+        lambda p: p.edit(model=broken_model(p, lambda f: cut(f / "config.json", 20))),
+        "cannot be loaded",
+    ),
+    "model without a tokenizer": (
+        lambda p: p.edit(model=broken_model(p, lambda f: [x.unlink() for x in f.glob("tok*")])),
+        "cannot be loaded",
+    ),
+    "corrupt gguf": (lambda p: p.edit(model=p.file("m.gguf", b"GGUFno")), "cannot be loaded"),
+    # patches
+    "missing patch": (lambda p: p.eval("--patch", p.folder / "no"), "There is no patch file"),
+    "patch that is a folder": (lambda p: p.eval("--patch", p.folder), "There is no patch file"),
+    "patch cut short": (
+        lambda p: [cut(p.good), p.eval("--patch", p.good)][1],  # type: ignore[list-item]
+        "is no patch or is damaged",
+    ),
+    "patch of text": (lambda p: p.eval("--patch", p.facts), "is no patch or is damaged"),
+    "patch that is no patch": (
+        lambda p: p.eval("--patch", no_patch(p.folder / "x.safetensors")),
+        "is a safetensors file but no patch",
+    ),
+    "patch with NaN": (
+        lambda p: [with_nan(p.good), p.eval("--patch", p.good)][1],  # type: ignore[list-item]
+        "holds NaN or infinity",
+    ),
+    "patch of another model": (
+        lambda p: p.eval("--patch", p.made / "foreign.safetensors"),
+        "was made for a base with fingerprint",
+    ),
+    "asking with a patch of another model": (
+        lambda p: ["ask", p.model, "Ora", "--patch", p.made / "foreign.safetensors"],
+        "was made for a base with fingerprint",
+    ),
+    # editors
+    "missing editor": (lambda p: p.edit("--editor", p.folder / "no"), "There is no editor in"),
+    "editor of another model": (
+        lambda p: p.edit("--editor", p.made / "foreign"),
+        "was trained for a base with fingerprint",
+    ),
+    "editor with cut weights": (
+        lambda p: [cut(next(p.copied("good").glob("editor-*"))), p.edit("--editor", p.folder / "good")][1],  # type: ignore[list-item]
+        "is damaged",
+    ),
+    "editor with NaN": (
+        lambda p: [with_nan(next(p.copied("good").glob("editor-*"))), p.edit("--editor", p.folder / "good")][1],  # type: ignore[list-item]
+        "is damaged",
+    ),
+    "editor with broken JSON": (
+        lambda p: [cut(p.copied("good") / "editor.json"), p.edit("--editor", p.folder / "good")][1],  # type: ignore[list-item]
+        "is damaged",
+    ),
+    "editor and settings": (
+        lambda p: p.edit("--editor", p.made / "good", "--layers", 2),
+        "brings its own settings",
+    ),
+    # outputs
+    "out in a missing folder": (
+        lambda p: ["edit", p.model, p.facts, "--out", p.folder / "no" / "patch"],
+        "There is no folder",
+    ),
+    "out that is a folder": (lambda p: ["edit", p.model, p.facts, "--out", p.folder], "is a folder"),
+    "json in a missing folder": (
+        lambda p: p.eval("--json", p.folder / "no" / "report.json"),
+        "There is no folder",
+    ),
+    "json that is a folder": (lambda p: p.eval("--json", p.folder), "is a folder"),
+    "train into a file": (lambda p: p.train(out=p.good), "is a file, expected a folder"),
+    "train below a missing folder": (
+        lambda p: p.train(out=p.folder / "no" / "editor"),
+        "There is no folder",
+    ),
+    "demo into a file": (
+        lambda p: ["demo", "--model", p.model, "--out", p.good],
+        "is a file, expected a folder",
+    ),
+    # prompts and settings
+    "empty prompt": (lambda p: ["ask", p.model, ""], "The prompt is empty"),
+    "blank prompt": (lambda p: ["ask", p.model, " \n"], "The prompt is empty"),
+    "asking in chat without a template": (
+        lambda p: ["ask", p.model, "Ora", "--chat"],
+        "no chat template",
+    ),
+    "evaluating in chat without a template": (lambda p: p.eval("--chat"), "no chat template"),
+    "missing YAML": (lambda p: p.train("--config", p.folder / "no.yaml"), "no.yaml"),
+    "broken YAML": (lambda p: p.train("--config", p.file("c.yaml", "steps: [")), "config"),
+    "unknown key in YAML": (
+        lambda p: p.train("--config", p.file("c.yaml", "stepps: 3")),
+        "'stepps' is not accepted",
+    ),
+    "unknown nested key in YAML": (
+        lambda p: p.train("--config", p.file("c.yaml", "network: {rnk: 3}")),
+        "rnk",
+    ),
+    "wrong value in YAML": (
+        lambda p: p.train("--config", p.file("c.yaml", "seed: x")),
+        "--seed is 'x', expected a whole number",
+    ),
+    "no step": (lambda p: p.train("--steps", 0), "steps is 0, expected 1 or more"),
+    "no fact per step": (lambda p: p.train("--facts-per-step", 0), "facts_per_step is 0"),
+    "more facts per step than facts": (
+        lambda p: p.train("--facts-per-step", 99),
+        "There are 12 facts to train on, expected at least 99",
+    ),
+    "rate below zero": (lambda p: p.train("--network-rate=-1"), "network_rate is -1"),
+    "eta of nothing": (lambda p: p.edit("--eta", "0"), "eta is 0"),
+    "facts without an unrelated question": (
+        lambda p: ["train", p.model, p.file("f", FACTS), "--out", p.folder / "editor", *p.fast, *SMALL, "--facts-per-step=1"],
+        "has no unrelated question",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_is_refused_in_one_line(name, place, capsys):
+    arguments, message = CASES[name]
+    given = arguments(place)
+    assert message in refused(given, place.folder, capsys)
+
+
+# Content of a facts file, and what must be said of it; every fault has a line of its own.
+BAD_FACTS: dict[str, tuple[bytes, list[str]]] = {
+    "empty": (b"", [":1", "is empty"]),
+    "blank": (b" \n\n", ["is empty"]),
+    "binary": (bytes(range(128, 256)) * 3, ["not UTF-8"]),
+    "zip": (b"PK\x03\x04\x14\x00\x00\xff", ["not UTF-8"]),
+    "plain text": (b"Lima is in Peru\n", ["is in no format of facts"]),
+    "bad lines": (FACTS.encode() + b"{no\n[1]\n", [":2: is not valid JSON", ":3: is a list"]),
+    "cut off": (b'[{"src": "a", "answers": ["b"]}, {"src"', [":1: entry 2: is not valid JSON"]),
+    "empty list": (b"[]", ["holds an empty list"]),
+    "missing answer": (b'{"prompt": "In Ora is"}\n', ["answer"]),
+    "empty answer": (b'{"prompt": "In Ora is", "answer": ""}\n', ["answer"]),
+    "unknown field": (b'{"prompt": "a b", "answer": "c", "promt": "d"}\n', ["'promt'"]),
+}
+
+
+@pytest.mark.parametrize("command", ["edit", "eval", "train", "inspect"])
+@pytest.mark.parametrize("name", BAD_FACTS)
+def test_bad_facts_are_refused_with_every_fault(name, command, place, capsys):
+    content, wanted = BAD_FACTS[name]
+    facts = place.file("facts", content)
+    arguments = {
+        "edit": place.edit(facts=facts),
+        "eval": place.eval(facts=facts),
+        "train": ["train", place.model, facts, "--out", place.folder / "editor", *place.fast],
+        "inspect": ["inspect", facts],
+    }[command]
+    said = refused(arguments, place.folder, capsys, lines=None)
+    assert f"{facts} cannot be used" in said.splitlines()[0]
+    assert all(part in said for part in wanted), said
+    assert len(said.splitlines()) >= 1 + len([part for part in wanted if part.startswith(":")])
+
+
+@pytest.mark.parametrize("option", ["facts", "--calibrate", "--text", "--locality"])
+@pytest.mark.parametrize(
+    ("kind", "wanted"),
+    [("missing", "there is no such file; did you mean 'words'?"), ("folder", "is a folder")],
+)
+def test_a_file_that_cannot_be_read(option, kind, wanted, place, capsys):
+    place.file("words", "some words\n")
+    path = place.folder / ("wrods" if kind == "missing" else "")
+    arguments = place.train("--steps", 1)
+    if option == "facts":
+        arguments[2] = path
+    else:
+        arguments += [option, path]
+    said = refused(arguments, place.folder, capsys, lines=2)
+    assert wanted in said
+
+
+def test_text_that_cannot_be_read_for_perplexity(place, capsys):
+    for path in (place.folder, place.folder / "no", place.file("bytes", b"\xff\xfe\xff")):
+        refused(place.eval("--text", path), place.folder, capsys, lines=2)
+
+
+def test_text_without_a_permission_to_read_it(place, capsys, monkeypatch):
+    path = place.file("secret", "some words")
+    read = Path.read_bytes
+
+    def denied(self: Path) -> bytes:
+        if self == path:
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return read(self)
+
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    assert malmend(*place.eval("--text", path)) == 2
+    assert "may not be read (permission denied)" in "\n".join(messages(capsys))
+
+
+def test_strict_names_both_lines_and_writes_nothing(place, capsys):
+    facts = place.file("facts", FACTS + FACTS + FACTS.replace("Chile", "Peru"))
+    said = refused(place.edit("--strict", facts=facts), place.folder, capsys, lines=3)
+    assert "facts:2: duplicate of" in said
+    assert "facts:3: contradiction of" in said
+
+
+def test_calibration_facts_without_a_paraphrase(place, capsys):
+    facts = place.file("facts", FACTS)
+    said = refused(place.edit("--calibrate", facts), place.folder, capsys)
+    assert "No calibration fact has a paraphrase" in said
+
+
+def test_an_editor_in_training_on_other_facts(place, capsys):
+    place.copied("good")
+    facts = place.file("facts", Path(place.facts).read_text().replace("is", "was"))
+    arguments = place.train(out=place.folder / "good")
+    arguments[2] = facts
+    assert "another facts" in refused(arguments, place.folder, capsys)
+
+
+def test_an_editor_in_training_under_other_settings(place, capsys):
+    place.copied("good")
+    arguments = place.train("--seed", 3, out=place.folder / "good")
+    assert "seed = 0, now 3" in refused(arguments, place.folder, capsys)
+
+
+def test_training_state_that_is_damaged(place, capsys):
+    cut(place.copied("good") / "training.safetensors")
+    arguments = place.train(out=place.folder / "good")
+    assert "is damaged" in refused(arguments, place.folder, capsys)
+
+
+def half_written(tensors: object, path: Path, *_more: object, **_keywords: object) -> None:
+    """What safetensors leaves on a disk that fills up."""
+    Path(path).write_bytes(b"\x10half")
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_while_a_patch_is_written(place, capsys, monkeypatch):
+    monkeypatch.setattr("malmend.patch.save_file", half_written)
+    said = refused(place.edit(), place.folder, capsys)
+    assert "good.safetensors cannot be written (No space left on device)" in said
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_full_disk_while_an_editor_is_written(existing, place, capsys, monkeypatch):
+    monkeypatch.setattr(checkpoint, "save_file", half_written)
+    out = place.copied("good") if existing else place.folder / "editor"
+    said = refused(place.train(out=out), place.folder, capsys, lines=None)
+    assert "cannot be written (No space left on device)" in said
+
+
+def test_a_full_disk_while_a_report_is_written(place, capsys, monkeypatch):
+    report = place.file("report.json", "{}")
+
+    def full(self: Path, text: str, **_keywords: object) -> None:
+        self.write_bytes(text[:10].encode())
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    said = refused(place.eval("--json", report), place.folder, capsys)
+    assert "report.json cannot be written (No space left on device)" in said
+
+
+def test_any_other_failure_of_the_system_is_one_line_too(place, capsys, monkeypatch):
+    def failing(*_arguments: object, **_keywords: object) -> None:
+        raise OSError(errno.EIO, "Input/output error", "disk")
+
+    monkeypatch.setattr(edit_module, "capture", failing)
+    before = contents(place.folder)
+    assert malmend(*place.edit()) == 1
+    assert messages(capsys) == ["malmend: Input/output error disk."]
+    assert contents(place.folder) == before
+
+
+def interrupted(*_arguments: object, **_keywords: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("at", ["capture", "opened", "save_patch", "writable"])
+def test_stopped_while_editing(at, place, capsys, monkeypatch):
+    monkeypatch.setattr(edit_module, at, interrupted)
+    before = contents(place.folder)
+    assert malmend(*place.edit()) == 130
+    (said,) = messages(capsys)
+    assert said.startswith("malmend: interrupted")
+    assert "resume" not in said
+    assert contents(place.folder) == before
+
+
+def test_stopped_while_a_patch_is_written(place, capsys, monkeypatch):
+    def writing(tensors: object, path: Path, **_keywords: object) -> None:
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("malmend.patch.save_file", writing)
+    before = contents(place.folder)
+    assert malmend(*place.edit()) == 130
+    assert contents(place.folder) == before
+
+
+def test_stopped_while_training(place, capsys, monkeypatch):
+    out = place.copied("good")
+    before = contents(place.folder)
+    monkeypatch.setattr(train_module.Trainer, "take_step", interrupted)
+    assert malmend(*place.train("--steps", 9, out=out)) == 130
+    (said,) = messages(capsys)
+    assert said.endswith("Run the same command again to resume.")
+    assert contents(place.folder) == before
+
+
+def test_the_table_is_about_outputs_that_would_else_be_written(place, capsys):
+    """The arguments that the table breaks are good ones."""
+    before = place.good.read_bytes()
+    assert malmend(*place.edit("--limit", 3)) == 0
+    assert place.good.read_bytes() != before
+    assert malmend(*place.eval("--patch", place.good, "--json", place.folder / "r.json")) == 0
+    assert json.loads((place.folder / "r.json").read_text())["facts"] == 12
+    assert malmend(*place.train()) == 0

@@ -1,0 +1,376 @@
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import command_support
+from command_support import files_in, malmend
+from malmend.cli import COMMANDS
+from malmend.editors.editor import EditorSettings, published, training_free
+from malmend.editors.network import NetworkSettings
+from malmend.editors.training import TrainSettings, published_training
+from malmend.models.capture import Descent
+from malmend.models.trunk import TrunkSettings
+from malmend.patch import load_patch
+
+tiny = command_support.tiny
+cache = command_support.cache
+
+SMALL = ["--layers", 2, "--network.rank", 4, "--facts-per-step", 4, "--steps", 2]
+
+TRUNK = {"--trunk", "--trunk.batch-tokens", "--trunk.store-bytes"}
+MODEL = {"-h", "--help", "--dtype"}
+FACTS = {"--limit", "--strict"}
+CALIBRATION = {"--calibrate", "--text"}
+EDITOR = {
+    "--method",
+    "--form",
+    "--layers",
+    "--sites",
+    "--tokens",
+    "--end-of-answer",
+    "--descent",
+    "--descent.help",
+    "--prior",
+    "--eta",
+}
+# The whole public surface: a change here is a change for users.
+OPTIONS = {
+    "edit": MODEL | FACTS | TRUNK | CALIBRATION | EDITOR | {"--out", "--editor"},
+    "train": MODEL
+    | FACTS
+    | TRUNK
+    | CALIBRATION
+    | EDITOR
+    | {
+        "--config",
+        "--print-config",
+        "--out",
+        "--paper",
+        "--locality",
+        "--locality+",
+        "--locality.help",
+        "--network",
+        "--network.rank",
+        "--network.blocks",
+        "--network.placement",
+        "--network.start",
+        "--facts-per-step",
+        "--steps",
+        "--locality-weight",
+        "--network-rate",
+        "--scalar-rate",
+        "--clip",
+        "--chunk",
+        "--seed",
+        "--save-every",
+    },
+    "eval": MODEL
+    | FACTS
+    | TRUNK
+    | {"--patch", "--chat", "--decode-facts", "--text", "--force", "--json"},
+    "ask": MODEL | {"--patch", "--chat", "--max-new-tokens", "--force"},
+    "inspect": MODEL | {"--layers", "--sites"},
+    "demo": {"-h", "--help", "--out", "--model", "--facts", "--spoken"},
+}
+
+
+def help_of(command: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        malmend(command, "--help")
+    assert stopped.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_options_of_every_command(command, capsys):
+    shown = help_of(command, capsys)
+    rows = re.findall(r"^  (-.*?)(?:  |$)", shown, re.MULTILINE)
+    assert {found for row in rows for found in re.findall(r"-[-\w.+]+", row)} == OPTIONS[command]
+    assert not re.search(r"--\w+_\w", shown)  # options are written with hyphens
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_is_explained(command, capsys):
+    shown = help_of(command, capsys)
+    assert COMMANDS[command] in shown
+    entries = re.split(r"^  (?=-)", shown, flags=re.MULTILINE)[1:]
+    for entry in entries:
+        text = " ".join(entry.split())
+        assert len(re.sub(r"\(.*|-\S+|\{.*?\}|\b[A-Z_]+\b", "", text).split()) > 1, text
+
+
+def test_without_a_command_the_usage_is_shown(capsys):
+    assert malmend() == 2
+    shown = capsys.readouterr().out
+    assert all(f"  {name} " in shown and what in shown for name, what in COMMANDS.items())
+    for word in ("help", "-h", "--help"):
+        assert malmend(word) == 0
+        assert capsys.readouterr().out == shown
+
+
+@pytest.mark.parametrize("word", ["-V", "--version"])
+def test_version(word, capsys):
+    assert malmend(word) == 0
+    assert capsys.readouterr().out == f"malmend {version('malmend')}\n"
+
+
+def test_edit_evaluate_and_ask(tiny, tmp_path, capsys):
+    patch, report = tmp_path / "patch.safetensors", tmp_path / "report.json"
+    assert malmend("edit", tiny.model, tiny.facts, "--out", patch, "--limit", 3, *tiny.fast) == 0
+    shown = capsys.readouterr().out
+    assert "Edited 3 facts at 6 layers" in shown
+    assert "patch.safetensors" in shown.replace("\n", "")
+    assert load_patch(patch).provenance["facts"] == 3
+
+    arguments = ["--patch", patch, "--json", report, "--text", tiny.text, "--limit=3"]
+    assert malmend("eval", tiny.model, tiny.facts, *arguments) == 0
+    shown = capsys.readouterr().out
+    for word in ("token ratio", "exact", "generated", "retention", "kl", "perplexity", "edited"):
+        assert word in shown
+    figures = json.loads(report.read_text())
+    assert f"{100 * figures['edited']['ES']['token_ratio']:.1f}%" in shown
+    assert figures["facts"] == 3
+
+    assert malmend("eval", tiny.model, tiny.facts, "--decode_facts", "0") == 0
+    shown = capsys.readouterr().out
+    assert "edited" not in re.sub("unedited", "", shown.split("token ratio:")[0])
+
+    assert malmend("ask", tiny.model, "In Ora [b] is", "--patch", patch) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("In Ora [b] is\n")
+    assert "unedited: " in shown
+    assert "edited:   " in shown
+    assert malmend("ask", tiny.model, "In Ora is", "--max-new-tokens", "2") == 0
+    assert "unedited" not in capsys.readouterr().out
+    assert files_in(tmp_path) == {"patch.safetensors", "report.json"}
+
+
+def test_train_and_edit_with_the_editor_and_inspect_all(tiny, tmp_path, capsys):
+    editor, patch = tmp_path / "editor", tmp_path / "patch"
+    train = ["train", tiny.model, tiny.facts, "--out", editor, *SMALL, *tiny.fast]
+    assert malmend(*train) == 0
+    shown = capsys.readouterr().out
+    assert "2 steps of 4 facts: about" in shown
+    assert len(re.findall(r"^step +\d/2  loss ", shown, re.MULTILINE)) == 2
+    assert "Trained 2 steps" in shown
+    assert malmend(*train, "--steps", 3) == 0
+    assert "(resumed after step 2)" in capsys.readouterr().out
+
+    assert malmend("edit", tiny.model, tiny.facts, "--out", patch, "--editor", editor) == 0
+    assert "Edited 12 facts at 2 layers" in capsys.readouterr().out
+    assert load_patch(patch).provenance["settings"]["network"]["rank"] == 4
+    for thing, kind in (
+        (tiny.model, "model"),
+        (tiny.facts, "facts"),
+        (patch, "patch"),
+        (editor, "editor"),
+    ):
+        assert malmend("inspect", thing) == 0
+        assert capsys.readouterr().out.startswith(f"{kind} ")
+
+
+def test_demo(tiny, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert malmend("demo", "--model", tiny.model, "--facts", 4, "--spoken", 1, "--out", out) == 0
+    shown = capsys.readouterr().out
+    assert "The weights are bit for bit what they were." in shown
+    assert "generated: of the first 1 facts" in shown
+    assert files_in(out) == {"patch.safetensors", "report.json"}
+
+
+def test_skipped_facts_are_told(tiny, tmp_path, capsys):
+    facts = tmp_path / "facts.jsonl"
+    line = '{"prompt": "In Ora is", "answer": "%s"}\n'
+    facts.write_text(line % "Chile" + line % "Peru" + line % "Chile")
+    arguments = ["edit", tiny.model, facts, "--out", tmp_path / "patch", *tiny.fast]
+    assert malmend(*arguments) == 0
+    shown = capsys.readouterr().out
+    assert "Skipped 2 facts: 1 duplicates and 1 contradictions" in shown
+    assert "line 2: contradiction of line 1" in shown
+    assert "Edited 1 fact at" in shown
+
+
+class Reached(Exception):
+    """Carries what a command was called with out of the command line."""
+
+    def __init__(self, given: dict[str, Any]):
+        self.given = given
+        super().__init__(given)
+
+
+@pytest.fixture
+def reached(monkeypatch):
+    """Parses a command line and returns what the command's function would be called with."""
+
+    def reaching(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)  # options are derived from the signature and the docstring
+        def called(**given: object) -> None:
+            raise Reached(given)
+
+        return called
+
+    for name in ("edit", "train", "evaluate", "ask", "inspect", "demo"):
+        module = importlib.import_module(f"malmend.commands.{name}")
+        monkeypatch.setattr(module, name, reaching(getattr(module, name)))
+
+    def reach(*arguments: object) -> dict[str, Any]:
+        with pytest.raises(Reached) as stopped:
+            malmend(*arguments)
+        return stopped.value.given
+
+    return reach
+
+
+def test_without_options_the_commands_own_defaults_hold(reached):
+    given = reached("edit", "m", "f", "--out", "p")
+    assert (given["model"], given["facts"], given["out"], given["editor"]) == (
+        "m",
+        "f",
+        "p",
+        "none",
+    )
+    assert given["settings"] == training_free()
+    assert given["trunk"] == TrunkSettings()
+    given = reached("train", "m", "f", "--out", "e")
+    assert (given["settings"], given["editor"]) == (TrainSettings(), EditorSettings())
+    assert given["locality"] is None
+    given = reached("eval", "m", "f")
+    assert (given["patch"], given["limit"], given["decode_facts"]) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("spelt", "strict"),
+    [
+        (["--strict"], True),
+        (["--strict", "--limit", "2"], True),
+        (["--strict", "true"], True),
+        (["--strict=true"], True),
+        (["--strict", "false"], False),
+        (["--strict=false"], False),
+        ([], False),
+    ],
+)
+def test_a_switch_may_stand_alone(reached, spelt, strict):
+    assert reached("eval", "m", "f", *spelt)["strict"] is strict
+
+
+def test_a_switch_before_the_positionals_does_not_swallow_them(reached):
+    given = reached("eval", "--chat", "m", "--force", "f")
+    assert (given["model"], given["facts"], given["chat"], given["force"]) == ("m", "f", True, True)
+
+
+@pytest.mark.parametrize("name", ["--facts-per-step", "--facts_per_step"])
+@pytest.mark.parametrize("joined", [True, False])
+def test_hyphens_and_underscores_are_the_same(reached, name, joined):
+    option = [f"{name}=7"] if joined else [name, "7"]
+    assert reached("train", "m", "f", "--out", "e", *option)["settings"].facts_per_step == 7
+
+
+def test_values_keep_their_hyphens_and_underscores(reached):
+    given = reached("eval", "my-mo_del", "a-b_c", "--patch=p-a_t", "--text", "t-e_x")
+    assert (given["model"], given["facts"]) == ("my-mo_del", "a-b_c")
+    assert (given["patch"], given["text"]) == ("p-a_t", "t-e_x")
+
+
+def test_nested_settings_reach_the_command(reached):
+    given = reached(
+        "edit", "m", "f", "--out", "p", "--descent.steps", "3", "--trunk.batch-tokens", "9"
+    )
+    assert given["settings"].descent == Descent(steps=3)
+    assert given["trunk"] == TrunkSettings(batch_tokens=9)
+    given = reached("edit", "m", "f", "--out", "p", "--descent", "null", "--method", "mend")
+    assert (given["settings"].descent, given["settings"].method) == (None, "mend")
+    given = reached("train", "m", "f", "--out", "e", "--network.rank", "3", "--network.blocks=1")
+    assert given["editor"].network == NetworkSettings(rank=3, blocks=1)
+
+
+@pytest.mark.parametrize("paper", [["--paper"], ["--paper=true"], ["--paper", "true"]])
+def test_paper_brings_every_published_setting(reached, paper):
+    given = reached("train", "m", "f", "--out", "e", *paper)
+    assert given["settings"] == published_training()
+    assert given["editor"] == published()
+    network = given["editor"].network
+    assert (network.rank, network.placement, network.start) == (1920, "after", "normal")
+    assert (given["editor"].prior, given["editor"].descent) == ("identity", None)
+
+
+def test_what_is_given_counts_before_the_paper(reached):
+    given = reached(
+        "train", "m", "f", "--steps", "9", "--paper", "--out", "e", "--network.rank=5", "--eta", "1"
+    )
+    assert given["settings"] == TrainSettings(steps=9, network_rate=1e-5, scalar_rate=1e-5)
+    assert given["editor"].network == NetworkSettings(5, placement="after", start="normal")
+    assert given["editor"].eta == 1.0
+
+
+def test_paper_false_is_not_the_paper(reached):
+    for spelt in (["--paper=false"], ["--paper", "false"]):
+        assert reached("train", "m", "f", "--out", "e", *spelt)["editor"] == EditorSettings()
+
+
+def test_train_reads_yaml_and_the_command_line_counts_more(reached, tmp_path):
+    config = tmp_path / "train.yaml"
+    config.write_text(
+        "steps: 7\nfacts_per_step: 3\nnetwork:\n  rank: 8\ndescent: null\nlayers: 2\nstrict: true\n"
+    )
+    given = reached("train", "m", "f", "--out", "e", "--config", config, "--steps", "5")
+    assert given["settings"] == TrainSettings(steps=5, facts_per_step=3)
+    assert given["editor"] == EditorSettings(
+        layers=2, descent=None, network=NetworkSettings(rank=8)
+    )
+    assert given["strict"] is True
+
+
+def test_yaml_may_ask_for_the_paper(reached, tmp_path):
+    (tmp_path / "train.yaml").write_text("paper: true\nlayers: 3\n")
+    given = reached("train", "m", "f", "--out", "e", "--config", tmp_path / "train.yaml")
+    assert given["settings"] == published_training()
+    assert given["editor"].form == "published"
+    assert given["editor"].layers == 3
+
+
+def test_a_trained_editor_brings_its_own_settings(reached):
+    given = reached("edit", "m", "f", "--out", "p", "--editor", "folder")
+    assert given["editor"] == "folder"
+
+
+@pytest.mark.parametrize("option", [["--layers", "2"], ["--descent.steps=3"], ["--method=mend"]])
+def test_settings_beside_a_trained_editor_are_refused(option, capsys):
+    assert malmend("edit", "m", "f", "--out", "p", "--editor", "folder", *option) == 2
+    assert "brings its own settings" in capsys.readouterr().err
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "malmend.cli", *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_as_a_program_it_inspects_facts(tiny):
+    done = run("inspect", tiny.facts)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"facts {tiny.facts}\n  facts: 12\n")
+
+
+def test_as_a_program_it_fails_with_one_line(tiny, tmp_path):
+    missing: Path = tmp_path / "none.safetensors"
+    done = run("eval", tiny.model, tiny.facts, "--patch", missing)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith(f"malmend: There is no patch file {missing}")
