@@ -1,1 +1,6 @@
-"""Its place makes tests/helpers.py importable from every folder of tests."""
+"""Its place makes ``helpers`` and ``tiny`` importable from every test."""
+
+import torch
+
+# Tiny tensors on two threads only wait for one another.
+torch.set_num_threads(1)

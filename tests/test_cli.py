@@ -108,7 +108,9 @@ def test_every_option_is_explained(command, capsys):
     entries = re.split(r"^  (?=-)", shown, flags=re.MULTILINE)[1:]
     for entry in entries:
         text = " ".join(entry.split())
-        assert len(re.sub(r"\(.*|-\S+|\{.*?\}|\b[A-Z_]+\b", "", text).split()) > 1, text
+        assert len(re.sub(r"\((type|required).*|-\S+|\{.*?\}|\b[A-Z_]+\b", "", text).split()) > 1, (
+            text
+        )
 
 
 def test_without_a_command_the_usage_is_shown(capsys):

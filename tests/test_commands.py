@@ -324,7 +324,7 @@ def test_a_finished_run_may_be_lengthened_and_starting_it_again_changes_nothing(
 
 def test_training_goes_on_only_with_the_same_facts_and_settings(tiny, tmp_path):
     trained(tiny, tmp_path)
-    with pytest.raises(MalmendError, match="another facts"):
+    with pytest.raises(MalmendError, match="other facts"):
         malmend.train(
             tiny.loaded, make_facts(12, seed=8), tmp_path, None, TRAINING, SMALL, **own(tiny)
         )

@@ -282,7 +282,6 @@ def test_an_answer_of_two_lines_is_never_said():
 
 
 def test_a_shown_answer_holds_no_end_token():
-    loaded = model()
     silent = [one for one in WORDS[6:] if int(logits_at(Question(one))[0][0].argmax()) == END]
     assert silent
     known = [Fact(prompt, prompt, "w9") for prompt in silent]

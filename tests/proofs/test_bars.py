@@ -13,6 +13,7 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 
 import malmend
 from malmend.editors.editor import training_free
@@ -33,6 +34,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def loaded():
+    torch.set_num_threads(os.cpu_count() or 1)  # the suite runs its tiny models on one
     return malmend.load_model("smollm2-135m")
 
 

@@ -11,6 +11,7 @@ from malmend.evaluation.protocols import Examiner, perplexity
 from malmend.evaluation.report import Report, rows_of, scores
 from malmend.facts.fact import Fact
 from malmend.facts.readers import read_text
+from malmend.facts.tokens import EndOfAnswer
 from malmend.models.load import LoadedModel
 from malmend.models.sites import find_blocks, find_sites
 from malmend.models.trunk import TrunkSettings
@@ -65,7 +66,7 @@ def evaluate(
         patch = load_patch(patch)
     words = None if text is None else read_text(text)
     tokenizer = tokenizer_of(model)
-    end = "none" if getattr(tokenizer, "eos_token_id", None) is None else "eos"
+    end: EndOfAnswer = "none" if getattr(tokenizer, "eos_token_id", None) is None else "eos"
     if patch is not None:
         end = patch.provenance.get("settings", {}).get("end_of_answer", end)
     known = checked_facts(facts, tokenizer, end, limit, strict, chat)

@@ -112,7 +112,7 @@ def train(
     )
     about = _about(bench, known, others, settings)
     records = _resumed(trainer, folder, about)
-    starting(trainer, estimate_seconds(trainer) if trainer.step < settings.steps else 0.0)
+    starting(trainer, _seconds_left(trainer, records))
     for record in trainer.run():
         records.append(record)
         stepped(record)
@@ -141,6 +141,18 @@ def _resumed(trainer: Trainer, folder: Path, about: dict[str, Any]) -> list[Step
                 "to go on with it, or another --out."
             )
     return [StepRecord(**row) for row in said["curve"]]
+
+
+def _seconds_left(trainer: Trainer, records: Sequence[StepRecord]) -> float:
+    """From the steps taken, else from a rehearsal.
+
+    A resumed run must not rehearse: what that leaves in the stores was not there when the run that
+    is gone on with came to this step, and other batches round otherwise.
+    """
+    left = trainer.settings.steps - trainer.step
+    if records:
+        return left * sum(record.seconds for record in records) / len(records)
+    return estimate_seconds(trainer)
 
 
 def _about(
