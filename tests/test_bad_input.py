@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -90,8 +91,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def messages(capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """The lines of standard error but for progress bars."""
-    return [line for line in capsys.readouterr().err.splitlines() if line and "━" not in line]
+    """The lines of standard error but for progress."""
+    progress = re.compile(r"$|.*━|step +\d+/|\d+ steps of ")
+    return [line for line in capsys.readouterr().err.splitlines() if not progress.match(line)]
 
 
 def refused(

@@ -163,12 +163,12 @@ def test_train_and_edit_with_the_editor_and_inspect_all(tiny, tmp_path, capsys):
     editor, patch = tmp_path / "editor", tmp_path / "patch"
     train = ["train", tiny.model, tiny.facts, "--out", editor, *SMALL, *tiny.fast]
     assert malmend(*train) == 0
-    shown = capsys.readouterr().out
-    assert "2 steps of 4 facts: about" in shown
-    assert len(re.findall(r"^step +\d/2  loss ", shown, re.MULTILINE)) == 2
-    assert "Trained 2 steps" in shown
+    shown = capsys.readouterr()
+    assert "2 steps of 4 facts: about" in shown.err
+    assert len(re.findall(r"^step +\d/2  loss ", shown.err, re.MULTILINE)) == 2
+    assert shown.out.startswith("Trained 2 steps: ")
     assert malmend(*train, "--steps", 3) == 0
-    assert "(resumed after step 2)" in capsys.readouterr().out
+    assert "1 steps of 4 facts (resumed after step 2)" in capsys.readouterr().err
 
     assert malmend("edit", tiny.model, tiny.facts, "--out", patch, "--editor", editor) == 0
     assert "Edited 12 facts at 2 layers" in capsys.readouterr().out
@@ -188,7 +188,7 @@ def test_demo(tiny, tmp_path, capsys):
     assert malmend("demo", "--model", tiny.model, "--facts", 4, "--spoken", 1, "--out", out) == 0
     shown = capsys.readouterr().out
     assert "The weights are bit for bit what they were." in shown
-    assert "generated: of the first 1 facts" in shown
+    assert "generated is over the first 1 facts" in shown
     assert files_in(out) == {"patch.safetensors", "report.json"}
 
 

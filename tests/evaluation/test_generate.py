@@ -129,8 +129,8 @@ def test_an_answer_whose_letters_take_several_tokens_is_not_given_up_half_way():
     tokenizer = helpers.byte_level()
     model = make_model(tokenizer, layers=2)
     prompt, answer = "The capital of Peru is", " Éśaß東京!"
-    ids = [*tokenizer(prompt + answer)["input_ids"], tokenizer.eos_token_id]
-    teach(model, [ids])
+    start = tokenizer(prompt)["input_ids"]
+    teach(model, [(start, [*tokenizer(answer)["input_ids"], tokenizer.eos_token_id])])
     loaded = prepared(model, tokenizer)
     encoder = Encoder(tokenizer)
     assert generate(loaded, encoder, [prompt]) == ["Éśaß東京!"]

@@ -253,10 +253,14 @@ def test_generated_after_the_model_learned_its_answers(end, chat):
     stop = tokenizer.eos_token_id if end == "eos" else tokenizer("\n")["input_ids"][0]
     said = {"The capital of Peru is": "Lima", "In Ora is": "École", "In Venus is": "no moon."}
     encoder = Encoder(tokenizer, end, chat=chat)
-    rows = [
-        [*tokenizer(f"{encoder.framed(prompt).rstrip()} {answer}")["input_ids"], stop]
-        for prompt, answer in said.items()
-    ]
+    rows = []
+    for prompt, answer in said.items():
+        start = tokenizer(encoder.framed(prompt).rstrip())["input_ids"]
+        rows.append((start, [*tokenizer(f" {answer}")["input_ids"], stop]))
+    if chat:  # with the blank as a token of its own it is another prompt, with another answer
+        start = tokenizer(encoder.framed("The capital of Peru is"))["input_ids"]
+        assert start != list(rows[0][0])
+        rows.append((start, [*tokenizer("Chile")["input_ids"], stop]))
     teach(made, rows)
     loaded = prepared(made, tokenizer)
     trunk = Trunk(made, find_sites(made, 1), TrunkSettings(200))
@@ -275,7 +279,8 @@ def test_an_answer_of_two_lines_is_never_said():
     tokenizer = helpers.byte_level()
     made = make_model(tokenizer, layers=2)
     fact = Fact("f", "In Mars is", "Lima\nParis")
-    teach(made, [[*tokenizer(f"{fact.prompt} {fact.answer}")["input_ids"], 0]])
+    answer = [*tokenizer(f" {fact.answer}")["input_ids"], tokenizer.eos_token_id]
+    teach(made, [(tokenizer(fact.prompt)["input_ids"], answer)])
     trunk = Trunk(made, find_sites(made, 1))
     (row,) = Examiner(prepared(made, tokenizer), trunk, Encoder(tokenizer)).examine([fact]).rows
     assert (row.exact, row.generated, row.text) == (1.0, 0.0, "Lima")
@@ -349,27 +354,34 @@ def test_perplexity_is_that_of_plain_windows(window):
     assert cut == pytest.approx(perplexity(model(), " ".join(text.split()[:9]), window), rel=1e-9)
 
 
-def cluster_half_width(clusters: Sequence[Sequence[float]]) -> float:
-    """1.96 cluster-robust standard errors of a mean, G / (G - 1) corrected, step by step."""
-    values = [value for cluster in clusters for value in cluster]
-    mean = sum(values) / len(values)
-    residual_sums = [sum(value - mean for value in cluster) for cluster in clusters]
-    groups = len(clusters)
-    variance = groups / (groups - 1) * sum(r * r for r in residual_sums) / len(values) ** 2
+def half_width(asked: Sequence[tuple[int, object, float]]) -> float:
+    """1.96 cluster-robust standard errors, G / (G - 1) corrected, of a mean over facts.
+
+    ``asked`` holds fact, cluster and value; each fact weighs the same, and so does each of its
+    questions.
+    """
+    facts = {fact for fact, _, _ in asked}
+    weights = [1 / len(facts) / sum(other == fact for other, _, _ in asked) for fact, _, _ in asked]
+    mean = sum(weight * value for weight, (_, _, value) in zip(weights, asked, strict=True))
+    clusters = {cluster for _, cluster, _ in asked}
+    variance = 0.0
+    for one in clusters:
+        parts = zip(weights, asked, strict=True)
+        total = sum(weight * (value - mean) for weight, (_, c, value) in parts if c == one)
+        variance += total**2 * len(clusters) / (len(clusters) - 1)
     return 1.96 * math.sqrt(variance)
 
 
 def test_intervals_cluster_by_fact_and_unrelated_ones_by_question():
     one = examiner()
-    replies = one.examine(facts(), decode_facts=0)
-    found = scores(one, replies, edited=False)
-    for kind in ("ES", "GS"):
-        ratios = [[fmean(right_of(q)) for q in questions] for questions in by_kind(kind)]
-        assert found[kind].interval == pytest.approx(cluster_half_width(ratios), rel=1e-9)
-    asked = [q for questions in by_kind("LS") for q in questions]
-    repeats = {q: [fmean(right_of(q))] * asked.count(q) for q in asked}
-    assert len(repeats) < len(asked)
-    wanted = cluster_half_width(list(repeats.values()))
-    assert found["LS"].interval == pytest.approx(wanted, rel=1e-9)
+    found = scores(one, one.examine(facts(), decode_facts=0), edited=False)
+    for kind in ("ES", "GS", "LS"):
+        asked = [
+            (index, question if kind == "LS" else index, fmean(right_of(question)))
+            for index, questions in enumerate(by_kind(kind))
+            for question in questions
+        ]
+        assert found[kind].interval == pytest.approx(half_width(asked), rel=1e-9)
+    assert len({question for _, question, _ in asked}) < len(asked)
     single = scores(one, one.examine(facts()[:1], decode_facts=0), edited=False)
     assert single["ES"].interval is None

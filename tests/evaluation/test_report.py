@@ -74,8 +74,9 @@ def test_intervals_by_hand():
     # Two clusters of one: mean 0.5, residuals +-0.5; variance 2 * 0.5 / 4 = 0.25.
     assert found["ES"].interval == pytest.approx(1.96 * 0.5)
     assert found["GS"].interval is None  # one cluster only
-    # Distinct questions: far (0.25 twice) and near (1.0) around 0.5, so residual sums -+0.5.
-    assert found["LS"].interval == pytest.approx(1.96 * math.sqrt(2 * 0.5 / 9))
+    # The mean is 0.4375.  near weighs 1/4; far weighs 1/4 beside the first fact, 1/2 beside the
+    # second; so the two questions' weighted residuals are +-0.25 * 0.5625.
+    assert found["LS"].interval == pytest.approx(1.96 * math.sqrt(2 * 2 * 0.140625**2))
 
 
 def test_json_has_the_promised_fields():

@@ -105,10 +105,18 @@ def test_a_model_that_is_loaded_already():
 def test_the_loaders_are_quiet_and_heard_again(whole, capfd):
     from transformers.utils import logging
 
-    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    load_model(str(whole))
-    refused("nothing")
-    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+    enabled = logging.is_progress_bar_enabled()
+    for switch, bars in (
+        (logging.disable_progress_bar, False),
+        (logging.enable_progress_bar, True),
+    ):
+        switch()
+        before = logging.get_verbosity()
+        load_model(str(whole))
+        refused("nothing")
+        assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (before, bars)
+    if not enabled:
+        logging.disable_progress_bar()
     out, err = capfd.readouterr()
     assert out == err == ""
 

@@ -140,6 +140,12 @@ def make_edit(
     aggregations = editor.aggregate(captured)
     shifts = {name: one.shift() for name, one in zip(editor.names, aggregations, strict=True)}
     progress("least squares" if settings.method == "malmen" else "sum of shifts", 1.0)
+    broken = next((n for n, shift_VK in shifts.items() if not shift_VK.isfinite().all()), None)
+    if broken is not None:
+        raise EditorError(
+            f"The shift of {broken} holds NaN or infinity, so nothing was written; check --eta and "
+            f"that the weights of {bench.loaded.name} are whole."
+        )
     tokens = len(captured[0].keys_NK)
     provenance: dict[str, Any] = {
         "malmend": version("malmend"),

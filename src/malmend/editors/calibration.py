@@ -64,7 +64,7 @@ class CalibrationSettings:
     text_tokens: int = 16_000
     etas: tuple[float, ...] = (0.8, 1.0, 1.15, 1.3, 1.5)
     published_etas: tuple[float, ...] = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
-    sum_etas: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0)
+    sum_etas: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1)
     alphas: tuple[float, ...] = (10.0, 30.0)
     unrelated_tokens: int = 5
     ridge: float = 0.01
