@@ -59,7 +59,8 @@ def edit(trunk, seed=0):
 def test_where_the_cut_lies(family):
     trunk = cut(tiny.model_of(family))
     assert trunk._cut_inside == (family != "gemma2")  # its norm stands between layer and residual
-    assert not cut(tiny.model_of(family, torch.bfloat16))._cut_inside
+    for dtype in (torch.bfloat16, torch.float16):
+        assert not cut(tiny.model_of(family, dtype))._cut_inside
     width = tiny.HIDDEN + (tiny.INNER if trunk._cut_inside else 0)
     batch = trunk.batch(QUESTIONS)
     assert batch.stored_BTF.shape == (7, max(len(q.ids) for q in QUESTIONS), width)
@@ -138,6 +139,7 @@ INNER = {"gpt2": "*.h.{}.mlp.c_fc", "llama": "*.{}.mlp.up_proj", "gptj": "*.h.{}
         ("llama", "*.[13].mlp.down_proj", True),
         ("llama", "*.[23].mlp.*_proj", False),
         ("llama", "*.1.self_attn.?_proj", False),
+        ("gpt_neox", "*.3.*dense*", False),  # the first would do, but it is not alone
         ("gptj", "*.[23].mlp.*", False),
         *[(family, name.format("3"), False) for family, name in INNER.items()],
     ],
