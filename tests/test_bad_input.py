@@ -318,6 +318,7 @@ CASES: dict[str, tuple[Callable[[Place], Arguments], str]] = {
         lambda p: p.train("--facts-per-step", 99),
         "There are 12 facts to train on, expected at least 99",
     ),
+    "eta below zero": (lambda p: p.edit("--eta=-1"), "--eta"),
     "rate below zero": (lambda p: p.train("--network-rate=-1"), "network_rate is -1"),
     "facts without an unrelated question": (
         lambda p: [
