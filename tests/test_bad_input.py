@@ -23,6 +23,7 @@ from malmend.editors import checkpoint
 from malmend.editors.editor import EditorSettings
 from malmend.editors.network import NetworkSettings
 from malmend.editors.training import TrainSettings
+from malmend.errors import MalmendError
 
 tiny = command_support.tiny
 cache = command_support.cache
@@ -532,3 +533,21 @@ def test_the_table_is_about_outputs_that_would_else_be_written(place, capsys):
     assert malmend(*place.eval("--patch", place.good, "--json", place.folder / "r.json")) == 0
     assert json.loads((place.folder / "r.json").read_text())["facts"] == 12
     assert malmend(*place.train()) == 0
+
+
+def test_an_input_is_never_written_over(tiny):
+    before = Path(tiny.facts).read_bytes()
+    with pytest.raises(MalmendError, match="is read by this command and would be lost"):
+        edit_facts(tiny.model, tiny.facts, out=tiny.facts)
+    assert Path(tiny.facts).read_bytes() == before
+
+
+def test_an_editor_and_settings_together_are_refused(place):
+    with pytest.raises(MalmendError, match="not both"):
+        edit_facts(place.model, place.facts, editor=place.made / "good", settings=EditorSettings())
+
+
+def test_a_training_that_never_began_leaves_no_folder(tiny, tmp_path):
+    with pytest.raises(MalmendError, match="no such file"):
+        train_editor(tiny.model, tmp_path / "none.jsonl", tmp_path / "editor")
+    assert not (tmp_path / "editor").exists()

@@ -95,7 +95,8 @@ def _edit(arguments: list[str]) -> None:
             "and the other settings of editors."
         )
     with show.bars() as bars:
-        result = edit(**given, settings=settings, progress=bars)
+        free = given["editor"] == "none"
+        result = edit(**given, settings=settings if free else None, progress=bars)
     show.edited(result)
 
 
@@ -162,7 +163,7 @@ def _eval(arguments: list[str]) -> None:
     given = _parse(parser, arguments)
     path = given.pop("json")
     if path is not None:
-        writable(path)
+        writable(path, given["facts"], given["patch"], given["text"])
     with show.bars() as bars:
         result = evaluate(**given, progress=bars)
     if path is not None:

@@ -34,13 +34,18 @@ def written_beside(path: str | Path) -> Iterator[Path]:
             beside.unlink(missing_ok=True)
 
 
-def writable(path: str | Path) -> Path:
+def writable(path: str | Path, *inputs: object) -> Path:
     """Checks before long work that a file can be written at ``path``.
 
+    ``inputs`` are what the work reads; those that are paths must not be written over.
+
     Raises:
-        MalmendError: the folder does not exist or takes no file, or ``path`` is a folder.
+        MalmendError: the folder does not exist or takes no file, or ``path`` is a folder or input.
     """
     path = Path(path)
+    read = [Path(one) for one in inputs if isinstance(one, str | Path)]
+    if path.exists() and any(one.exists() and one.samefile(path) for one in read):
+        raise MalmendError(f"{path} is read by this command and would be lost; write elsewhere.")
     if path.is_dir():
         raise MalmendError(f"{path} is a folder, expected the path of a file to write.")
     if not path.parent.is_dir():

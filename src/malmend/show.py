@@ -20,8 +20,9 @@ from malmend.editors.training import StepRecord
 from malmend.evaluation.report import PROTOCOLS, Report, Scores
 from malmend.facts.fact import FactSet
 
-OUT = Console()
-ERR = Console(stderr=True)
+# What a model says is text: ":smile:" stays as it is.
+OUT = Console(emoji=False)
+ERR = Console(stderr=True, emoji=False)
 QUESTIONS = {
     "ES": "edit prompts",
     "GS": "paraphrases",

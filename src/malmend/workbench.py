@@ -58,8 +58,7 @@ def lay_out(
 
 def trunk_folder(loaded: LoadedModel) -> Path:
     """Where trunk activations of these weights are kept."""
-    dtype = str(loaded.model.dtype).removeprefix("torch.")
-    return cache_folder() / "trunk" / f"{loaded.fingerprint[:16]}-{dtype}"
+    return cache_folder() / "trunk" / loaded.digest[:24]
 
 
 def encoder_of(
@@ -145,7 +144,7 @@ def calibrated(
     words = read_text(shipped("text.txt") if text is None else text)
     # The network's size changes nothing that is calibrated.
     plain = replace(editor_settings, network=replace(editor_settings.network, blocks=0))
-    key = calibration_key(bench.loaded.fingerprint, bench.trunk, plain, settings, known, words)
+    key = calibration_key(bench.loaded.digest, bench.trunk, plain, settings, known, words)
     path = cache_folder() / "calibrations" / f"{key}.safetensors"
     if path.is_file():
         try:

@@ -185,6 +185,25 @@ def test_text_that_can_no_longer_match(text, gold):
     assert not can_still_match(text, gold)
 
 
+@pytest.mark.parametrize(
+    ("text", "gold"),
+    [
+        ("", "Paris"),
+        ("Par", "Paris"),
+        ("th", "Paris"),  # may become an article
+        ("the Par", "The Paris."),
+        ("New\tYo", "New York"),
+        ("x—th", "x—"),
+        ("ΟΔΟΣ", "ΟΔΟΣΑ"),  # the small sigma of a word's end is another letter
+        ("\ufffd", "Éire"),  # half a letter
+        ("Paris.", "Paris"),
+        ("what", "!!"),  # a gold answer of marks alone is left to decoding
+    ],
+)
+def test_text_that_can_still_match(text, gold):
+    assert can_still_match(text, gold)
+
+
 TEXT = st.text(st.sampled_from("abnNthe  .,-'\t\n\u00a0é—’ΣσςO"), max_size=12)
 NOISE = st.lists(st.sampled_from(["", " ", "the ", " a ", "An ", ".", ", ", "\t", "'"]), min_size=1)
 

@@ -227,6 +227,24 @@ def test_a_packed_layer_is_refused_not_its_neighbour(every):
         find_sites(model, pattern="model.layers.3.mlp.down_proj")
 
 
+class Stacked(nn.Module):
+    """Stands for experts in one tensor, chosen by a router that keeps no matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(2, tiny.HIDDEN, tiny.HIDDEN, dtype=torch.float64))
+
+    def forward(self, states):
+        return states @ self.experts[0]
+
+
+def test_stacked_weights_are_refused_not_their_neighbour():
+    model = tiny.model_of("llama")
+    model.model.layers[3].mlp = Stacked()
+    with pytest.raises(ModelError, match=r"Block model\.layers\.3 .*mixture-of-experts"):
+        find_sites(model, 1)
+
+
 EXPERTS = {
     "vocab_size": tiny.VOCABULARY,
     "hidden_size": 16,

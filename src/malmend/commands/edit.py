@@ -13,7 +13,7 @@ from typing import Any
 from malmend.editors.calibration import CalibrationSettings
 from malmend.editors.checkpoint import load_editor
 from malmend.editors.editor import Editor, EditorSettings, training_free
-from malmend.errors import EditorError
+from malmend.errors import EditorError, MalmendError
 from malmend.evaluation.protocols import Examiner
 from malmend.facts.fact import Fact, FactSet
 from malmend.files import writable
@@ -92,8 +92,12 @@ def edit(
         MalmendError: any bad input, in one sentence.
     """
     if out is not None:
-        writable(out)
+        writable(out, facts, calibrate, text, model)
     saved = None if editor == "none" or isinstance(editor, Editor) else load_editor(editor)
+    if editor != "none" and settings is not None:
+        raise MalmendError(
+            "An editor brings its own settings; give an editor or settings, not both."
+        )
     chosen = settings or training_free()
     if saved is not None:
         chosen = saved.editor.settings

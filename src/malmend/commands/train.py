@@ -94,9 +94,9 @@ def train(
         MalmendError: any bad input, in one sentence.
     """
     folder = Path(out)
-    writable_folder(folder)
     known = checked_facts(facts, tokenizer_of(model), editor.end_of_answer, limit, strict)
     others = read_questions(locality) if isinstance(locality, str | Path) else tuple(locality or ())
+    writable_folder(folder)  # before the model is loaded, but only once the facts are good
     loaded = opened(model, dtype)
     sites = find_sites(loaded.model, editor.layers, editor.sites)
     bench = lay_out(loaded, sites, editor.end_of_answer, trunk=trunk)

@@ -281,7 +281,13 @@ class Trainer:
         self.step = about["step"]
         prefix = "editor."
         weights = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-        self.editor.load_state_dict(weights)
+        try:
+            self.editor.load_state_dict(weights)
+        except RuntimeError as error:
+            raise EditorError(
+                f"{path} holds an editor for layers of another shape; give the same model, or "
+                "another --out."
+            ) from error
         state: dict[int, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             if key.startswith("optimiser."):

@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,22 @@ class LoadedModel:
     model: PreTrainedModel
     tokenizer: Any
     fingerprint: str
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over configuration and every bit of every parameter, for caches.
+
+        The fingerprint would not do: it is the same for weights that differ below bfloat16.  Taken
+        on first use, so use it first while no patch is on.
+        """
+        settings = self.model.config.to_dict()
+        for name in ("_name_or_path", "transformers_version"):  # where it lay changes nothing
+            settings.pop(name, None)
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+        for name, parameter in sorted(self.model.named_parameters()):
+            digest.update(f"{name}:{tuple(parameter.shape)}:{parameter.dtype};".encode())
+            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
 
 def cache_folder() -> Path:
