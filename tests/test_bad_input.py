@@ -24,6 +24,8 @@ from malmend.editors.editor import EditorSettings
 from malmend.editors.network import NetworkSettings
 from malmend.editors.training import TrainSettings
 from malmend.errors import MalmendError
+from malmend.models.load import load_model
+from malmend.models.sites import find_sites
 
 tiny = command_support.tiny
 cache = command_support.cache
@@ -551,3 +553,23 @@ def test_a_training_that_never_began_leaves_no_folder(tiny, tmp_path):
     with pytest.raises(MalmendError, match="no such file"):
         train_editor(tiny.model, tmp_path / "none.jsonl", tmp_path / "editor")
     assert not (tmp_path / "editor").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--descent.steps=0", "descent.steps is 0"),
+        ("--descent.rate=-1", "descent.rate -1"),
+        ("--eta=0", "eta is 0"),
+    ],
+)
+def test_a_descent_of_no_step_is_refused(place, capsys, option, said):
+    assert malmend(*place.edit(option)) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_model_of_nan_is_refused_in_a_sentence(tmp_path):
+    model = load_model(str(save_model(tmp_path / "nan", seed=7))).model
+    model.get_output_embeddings().weight.data.fill_(float("nan"))
+    with pytest.raises(MalmendError, match="gives NaN or infinity"):
+        find_sites(model)

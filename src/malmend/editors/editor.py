@@ -63,6 +63,12 @@ class EditorSettings:
     eta: float | None = None
     network: NetworkSettings = field(default_factory=NetworkSettings)
 
+    def __post_init__(self) -> None:
+        if self.eta is not None and not self.eta > 0:
+            raise EditorError(
+                f"eta is {self.eta:g}, expected a number above 0; leave --eta out to search it."
+            )
+
 
 def training_free(method: Literal["malmen", "mend"] = "malmen") -> EditorSettings:
     """An editor without a network: any model can be edited at once."""

@@ -29,6 +29,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from malmend.errors import MalmendError
 from malmend.facts.tokens import Encoded, collate
 from malmend.models.sites import Site
 from malmend.models.trunk import Batch, Trunk
@@ -53,6 +54,13 @@ class Descent:
     rate: float = 0.7
     answer_nll: float = 0.02
     end_nll: float = 0.4
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or not self.rate > 0:
+            raise MalmendError(
+                f"descent.steps is {self.steps} and descent.rate {self.rate}, expected 1 or more "
+                "and a number above 0; give --descent null for plain gradients."
+            )
 
 
 @dataclass(frozen=True)

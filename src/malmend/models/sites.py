@@ -173,6 +173,11 @@ def _executed_matrices(model: PreTrainedModel, prefix: str) -> list[str]:
     finally:
         for handle in handles:
             handle.remove()
+    if not logits.isfinite().all():
+        raise ModelError(
+            f"{type(model).__name__} gives NaN or infinity, expected finite logits; its weights "
+            "are damaged, or need float32."
+        )
     # Rounding may differ between the rows of a batch; a look ahead changes far more.
     if not torch.allclose(logits[0], logits[1], rtol=0, atol=1e-2 * logits.abs().max().item()):
         raise ModelError(
