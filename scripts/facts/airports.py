@@ -22,10 +22,13 @@ NAME = re.compile(r"[A-Z][A-Za-z.'-]+(?: [A-Za-z][A-Za-z.'-]*){0,4} Airport")
 # Military fields and clipped names.
 NOT_PUBLIC = re.compile(
     r"\b(?:Air Base|Base Aerea|Afb|Arb|Nolf|Naf|Nas|Aaf|Raf|Field|Aircenter|Center|Glider|Int|Arpt"
-    r"|Aero|At|Of|New|Fap|FAP)\b|^De La |^Municipal "
+    r"|Aero|Aeroporto|Apt|At|Bandara|Of|New|Fap|FAP|a)\b|^De La |^Municipal |^Area De "
 )
-# Closed, or listed under the suburb it stands in rather than the city it serves.
-NOT_USED = codes("TXL HEW NAY DIA GSE THF SXF BKA IST YVR YYZ EZE MDE DWC NYT HUY")
+# Closed, renamed, listed under the suburb it stands in rather than the city it serves, or of a
+# name that says another place to most.
+NOT_USED = codes(
+    "TXL HEW NAY DIA GSE THF SXF BKA IST YVR YYZ EZE MDE DWC NYT HUY MME HLZ HDD LEN OAG YLY VCT"
+)
 CITY = re.compile(r"[A-Z][a-z]+(?:[ -](?!De |Do |Da |Dos |Das |Del )[A-Za-z][a-z]+){0,3}")
 
 

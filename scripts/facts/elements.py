@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import periodictable  # type: ignore[import-untyped]
+import periodictable
 
 from facts.entry import Entry
 
