@@ -145,7 +145,7 @@ def calibrated(
     """
     encoder = bench.encoder
     if facts is None:
-        known = [f for f in read_facts(shipped("places.jsonl")) if "calibration" in f.tags]
+        known = [f for f in read_facts(shipped("facts.jsonl")) if "train" in f.tags]
         # Only what this tokenizer can say; a user's own file is refused instead.
         known = [fact for fact in known if not encoder.faults([fact])]
     else:

@@ -164,7 +164,10 @@ def make_edit(
         "editor": editor_name,
         "settings": asdict(settings),
         "eta": editor.log_eta_S.exp().tolist(),
-        "alpha": editor.log_alpha_S.exp().tolist(),
+        "prior": {
+            term: editor.log_weights_SP[:, index].exp().tolist()
+            for index, term in enumerate(editor.terms)
+        },
         "lambda": editor.log_ridge_S.exp().tolist(),
         "facts": len(facts),
         "skipped": len(facts.skipped),

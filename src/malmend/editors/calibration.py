@@ -1,11 +1,10 @@
 """What an editor must know of a model before its first edit, found once and kept.
 
-Per site: mean and spread of keys and value gradients over calibration facts, and C, the mean of
-k k^T over the tokens of general text (all but each line's first token: it is an attention sink and
-holds 99% of the trace).  Then starting values of eta and alpha, by a search that edits calibration
-facts and takes the pair with the least meta-loss on their paraphrases and on unrelated questions:
-for one fact in eight its own (a near one: the same relation of another subject), for the others the
-end of a line of the text (a far one).
+Per site: mean and spread of keys and value gradients over calibration facts, and the second moments
+of keys that the prior holds (see keymoments.py).  Then starting values of eta and the prior's
+weights, by a search that edits calibration facts and takes the candidate with the least meta-loss
+on their paraphrases and on unrelated questions: for one fact in eight its own (a near one: the same
+relation of another subject), for the others the end of a line of the text (a far one).
 
 Everything is fixed from then on, so that what is asked of a token depends on its fact alone.
 
@@ -22,23 +21,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
-from malmend.editors.editor import Editor, EditorSettings, SiteStatistics
+from malmend.editors.editor import PRIORS, Editor, EditorSettings, SiteStatistics
+from malmend.editors.keymoments import key_moments, others_of
 from malmend.editors.metaloss import Judged, meta_loss
 from malmend.errors import MalmendError
 from malmend.facts.fact import Fact
 from malmend.facts.tokens import Encoded, Encoder
 from malmend.files import written_beside
-from malmend.models.capture import Captured, capture, tracing
+from malmend.models.capture import Captured, capture
 from malmend.models.trunk import Trunk
 from malmend.numerics.moments import RunningMoments
 from malmend.patch import shifted
 
-FORMAT = 4
+FORMAT = 5
 
 
 @dataclass(frozen=True)
@@ -50,8 +48,10 @@ class CalibrationSettings:
         search_facts: facts edited at once while eta and alpha are searched.
         text_tokens: tokens of general text that C is averaged over.
         etas: candidates; for the published form they span orders of magnitude.
-        alphas: candidates; more than 30 looks better to a search with few facts, and then costs
-            edit success at a thousand.
+        alphas: candidates of the text's weight; more than 30 looks better to a search with few
+            facts, and then costs edit success at a thousand.
+        asked: weight of the questions about others, as a multiple of the text's.
+        wording: weight of the wording's spread, by equation (13) at most 1.
         published_etas: candidates of the published form.
         sum_etas: candidates where shifts are summed, which adds up what the facts share.
         unrelated_tokens: tokens at a line's end that count as an unrelated answer.
@@ -66,9 +66,16 @@ class CalibrationSettings:
     published_etas: tuple[float, ...] = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
     sum_etas: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1)
     alphas: tuple[float, ...] = (10.0, 30.0)
+    asked: float = 3.0
+    wording: float = 0.03
     unrelated_tokens: int = 5
     ridge: float = 0.01
     locality: float = 1.0
+
+    def weights(self, terms: Sequence[str], alpha: float) -> tuple[float, ...]:
+        """The starting weight of each term of a prior, from the text's."""
+        known = {"text": alpha, "asked": self.asked * alpha, "wording": self.wording}
+        return tuple(known[term] for term in terms)
 
 
 @dataclass(frozen=True)
@@ -77,14 +84,14 @@ class Calibration:
 
     statistics: dict[str, SiteStatistics]
     eta: float
-    alpha: float
+    weights: tuple[float, ...]
     ridge: float
     tried: tuple[dict[str, float], ...] = ()
 
     def editor(self, settings: EditorSettings, trunk: Trunk, seed: int = 0) -> Editor:
         """An untrained editor that starts from these values."""
         shapes = {site.name: site.shape_VK for site in trunk.sites}
-        return Editor(settings, shapes, self.statistics, self.eta, self.alpha, self.ridge, seed)
+        return Editor(settings, shapes, self.statistics, self.eta, self.weights, self.ridge, seed)
 
 
 def calibrate(
@@ -114,10 +121,7 @@ def calibrate(
             "add paraphrases, or leave --calibrate out."
         )
     passages = _passages(encoder, text)
-    covariances: list[Tensor | None] = [None] * len(trunk.sites)
-    has_covariance = editor_settings.method == "malmen" and editor_settings.prior == "text"
-    if has_covariance:
-        covariances = [*covariance(trunk, passages, settings.text_tokens, progress)]
+    terms = PRIORS[editor_settings.prior] if editor_settings.method == "malmen" else ()
     moment_facts = usable[: settings.moment_facts]
     captured = capture(
         trunk,
@@ -126,18 +130,25 @@ def calibrate(
         editor_settings.descent,
         _counted(progress, "value gradients of calibration facts", len(moment_facts)),
     )
+    moments = key_moments(
+        trunk, encoder, terms, moment_facts, passages, settings.text_tokens, progress
+    )
     statistics = {}
-    for site, pair, covariance_KK in zip(trunk.sites, captured, covariances, strict=True):
+    for index, (site, pair) in enumerate(zip(trunk.sites, captured, strict=True)):
         value_width, key_width = site.shape_VK
         known = SiteStatistics(
-            RunningMoments(key_width), RunningMoments(value_width), covariance_KK
+            RunningMoments(key_width),
+            RunningMoments(value_width),
+            {term: found[index] for term, found in moments.items()},
         )
         known.keys.add(pair.keys_NK)
         known.value_grads.add(pair.value_grads_NV)
         statistics[site.name] = known
-    # Without C, lambda is absolute and starts at 1 (log lambda at 0), as published.
-    ridge = settings.ridge if has_covariance else 1.0
-    start = Calibration(statistics, editor_settings.eta or 1.0, settings.alphas[0], ridge)
+    # Without a term, lambda is absolute and starts at 1 (log lambda at 0), as published.
+    ridge = settings.ridge if terms else 1.0
+    start = Calibration(
+        statistics, editor_settings.eta or 1.0, settings.weights(terms, settings.alphas[0]), ridge
+    )
     if editor_settings.eta is not None:
         return start
     unrelated = _unrelated(encoder, moment_facts, passages, settings)
@@ -152,33 +163,6 @@ def calibrate(
         settings,
         progress,
     )
-
-
-@torch.no_grad()
-def covariance(
-    trunk: Trunk,
-    passages: Sequence[Encoded],
-    most_tokens: int,
-    progress: Callable[[str, float], None] = lambda stage, share: None,
-) -> list[Tensor]:
-    """C of every site in float64: the mean of k k^T over the text but each line's first token."""
-    sizes = torch.tensor([len(one.ids) - 1 for one in passages]).cumsum(0)
-    questions = passages[: int((sizes < most_tokens).sum()) + 1]
-    count = sum(len(one.ids) - 1 for one in questions)
-    sums = [
-        torch.zeros(site.shape_VK[1], site.shape_VK[1], dtype=torch.float64) for site in trunk.sites
-    ]
-    done = 0
-    for indices, batch in trunk.batches(questions):
-        with tracing(trunk.sites, grads=False) as traces:
-            trunk.final_states(batch)
-        chosen = batch.tokens.flat_attended
-        for total_KK, trace in zip(sums, traces, strict=True):
-            keys_NK = trace.keys[chosen.to(trace.keys.device)].to("cpu", torch.float64)
-            total_KK.addmm_(keys_NK.T, keys_NK)
-        done += len(indices)
-        progress("covariance of general text", done / len(questions))
-    return [total_KK / count for total_KK in sums]
 
 
 def _passages(encoder: Encoder, text: str) -> list[Encoded]:
@@ -203,8 +187,9 @@ def _unrelated(
     questions = []
     for index, fact in enumerate(facts[: settings.search_facts]):
         ids = passages[-1 - index % len(passages)].ids
-        if index % 8 == 7 and fact.unrelated:
-            questions.append(encoder.encode(fact.unrelated[0]))
+        near = others_of(fact)
+        if index % 8 == 7 and near:
+            questions.append(encoder.encode(near[0]))
         else:
             start = max(1, len(ids) - settings.unrelated_tokens)
             questions.append(Encoded(ids, start, len(ids)))
@@ -239,14 +224,15 @@ def _search(
     etas = settings.etas if editor_settings.method == "malmen" else settings.sum_etas
     if editor_settings.form == "published":
         etas = settings.published_etas
-    # Neither a sum nor a prior without C has an alpha.
-    has_alpha = editor_settings.method == "malmen" and editor_settings.prior == "text"
-    alphas = settings.alphas if has_alpha else settings.alphas[:1]
+    # Neither a sum nor a prior without a term has an alpha.
+    terms = PRIORS[editor_settings.prior] if editor_settings.method == "malmen" else ()
+    alphas = settings.alphas if terms else settings.alphas[:1]
     without_network = replace(editor_settings, network=replace(editor_settings.network, blocks=0))
     tried = []
     candidates = list(itertools.product(etas, alphas))
     for index, (eta, alpha) in enumerate(candidates):
-        editor = replace(start, eta=eta, alpha=alpha).editor(without_network, trunk)
+        weights = settings.weights(terms, alpha)
+        editor = replace(start, eta=eta, weights=weights).editor(without_network, trunk)
         with shifted(list(trunk.sites), editor.shifts(pairs)):
             loss = meta_loss(trunk, judged, settings.locality, grads=False)
         tried.append(
@@ -255,7 +241,8 @@ def _search(
         progress("search for eta and alpha", (index + 1) / len(candidates))
     # A NaN compares as neither less nor more, and would stay if it came first.
     best = min(tried, key=lambda row: math.inf if math.isnan(row["loss"]) else row["loss"])
-    return replace(start, eta=best["eta"], alpha=best["alpha"], tried=tuple(tried))
+    weights = settings.weights(terms, best["alpha"])
+    return replace(start, eta=best["eta"], weights=weights, tried=tuple(tried))
 
 
 def _counted(
@@ -281,7 +268,7 @@ def calibration_key(
 ) -> str:
     """A name for the calibration that these inputs give."""
     used = [
-        (f.prompt, f.answer, f.paraphrases[:1], [(q.prompt, q.answer) for q in f.unrelated[:1]])
+        (f.prompt, f.answer, f.paraphrases, [(q.prompt, q.answer) for q in others_of(f)])
         for f in facts
     ]
     what = {
@@ -303,12 +290,13 @@ def save_calibration(calibration: Calibration, path: Path) -> None:
         for part, moments in (("key", known.keys), ("grad", known.value_grads)):
             tensors[f"{name}.{part}_mean"] = moments.mean_F
             tensors[f"{name}.{part}_m2"] = moments.m2_F
-        if known.covariance_KK is not None:
-            tensors[f"{name}.covariance"] = known.covariance_KK.contiguous()
+        for term, moment_KK in known.priors_KK.items():
+            tensors[f"{name}.prior_{term}"] = moment_KK.contiguous()
     counts = {name: known.keys.count for name, known in calibration.statistics.items()}
     header = {
         "eta": calibration.eta,
-        "alpha": calibration.alpha,
+        "weights": calibration.weights,
+        "terms": list(next(iter(calibration.statistics.values())).priors_KK),
         "ridge": calibration.ridge,
         "tried": list(calibration.tried),
         "counts": counts,
@@ -330,8 +318,12 @@ def load_calibration(path: Path) -> Calibration:
             one.count = count
             one.mean_F, one.m2_F = tensors[f"{name}.{part}_mean"], tensors[f"{name}.{part}_m2"]
             moments.append(one)
-        covariance_KK = tensors.get(f"{name}.covariance")
-        statistics[name] = SiteStatistics(moments[0], moments[1], covariance_KK)
+        priors_KK = {term: tensors[f"{name}.prior_{term}"] for term in header["terms"]}
+        statistics[name] = SiteStatistics(moments[0], moments[1], priors_KK)
     return Calibration(
-        statistics, header["eta"], header["alpha"], header["ridge"], tuple(header["tried"])
+        statistics,
+        header["eta"],
+        tuple(header["weights"]),
+        header["ridge"],
+        tuple(header["tried"]),
     )

@@ -20,14 +20,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from malmend.editors.editor import Editor, EditorSettings, SiteStatistics
+from malmend.editors.editor import PRIORS, Editor, EditorSettings, SiteStatistics
 from malmend.editors.network import NetworkSettings
 from malmend.errors import EditorError, nearest
 from malmend.files import reason, written_beside
 from malmend.models.capture import Descent
 from malmend.numerics.moments import RunningMoments
 
-FORMAT = 1
+FORMAT = 2
 # What values of another kind than expected raise.
 _MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RuntimeError)
 
@@ -108,9 +108,12 @@ def _rebuilt(
     settings: EditorSettings, sites: Mapping[str, list[int]], tensors: Mapping[str, Tensor]
 ) -> Editor:
     shapes = {name: (shape[0], shape[1]) for name, shape in sites.items()}
+    terms = PRIORS[settings.prior] if settings.method == "malmen" else ()
     statistics = {
         name: SiteStatistics(
-            RunningMoments(key), RunningMoments(value), tensors.get(f"covariance_{index}")
+            RunningMoments(key),
+            RunningMoments(value),
+            {term: tensors[f"prior_{term}_{index}"] for term in terms},
         )
         for index, (name, (value, key)) in enumerate(shapes.items())
     }

@@ -9,8 +9,17 @@ With x = ((u - mean_u) / std_u, (g - mean_g) / std_g) and (a, b) = network(x), t
 
 where (da, db) = (a, b) - x is what the network adds.  In the residual form an editor whose network
 is the identity, or that has none, asks each value to move by exactly -eta * g; the published form
-keeps MALMEN's scale, in which eta must be found by orders of magnitude.  eta, alpha and lambda live
-in log space, one of each per site.
+keeps MALMEN's scale, in which eta must be found by orders of magnitude.
+
+The prior of the ridge is P = sum of w_t C_t over the terms t of ``PRIORS[settings.prior]``, plus
+lambda I.  C_text is the mean of k k^T over general text, C_asked over the positions that answer
+questions about other subjects: a shift is expensive where either would feel it.  C_wording is the
+mean of e e^T over e = (key of a paraphrase) - (key of the edit prompt), times N:
+
+    |S U - D|^2 + N tr(S C_wording S^T)  =  E |S (U + E) - D|^2                             (13)
+
+to the second order, so the shift is fitted to keys as they are *and* as another wording moves them.
+eta, the weights w_t and lambda live in log space, one of each per site.
 """
 
 from __future__ import annotations
@@ -46,9 +55,10 @@ class EditorSettings:
         tokens: which tokens are captured, "answer" or "all".
         end_of_answer: what is trained after the answer: "eos", "newline" or "none".
         descent: how value gradients are descended; null captures plain gradients, as published.
-        prior: "text" for alpha C + lambda I with C from general text, "identity" for lambda I
-            alone, as published.
-        eta: start of the learning rate; null searches it (and alpha) on calibration facts.
+        prior: "wording" for general text, questions about others and the wording's spread (13),
+            "text" for general text alone, "identity" for lambda I alone, as published.
+        eta: start of the learning rate; null searches it (and the prior's weights) on calibration
+            facts.
         network: size and start of the network; ``blocks: 0`` for an editor without one.
     """
 
@@ -59,7 +69,7 @@ class EditorSettings:
     tokens: Tokens = "answer"
     end_of_answer: EndOfAnswer = "eos"
     descent: Descent | None = field(default_factory=Descent)
-    prior: Literal["text", "identity"] = "text"
+    prior: Literal["wording", "text", "identity"] = "wording"
     eta: float | None = None
     network: NetworkSettings = field(default_factory=NetworkSettings)
 
@@ -88,13 +98,24 @@ def published(method: Literal["malmen", "mend"] = "malmen") -> EditorSettings:
     )
 
 
+# Which second moments of keys a prior holds, in the order of their weights.
+PRIORS: dict[str, tuple[str, ...]] = {
+    "wording": ("text", "asked", "wording"),
+    "text": ("text",),
+    "identity": (),
+}
+
+
 @dataclass
 class SiteStatistics:
-    """What an editor must know of a site: fixed beforehand, never changed by an edit."""
+    """What an editor must know of a site: fixed beforehand, never changed by an edit.
+
+    ``priors_KK`` holds C_t by the term's name, as far as the prior has terms.
+    """
 
     keys: RunningMoments
     value_grads: RunningMoments
-    covariance_KK: Tensor | None
+    priors_KK: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Aggregation(Protocol):
@@ -123,8 +144,9 @@ class Editor(nn.Module):
         settings: what the editor is.
         shapes: site name to (V, K), lowest site first.
         statistics: by site name.
-        eta, alpha, ridge: starting values, the same for every site.  ``ridge`` is lambda as a
-            share of alpha times the mean of C's diagonal, or lambda itself where there is no C.
+        eta, weights, ridge: starting values, the same for every site; one weight per term of the
+            prior.  ``ridge`` is lambda as a share of the mean diagonal of w_text C_text, or lambda
+            itself where there is no term.
         seed: of the networks.
     """
 
@@ -134,7 +156,7 @@ class Editor(nn.Module):
         shapes: Mapping[str, tuple[int, int]],
         statistics: Mapping[str, SiteStatistics],
         eta: float = 1.0,
-        alpha: float = 30.0,
+        weights: Sequence[float] | None = None,
         ridge: float = 0.01,
         seed: int = 0,
     ):
@@ -152,17 +174,24 @@ class Editor(nn.Module):
             }
         )
         self.log_eta_S = nn.Parameter(torch.full((len(shapes),), eta).log())
-        self.log_alpha_S = nn.Parameter(torch.full((len(shapes),), alpha).log())
+        self.terms = PRIORS[settings.prior] if settings.method == "malmen" else ()
+        weights = [1.0] * len(self.terms) if weights is None else list(weights)
+        if len(weights) != len(self.terms):
+            raise EditorError(
+                f"{len(weights)} weights of the prior were given, expected {len(self.terms)} "
+                f"({', '.join(self.terms) or 'none'})."
+            )
+        self.log_weights_SP = nn.Parameter(torch.tensor(weights).log().repeat(len(shapes), 1))
         self.log_ridge_S = nn.Parameter(torch.empty(len(shapes)))
         for index, name in enumerate(self.names):
-            self._keep_statistics(index, name, statistics[name], alpha, ridge)
+            self._keep_statistics(index, statistics[name], weights, ridge)
 
     def _keep_statistics(
-        self, index: int, name: str, known: SiteStatistics, alpha: float, ridge: float
+        self, index: int, known: SiteStatistics, weights: Sequence[float], ridge: float
     ) -> None:
-        covariance_KK = known.covariance_KK
-        if covariance_KK is not None:
-            ridge *= alpha * covariance_KK.diagonal().mean().item()
+        if self.terms:
+            text_KK = known.priors_KK[self.terms[0]]
+            ridge *= weights[0] * text_KK.diagonal().mean().item()
         with torch.no_grad():
             self.log_ridge_S[index] = torch.tensor(ridge).log()
         values = {
@@ -170,19 +199,21 @@ class Editor(nn.Module):
             "key_std": known.keys.std(),
             "grad_mean": known.value_grads.mean_F,
             "grad_std": known.value_grads.std(),
+            **{f"prior_{term}": known.priors_KK[term] for term in self.terms},
         }
         for part, tensor in values.items():
             self.register_buffer(f"{part}_{index}", tensor.float())
-        if covariance_KK is not None:
-            covariance_KK = covariance_KK.float()
-        self.register_buffer(f"covariance_{index}", covariance_KK)
 
-    def prior(self, site: int) -> Prior:
-        """P = alpha C + lambda I of one site, as numbers."""
+    def prior(self, site: int, tokens: int) -> Prior:
+        """P of one site as numbers, for an edit of so many tokens (N of equation 13)."""
+        weights = self.log_weights_SP[site].exp().tolist()
         return Prior(
             ridge=self.log_ridge_S[site].exp().item(),
-            alpha=self.log_alpha_S[site].exp().item(),
-            covariance_KK=getattr(self, f"covariance_{site}"),
+            weights=tuple(
+                weight * (tokens if term == "wording" else 1)
+                for weight, term in zip(weights, self.terms, strict=True)
+            ),
+            matrices_KK=tuple(getattr(self, f"prior_{term}_{site}") for term in self.terms),
         )
 
     def pseudo(self, site: int, pair: Captured) -> Pseudo:
@@ -225,7 +256,7 @@ class Editor(nn.Module):
         done = []
         for site, pair in enumerate(captured):
             aggregation = METHODS[self.settings.method](
-                pair.keys_NK, pair.value_grads_NV.shape[1], self.prior(site)
+                pair.keys_NK, pair.value_grads_NV.shape[1], self.prior(site, len(pair.keys_NK))
             )
             for rows in chunks(len(pair.keys_NK), chunk):
                 aggregation.add(rows, self.pseudo(site, rows_of(pair, rows)))
@@ -250,9 +281,13 @@ class Editor(nn.Module):
         """
         for site, (name, pair) in enumerate(zip(self.names, captured, strict=True)):
             prior_grads = aggregations[site].receive(shift_grads[name])
-            prior = self.prior(site)
-            _add_grad(self.log_alpha_S, site, prior_grads.alpha * prior.alpha)
-            _add_grad(self.log_ridge_S, site, prior_grads.ridge * prior.ridge)
+            prior = self.prior(site, len(pair.keys_NK))
+            # dL/dlog w = w dL/dw, whatever N stands in the weight.
+            for term, (by, weight) in enumerate(
+                zip(prior_grads.weights, prior.weights, strict=True)
+            ):
+                _add_grad(self.log_weights_SP, (site, term), by * weight)
+            _add_grad(self.log_ridge_S, (site,), prior_grads.ridge * prior.ridge)
             for rows in chunks(len(pair.keys_NK), chunk):
                 pseudo = self.pseudo(site, rows_of(pair, rows))
                 aggregations[site].proxy(rows, pseudo).backward()
@@ -279,7 +314,7 @@ def rows_of(pair: Captured, rows: slice) -> Captured:
     return Captured(pair.keys_NK[rows], pair.value_grads_NV[rows])
 
 
-def _add_grad(parameter: nn.Parameter, index: int, value: float) -> None:
+def _add_grad(parameter: nn.Parameter, index: tuple[int, ...], value: float) -> None:
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     parameter.grad[index] += value

@@ -36,9 +36,9 @@ class Mend:
         return self._shift_VK
 
     def receive(self, shift_grad_VK: Tensor) -> PriorGrads:
-        """Takes G = dL/dS; the sum has no prior, so both derivatives are 0."""
+        """Takes G = dL/dS; the sum has no prior, so it has no weights and lambda no effect."""
         self._shift_grad_VK = shift_grad_VK
-        return PriorGrads(alpha=0.0, ridge=0.0)
+        return PriorGrads((), 0.0)
 
     def proxy(self, rows: slice, pseudo: Pseudo) -> Tensor:
         """A scalar whose gradient is the meta-gradient of this chunk of tokens."""

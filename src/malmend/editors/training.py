@@ -44,8 +44,9 @@ class TrainSettings:
         facts_per_step: m, the facts edited at once in each step.
         steps: optimiser steps.
         locality_weight: of the KL on unrelated questions in the meta-loss.
+        near: share of the unrelated questions that are the fact's neighbours, where it has both.
         network_rate: Adam's learning rate for the network.
-        scalar_rate: Adam's learning rate for log eta, log alpha and log lambda.
+        scalar_rate: Adam's learning rate for log eta, log lambda and the prior's log weights.
         clip: largest norm of the meta-gradient.
         chunk: tokens that pass through the network at once.
         seed: of the network's start, the order of the facts and the questions drawn.
@@ -55,6 +56,7 @@ class TrainSettings:
     facts_per_step: int = 256
     steps: int = 60
     locality_weight: float = 1.0
+    near: float = 0.5
     network_rate: float = 3e-4
     scalar_rate: float = 0.03
     clip: float = 1.0
@@ -87,7 +89,8 @@ def published_training() -> TrainSettings:
 class StepRecord:
     """One finished step; losses in nats per fact, of the editor as it was before the step.
 
-    ``loss`` is gen + locality weight * loc.
+    ``loss`` is gen + locality weight * loc; ``eta`` and the prior's ``weights`` are means over
+    sites.
     """
 
     step: int
@@ -96,7 +99,7 @@ class StepRecord:
     loc: float
     grad_norm: float
     eta: float
-    alpha: float
+    weights: tuple[float, ...]
     seconds: float
 
 
@@ -133,13 +136,16 @@ class Trainer:
                 f"There are {len(self.facts)} facts to train on, expected at least "
                 f"{settings.facts_per_step}, the facts of one step; lower --facts-per-step."
             )
-        lonely = next((fact for fact in self.facts if not (locality or fact.unrelated)), None)
+        lonely = next(
+            (f for f in self.facts if not (locality or f.unrelated or f.neighbours)), None
+        )
         if lonely is not None:
             raise MalmendError(
-                f"The fact {lonely.id!r} (line {lonely.line}) has no unrelated question, which "
-                "training needs; add one to each fact, or give --locality QUESTIONS."
+                f"The fact {lonely.id!r} (line {lonely.line}) has no unrelated question and no "
+                "neighbour, one of which training needs; add one to each fact, or give --locality "
+                "QUESTIONS."
             )
-        scalars = [editor.log_eta_S, editor.log_alpha_S, editor.log_ridge_S]
+        scalars = [editor.log_eta_S, editor.log_weights_SP, editor.log_ridge_S]
         groups = [{"params": scalars, "lr": settings.scalar_rate}]
         if network := list(editor.networks.parameters()):
             groups.append({"params": network, "lr": settings.network_rate})
@@ -157,9 +163,10 @@ class Trainer:
         captured = self.captured(facts)
         judged = self.judged(questions)
         eta = self.editor.log_eta_S.exp().mean().item()
-        alpha = self.editor.log_alpha_S.exp().mean().item()
+        weights = tuple(self.editor.log_weights_SP.exp().mean(0).tolist())
         self._check_finite("eta", eta)
-        self._check_finite("alpha", alpha)
+        for term, weight in zip(self.editor.terms, weights, strict=True):
+            self._check_finite(f"the prior's weight of {term}", weight)
         self.optimiser.zero_grad(set_to_none=True)
         aggregations = self.editor.aggregate(captured, self.settings.chunk)
         shifts = {
@@ -180,7 +187,7 @@ class Trainer:
             loc=loss.loc,
             grad_norm=norm.item(),
             eta=eta,
-            alpha=alpha,
+            weights=weights,
             seconds=time.perf_counter() - start,
         )
 
@@ -200,7 +207,10 @@ class Trainer:
         questions = []
         for fact in facts:
             equivalent = choose.choice(fact.equivalents or (fact.question,))
-            questions.append((equivalent, choose.choice(self.locality or fact.unrelated)))
+            far, near = self.locality or fact.unrelated, fact.neighbours
+            if near and not (far and choose.random() >= self.settings.near):
+                far = near
+            questions.append((equivalent, choose.choice(far)))
         return facts, questions
 
     def captured(self, facts: Sequence[Fact]) -> list[Captured]:

@@ -4,7 +4,7 @@ Shape letters: N tokens, K key width (the layer's input), V value width (its out
 
 The problem (MALMEN, section 4.1, with the prior precision P in place of lambda * I):
 
-    minimise over S    |S U - D|^2 + tr(S P S^T),        P = alpha * C + lambda * I        (1)
+    minimise over S    |S U - D|^2 + tr(S P S^T),     P = sum_i w_i C_i + lambda * I       (1)
 
 with U = keys_NK^T and D = diffs_NV^T.  Its solution, with A = U U^T + P, is
 
@@ -31,20 +31,21 @@ from malmend.errors import MalmendError
 
 @dataclass(frozen=True, eq=False)
 class Prior:
-    """The precision P = alpha * C + lambda * I of equation (1).
+    """The precision P = sum_i w_i C_i + lambda * I of equation (1).
 
-    ``covariance_KK`` is C, the mean of k k^T over the tokens of general text; None stands for
-    C = 0, which is MALMEN as published.  ``alpha`` and ``ridge`` (lambda) are plain numbers >= 0.
+    Each C_i (K x K, positive semidefinite) is the mean of k k^T over keys that the shift should
+    leave alone, each weight w_i >= 0 a plain number, and ``ridge`` is lambda >= 0.  No matrix at
+    all is MALMEN as published.
     """
 
     ridge: float
-    alpha: float = 0.0
-    covariance_KK: Tensor | None = None
+    weights: tuple[float, ...] = ()
+    matrices_KK: tuple[Tensor, ...] = ()
 
     @property
     def is_identity(self) -> bool:
         """Whether P is a multiple of the identity."""
-        return self.covariance_KK is None or self.alpha == 0.0
+        return not any(self.weights)
 
     @property
     def is_zero(self) -> bool:
@@ -53,23 +54,23 @@ class Prior:
 
     def add_to(self, gram_KK: Tensor) -> Tensor:
         """``gram_KK`` (float64, overwritten) plus P."""
-        if self.covariance_KK is not None and self.alpha != 0.0:
-            gram_KK.add_(self.covariance_KK.to(gram_KK), alpha=self.alpha)
+        for weight, matrix_KK in zip(self.weights, self.matrices_KK, strict=True):
+            if weight != 0.0:
+                gram_KK.add_(matrix_KK.to(gram_KK), alpha=weight)
         gram_KK.diagonal().add_(self.ridge)
         return gram_KK
 
     @cached_property
     def factor_KK(self) -> Tensor:
-        """The lower Cholesky factor of P, for the dual form with a covariance."""
-        assert self.covariance_KK is not None
-        return _cholesky(self.add_to(torch.zeros_like(self.covariance_KK, dtype=torch.float64)))
+        """The lower Cholesky factor of P, for the dual form with matrices."""
+        return _cholesky(self.add_to(torch.zeros_like(self.matrices_KK[0], dtype=torch.float64)))
 
 
 @dataclass(frozen=True)
 class PriorGrads:
-    """dL/dalpha and dL/dlambda: ordinary derivatives, not with respect to the logarithms."""
+    """dL/dw_i and dL/dlambda: ordinary derivatives, not with respect to the logarithms."""
 
-    alpha: float
+    weights: tuple[float, ...]
     ridge: float
 
 
@@ -128,17 +129,15 @@ class RidgeFactor:
         return self.keys_NK @ torch.cholesky_solve(grad_VK.T, self._factor)
 
     def prior_grads(self, shift_grad_VK: Tensor, diffs_NV: Tensor) -> PriorGrads:
-        """dL/dlambda = -<M, S> (Theorem 2) and dL/dalpha = -<M C, S>.
+        """dL/dlambda = -<M, S> (Theorem 2) and dL/dw_i = -<M C_i, S>.
 
         Algorithm 2 of the paper prints tr(M S) for the first, which misses a transpose.
         """
         grad_VK, diffs_NV = shift_grad_VK.to(torch.float64), diffs_NV.to(torch.float64)
-        if self.is_dual and self.prior.is_identity:
+        if self.is_dual and self.prior.is_identity and not self.prior.matrices_KK:
             # -<dL/dD (U^T U + lambda)^-1, D>: defined at lambda = 0 too.
             solved_NV = torch.cholesky_solve(self.diff_grads(grad_VK), self._factor)
-            dual = -(solved_NV * diffs_NV).sum().item()
-            if self.prior.covariance_KK is None:
-                return PriorGrads(alpha=0.0, ridge=dual)
+            return PriorGrads((), -(solved_NV * diffs_NV).sum().item())
         shift_VK = self.shift(diffs_NV)
         if self.is_dual:
             # M P = G - (dL/dD) U^T, because A = U U^T + P.
@@ -150,11 +149,11 @@ class RidgeFactor:
             )
         else:
             adjoint_VK = torch.cholesky_solve(grad_VK.T, self._factor).T
-        ridge = -(adjoint_VK * shift_VK).sum().item()
-        if self.prior.covariance_KK is None:
-            return PriorGrads(alpha=0.0, ridge=ridge)
-        covariance_KK = self.prior.covariance_KK.to(torch.float64)
-        return PriorGrads(alpha=-(adjoint_VK @ covariance_KK * shift_VK).sum().item(), ridge=ridge)
+        weights = tuple(
+            -(adjoint_VK @ matrix_KK.to(torch.float64) * shift_VK).sum().item()
+            for matrix_KK in self.prior.matrices_KK
+        )
+        return PriorGrads(weights, -(adjoint_VK * shift_VK).sum().item())
 
 
 def mean_residual(shift_VK: Tensor, keys_NK: Tensor, diffs_NV: Tensor) -> float:

@@ -1,0 +1,147 @@
+"""The second moments of keys that the prior of the ridge holds (equations 1 and 13).
+
+    text      mean of k k^T over the tokens of general text, each line's first left out: it is an
+              attention sink, and by itself would make up nearly all of the trace
+    asked     mean of k k^T over the positions that answer questions about other subjects
+    wording   mean of e e^T, e = (key at a paraphrase's answer token) - (key at the edit prompt's
+              same token): how another wording moves the key of the same fact
+
+The first two say where a shift would be felt by what it should leave alone; the third, how far a
+key is the fact's own.  All come from calibration facts and text, never from the facts edited.
+
+Shape letters: N tokens, K key width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from malmend.facts.fact import Fact, Question
+from malmend.facts.tokens import Encoded, Encoder
+from malmend.models.capture import tracing
+from malmend.models.trunk import Batch, Trunk
+
+
+def key_moments(
+    trunk: Trunk,
+    encoder: Encoder,
+    terms: Sequence[str],
+    facts: Sequence[Fact],
+    passages: Sequence[Encoded],
+    most_tokens: int,
+    progress: Callable[[str, float], None] = lambda stage, share: None,
+) -> dict[str, list[Tensor]]:
+    """For each term the second moment of every site, K x K in float64.
+
+    Args:
+        trunk: the unedited model.
+        encoder: as the edits are encoded.
+        terms: of "text", "asked" and "wording".
+        facts: calibration facts, with paraphrases and questions about others.
+        passages: lines of general text.
+        most_tokens: the text is read up to the line that reaches so many.
+        progress: called with stage and share done.
+    """
+    found: dict[str, list[Tensor]] = {}
+    if "text" in terms:
+        found["text"] = text_moment(trunk, passages, most_tokens, progress)
+    if "asked" in terms:
+        questions = encoder.encode_all(dict.fromkeys(q for f in facts for q in others_of(f)))
+        found["asked"] = asked_moment(trunk, questions or passages)
+        progress("keys of questions about others", 1.0)
+    if "wording" in terms:
+        found["wording"] = wording_moment(trunk, encoder, facts)
+        progress("keys of paraphrases", 1.0)
+    return found
+
+
+def others_of(fact: Fact) -> tuple[Question, ...]:
+    """Questions about other subjects, near ones first."""
+    return (*fact.neighbours, *fact.unrelated)
+
+
+@torch.no_grad()
+def text_moment(
+    trunk: Trunk,
+    passages: Sequence[Encoded],
+    most_tokens: int,
+    progress: Callable[[str, float], None] = lambda stage, share: None,
+) -> list[Tensor]:
+    """C_text of every site: the mean of k k^T over the text but each line's first token."""
+    sizes = torch.tensor([len(one.ids) - 1 for one in passages]).cumsum(0)
+    questions = passages[: int((sizes < most_tokens).sum()) + 1]
+    totals, done = _Totals(trunk), 0
+    for indices, batch in trunk.batches(questions):
+        totals.add(_keys(trunk, batch, batch.tokens.flat_attended))
+        done += len(indices)
+        progress("keys of general text", done / len(questions))
+    return totals.means()
+
+
+@torch.no_grad()
+def asked_moment(trunk: Trunk, questions: Sequence[Encoded]) -> list[Tensor]:
+    """C_asked of every site: the mean of k k^T over the positions that output answers."""
+    totals = _Totals(trunk)
+    for _, batch in trunk.batches(questions):
+        totals.add(_keys(trunk, batch, batch.tokens.flat_sources_A))
+    return totals.means()
+
+
+@torch.no_grad()
+def wording_moment(trunk: Trunk, encoder: Encoder, facts: Sequence[Fact]) -> list[Tensor]:
+    """C_wording of every site: the mean of e e^T over every paraphrase's answer tokens.
+
+    A paraphrase in which the answer has another number of tokens is left out.
+    """
+    pairs = [
+        (plain, other)
+        for fact in facts
+        for plain in [encoder.encode(fact.question)]
+        for other in encoder.encode_all(fact.equivalents)
+        if len(other.sources) == len(plain.sources)
+    ]
+    distinct = list(dict.fromkeys(one for pair in pairs for one in pair))
+    keys: dict[Encoded, list[Tensor]] = {}
+    for indices, batch in trunk.batches(distinct):
+        seen = _keys(trunk, batch, batch.tokens.flat_sources_A)
+        split = [keys_NK.split(batch.tokens.sources) for keys_NK in seen]
+        keys |= {
+            distinct[index]: list(rows)
+            for index, rows in zip(indices, zip(*split, strict=True), strict=True)
+        }
+    totals = _Totals(trunk)
+    for start in range(0, len(pairs), 256):
+        part = pairs[start : start + 256]
+        moved = [
+            [there - here for here, there in zip(keys[plain], keys[other], strict=True)]
+            for plain, other in part
+        ]
+        totals.add([torch.cat(rows) for rows in zip(*moved, strict=True)])
+    return totals.means()
+
+
+class _Totals:
+    """Running sums of r r^T over rows, one per site."""
+
+    def __init__(self, trunk: Trunk):
+        widths = [site.shape_VK[1] for site in trunk.sites]
+        self.sums = [torch.zeros(width, width, dtype=torch.float64) for width in widths]
+        self.count = 0
+
+    def add(self, rows: Sequence[Tensor]) -> None:
+        for total_KK, rows_NK in zip(self.sums, rows, strict=True):
+            total_KK.addmm_(rows_NK.T, rows_NK)
+        self.count += len(rows[0])
+
+    def means(self) -> list[Tensor]:
+        return [total_KK / max(self.count, 1) for total_KK in self.sums]
+
+
+def _keys(trunk: Trunk, batch: Batch, chosen: Tensor) -> list[Tensor]:
+    """Keys of every site at some flattened positions, float64, on the CPU."""
+    with tracing(trunk.sites, grads=False) as traces:
+        trunk.final_states(batch)
+    return [trace.keys[chosen.to(trace.keys.device)].to("cpu", torch.float64) for trace in traces]
