@@ -215,7 +215,7 @@ def _search(
         else len(encoder.encode(fact.question).ids) - 1
         for fact in facts
     )
-    pairs = [Captured(pair.keys_NK[:rows], pair.value_grads_NV[:rows]) for pair in captured]
+    pairs = [pair.rows(slice(rows)) for pair in captured]
     states = trunk.unedited_states(unrelated)
     judged = [
         Judged(encoder.encode(fact.equivalents[0]), other, known)

@@ -19,11 +19,13 @@ mean of e e^T over e = (key of a paraphrase) - (key of the edit prompt), times N
     |S U - D|^2 + N tr(S C_wording S^T)  =  E |S (U + E) - D|^2                             (13)
 
 to the second order, so the shift is fitted to keys as they are *and* as another wording moves them.
-eta, the weights w_t and lambda live in log space, one of each per site.
+eta, the weights w_t, lambda and the weight of end-of-answer tokens live in log space, one of each
+per site.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -34,13 +36,13 @@ from torch import Tensor, nn
 from malmend.editors.malmen import Malmen
 from malmend.editors.mend import Mend
 from malmend.editors.network import EditorNetwork, NetworkSettings
-from malmend.editors.pseudo import Pseudo
+from malmend.editors.pseudo import Pseudo, Received
 from malmend.errors import EditorError
 from malmend.facts.tokens import EndOfAnswer
 from malmend.models.capture import Captured, Descent, Tokens
 from malmend.models.sites import Site
 from malmend.numerics.moments import RunningMoments
-from malmend.numerics.ridge import Prior, PriorGrads
+from malmend.numerics.ridge import Prior
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class EditorSettings:
         sites: name or shell pattern of the layers to edit instead.
         tokens: which tokens are captured, "answer" or "all".
         end_of_answer: what is trained after the answer: "eos", "newline" or "none".
+        end_weight: start of the weight that the end-of-answer tokens have in the least squares, by
+            site (14); what teaches a model to stop is alike in all facts, and needs little.
         descent: how value gradients are descended; null captures plain gradients, as published.
         prior: "wording" for general text, questions about others and the wording's spread (13),
             "text" for general text alone, "identity" for lambda I alone, as published.
@@ -68,6 +72,7 @@ class EditorSettings:
     sites: str | None = None
     tokens: Tokens = "answer"
     end_of_answer: EndOfAnswer = "eos"
+    end_weight: float = 0.1
     descent: Descent | None = field(default_factory=Descent)
     prior: Literal["wording", "text", "identity"] = "wording"
     eta: float | None = None
@@ -77,6 +82,11 @@ class EditorSettings:
         if self.eta is not None and not self.eta > 0:
             raise EditorError(
                 f"eta is {self.eta:g}, expected a number above 0; leave --eta out to search it."
+            )
+        if not 0 < self.end_weight < math.inf:
+            raise EditorError(
+                f"end_weight is {self.end_weight:g}, expected a number above 0; give 1 to weigh "
+                "every token alike."
             )
 
 
@@ -127,14 +137,17 @@ class Aggregation(Protocol):
     def shift(self) -> Tensor:
         """S in float64, V x K, once every chunk was added."""
 
-    def receive(self, shift_grad_VK: Tensor) -> PriorGrads:
-        """Takes G = dL/dS; returns the derivatives of the prior."""
+    def receive(self, shift_grad_VK: Tensor) -> Received:
+        """Takes G = dL/dS; returns the derivatives of the prior and of the rows' weights."""
 
     def proxy(self, rows: slice, pseudo: Pseudo) -> Tensor:
         """A scalar whose gradient is the meta-gradient of a chunk."""
 
 
-METHODS: dict[str, Callable[[Tensor, int, Prior], Aggregation]] = {"malmen": Malmen, "mend": Mend}
+METHODS: dict[str, Callable[[Tensor, int, Prior, Tensor | None], Aggregation]] = {
+    "malmen": Malmen,
+    "mend": Mend,
+}
 
 
 class Editor(nn.Module):
@@ -183,6 +196,7 @@ class Editor(nn.Module):
             )
         self.log_weights_SP = nn.Parameter(torch.tensor(weights).log().repeat(len(shapes), 1))
         self.log_ridge_S = nn.Parameter(torch.empty(len(shapes)))
+        self.log_end_weight_S = nn.Parameter(torch.full((len(shapes),), settings.end_weight).log())
         for index, name in enumerate(self.names):
             self._keep_statistics(index, statistics[name], weights, ridge)
 
@@ -215,6 +229,13 @@ class Editor(nn.Module):
             ),
             matrices_KK=tuple(getattr(self, f"prior_{term}_{site}") for term in self.terms),
         )
+
+    def row_weights(self, site: int, pair: Captured) -> Tensor | None:
+        """w_j of equation (14): one, but the learned weight where an end of answer is output."""
+        if pair.ends_N is None:
+            return None
+        end_weight = self.log_end_weight_S[site].double().exp()
+        return torch.where(pair.ends_N, end_weight, torch.ones_like(end_weight))
 
     def pseudo(self, site: int, pair: Captured) -> Pseudo:
         """Equation (11) or (12) for a chunk of one site's tokens; differentiable."""
@@ -256,10 +277,13 @@ class Editor(nn.Module):
         done = []
         for site, pair in enumerate(captured):
             aggregation = METHODS[self.settings.method](
-                pair.keys_NK, pair.value_grads_NV.shape[1], self.prior(site, len(pair.keys_NK))
+                pair.keys_NK,
+                pair.value_grads_NV.shape[1],
+                self.prior(site, len(pair.keys_NK)),
+                self.row_weights(site, pair),
             )
             for rows in chunks(len(pair.keys_NK), chunk):
-                aggregation.add(rows, self.pseudo(site, rows_of(pair, rows)))
+                aggregation.add(rows, self.pseudo(site, pair.rows(rows)))
             done.append(aggregation)
         return done
 
@@ -280,8 +304,11 @@ class Editor(nn.Module):
         ``shift_grads`` holds G = dL/dS per site.  Only one chunk's graph lives at a time.
         """
         for site, (name, pair) in enumerate(zip(self.names, captured, strict=True)):
-            prior_grads = aggregations[site].receive(shift_grads[name])
+            prior_grads, by_weight_N = aggregations[site].receive(shift_grads[name])
             prior = self.prior(site, len(pair.keys_NK))
+            if by_weight_N is not None and pair.ends_N is not None:
+                by_end = by_weight_N[pair.ends_N].sum() * self.log_end_weight_S[site].exp()
+                _add_grad(self.log_end_weight_S, (site,), by_end.item())
             # dL/dlog w = w dL/dw, whatever N stands in the weight.
             for term, (by, weight) in enumerate(
                 zip(prior_grads.weights, prior.weights, strict=True)
@@ -289,7 +316,7 @@ class Editor(nn.Module):
                 _add_grad(self.log_weights_SP, (site, term), by * weight)
             _add_grad(self.log_ridge_S, (site,), prior_grads.ridge * prior.ridge)
             for rows in chunks(len(pair.keys_NK), chunk):
-                pseudo = self.pseudo(site, rows_of(pair, rows))
+                pseudo = self.pseudo(site, pair.rows(rows))
                 aggregations[site].proxy(rows, pseudo).backward()
 
     def check_fits(self, sites: Sequence[Site]) -> None:
@@ -307,11 +334,6 @@ def chunks(count: int, size: int) -> Iterator[slice]:
     """Slices that cover ``count`` rows; the last may be shorter."""
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
-
-
-def rows_of(pair: Captured, rows: slice) -> Captured:
-    """Some tokens of a pair."""
-    return Captured(pair.keys_NK[rows], pair.value_grads_NV[rows])
 
 
 def _add_grad(parameter: nn.Parameter, index: tuple[int, ...], value: float) -> None:

@@ -5,8 +5,13 @@ S_j = -g~_j u~_j^T (eta is inside g~_j), hence for the value difference
 
     d_j = S_j u_j = -(u~_j^T u_j) g~_j                                   (9; MALMEN A.2)
 
-and the site's shift is the ridge solution S of equation (1).  Backwards, with G = dL/dS, the
-editor is reached through the proxy sum over j of <dL/dd_j, d_j> (Algorithm 2).
+and the site's shift is the ridge solution S of equation (1), each row j of weight w_j:
+
+    minimise over S    sum over j of w_j |S u_j - d_j|^2 + tr(S P S^T)                     (14)
+
+which is (1) on the rows sqrt(w_j) u_j and sqrt(w_j) d_j.  Backwards, with G = dL/dS and M = G A^-1,
+the editor is reached through the proxy sum over j of <dL/dd_j, d_j> (Algorithm 2), and the weights
+by dL/dw_j = <d_j - S u_j, M u_j>.
 
 Shape letters: N tokens, K key width, V value width.
 """
@@ -16,8 +21,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from malmend.editors.pseudo import Pseudo
-from malmend.numerics.ridge import Prior, PriorGrads, RidgeFactor
+from malmend.editors.pseudo import Pseudo, Received
+from malmend.numerics.ridge import Prior, RidgeFactor
 
 
 class Malmen:
@@ -27,10 +32,15 @@ class Malmen:
         keys_NK: keys of all tokens, from the unedited model.
         value_width: V.
         prior: of the ridge.
+        weights_N: w_j > 0 of equation (14), float64; None for ones, as published.
     """
 
-    def __init__(self, keys_NK: Tensor, value_width: int, prior: Prior):
+    def __init__(
+        self, keys_NK: Tensor, value_width: int, prior: Prior, weights_N: Tensor | None = None
+    ):
         self.keys_NK, self.prior = keys_NK, prior
+        ones_N = keys_NK.new_ones(len(keys_NK), dtype=torch.float64)
+        self._root_N1 = (ones_N if weights_N is None else weights_N).sqrt().unsqueeze(1)
         self.diffs_NV = keys_NK.new_zeros(len(keys_NK), value_width)
         self._factor: RidgeFactor | None = None
         self._diff_grads_NV: Tensor | None = None
@@ -39,7 +49,7 @@ class Malmen:
     def factor(self) -> RidgeFactor:
         """Made on first use; the edit and the meta-gradient share it."""
         if self._factor is None:
-            self._factor = RidgeFactor(self.keys_NK, self.prior)
+            self._factor = RidgeFactor(self.keys_NK * self._root_N1, self.prior)
         return self._factor
 
     def add(self, rows: slice, pseudo: Pseudo) -> None:
@@ -48,12 +58,16 @@ class Malmen:
 
     def shift(self) -> Tensor:
         """S in float64, V x K."""
-        return self.factor.shift(self.diffs_NV)
+        return self.factor.shift(self.diffs_NV * self._root_N1)
 
-    def receive(self, shift_grad_VK: Tensor) -> PriorGrads:
-        """Takes G = dL/dS and returns dL/dalpha and dL/dlambda."""
-        self._diff_grads_NV = self.factor.diff_grads(shift_grad_VK)
-        return self.factor.prior_grads(shift_grad_VK, self.diffs_NV)
+    def receive(self, shift_grad_VK: Tensor) -> Received:
+        """Takes G = dL/dS and returns the derivatives of the prior and of the rows' weights."""
+        asked_NV = self.diffs_NV * self._root_N1
+        by_asked_NV = self.factor.diff_grads(shift_grad_VK)  # M U, of the weighted rows
+        self._diff_grads_NV = by_asked_NV * self._root_N1
+        missed_NV = self.diffs_NV - self.keys_NK.double() @ self.factor.shift(asked_NV).T
+        by_weight_N = (missed_NV * by_asked_NV / self._root_N1).sum(1)
+        return Received(self.factor.prior_grads(shift_grad_VK, asked_NV), by_weight_N)
 
     def proxy(self, rows: slice, pseudo: Pseudo) -> Tensor:
         """A scalar whose gradient is the meta-gradient of this chunk of tokens."""

@@ -13,15 +13,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from malmend.editors.pseudo import Pseudo
+from malmend.editors.pseudo import Pseudo, Received
 from malmend.numerics.ridge import Prior, PriorGrads
 
 
 class Mend:
     """One site's aggregation; the same calls as :class:`malmend.editors.malmen.Malmen`."""
 
-    def __init__(self, keys_NK: Tensor, value_width: int, prior: Prior):
-        del prior  # a sum has none
+    def __init__(
+        self, keys_NK: Tensor, value_width: int, prior: Prior, weights_N: Tensor | None = None
+    ):
+        del prior, weights_N  # a sum has none
         width = keys_NK.shape[1]
         self._shift_VK = torch.zeros(value_width, width, dtype=torch.float64)
         self._shift_grad_VK: Tensor | None = None
@@ -35,10 +37,10 @@ class Mend:
         """S in float64, V x K."""
         return self._shift_VK
 
-    def receive(self, shift_grad_VK: Tensor) -> PriorGrads:
-        """Takes G = dL/dS; the sum has no prior, so it has no weights and lambda no effect."""
+    def receive(self, shift_grad_VK: Tensor) -> Received:
+        """Takes G = dL/dS; a sum has neither a prior nor weights, so nothing else depends on it."""
         self._shift_grad_VK = shift_grad_VK
-        return PriorGrads((), 0.0)
+        return Received(PriorGrads((), 0.0), None)
 
     def proxy(self, rows: slice, pseudo: Pseudo) -> Tensor:
         """A scalar whose gradient is the meta-gradient of this chunk of tokens."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
+
+from malmend.numerics.ridge import PriorGrads
 
 
 @dataclass(frozen=True)
@@ -16,3 +19,13 @@ class Pseudo:
 
     keys_NK: Tensor
     grads_NV: Tensor
+
+
+class Received(NamedTuple):
+    """What an aggregation finds on the way back, beside the rows of its proxy.
+
+    ``weights_N`` is dL/dw_j of each row's weight in float64; None where rows have no weight.
+    """
+
+    prior: PriorGrads
+    weights_N: Tensor | None

@@ -30,7 +30,7 @@ from malmend.errors import EditorError, MalmendError
 from malmend.facts.fact import Fact, Question
 from malmend.facts.tokens import Encoded, Encoder
 from malmend.files import reason
-from malmend.models.capture import Captured, capture
+from malmend.models.capture import Captured, capture, ends_of
 from malmend.models.store import ActivationStore
 from malmend.models.trunk import Trunk
 from malmend.patch import shifted
@@ -145,7 +145,12 @@ class Trainer:
                 "neighbour, one of which training needs; add one to each fact, or give --locality "
                 "QUESTIONS."
             )
-        scalars = [editor.log_eta_S, editor.log_weights_SP, editor.log_ridge_S]
+        scalars = [
+            editor.log_eta_S,
+            editor.log_weights_SP,
+            editor.log_ridge_S,
+            editor.log_end_weight_S,
+        ]
         groups = [{"params": scalars, "lr": settings.scalar_rate}]
         if network := list(editor.networks.parameters()):
             groups.append({"params": network, "lr": settings.network_rate})
@@ -224,7 +229,8 @@ class Trainer:
             ):
                 self.store.put(encoded[index].place, rows)
                 found[index] = rows
-        return _split(torch.cat([rows for rows in found if rows is not None]), self.trunk)
+        ends_N = ends_of(encoded, self.editor.settings.tokens)
+        return _split(torch.cat([rows for rows in found if rows is not None]), ends_N, self.trunk)
 
     def judged(self, questions: Sequence[tuple[Question, Question]]) -> list[Judged]:
         """The questions of a step, ready for the meta-loss; the model must be unedited."""
@@ -330,8 +336,8 @@ def estimate_seconds(trainer: Trainer, sample: int = 24) -> float:
     return (new * first + left * again) * size / sample
 
 
-def _split(joined: Tensor, trunk: Trunk) -> list[Captured]:
+def _split(joined: Tensor, ends_N: Tensor, trunk: Trunk) -> list[Captured]:
     """Columns of the store back to keys and value gradients per site."""
     widths = [width for site in trunk.sites for width in reversed(site.shape_VK)]
     parts = joined.split(widths, dim=1)
-    return [Captured(k, g) for k, g in zip(parts[::2], parts[1::2], strict=True)]
+    return [Captured(k, g, ends_N) for k, g in zip(parts[::2], parts[1::2], strict=True)]

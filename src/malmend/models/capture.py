@@ -65,10 +65,19 @@ class Descent:
 
 @dataclass(frozen=True)
 class Captured:
-    """What one site saw: key u_j and value gradient g_j of each chosen token."""
+    """What one site saw: key u_j and value gradient g_j of each chosen token.
+
+    ``ends_N`` marks the tokens that output an end-of-answer token; None where there are none.
+    """
 
     keys_NK: Tensor
     value_grads_NV: Tensor
+    ends_N: Tensor | None = None
+
+    def rows(self, chosen: slice) -> Captured:
+        """Some tokens of the pair."""
+        ends_N = None if self.ends_N is None else self.ends_N[chosen]
+        return Captured(self.keys_NK[chosen], self.value_grads_NV[chosen], ends_N)
 
 
 class Trace:
@@ -135,11 +144,12 @@ def capture(
     """
     counts = [len(_positions(question, tokens)) for question in questions]
     starts = torch.tensor([0, *counts]).cumsum(0).tolist()
-    dtype = trunk.wide
+    dtype, ends_N = trunk.wide, ends_of(questions, tokens)
     out = [
         Captured(
             torch.empty(starts[-1], site.shape_VK[1], dtype=dtype),
             torch.empty(starts[-1], site.shape_VK[0], dtype=dtype),
+            ends_N,
         )
         for site in trunk.sites
     ]
@@ -159,6 +169,17 @@ def _positions(question: Encoded, tokens: Tokens) -> range:
     if tokens == "answer":
         return range(question.sources[0], question.sources[-1] + 1)
     return range(1, len(question.ids))
+
+
+def ends_of(questions: Sequence[Encoded], tokens: Tokens) -> Tensor:
+    """Which of all chosen tokens output an end-of-answer token, as booleans."""
+    return torch.tensor(
+        [
+            question.counted > 0 and at == question.answer_end - 1 and at + 1 < len(question.ids)
+            for question in questions
+            for at in _positions(question, tokens)
+        ]
+    )
 
 
 class _Group:
