@@ -1,0 +1,104 @@
+"""A report as one self-contained HTML page: no network, no library, the same bytes every time.
+
+The page is made by a template with autoescape.  The facts stand in it as JSON, which its script
+writes as text, never as markup; the page's own policy lets no other script run and nothing load.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from malmend.evaluation import view
+from malmend.evaluation.report import Report
+from malmend.files import writable, writable_folder, written_beside
+
+PAGE, FIGURES = "index.html", "report.json"
+MOVED_SHOWN = 100  # of what moved, the farthest; every one stands beside its fact
+
+
+def write_page(report: Report, folder: str | Path) -> Path:
+    """Writes the page, and the report's JSON beside it, whole or not at all; returns its path."""
+    folder = writable_folder(folder)
+    with written_beside(folder / PAGE) as beside:
+        beside.write_text(page(report), encoding="utf-8", newline="\n")
+    report.save(folder / FIGURES)
+    return folder / PAGE
+
+
+def page_folder(folder: str | Path, *inputs: object) -> Path:
+    """Checks before long work that a page can be written; ``inputs`` must not be written over.
+
+    Raises:
+        MalmendError: the folder cannot be made or written into, or an input would be lost.
+    """
+    folder = writable_folder(folder)
+    for name in (PAGE, FIGURES):
+        writable(folder / name, *inputs)
+    return folder
+
+
+def page(report: Report) -> str:
+    """The page's HTML."""
+    script = _part("page.js")
+    moved = view.moved(report)
+    return _environment().get_template("page.html.j2").render(
+        report=report,
+        about=report.about,
+        patch=report.about.get("patch") or {},
+        kinds=view.KINDS,
+        lines=view.lines(report),
+        spreads=view.spreads(report),
+        edges=view.EDGES,
+        moved=moved[:MOVED_SHOWN],
+        moved_count=len(moved),
+        filters=view.filters(report),
+        facts=_json(view.entries(report)),
+        style=Markup(_part("page.css")),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("malmend.evaluation"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": _percent, "kl": _kl, "count": lambda n: f"{n:,}"}
+    return environment
+
+
+@cache
+def _part(name: str) -> str:
+    return (resources.files("malmend.evaluation") / "templates" / name).read_text("utf-8")
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}%"
+
+
+def _kl(value: float | None) -> str:
+    if value is None:
+        return ""
+    return "0" if value == 0 else f"{value:.3f}" if value >= 0.001 else f"{value:.0e}"
+
+
+def _json(value: Any) -> Markup:
+    """JSON that can stand inside a script element: nothing in it can end the element."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for sign in "<>&\u2028\u2029":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return Markup(text)
