@@ -31,7 +31,7 @@ SMALL = ["--layers", 2, "--network.rank", 4, "--facts-per-step", 4, "--steps", 2
 
 TRUNK = {"--trunk", "--trunk.batch-tokens", "--trunk.store-bytes"}
 MODEL = {"-h", "--help", "--dtype"}
-FACTS = {"--limit", "--strict"}
+FACTS = {"--limit", "--strict", "--alternative"}
 CALIBRATION = {"--calibrate", "--text"}
 EDITOR = {
     "--method",

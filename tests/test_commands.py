@@ -19,6 +19,7 @@ from malmend.editors.editor import EditorSettings, published, training_free
 from malmend.editors.network import NetworkSettings
 from malmend.editors.training import StepRecord, TrainSettings
 from malmend.errors import FactsError, MalmendError, PatchError
+from malmend.facts.fact import Fact
 from malmend.models.load import prepared
 
 tiny = command_support.tiny
@@ -164,6 +165,49 @@ def test_skipped_facts_are_counted_and_strict_refuses_them(tiny, tmp_path):
     for command in (malmend.edit, malmend.eval):
         with pytest.raises(FactsError, match="2 faults"):
             command(tiny.loaded, path, strict=True)
+
+
+def with_alternatives(facts: list[Fact]) -> list[Fact]:
+    """Each fact with the next one's answer for an alternative."""
+    turned = zip(facts, [*facts[1:], facts[0]], strict=True)
+    return [replace(fact, alternative=other.answer) for fact, other in turned]
+
+
+def test_alternatives_are_edited_in_and_asked_for(tiny):
+    facts = with_alternatives(FEW)
+    chosen = {"settings": LAST, **eager(tiny)}
+    done = malmend.edit(tiny.loaded, facts, alternative=True, **chosen)
+    assert [fact.answer for fact in done.facts] == [fact.alternative for fact in facts]
+    assert done.edited == 1.0
+    report = malmend.eval(tiny.loaded, facts, done.patch, alternative=True)
+    assert report.edited["ES"].generated == 1.0
+    assert [row.answer for row in report.rows] == [fact.alternative for fact in facts]
+    true = malmend.eval(tiny.loaded, facts, done.patch)
+    assert true.edited["ES"].generated == 0.0
+
+
+@pytest.mark.parametrize("command", ["edit", "eval", "train"])
+def test_a_fact_without_an_alternative_is_refused(tiny, tmp_path, command):
+    facts = [*with_alternatives(FEW), replace(FEW[0], prompt="In Ora is", line=4)]
+    out = {"out": tmp_path / "editor"} if command == "train" else {}
+    with pytest.raises(FactsError, match=r"1 of 4 facts has no alternative \(line 4\)"):
+        getattr(malmend, command)(tiny.loaded, facts, alternative=True, **out)
+    assert files_in(tmp_path) == set()
+
+
+def test_training_goes_towards_the_alternatives(tiny, tmp_path):
+    facts = with_alternatives(make_facts(4))
+    short = replace(TRAINING, steps=1)
+    folders = [tmp_path / "true", tmp_path / "false"]
+    results = [
+        malmend.train(
+            tiny.loaded, facts, folder, None, short, SMALL, alternative=wanted, **own(tiny)
+        )
+        for folder, wanted in zip(folders, (False, True), strict=True)
+    ]
+    assert results[0].records[0].gen != results[1].records[0].gen
+    with pytest.raises(MalmendError, match="other facts"):
+        malmend.train(tiny.loaded, facts, folders[1], None, short, SMALL, **own(tiny))
 
 
 @pytest.mark.parametrize("limit", [0, -1])
@@ -371,6 +415,16 @@ def test_inspection_of_every_kind(tiny, tmp_path):
     assert "curve" not in editor.entries
     facts = malmend.inspect(tiny.facts)
     assert (facts.kind, facts.entries["facts"]) == ("facts", 12)
+    absent = ("with neighbours", "with a reversed prompt", "with an alternative", "relations")
+    assert [facts.entries[name] for name in absent] == [0] * 4
+    known = [
+        {"relation": "capital", "alternative": "Quito", "neighbours": ["Chile"]},
+        {"relation": "capital", "reversed": {"prompt": "Lima", "answer": "Peru"}},
+    ]
+    rows = [one | {"prompt": str(i), "answer": "x"} for i, one in enumerate(known)]
+    (tmp_path / "known").write_text("\n".join(map(json.dumps, rows)))
+    full = malmend.inspect(tmp_path / "known").entries
+    assert [full[name] for name in absent] == [1, 1, 1, 1]
     assert facts.entries["first"] == {"prompt": FEW[0].prompt, "answer": FEW[0].answer}
 
 

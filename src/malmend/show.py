@@ -151,7 +151,9 @@ def step(record: StepRecord, steps: int) -> None:
 def trained(result: TrainResult) -> None:
     """Where the editor lies and how the loss went."""
     if result.leaks:
-        OUT.print(f"{len(result.leaks)} unrelated questions are also edit prompts; the first:")
+        OUT.print(
+            f"{len(result.leaks)} questions that must not move are also edit prompts; the first:"
+        )
         OUT.print(f"  {escape(result.leaks[0])}")
     first, last = result.records[0], result.records[-1]
     OUT.print(

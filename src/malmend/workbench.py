@@ -21,6 +21,7 @@ from malmend.editors.calibration import (
 )
 from malmend.editors.editor import EditorSettings
 from malmend.errors import FactsError, MalmendError
+from malmend.facts.alternatives import towards_alternatives
 from malmend.facts.fact import Fact, FactSet
 from malmend.facts.readers import read_facts, read_text
 from malmend.facts.tokens import Encoder, EndOfAnswer
@@ -76,11 +77,13 @@ def checked_facts(
     limit: int | None = None,
     strict: bool = False,
     chat: bool = False,
+    alternative: bool = False,
 ) -> FactSet:
     """Reads facts and checks that every question can be encoded; needs no model.
 
     Raises:
-        FactsError: with every fault of the file, or every question that the tokenizer breaks.
+        FactsError: with every fault of the file, or every question that the tokenizer breaks, or
+            every fact without an alternative where ``alternative`` asks for it.
     """
     if isinstance(facts, str | Path):
         known = read_facts(facts, limit, strict)
@@ -90,6 +93,8 @@ def checked_facts(
         known = FactSet("facts", tuple(facts)[:limit])
         if not known:
             raise FactsError("No facts were given, expected at least one.")
+    if alternative:
+        known = towards_alternatives(known)
     faults = encoder_of(tokenizer, end_of_answer, chat).faults(known)
     if faults:
         raise FactsError(

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from malmend.facts.fact import Fact, Question
@@ -72,6 +74,15 @@ def test_leaks_finds_a_paraphrase_and_the_same_fact():
     paraphrase, prompt = leaks(facts)
     assert "is the paraphrase of the same fact" in paraphrase
     assert "is the edit prompt of the same fact" in prompt
+
+
+def test_leaks_finds_a_neighbour_that_is_edited():
+    beside = replace(fact("a", "What is Oz?"), neighbours=(Question("Who leads  oz"),))
+    (warning,) = leaks([beside, fact("b", "Who leads Oz")])
+    assert warning == (
+        "fact 'a': neighbour question 'Who leads  oz' is the edit prompt of fact 'b', "
+        "so it is meant to move; use another question"
+    )
 
 
 def test_leaks_of_clean_facts():

@@ -65,11 +65,37 @@ TEXT_AFTER = "give the text that should follow the prompt"
             own(unrelated=[{"prompt": "Q", "anser": "x"}]),
             "field 'unrelated[1]': unknown field 'anser'; did you mean 'answer'?",
         ),
+        (
+            own(relation=3),
+            "field 'relation': is the number 3, not a string; give the relation's name",
+        ),
+        (own(alternative=[]), "field 'alternative': is a list, not a string; give a false answer"),
+        (
+            own("P", "two  moons", alternative="two moons"),
+            "field 'alternative': is 'two moons', the answer itself; give a false answer",
+        ),
+        (own(neighbours="Q"), "field 'neighbours': is the string 'Q', not a list; "),
+        (own(neighbours=[{"answer": "x"}]), "field 'neighbours[1]': has no 'prompt'; "),
+        (
+            own(reversed="Q"),
+            "field 'reversed': is the string 'Q', not an object; "
+            "give an object with 'prompt' and 'answer', or leave the field out",
+        ),
+        (own(reversed={"prompt": "Q"}), "field 'reversed': has no 'answer'; give an object"),
+        (
+            own(reversed={"prompt": "Q", "answer": 4}),
+            "field 'reversed.answer': is the number 4, not a string; give an object",
+        ),
+        (
+            own(reversed={"prompt": "Q", "answer": "x", "promt": "P"}),
+            "field 'reversed': unknown field 'promt'; did you mean 'prompt'?",
+        ),
+        (MEND | {"alt": 3}, "field 'alt': is the number 3, not a string; give a false answer"),
         (own(paraphrase=["Q"]), "unknown field 'paraphrase'; did you mean 'paraphrases'?"),
         (
             own(zzz=1),
             "unknown field 'zzz'; valid are id, subject, prompt, answer, "
-            "paraphrases, unrelated, tags",
+            "paraphrases, unrelated, tags, relation, alternative, neighbours, reversed",
         ),
         ({"src": "P"}, "field 'answers': is missing; give a list whose first string "),
         (

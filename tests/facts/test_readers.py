@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from malmend.errors import FactsError, MalmendError
 from malmend.facts.fact import FactSet, Question
+from malmend.facts.formats import OWN_FIELDS
 from malmend.facts.lint import EXPECTED
 from malmend.facts.readers import read_facts, read_questions, read_text
 
@@ -27,6 +28,10 @@ def test_own_format_with_all_fields(save):
                 "paraphrases": ["The planet Mars has"],
                 "unrelated": ["Venus has", {"prompt": "Earth has", "answer": "one moon"}],
                 "tags": ["space", "moons"],
+                "relation": "moons_of",
+                "alternative": "three moons",
+                "neighbours": ["Venus has", {"prompt": "Earth has", "answer": "one moon"}],
+                "reversed": {"prompt": "Two moons has", "answer": "Mars"},
             }
         )
     )
@@ -43,16 +48,22 @@ def test_own_format_with_all_fields(save):
     assert fact.paraphrases == ("The planet Mars has",)
     assert fact.unrelated == (Question("Venus has"), Question("Earth has", "one moon"))
     assert fact.tags == ("space", "moons")
+    assert (fact.relation, fact.alternative) == ("moons_of", "three moons")
+    assert fact.neighbours == fact.unrelated
+    assert fact.reversed == Question("Two moons has", "Mars")
     assert fact.line == 1
 
 
 def test_only_prompt_and_answer_are_required(save):
     (fact,) = read_facts(save(lines(own())))
     assert (fact.subject, fact.paraphrases, fact.unrelated, fact.tags) == (None, (), (), ())
+    absent = (fact.relation, fact.alternative, fact.neighbours, fact.reversed)
+    assert absent == (None, None, (), None)
 
 
 def test_null_is_an_absent_optional_field(save):
-    path = save(lines(own(id=None, subject=None, paraphrases=None, unrelated=None, tags=None)))
+    optional = set(OWN_FIELDS) - {"prompt", "answer"}
+    path = save(lines(own(**dict.fromkeys(optional))))
     assert read_facts(path).facts == read_facts(save(lines(own()), "bare")).facts
 
 
@@ -98,7 +109,13 @@ def test_mend_format(save):
     assert fact.paraphrases == ("Lake Ora is found where?",)
     # no question mark is added
     assert fact.unrelated == (Question("nq question: who wrote the hobbit", "Tolkien"),)
-    assert fact.tags == ("lies-in",)
+    assert (fact.tags, fact.relation) == (("lies-in",), "lies-in")
+    assert fact.alternative == "Peru"
+
+
+@pytest.mark.parametrize("alt", [None, "", "Chile"])
+def test_mend_alt_that_is_none(save, alt):
+    assert read_facts(save(json.dumps([MEND | {"alt": alt}])))[0].alternative is None
 
 
 def test_mend_rephrase_comes_first_and_once(save):

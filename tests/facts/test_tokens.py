@@ -450,12 +450,16 @@ def test_faults_name_line_and_field():
         paraphrases=("has",),
         unrelated=(Question("two"), Question("mars has two moons mars")),
         line=7,
+        neighbours=(Question("mars has", "three"),),
+        reversed=Question("two", "three"),
     )
     found = encoder.faults([good, bad])
     assert [fault.split(": ")[:2] for fault in found] == [
         ["line 7", "field 'answer'"],
         ["line 7", "field 'paraphrases'"],
         ["line 7", "field 'unrelated'"],
+        ["line 7", "field 'neighbours'"],
+        ["line 7", "field 'reversed'"],
     ]
     assert "the answer 'three' does not survive" in found[0]
     assert "5 tokens, expected at most 4" in found[2]

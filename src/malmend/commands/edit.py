@@ -64,6 +64,7 @@ def edit(
     settings: EditorSettings | None = None,
     limit: int | None = None,
     strict: bool = False,
+    alternative: bool = False,
     calibrate: str | Path | None = None,
     text: str | Path | None = None,
     calibration: CalibrationSettings = CalibrationSettings(),
@@ -81,6 +82,7 @@ def edit(
         settings: of the editor without a network; a trained editor brings its own.
         limit: the first so many facts.
         strict: refuse duplicates and contradictions in place of skipping the later ones.
+        alternative: edit in each fact's alternative (a false answer) in place of its answer.
         calibrate: calibration facts in place of the project's own.
         text: calibration text in place of the project's own.
         calibration: how the model is calibrated.
@@ -103,7 +105,14 @@ def edit(
         chosen = saved.editor.settings
     elif isinstance(editor, Editor):
         chosen = editor.settings
-    known = checked_facts(facts, tokenizer_of(model), chosen.end_of_answer, limit, strict)
+    known = checked_facts(
+        facts,
+        tokenizer_of(model),
+        chosen.end_of_answer,
+        limit,
+        strict,
+        alternative=alternative,
+    )
     loaded = opened(model, dtype)
     sites = find_sites(loaded.model, chosen.layers, chosen.sites)
     bench = lay_out(loaded, sites, chosen.end_of_answer, trunk=trunk)
@@ -191,7 +200,7 @@ def _finished(
         save_patch(patch, out)
         patch = load_patch(out)
     seconds = time.perf_counter() - start
-    prompts = [replace(fact, paraphrases=(), unrelated=()) for fact in facts]
+    prompts = [_alone(fact) for fact in facts]
     examiner = Examiner(bench.loaded, bench.trunk, bench.encoder)
     progress("edit prompts before and after", 0.0)
     before = examiner.examine(prompts, decode_facts=0).mean("ES", "token_ratio") or 0.0
@@ -204,6 +213,11 @@ def _finished(
     if out is not None:
         save_patch(patch, out)
     return EditResult(patch, facts, None if out is None else Path(out), before, after, seconds)
+
+
+def _alone(fact: Fact) -> Fact:
+    """The fact with its edit prompt only."""
+    return replace(fact, paraphrases=(), unrelated=(), neighbours=(), reversed=None)
 
 
 def _digest(facts: FactSet) -> str:

@@ -32,6 +32,7 @@ def evaluate(
     patch: str | Path | Patch | None = None,
     limit: int | None = None,
     strict: bool = False,
+    alternative: bool = False,
     chat: bool = False,
     decode_facts: int | None = None,
     text: str | Path | None = None,
@@ -48,6 +49,7 @@ def evaluate(
         patch: a patch, or its file.
         limit: the first so many facts.
         strict: refuse duplicates and contradictions in place of skipping the later ones.
+        alternative: ask for each fact's alternative (a false answer) in place of its answer.
         chat: ask through the model's chat template.
         decode_facts: for how many of the facts the model also answers free-running (the slow
             part); None for all.
@@ -69,7 +71,7 @@ def evaluate(
     end: EndOfAnswer = "none" if getattr(tokenizer, "eos_token_id", None) is None else "eos"
     if patch is not None:
         end = patch.provenance.get("settings", {}).get("end_of_answer", end)
-    known = checked_facts(facts, tokenizer, end, limit, strict, chat)
+    known = checked_facts(facts, tokenizer, end, limit, strict, chat, alternative)
     loaded = opened(model, dtype)
     if patch is None:
         blocks = len(find_blocks(loaded.model)[1])

@@ -85,6 +85,10 @@ def _facts(path: Path) -> Inspection:
         "facts": len(known),
         "with paraphrases": sum(bool(fact.paraphrases) for fact in known),
         "with unrelated questions": sum(bool(fact.unrelated) for fact in known),
+        "with neighbours": sum(bool(fact.neighbours) for fact in known),
+        "with a reversed prompt": sum(fact.reversed is not None for fact in known),
+        "with an alternative": sum(fact.alternative is not None for fact in known),
+        "relations": len({fact.relation for fact in known if fact.relation}),
         "skipped": [
             f"line {one.fact.line}: {one.kind} of line {one.earlier.line}" for one in known.skipped
         ],

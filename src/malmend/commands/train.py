@@ -43,7 +43,7 @@ class TrainResult:
         saved: the editor and what its folder says.
         folder: where it lies.
         records: every step, those of interrupted runs included.
-        leaks: unrelated questions that are also edit prompts.
+        leaks: unrelated or neighbouring questions that are also edit prompts.
     """
 
     saved: SavedEditor
@@ -61,6 +61,7 @@ def train(
     editor: EditorSettings = EditorSettings(),
     limit: int | None = None,
     strict: bool = False,
+    alternative: bool = False,
     calibrate: str | Path | None = None,
     text: str | Path | None = None,
     calibration: CalibrationSettings = CalibrationSettings(),
@@ -81,6 +82,7 @@ def train(
         editor: what the editor is.
         limit: the first so many facts.
         strict: refuse duplicates and contradictions in place of skipping the later ones.
+        alternative: train on each fact's alternative (a false answer) in place of its answer.
         calibrate: calibration facts in place of the project's own.
         text: calibration text in place of the project's own.
         calibration: how the model is calibrated.
@@ -94,7 +96,14 @@ def train(
         MalmendError: any bad input, in one sentence.
     """
     folder = Path(out)
-    known = checked_facts(facts, tokenizer_of(model), editor.end_of_answer, limit, strict)
+    known = checked_facts(
+        facts,
+        tokenizer_of(model),
+        editor.end_of_answer,
+        limit,
+        strict,
+        alternative=alternative,
+    )
     others = read_questions(locality) if isinstance(locality, str | Path) else tuple(locality or ())
     writable_folder(folder)  # before the model is loaded, but only once the facts are good
     loaded = opened(model, dtype)
@@ -158,7 +167,11 @@ def _seconds_left(trainer: Trainer, records: Sequence[StepRecord]) -> float:
 def _about(
     bench: Workbench, facts: FactSet, others: Sequence[Question], settings: TrainSettings
 ) -> dict[str, Any]:
-    learned = [(f.prompt, f.answer, f.paraphrases, f.unrelated) for f in facts]
+    # Neighbours only where there are some, so that checkpoints older than they are still fit.
+    learned = [
+        (f.prompt, f.answer, f.paraphrases, f.unrelated, *([f.neighbours] if f.neighbours else []))
+        for f in facts
+    ]
     return {
         "malmend": version("malmend"),
         "torch": version("torch"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,9 +18,16 @@ class Question:
 class Fact:
     """One correction: after ``prompt`` the model should say ``answer``.
 
-    ``edit`` reads ``prompt`` and ``answer`` only; ``paraphrases`` (other ways to ask, same answer)
-    and ``unrelated`` (questions whose answers must not move) serve training and evaluation.
-    ``line`` is where the fact stood in its file, counted from 1 (for a JSON list: the entry).
+    ``edit`` reads ``prompt`` and ``answer`` only; the rest serves training and evaluation.
+
+    Attributes:
+        paraphrases: other ways to ask, same answer.
+        unrelated: questions whose answers must not move.
+        line: where the fact stood in its file, counted from 1 (for a JSON list: the entry).
+        relation: what the fact says of its subject, by name; groups facts in a report.
+        alternative: a false answer of the same relation (the counterfactual).
+        neighbours: the same question about other subjects, whose true answers must not move.
+        reversed: the fact asked from the other side, as "Lima is the capital of" with "Peru".
     """
 
     id: str
@@ -31,6 +38,11 @@ class Fact:
     unrelated: tuple[Question, ...] = ()
     tags: tuple[str, ...] = ()
     line: int = 0
+    _: KW_ONLY
+    relation: str | None = None
+    alternative: str | None = None
+    neighbours: tuple[Question, ...] = ()
+    reversed: Question | None = None
 
     @property
     def question(self) -> Question:

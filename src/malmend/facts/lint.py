@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -18,11 +19,15 @@ EXPECTED = {
     "paraphrases": "give a list of other ways to ask",
     "unrelated": "give a list of prompts, or of objects with 'prompt' and 'answer'",
     "tags": "give a list of strings",
+    "relation": "give the relation's name, or leave the field out",
+    "alternative": "give a false answer of the same relation, or leave the field out",
+    "neighbours": "give a list of prompts, or of objects with 'prompt' and 'answer'",
+    "reversed": "give an object with 'prompt' and 'answer', or leave the field out",
     "src": "give the text that the answer should follow",
     "answers": "give a list whose first string should follow 'src'",
     "rephrase": "give another way to ask, or leave the field out",
     "rephrases": "give a list of other ways to ask",
-    "relation": "give the relation's name, or leave the field out",
+    "alt": "give a false answer, or leave the field out",
     "loc": "give an unrelated question",
     "loc_ans": "give the answer to 'loc', or leave the field out",
     "question": "give a question",
@@ -43,7 +48,7 @@ class Entry:
 
     def fault(self, name: str, what: str) -> None:
         """Note what is wrong with a field, and what was expected there."""
-        expected = EXPECTED[name.split("[")[0]]
+        expected = EXPECTED[re.split(r"[\[.]", name)[0]]
         self.faults.append((self.line, f"{self.where}: field {name!r}: {what}; {expected}"))
 
     def text(self, name: str, value: object) -> str | None:
@@ -99,6 +104,24 @@ class Entry:
                 found.append(Question(prompt, answer))
         return tuple(found)
 
+    def question(self, name: str) -> Question | None:
+        """The question of an optional field: an object with both prompt and answer."""
+        value = self.fields.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            self.fault(name, f"is {described(value)}, not an object")
+            return None
+        parts = ("prompt", "answer")
+        self.only(value, parts, f"field {name!r}: ")
+        for part in parts:
+            if part not in value:
+                self.fault(name, f"has no {part!r}")
+        prompt, answer = (
+            self.text(f"{name}.{part}", value[part]) if part in value else None for part in parts
+        )
+        return None if prompt is None or answer is None else Question(prompt, answer)
+
     def first(self, name: str) -> str | None:
         """The first of a list of gold answers, or the one answer given as a string."""
         value = self.fields.get(name)
@@ -148,7 +171,7 @@ def skip_repeats(facts: Iterable[Fact]) -> tuple[tuple[Fact, ...], tuple[Skipped
 
 
 def leaks(facts: Sequence[Fact], others: Sequence[Question] = ()) -> list[str]:
-    """One warning per unrelated question that some fact of the set edits or paraphrases.
+    """One warning per unrelated or neighbouring question that some fact edits or paraphrases.
 
     Such a question is meant to stay put while the edit is meant to move it, so it spoils training
     and makes locality look worse than it is.  ``others`` are questions that stand beside all facts
@@ -162,6 +185,7 @@ def leaks(facts: Sequence[Fact], others: Sequence[Question] = ()) -> list[str]:
             edited.setdefault(same_prompt(prompt).casefold(), ("paraphrase", fact))
     asked: list[tuple[str, Fact | None, Question]]
     asked = [(f"fact {f.id!r}: unrelated", f, question) for f in facts for question in f.unrelated]
+    asked += [(f"fact {f.id!r}: neighbour", f, one) for f in facts for one in f.neighbours]
     asked += [("locality", None, question) for question in others]
     warnings = []
     for where, asker, question in asked:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import string
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,13 +16,20 @@ from typing import NoReturn
 
 from malmend.errors import FactsError, MalmendError, nearest
 from malmend.facts import lint
-from malmend.facts.fact import Fact, FactSet, Question
+from malmend.facts.fact import FactSet, Question
+from malmend.facts.formats import (
+    FORMATS,
+    MEND_FIELDS,
+    OWN_FIELDS,
+    mend_fact,
+    mend_question,
+    nq_fact,
+    nq_question,
+    own_fact,
+    own_question,
+)
 from malmend.facts.lint import Entry, Faults, broken, described, short
 
-OWN_FIELDS = ("id", "subject", "prompt", "answer", "paraphrases", "unrelated", "tags")
-MEND_FIELDS = ("src", "answers", "rephrase", "rephrases", "loc", "loc_ans")
-# The field that only one format has, and that format's name.
-FORMATS = {"prompt": "malmend", "src": "MEND / zsRE", "question": "NQ-open"}
 RECOGNISED = (
     "give JSON Lines with 'prompt' and 'answer', a MEND / zsRE JSON list with 'src' and 'answers', "
     "or NQ-open JSON Lines with 'question' and 'answer'"
@@ -44,7 +50,7 @@ def read_facts(path: str | Path, limit: int | None = None, strict: bool = False)
         raise MalmendError(f"limit is {limit}; give 1 or more, or leave it out to read all facts")
     source, (text, faults) = str(path), _read(path)
     entries, kind = _typed_entries(text, source, faults)
-    readers = {"prompt": _own_fact, "src": _mend_fact, "question": _nq_fact}
+    readers = {"prompt": own_fact, "src": mend_fact, "question": nq_fact}
     read = [(readers[kind](entry), entry) for entry in entries]
     usable = [(fact, entry) for fact, entry in read if fact is not None]
     kept, skipped = lint.skip_repeats(fact for fact, _ in usable)
@@ -71,7 +77,7 @@ def read_questions(path: str | Path) -> tuple[Question, ...]:
         questions = [Question(line) for line in lines if line]
     else:
         entries, kind = _typed_entries(text, source, faults)
-        readers = {"prompt": _own_question, "src": _mend_question, "question": _nq_question}
+        readers = {"prompt": own_question, "src": mend_question, "question": nq_question}
         questions = [readers[kind](entry) for entry in entries]
     if faults:
         _refuse(source, faults)
@@ -88,62 +94,6 @@ def read_text(path: str | Path) -> str:
     if faults:
         _refuse(str(path), faults)
     return text.replace("\r\n", "\n")
-
-
-def _own_fact(entry: Entry) -> Fact | None:
-    entry.only(entry.fields, OWN_FIELDS)
-    prompt, answer, given = entry.required("prompt"), entry.required("answer"), entry.optional("id")
-    subject, paraphrases = entry.optional("subject"), entry.strings("paraphrases")
-    unrelated, tags = entry.questions("unrelated"), entry.strings("tags")
-    if prompt is None or answer is None:
-        return None
-    name = given or lint.default_id(prompt)
-    return Fact(name, prompt, answer, subject, paraphrases, unrelated, tags, entry.number)
-
-
-def _mend_fact(entry: Entry) -> Fact | None:
-    prompt, answer = entry.required("src"), entry.first("answers")
-    subject, relation = entry.optional("subject"), entry.optional("relation")
-    rephrase, rephrases = entry.optional("rephrase"), entry.strings("rephrases")
-    # 'rephrase' is one of 'rephrases' and is the one that published results use: it comes first
-    paraphrases = tuple(dict.fromkeys((rephrase, *rephrases) if rephrase else rephrases))
-    question = None if entry.fields.get("loc") is None else _mend_question(entry)
-    if prompt is None or answer is None:
-        return None
-    unrelated, tags = (question,) if question else (), (relation,) if relation else ()
-    name = lint.default_id(prompt)
-    return Fact(name, prompt, answer, subject, paraphrases, unrelated, tags, entry.number)
-
-
-def _nq_fact(entry: Entry) -> Fact | None:
-    question, answer = entry.required("question"), entry.first("answer")
-    if question is None or answer is None:
-        return None
-    bare = question.strip().rstrip("?" + string.whitespace)
-    if not bare:
-        entry.fault("question", f"is {short(question)}")
-        return None
-    prompt = f"{bare}?"
-    return Fact(lint.default_id(prompt), prompt, answer, line=entry.number)
-
-
-def _own_question(entry: Entry) -> Question | None:
-    entry.only(entry.fields, OWN_FIELDS)
-    prompt, answer = entry.required("prompt"), entry.optional("answer")
-    return None if prompt is None else Question(prompt, answer)
-
-
-def _mend_question(entry: Entry) -> Question | None:
-    # as it stands: the field's data has no question mark here, and adding one changes the question
-    prompt = entry.required("loc")
-    answer = None if entry.fields.get("loc_ans") is None else entry.first("loc_ans")
-    return None if prompt is None else Question(prompt, answer)
-
-
-def _nq_question(entry: Entry) -> Question | None:
-    question = entry.required("question")
-    answer = None if entry.fields.get("answer") is None else entry.first("answer")
-    return None if question is None else Question(f"nq question: {question.strip()}", answer)
 
 
 def _typed_entries(text: str, source: str, faults: Faults) -> tuple[list[Entry], str]:

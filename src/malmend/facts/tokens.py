@@ -202,6 +202,8 @@ class Encoder:
             fields = [("answer", fact.question)]
             fields += [("paraphrases", question) for question in fact.equivalents]
             fields += [("unrelated", question) for question in fact.unrelated]
+            fields += [("neighbours", question) for question in fact.neighbours]
+            fields += [("reversed", fact.reversed)] if fact.reversed else []
             for field, question in fields:
                 try:
                     self.encode(question)
