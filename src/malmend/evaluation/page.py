@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
-from malmend.evaluation import view
+from malmend.evaluation import figures, view
 from malmend.evaluation.report import Report
 from malmend.files import writable, writable_folder, written_beside
 
@@ -28,9 +27,9 @@ MOVED_SHOWN = 100  # of what moved, the farthest; every one stands beside its fa
 def write_page(report: Report, folder: str | Path) -> Path:
     """Writes the page, and the report's JSON beside it, whole or not at all; returns its path."""
     folder = writable_folder(folder)
+    report.save(folder / FIGURES)
     with written_beside(folder / PAGE) as beside:
         beside.write_text(page(report), encoding="utf-8", newline="\n")
-    report.save(folder / FIGURES)
     return folder / PAGE
 
 
@@ -50,21 +49,30 @@ def page(report: Report) -> str:
     """The page's HTML."""
     script = _part("page.js")
     moved = view.moved(report)
-    return _environment().get_template("page.html.j2").render(
-        report=report,
-        about=report.about,
-        patch=report.about.get("patch") or {},
-        kinds=view.KINDS,
-        lines=view.lines(report),
-        spreads=view.spreads(report),
-        edges=view.EDGES,
-        moved=moved[:MOVED_SHOWN],
-        moved_count=len(moved),
-        filters=view.filters(report),
-        facts=_json(view.entries(report)),
-        style=Markup(_part("page.css")),
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    return (
+        _environment()
+        .get_template("page.html.j2")
+        .render(
+            report=report,
+            about=report.about,
+            patch=report.about.get("patch") or {},
+            kinds=view.QUESTIONS,
+            tiles=figures.tiles(report),
+            panels=figures.panels(report),
+            lines=figures.lines(report),
+            protocols=figures.protocols(report),
+            axis=figures.AXIS,
+            groups=figures.tables(report),
+            relations=view.relations(report),
+            spreads=figures.spreads(report),
+            moved=moved[:MOVED_SHOWN],
+            moved_count=len(moved),
+            filters=view.filters(report),
+            facts=_json(view.entries(report)),
+            style=_part("page.css"),
+            script=script,
+            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        )
     )
 
 
@@ -77,7 +85,8 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "kl": _kl, "count": lambda n: f"{n:,}"}
+    filters = {"percent": figures.percent, "kl": figures.kl, "count": "{:,}".format}
+    environment.filters |= filters
     return environment
 
 
@@ -86,19 +95,9 @@ def _part(name: str) -> str:
     return (resources.files("malmend.evaluation") / "templates" / name).read_text("utf-8")
 
 
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f}%"
-
-
-def _kl(value: float | None) -> str:
-    if value is None:
-        return ""
-    return "0" if value == 0 else f"{value:.3f}" if value >= 0.001 else f"{value:.0e}"
-
-
-def _json(value: Any) -> Markup:
+def _json(value: Any) -> str:
     """JSON that can stand inside a script element: nothing in it can end the element."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for sign in "<>&\u2028\u2029":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
-    return Markup(text)
+    return text

@@ -11,14 +11,14 @@
   facts.forEach((fact, index) => {
     fact.index = index;
     fact.far = Math.max(-1, ...fact.asked.map((one) => one.kl ?? -1));
-    const said = fact.asked.flatMap((one) => [one.prompt, one.gold, one.before.text, one.after?.text]);
+    const said = fact.asked.flatMap((one) => [one.prompt, one.gold, one.before.text, one.before.top, one.after?.text, one.after?.top]);
     fact.text = [fact.id, fact.prompt, fact.answer, fact.subject, ...said].filter(Boolean).join("\n").toLowerCase();
   });
 
   const ORDERS = {
     file: (a, b) => a.index - b.index,
     prompt: (a, b) => a.prompt.localeCompare(b.prompt) || a.index - b.index,
-    answer: (a, b) => b.answer.length - a.answer.length || a.index - b.index,
+    answer: (a, b) => b.length - a.length || a.index - b.index,
     kl: (a, b) => b.far - a.far || a.index - b.index,
   };
 
@@ -48,16 +48,23 @@
     return kl >= 0.001 ? kl.toFixed(3) : kl.toExponential(0);
   }
 
-  // What one model replied: its words where it spoke, else how many tokens teacher forcing gives.
-  function reply(one) {
-    const shown = make("div", "reply");
+  // What one model replied: its words where it spoke, else what teacher forcing gives.
+  function reply(one, whole) {
+    const shown = make("div");
     if (!one) return shown;
+    const text = one.text ?? one.top;
     const right = one.said ?? one.exact;
     if (right !== undefined) shown.append(mark(right));
-    if (one.text !== undefined) shown.append(quoted(one.text));
+    if (text !== undefined) shown.append(quoted(text));
     if (one.tokens !== undefined) {
       const tokens = `${one.right} of ${one.tokens} token${one.tokens === 1 ? "" : "s"}`;
-      shown.append(one.text === undefined ? make("span", "", tokens) : make("small", "", tokens + " teacher forced"));
+      if (text === undefined) shown.append(make("span", "", tokens));
+      else if (whole || right !== one.exact) shown.append(make("small", "", `${tokens}, teacher forced`));
+    }
+    if (one.chat !== undefined && whole) {
+      const chat = make("small", "", "in chat: ");
+      chat.append(mark(one.chat_said), quoted(one.chat));
+      shown.append(chat);
     }
     return shown;
   }
@@ -83,34 +90,37 @@
     return shown;
   }
 
+  function part(label, ...content) {
+    const div = make("div", "part");
+    div.dataset.label = label;
+    div.append(...content);
+    return div;
+  }
+
+  function question(one) {
+    const item = make("li");
+    const head = make("div");
+    head.append(make("small", "", NAMES[one.kind] ?? one.kind), quoted(one.prompt));
+    if (one.gold !== undefined) head.append(make("span", "answer", " → "), quoted(one.gold, "answer"));
+    item.append(head, part(edited ? "Before" : "Answer", reply(one.before, true)));
+    if (edited) item.append(part("After", reply(one.after, true)));
+    if (one.kl !== undefined) {
+      const moved = make("div", "", `KL ${far(one.kl)}`);
+      if (one.moved) moved.append(make("small", "", "another top answer"));
+      item.append(part("Moved", moved));
+    }
+    return item;
+  }
+
   function details(fact, width) {
     const row = make("tr", "more");
     const td = make("td");
     td.colSpan = width;
     const list = make("ol");
-    for (const one of fact.asked) {
-      const item = make("li");
-      const head = make("div");
-      head.append(make("small", "", NAMES[one.kind] ?? one.kind), quoted(one.prompt));
-      if (one.gold !== undefined) head.append(make("span", "answer", " → "), quoted(one.gold, "answer"));
-      const two = make("dl", "two");
-      two.append(make("dt", "", edited ? "before" : "answer"), wrap(reply(one.before)));
-      if (edited) two.append(make("dt", "", "after"), wrap(reply(one.after)));
-      if (one.kl !== undefined) {
-        two.append(make("dt", "", "moved"), make("dd", "", `KL ${far(one.kl)}${one.moved ? ", another top answer" : ""}`));
-      }
-      item.append(head, two);
-      list.append(item);
-    }
+    list.append(...fact.asked.map(question));
     td.append(list);
     row.append(td);
     return row;
-  }
-
-  function wrap(content) {
-    const dd = make("dd");
-    dd.append(content);
-    return dd;
   }
 
   function show(fact) {
@@ -169,10 +179,15 @@
     by("facts").focus({ preventScroll: true });
   }
 
-  by("browser").addEventListener("input", () => {
+  function again() {
     page = 0;
     draw();
-  });
+  }
+
+  by("search").addEventListener("input", again);
+  for (const one of document.querySelectorAll("input[name=filter], #relation, #sort")) {
+    one.addEventListener("change", again);
+  }
   by("previous").addEventListener("click", () => turn(-1));
   by("next").addEventListener("click", () => turn(1));
   by("browser").hidden = false;
