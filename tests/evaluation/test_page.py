@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from page_support import HOSTILE, KEPT, many, report
 
 from command_support import files_in
 from malmend.errors import MalmendError
 from malmend.evaluation import figures, view
 from malmend.evaluation.page import _json, page, page_folder, write_page
-from page_support import HOSTILE, KEPT, many, report
 
 
 class Read(HTMLParser):

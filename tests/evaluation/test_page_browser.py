@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from page_support import HOSTILE, KEPT, many, report
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
@@ -17,7 +18,6 @@ from selenium.webdriver.remote.webelement import WebElement
 
 from malmend.evaluation.page import write_page
 from malmend.evaluation.report import Report
-from page_support import HOSTILE, KEPT, many, report
 
 FLAGS = (
     "--headless",
