@@ -273,8 +273,9 @@ def test_what_an_evaluation_holds(tiny, tmp_path):
 def test_an_edit_with_a_report_is_the_edit_and_its_evaluation(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(edit_module, "DECODED", 1)
     facts = tmp_path / "facts.jsonl"
-    lines = as_lines([replace(fact, alternative="Ka") for fact in FEW])
-    facts.write_text(lines + lines.splitlines()[0])
+    rows = [json.loads(line) | {"alternative": "Ka"} for line in as_lines(FEW).splitlines()]
+    rows.append(rows[0] | {"id": "again"})
+    facts.write_text("\n".join(map(json.dumps, rows)))
     out, given = tmp_path / "patch", {"settings": LAST, "alternative": True, **eager(tiny)}
     plain = malmend.edit(tiny.loaded, facts, **given)
     done = malmend.edit(tiny.loaded, facts, out, report=tmp_path / "page", **given)

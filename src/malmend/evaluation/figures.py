@@ -6,7 +6,7 @@ A kind of question or a metric that the report lacks is left out.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from malmend.evaluation.protocols import PROTOCOLS, Group, Scores
 from malmend.evaluation.replies import HELD, KINDS, Kind
@@ -22,7 +22,7 @@ AXIS = tuple(
 
 # The figures that come first: kind, metric, name, what it is.  Of those with one name, the first
 # that the report has.
-TILES = (
+TILES: tuple[tuple[Kind, str, str, str], ...] = (
     ("ES", "exact", "Edit prompts", "whole answer right, teacher forced"),
     ("ES", "generated", "Free-running", "answer right after normalisation"),
     ("GS", "exact", "Paraphrases", "whole answer right, teacher forced"),
@@ -154,17 +154,14 @@ def lines(report: Report) -> dict[Kind, list[Line]]:
             values = [getattr(one, metric) if one else None for one in (before, after)]
             if values == [None, None]:
                 continue
-            line = Line(kind, metric, *values)
+            line = Line(kind, metric, values[0], values[1])
             if metric == "token_ratio":
-                line = Line(kind, metric, *values, _interval(before), _interval(after))
+                intervals = [one.interval if one else None for one in (before, after)]
+                line = replace(line, before_interval=intervals[0], after_interval=intervals[1])
             found.append(line)
         if found:
             out[kind] = found
     return out
-
-
-def _interval(scores: Scores | None) -> float | None:
-    return None if scores is None else scores.interval
 
 
 def tiles(report: Report) -> list[Tile]:
