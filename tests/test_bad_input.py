@@ -76,6 +76,9 @@ class Place:
     def eval(self, *more: object, facts: object = None) -> Arguments:
         return ["eval", self.model, facts or self.facts, *more]
 
+    def named(self, name: str) -> Path:
+        return Path(shutil.copy(self.good, self.folder / name))
+
     def copied(self, name: str) -> Path:
         return Path(shutil.copytree(self.made / name, self.folder / name))
 
@@ -284,6 +287,22 @@ CASES: dict[str, tuple[Callable[[Place], Arguments], str]] = {
         "There is no folder",
     ),
     "json that is a folder": (lambda p: p.eval("--json", p.folder), "is a folder"),
+    "report into a file": (
+        lambda p: p.eval("--report", p.good),
+        "is a file, expected a folder",
+    ),
+    "report below a missing folder": (
+        lambda p: p.edit("--report", p.folder / "no" / "page"),
+        "There is no folder",
+    ),
+    "report over the facts": (
+        lambda p: p.edit("--report", p.folder, facts=p.file("report.json", FACTS)),
+        "is read by this command",
+    ),
+    "report over the patch": (
+        lambda p: p.eval("--patch", p.named("index.html"), "--report", p.folder),
+        "is read by this command",
+    ),
     "train into a file": (lambda p: p.train(out=p.good), "is a file, expected a folder"),
     "train below a missing folder": (
         lambda p: p.train(out=p.folder / "no" / "editor"),

@@ -47,7 +47,7 @@ EDITOR = {
 }
 # The whole public surface: a change here is a change for users.
 OPTIONS = {
-    "edit": MODEL | FACTS | TRUNK | CALIBRATION | EDITOR | {"--out", "--editor"},
+    "edit": MODEL | FACTS | TRUNK | CALIBRATION | EDITOR | {"--out", "--editor", "--report"},
     "train": MODEL
     | FACTS
     | TRUNK
@@ -79,7 +79,7 @@ OPTIONS = {
     "eval": MODEL
     | FACTS
     | TRUNK
-    | {"--patch", "--chat", "--decode-facts", "--text", "--force", "--json"},
+    | {"--patch", "--chat", "--decode-facts", "--text", "--report", "--force", "--json"},
     "ask": MODEL | {"--patch", "--chat", "--max-new-tokens", "--force"},
     "inspect": MODEL | {"--layers", "--sites"},
     "demo": {"-h", "--help", "--out", "--model", "--facts", "--spoken"},
@@ -218,7 +218,8 @@ def test_demo(tiny, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "The weights are bit for bit what they were." in shown
     assert "generated is over the first 1 facts" in shown
-    assert files_in(out) == {"patch.safetensors", "report.json"}
+    assert f"Report: {out / 'index.html'} " in shown
+    assert files_in(out) == {"patch.safetensors", "report.json", "index.html"}
 
 
 def test_skipped_facts_are_told(tiny, tmp_path, capsys):

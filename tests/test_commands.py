@@ -12,6 +12,7 @@ import command_support
 import helpers
 import malmend
 from command_support import CALIBRATION, Tiny, as_lines, files_in, make_facts, make_model
+from malmend.commands import edit as edit_module
 from malmend.commands import train as train_module
 from malmend.commands.demo import weights_digest
 from malmend.editors.calibration import CalibrationSettings, load_calibration
@@ -269,6 +270,30 @@ def test_what_an_evaluation_holds(tiny, tmp_path):
     assert spoken == [3, 3, *[0] * 10]  # a prompt and two paraphrases each
 
 
+def test_an_edit_with_a_report_is_the_edit_and_its_evaluation(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(edit_module, "DECODED", 1)
+    facts = tmp_path / "facts.jsonl"
+    rows = [json.loads(line) | {"alternative": "Ka"} for line in as_lines(FEW).splitlines()]
+    rows.append(rows[0] | {"id": "again"})
+    facts.write_text("\n".join(map(json.dumps, rows)))
+    out, given = tmp_path / "patch", {"settings": LAST, "alternative": True, **eager(tiny)}
+    plain = malmend.edit(tiny.loaded, facts, **given)
+    done = malmend.edit(tiny.loaded, facts, out, report=tmp_path / "page", **given)
+    assert (plain.page, done.page) == (None, tmp_path / "page" / "index.html")
+    assert done.patch.provenance == plain.patch.provenance
+    names = {"facts.jsonl", "patch", "page/index.html", "page/report.json"}
+    assert files_in(tmp_path) == names
+    saved = json.loads((tmp_path / "page" / "report.json").read_text(encoding="utf-8"))
+    asked = malmend.eval(
+        tiny.loaded, facts, done.patch, alternative=True, decode_facts=1, report=tmp_path / "again"
+    )
+    assert saved == json.loads(json.dumps(asked.to_json()))
+    assert (saved["about"]["decoded_facts"], saved["about"]["skipped"]) == (1, 1)
+    assert {row["answer"] for row in saved["rows"]} == {"Ka"}
+    assert saved["edited"]["ES"]["token_ratio"] == done.edited
+    assert (tmp_path / "again" / "index.html").read_bytes() == done.page.read_bytes()
+
+
 def test_neighbours_reversed_prompts_and_groups_reach_the_report(tiny):
     pairs = zip(make_facts(4), ("capital", "capital", "river", None), strict=True)
     facts = [
@@ -497,7 +522,8 @@ def test_demo_proves_that_the_weights_came_back(tiny, tmp_path):
     done = malmend.demo(tmp_path / "out", tiny.model, facts=5, spoken=2, told=lines.append)
     assert done.weights_before == done.weights_after == weights_digest(tiny.loaded)
     assert done.weights_during != done.weights_before
-    assert files_in(tmp_path / "out") == {"patch.safetensors", "report.json"}
+    assert files_in(tmp_path / "out") == {"patch.safetensors", "report.json", "index.html"}
+    assert done.page == tmp_path / "out" / "index.html"
     assert (done.report.facts, done.report.about["decoded_facts"]) == (5, 2)
     assert len(done.asked) == 3
     assert all(one.edited is not None for one in done.asked)

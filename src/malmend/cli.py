@@ -169,6 +169,8 @@ def _eval(arguments: list[str]) -> None:
     if path is not None:
         result.save(path)
     show.report(result)
+    if given["report"] is not None:
+        show.page(given["report"])
 
 
 def _ask(arguments: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -17,6 +18,7 @@ from malmend.commands.edit import EditResult
 from malmend.commands.inspect import Inspection
 from malmend.commands.train import TrainResult
 from malmend.editors.training import StepRecord
+from malmend.evaluation.page import PAGE
 from malmend.evaluation.protocols import PROTOCOLS, Group, Scores
 from malmend.evaluation.report import Report
 from malmend.facts.fact import FactSet
@@ -83,6 +85,16 @@ def edited(result: EditResult) -> None:
     if result.path is not None:
         size = result.path.stat().st_size / 1e6
         OUT.print(f"Patch: {escape(str(result.path))} ({size:.1f} MB)")
+    if result.page is not None:
+        page(result.page.parent)
+
+
+def page(folder: str | Path) -> None:
+    """Where the report's page lies."""
+    path = Path(folder) / PAGE
+    OUT.print(
+        f"Report: {escape(str(path))} (open it in a browser)", highlight=False, soft_wrap=True
+    )
 
 
 def skipped(facts: FactSet) -> None:
@@ -268,3 +280,5 @@ def demonstrated(result: DemoResult) -> None:
         if back
         else "The weights did NOT come back as they were; please report this."
     )
+    OUT.print()
+    page(result.page.parent)

@@ -10,6 +10,7 @@ from pathlib import Path
 from malmend.commands.ask import AskResult, ask
 from malmend.commands.edit import EditResult, edit
 from malmend.commands.evaluate import evaluate
+from malmend.evaluation.page import PAGE
 from malmend.evaluation.report import Report
 from malmend.facts.fact import Fact
 from malmend.facts.readers import read_facts
@@ -23,12 +24,14 @@ from malmend.workbench import Progress, shipped, silent
 class DemoResult:
     """Everything the demo did.
 
+    ``page`` is the report as an HTML page.
     ``weights_before``, ``weights_during`` and ``weights_after`` are SHA-256 over all bytes of all
     parameters: unedited, with the patch on, and with the patch off again.
     """
 
     edit: EditResult
     report: Report
+    page: Path
     asked: tuple[AskResult, ...]
     weights_before: str
     weights_during: str
@@ -62,14 +65,15 @@ def demo(
     done = edit(loaded, known, folder / "patch.safetensors", progress=progress)
     told(f"Asking about all {len(known)}, before and after.")
     asked_about = [replace(fact, paraphrases=fact.paraphrases[:1]) for fact in known]
-    report = evaluate(loaded, asked_about, done.patch, decode_facts=spoken, progress=progress)
-    report.save(folder / "report.json")
+    report = evaluate(
+        loaded, asked_about, done.patch, decode_facts=spoken, report=folder, progress=progress
+    )
     told("Asking three facts in free-running text.")
     patch = done.patch
     asked = tuple(ask(loaded, prompt, patch) for prompt in _prompts(known, report))
     during = _digest_with(loaded, done)
     after = weights_digest(loaded)
-    return DemoResult(done, report, asked, before, during, after)
+    return DemoResult(done, report, folder / PAGE, asked, before, during, after)
 
 
 def weights_digest(loaded: LoadedModel) -> str:

@@ -10,11 +10,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from malmend.commands.evaluate import chat_encoder, evaluate
 from malmend.editors.calibration import CalibrationSettings
 from malmend.editors.checkpoint import load_editor
 from malmend.editors.editor import Editor, EditorSettings, training_free
 from malmend.errors import EditorError, MalmendError
 from malmend.evaluation.examiner import Examiner
+from malmend.evaluation.page import PAGE, page_folder
 from malmend.facts.fact import Fact, FactSet
 from malmend.files import writable
 from malmend.models.capture import capture
@@ -34,6 +36,8 @@ from malmend.workbench import (
     silent,
 )
 
+DECODED = 200  # facts of a report that are also answered free-running, the slow part
+
 
 @dataclass(frozen=True, eq=False)
 class EditResult:
@@ -46,6 +50,7 @@ class EditResult:
         unedited: share of answer tokens right before, teacher forced (ES, token ratio).
         edited: the same after.
         seconds: capture, transform, aggregation and writing; loading and calibration aside.
+        page: where the report lies, or None.
     """
 
     patch: Patch
@@ -54,6 +59,7 @@ class EditResult:
     unedited: float
     edited: float
     seconds: float
+    page: Path | None = None
 
 
 def edit(
@@ -67,6 +73,7 @@ def edit(
     alternative: bool = False,
     calibrate: str | Path | None = None,
     text: str | Path | None = None,
+    report: str | Path | None = None,
     calibration: CalibrationSettings = CalibrationSettings(),
     trunk: TrunkSettings = TrunkSettings(),
     dtype: str = "float32",
@@ -85,6 +92,8 @@ def edit(
         alternative: edit in each fact's alternative (a false answer) in place of its answer.
         calibrate: calibration facts in place of the project's own.
         text: calibration text in place of the project's own.
+        report: a folder for a report as an HTML page; asks everything about the facts before and
+            after, 200 of them free-running too.
         calibration: how the model is calibrated.
         trunk: grouping of questions and the disk budget for trunk activations.
         dtype: the model is loaded in.
@@ -107,6 +116,9 @@ def edit(
         chosen = editor.settings
     encoder = encoder_for(model, chosen.end_of_answer)
     known = checked_facts(facts, encoder, limit, strict, alternative)
+    if report is not None:  # whatever would stop it is found before the work
+        chat_encoder(model, chosen.end_of_answer, known, DECODED)
+        page_folder(report, facts, calibrate, text, out)
     loaded = opened(model, dtype)
     sites = find_sites(loaded.model, chosen.layers, chosen.sites)
     bench = lay_out(loaded, sites, chosen.end_of_answer, trunk=trunk)
@@ -126,7 +138,22 @@ def edit(
     name = "in memory" if isinstance(editor, Editor) else str(editor)
     start = time.perf_counter()
     patch = make_edit(bench, ready, known, name, progress)
-    return _finished(bench, patch, known, out, start, progress)
+    done = _finished(bench, patch, known, out, start, progress)
+    if report is None:
+        return done
+    evaluate(
+        loaded,
+        facts,
+        done.patch,
+        limit,
+        strict,
+        alternative,
+        decode_facts=DECODED,
+        report=report,
+        trunk=trunk,
+        progress=progress,
+    )
+    return replace(done, page=Path(report) / PAGE)
 
 
 def make_edit(

@@ -8,6 +8,7 @@ from typing import Any
 
 from malmend.errors import FactsError, MalmendError
 from malmend.evaluation.examiner import Examiner
+from malmend.evaluation.page import page_folder, write_page
 from malmend.evaluation.perplexity import perplexity
 from malmend.evaluation.protocols import groups_of, scores
 from malmend.evaluation.replies import rows_of
@@ -40,6 +41,7 @@ def evaluate(
     chat: bool = False,
     decode_facts: int | None = None,
     text: str | Path | None = None,
+    report: str | Path | None = None,
     force: bool = False,
     trunk: TrunkSettings = TrunkSettings(),
     dtype: str = "float32",
@@ -59,6 +61,7 @@ def evaluate(
         decode_facts: for how many of the facts the model also answers free-running (the slow
             part); None for all.
         text: a text file for perplexity before and after.
+        report: a folder for the report as an HTML page, with its figures as JSON beside.
         force: accept a patch that was made for another base.
         trunk: grouping of questions and the disk budget for trunk activations.
         dtype: the model is loaded in.
@@ -69,6 +72,7 @@ def evaluate(
     """
     if decode_facts is not None and decode_facts < 0:
         raise MalmendError(f"decode_facts is {decode_facts}, expected 0 or more.")
+    inputs = (facts, patch, text)
     if isinstance(patch, str | Path):
         patch = load_patch(patch)
     words = None if text is None else read_text(text)
@@ -78,10 +82,9 @@ def evaluate(
         end = patch.provenance.get("settings", {}).get("end_of_answer", end)
     known = checked_facts(facts, encoder_for(model, end, chat), limit, strict, alternative)
     # Beside the plain questions, the same through the model's chat template, where it has one.
-    chatted = None
-    if not chat and getattr(tokenizer, "chat_template", None):
-        chatted = encoder_for(model, end, chat=True)
-        _check_chat(chatted, known, decode_facts)
+    chatted = None if chat else chat_encoder(model, end, known, decode_facts)
+    if report is not None:
+        page_folder(report, *inputs)
     loaded = opened(model, dtype)
     if patch is None:
         blocks = len(find_blocks(loaded.model)[1])
@@ -116,7 +119,7 @@ def evaluate(
         "patch": dict(patch.provenance) if patch else None,
     }
     rows = rows_of(known, before, after)
-    return Report(
+    found = Report(
         facts=len(known),
         about=about,
         unedited=scores(before),
@@ -125,10 +128,22 @@ def evaluate(
         rows=rows,
         groups=groups_of(rows),
     )
+    if report is not None:
+        write_page(found, report)
+    return found
 
 
-def _check_chat(encoder: Encoder, facts: FactSet, decode_facts: int | None) -> None:
-    """Raises FactsError for prompts that the chat template makes too long to be answered."""
+def chat_encoder(
+    model: str | LoadedModel, end: EndOfAnswer, facts: FactSet, decode_facts: int | None
+) -> Encoder | None:
+    """What asks through the model's chat template; None where the model has no template.
+
+    Raises:
+        FactsError: for prompts that the template makes too long to be answered.
+    """
+    if not getattr(tokenizer_of(model), "chat_template", None):
+        return None
+    encoder = encoder_for(model, end, chat=True)
     faults = []
     for fact in facts.facts[:decode_facts]:
         for question in (fact.question, *fact.equivalents):
@@ -144,6 +159,7 @@ def _check_chat(encoder: Encoder, facts: FactSet, decode_facts: int | None) -> N
             "shorten them, or give --decode-facts 0:",
             faults,
         )
+    return encoder
 
 
 class _Counter:

@@ -1,0 +1,103 @@
+"""A report as one self-contained HTML page: no network, no library, the same bytes every time.
+
+The page is made by a template with autoescape.  The facts stand in it as JSON, which its script
+writes as text, never as markup; the page's own policy lets no other script run and nothing load.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from malmend.evaluation import figures, view
+from malmend.evaluation.report import Report
+from malmend.files import writable, writable_folder, written_beside
+
+PAGE, FIGURES = "index.html", "report.json"
+MOVED_SHOWN = 100  # of what moved, the farthest; every one stands beside its fact
+
+
+def write_page(report: Report, folder: str | Path) -> Path:
+    """Writes the page, and the report's JSON beside it, whole or not at all; returns its path."""
+    folder = writable_folder(folder)
+    report.save(folder / FIGURES)
+    with written_beside(folder / PAGE) as beside:
+        beside.write_text(page(report), encoding="utf-8", newline="\n")
+    return folder / PAGE
+
+
+def page_folder(folder: str | Path, *inputs: object) -> Path:
+    """Checks before long work that a page can be written; ``inputs`` must not be written over.
+
+    Raises:
+        MalmendError: the folder cannot be made or written into, or an input would be lost.
+    """
+    folder = writable_folder(folder)
+    for name in (PAGE, FIGURES):
+        writable(folder / name, *inputs)
+    return folder
+
+
+def page(report: Report) -> str:
+    """The page's HTML."""
+    script = _part("page.js")
+    moved = view.moved(report)
+    return (
+        _environment()
+        .get_template("page.html.j2")
+        .render(
+            report=report,
+            about=report.about,
+            patch=report.about.get("patch") or {},
+            kinds=view.QUESTIONS,
+            tiles=figures.tiles(report),
+            panels=figures.panels(report),
+            lines=figures.lines(report),
+            protocols=figures.protocols(report),
+            axis=figures.AXIS,
+            groups=figures.tables(report),
+            relations=view.relations(report),
+            spreads=figures.spreads(report),
+            moved=moved[:MOVED_SHOWN],
+            moved_count=len(moved),
+            filters=view.filters(report),
+            facts=_json(view.entries(report)),
+            style=_part("page.css"),
+            script=script,
+            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        )
+    )
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("malmend.evaluation"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    filters = {"percent": figures.percent, "kl": figures.kl, "count": "{:,}".format}
+    environment.filters |= filters
+    return environment
+
+
+@cache
+def _part(name: str) -> str:
+    return (resources.files("malmend.evaluation") / "templates" / name).read_text("utf-8")
+
+
+def _json(value: Any) -> str:
+    """JSON that can stand inside a script element: nothing in it can end the element."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for sign in "<>&\u2028\u2029":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return text

@@ -1,0 +1,253 @@
+from __future__ import annotations
+
+import base64
+import errno
+import hashlib
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from page_support import HOSTILE, KEPT, many, report
+
+from command_support import files_in
+from malmend.errors import MalmendError
+from malmend.evaluation import figures, view
+from malmend.evaluation.page import _json, page, page_folder, write_page
+
+
+class Read(HTMLParser):
+    """Tags with their attributes, and the text of each kind of element, as a browser reads them."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: dict[str, list[str]] = {}
+        self.open: list[str] = []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.open.append(tag)
+        if tag in ("script", "title", "style"):
+            self.texts.setdefault(tag, []).append("")
+
+    def handle_endtag(self, tag):
+        while self.open and self.open.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        tag = self.open[-1] if self.open else ""
+        if tag in ("script", "title", "style"):
+            self.texts[tag][-1] += data
+        else:
+            self.texts.setdefault(tag, []).append(data)
+
+    def of(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+    def said(self) -> str:
+        """Everything but script and style."""
+        parts = [part for tag, found in self.texts.items() for part in found if tag not in SILENT]
+        return " ".join(" ".join(parts).split())
+
+
+SILENT = ("script", "style")
+
+
+def test_hostile_text_in_every_field_stays_text():
+    html = page(report())
+    read = Read(html)
+    assert [one.get("type") for one in read.of("script")] == ["application/json", None]
+    assert len(re.findall("</script", html, re.IGNORECASE)) == 2
+    assert not read.of("img")
+    assert not [name for _, attributes in read.tags for name in attributes if name[:2] == "on"]
+    assert "window.hacked" not in read.texts["script"][1]
+    assert "{{ 7 * 7 }}" in read.said()
+    assert " 49 " not in read.said()
+    # Model, facts, editor, a name and a value of the patch, group, question, gold, tops, id.
+    assert sum(HOSTILE in part for part in read.texts["bdi"]) == 12
+    assert HOSTILE in read.texts["title"][0]
+    assert {"value": HOSTILE} in read.of("option")
+
+
+def test_the_facts_stand_in_the_page_as_they_are():
+    facts = json.loads(Read(page(report())).texts["script"][0])
+    assert [fact["id"] for fact in facts] == KEPT["all"]
+    for key, kept in KEPT.items():
+        if key != "all":
+            assert [fact["id"] for fact in facts if key in fact["flags"]] == kept
+    hostile = facts[-1]
+    assert hostile["prompt"] == hostile["answer"] == hostile["subject"] == HOSTILE
+    assert hostile["relation"] == HOSTILE
+    assert hostile["asked"][0]["after"] == {
+        "text": HOSTILE,
+        "said": True,
+        "chat": HOSTILE,
+        "exact": True,
+        "right": 2,
+        "tokens": 2,
+    }
+    assert hostile["asked"][2]["kl"] == 0.5
+    assert hostile["asked"][2]["after"]["top"] == HOSTILE
+    assert "kl" not in hostile["asked"][0]
+
+
+@given(st.text(st.characters(exclude_categories=("Cs",)) | st.sampled_from("<>&/!-\u2028\u2029")))
+def test_json_in_a_script_element_is_read_as_it_was_and_cannot_end_it(text):
+    shown = _json({text: [text]})
+    assert json.loads(shown) == {text: [text]}
+    assert not set("<>&\u2028\u2029") & set(shown)
+
+
+def test_the_same_report_gives_the_same_bytes(tmp_path):
+    assert page(report()) == page(report())
+    first = write_page(report(), tmp_path / "one").read_bytes()
+    assert write_page(report(), tmp_path / "two").read_bytes() == first
+
+
+def test_nothing_is_asked_of_any_network():
+    plain = replace(many(20), about={"model": "tiny", "patch": None})
+    html = page(plain)
+    read = Read(html)
+    assert not re.search("https?:|//[a-z]|url\\(|@import", html)
+    for name in ("href", "src", "srcset", "action", "data", "poster"):
+        for _, attributes in read.tags:
+            assert (attributes.get(name) or "#")[0] == "#" or attributes[name] == "data:,"
+    policy = next(one["content"] for one in read.of("meta") if "http-equiv" in one)
+    digest = base64.b64encode(hashlib.sha256(read.texts["script"][1].encode()).digest()).decode()
+    assert policy == (
+        f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
+        "img-src data:; base-uri 'none'; form-action 'none'"
+    )
+    assert not re.search("innerHTML|outerHTML|insertAdjacent|document.write", html)
+
+
+def test_links_lead_somewhere():
+    read = Read(page(report()))
+    ids = {attributes["id"] for _, attributes in read.tags if "id" in attributes}
+    links = {(one["href"] or "")[1:] for one in read.of("a")}
+    assert {"summary", "groups", "moved", "facts", "made"} == links
+    assert links <= ids
+
+
+def test_figures_by_hand():
+    said = Read(page(report())).said()
+    lines = {
+        (one.kind, one.metric): one for found in figures.lines(report()).values() for one in found
+    }
+    assert (lines["ES", "exact"].before, lines["ES", "exact"].after) == (0.0, 5 / 6)
+    assert (lines["ES", "token_ratio"].after, lines["ES", "generated"].after) == (5.5 / 6, 2 / 3)
+    assert (lines["NS", "kept"].before, lines["NS", "kept"].after) == (None, 0.5)
+    assert ("RS", "exact") in lines
+    assert "83.3%" in said
+    assert "9.50" in said
+    assert "10.25" in said
+    tiles = {tile.name: (tile.before, tile.after) for tile in figures.tiles(report())}
+    assert tiles == {
+        "Edit prompts": ("0.0%", "83.3%"),
+        "Free-running": ("0.0%", "66.7%"),
+        "Paraphrases": ("0.0%", "66.7%"),
+        "Neighbours kept": ("", "50.0%"),
+        "Unrelated kept": ("", figures.percent(lines["LS", "retention"].after)),
+        "Perplexity": ("9.50", "10.25"),
+    }
+    relation, length = figures.tables(report())
+    assert [(one.name, one.facts) for one in relation.rows] == [("capital", 3), (HOSTILE, 1)]
+    assert relation.rows[0].exact["ES"] == (0.0, 2 / 3)
+    assert [(one.name, one.facts) for one in length.rows] == [("2", 6)]
+    assert length.kinds == ("ES", "GS", "NS", "LS")
+
+
+def test_filters_count_the_facts_that_they_keep():
+    assert {one["key"]: one["facts"] for one in view.filters(report())} == {
+        key: len(kept) for key, kept in KEPT.items()
+    }
+
+
+def test_how_far_answers_moved_by_hand():
+    neighbours, unrelated = figures.spreads(report())
+    # "Who?" stands beside two facts and counts once.
+    assert (neighbours.kind, neighbours.questions, neighbours.changed) == ("NS", 2, 1)
+    assert (unrelated.kind, unrelated.questions, unrelated.changed) == ("LS", 2, 1)
+    assert (unrelated.median, unrelated.ninth, unrelated.most) == (0.02, 0.5, 0.5)
+    assert (neighbours.median, neighbours.most) == (2e-9, 3.0)
+    # Half decades from 1e-6: 0.02 is in [0.01, 0.0316), 0.5 in [0.316, 1), 3 in [1, 3.16).
+    assert [index for index, count in enumerate(unrelated.bins) if count] == [9, 12]
+    assert [index for index, count in enumerate(neighbours.bins) if count] == [0, 13]
+    assert unrelated.spoken == (
+        "KL of 2 questions: median 0.020, nine in ten up to 0.500, farthest 0.500; "
+        "1 between 0.01 and 0.03, 1 between 0.3 and 1."
+    )
+    found = view.moved(report())
+    assert [(one.kind, one.prompt, one.kl) for one in found] == [
+        ("NS", "In Wal is", 3.0),
+        ("LS", HOSTILE, 0.5),
+    ]
+    assert (found[0].before, found[0].gold, found[0].beside) == ("Peru", "Lima", "moved")
+
+
+def test_what_was_not_asked_is_left_out():
+    alone = report(edited=False, kinds=("ES",))
+    read = Read(page(alone))
+    assert [one["value"] for one in read.of("input") if one.get("name") == "filter"] == [
+        key for key in KEPT if key not in ("paraphrase", "regression", "moved")
+    ]
+    said = read.said().lower().replace("unedited", "")
+    for word in ("paraphrases", "neighbours", "unrelated", "reversed", "edited", "moved", "after"):
+        assert word not in said.replace("after normalisation", "")
+    assert {one["id"] for one in read.of("section")} == {"summary", "groups", "facts", "made"}
+    assert "9.50" in read.said()
+    bare = replace(alone, perplexity={}, groups={}, about={"model": "tiny"})
+    read = Read(page(bare))
+    assert "perplexity" not in read.said().lower()
+    assert {one["id"] for one in read.of("section")} == {"summary", "facts", "made"}
+
+
+def test_every_plot_has_words():
+    read = Read(page(report()))
+    figures_found = read.of("figure")
+    assert len(figures_found) == 6  # four protocols and two histograms
+    assert all(one["role"] == "img" and len(one["aria-label"] or "") > 30 for one in figures_found)
+
+
+def test_the_page_and_its_figures_are_written_whole(tmp_path):
+    assert write_page(report(), tmp_path / "out") == tmp_path / "out" / "index.html"
+    assert files_in(tmp_path) == {"out/index.html", "out/report.json"}
+    saved = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert saved == json.loads(json.dumps(report().to_json()))
+
+
+def test_a_full_disk_leaves_the_old_page(tmp_path, monkeypatch):
+    (tmp_path / "index.html").write_text("old")
+    written = Path.write_text
+
+    def full(self: Path, text: str, **keywords: str) -> int:
+        if "index" not in self.name:
+            return written(self, text, **keywords)
+        self.write_bytes(text[:10].encode())
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(MalmendError, match=r"index.html cannot be written \(No space left"):
+        write_page(report(), tmp_path)
+    assert (tmp_path / "index.html").read_bytes() == b"old"
+    assert files_in(tmp_path) == {"index.html", "report.json"}
+
+
+def test_a_folder_for_the_page_is_checked_before_work(tmp_path):
+    facts = tmp_path / "report.json"
+    facts.write_text("{}")
+    with pytest.raises(MalmendError, match="is read by this command"):
+        page_folder(tmp_path, str(facts))
+    with pytest.raises(MalmendError, match="is a file, expected a folder"):
+        page_folder(facts)
+    with pytest.raises(MalmendError, match="There is no folder"):
+        page_folder(tmp_path / "no" / "page")
+    assert files_in(tmp_path) == {"report.json"}
+    assert page_folder(tmp_path / "page", None, facts) == tmp_path / "page"
