@@ -85,18 +85,23 @@ def _edit(arguments: list[str]) -> None:
     parser.add_argument("facts", type=str, help="facts file")
     _derive(parser, edit, {"model", "facts", "out", "editor", "settings"})
     parser.add_argument("--out", type=str, required=True, help="path of the patch to write")
-    parser.add_argument("--editor", type=str, default="none", help="an editor's folder, or none")
+    parser.add_argument(
+        "--editor",
+        type=str,
+        default="auto",
+        help="an editor's folder; none; or auto, the one that is shipped for this model",
+    )
     _settings(parser, network=False)
     given = _parse(parser, arguments)
     settings = _editor_settings(given, network=False)
-    if given["editor"] != "none" and settings != training_free():
+    untouched = settings == training_free()
+    if given["editor"] not in ("auto", "none") and not untouched:
         raise MalmendError(
             f"The editor {given['editor']} brings its own settings; leave out --method, --layers "
             "and the other settings of editors."
         )
     with show.bars() as bars:
-        free = given["editor"] == "none"
-        result = edit(**given, settings=settings if free else None, progress=bars)
+        result = edit(**given, settings=None if untouched else settings, progress=bars)
     show.edited(result)
 
 

@@ -6,10 +6,13 @@ fingerprint of its weights.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
+from typing import TypeVar
 
 from malmend.editors.calibration import (
     Calibration,
@@ -19,7 +22,8 @@ from malmend.editors.calibration import (
     load_calibration,
     save_calibration,
 )
-from malmend.editors.editor import EditorSettings
+from malmend.editors.editor import Editor, EditorSettings
+from malmend.editors.keymoments import key_moments, load_moments, save_moments
 from malmend.errors import FactsError, MalmendError
 from malmend.facts.alternatives import towards_alternatives
 from malmend.facts.fact import Fact, FactSet
@@ -38,6 +42,7 @@ from malmend.models.trunk import Trunk, TrunkSettings
 LONGEST = 512  # tokens of a question, answer and end token included
 
 Progress = Callable[[str, float], None]
+Kept = TypeVar("Kept")
 
 
 def silent(stage: str, share: float) -> None:
@@ -143,6 +148,56 @@ def calibrated(
         settings: sizes and candidates.
         progress: called with stage and share done.
     """
+    known, words = _calibration_data(bench, facts, text, settings.moment_facts)
+    # The network's size changes nothing that is calibrated.
+    plain = replace(editor_settings, network=replace(editor_settings.network, blocks=0))
+    key = calibration_key(bench.loaded.digest, bench.trunk, plain, settings, known, words)
+    path = cache_folder() / "calibrations" / f"{key}.safetensors"
+    return _kept(
+        path,
+        load_calibration,
+        lambda: calibrate(bench.trunk, bench.encoder, plain, known, words, settings, progress),
+        save_calibration,
+    )
+
+
+def completed(editor: Editor, bench: Workbench, progress: Progress = silent) -> Editor:
+    """A shipped editor with the moments of its prior, which are not shipped but made again.
+
+    They come from the project's own calibration facts and text, and are kept in the cache folder.
+    """
+    if not editor.lacks_moments:
+        return editor
+    settings = CalibrationSettings()
+    known, words = _calibration_data(bench, None, None, settings.moment_facts)
+    key = calibration_key(bench.loaded.digest, bench.trunk, editor.settings, settings, known, words)
+    path = cache_folder() / "moments" / f"{key}.safetensors"
+    moments = _kept(
+        path,
+        load_moments,
+        lambda: key_moments(
+            bench.trunk,
+            bench.encoder,
+            editor.terms,
+            known,
+            words,
+            settings.text_tokens,
+            progress,
+        ),
+        save_moments,
+    )
+    editor.take_moments(moments)
+    return editor
+
+
+def _calibration_data(
+    bench: Workbench, facts: str | Path | None, text: str | Path | None, count: int
+) -> tuple[list[Fact], str]:
+    """Calibration facts, evenly over their file, and text: the project's own where none are given.
+
+    Raises:
+        MalmendError: the tokenizer can say none of the project's facts.
+    """
     encoder = bench.encoder
     if facts is None:
         known = [f for f in read_facts(shipped("facts.jsonl")) if "train" in f.tags]
@@ -150,30 +205,41 @@ def calibrated(
         known = [fact for fact in known if not encoder.faults([fact])]
     else:
         known = list(checked_facts(facts, encoder))
-    # One after another of a file are often of one relation; take them evenly over the file.
-    known = spread(known, settings.moment_facts)
+    # One after another of a file are often of one relation.
+    known = spread(known, count)
     if not known:
         raise MalmendError(
             "This tokenizer can say none of the project's calibration facts; give facts of your "
             "own with --calibrate FACTS."
         )
-    words = read_text(shipped("text.txt") if text is None else text)
-    # The network's size changes nothing that is calibrated.
-    plain = replace(editor_settings, network=replace(editor_settings.network, blocks=0))
-    key = calibration_key(bench.loaded.digest, bench.trunk, plain, settings, known, words)
-    path = cache_folder() / "calibrations" / f"{key}.safetensors"
+    return known, read_text(shipped("text.txt") if text is None else text)
+
+
+def _kept(
+    path: Path,
+    load: Callable[[Path], Kept],
+    make: Callable[[], Kept],
+    save: Callable[[Kept, Path], None],
+) -> Kept:
+    """What a file of the cache folder holds; where it is not there or damaged, it is made."""
     if path.is_file():
         try:
-            return load_calibration(path)
+            return load(path)
         except Exception:  # a damaged copy is only made again
             path.unlink(missing_ok=True)
-    found = calibrate(bench.trunk, encoder, plain, known, words, settings, progress)
-    try:
+    found = make()
+    with suppress(OSError, MalmendError):  # the cache cannot be written: only slower next time
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_calibration(found, path)
-    except (OSError, MalmendError):  # the cache cannot be written: only slower next time
-        pass
+        save(found, path)
     return found
+
+
+def shipped_editor(base: str) -> Path | None:
+    """The folder of the editor that the package carries for a model with this fingerprint."""
+    for about in sorted(shipped("editors").glob("*/editor.json")):
+        if json.loads(about.read_text(encoding="utf-8"))["base"] == base:
+            return about.parent
+    return None
 
 
 def spread(facts: Sequence[Fact], count: int) -> list[Fact]:

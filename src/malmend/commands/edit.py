@@ -10,11 +10,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from malmend.commands.choice import choose
 from malmend.commands.evaluate import chat_encoder, evaluate
 from malmend.editors.calibration import CalibrationSettings
-from malmend.editors.checkpoint import load_editor
-from malmend.editors.editor import Editor, EditorSettings, training_free
-from malmend.errors import EditorError, MalmendError
+from malmend.editors.editor import Editor, EditorSettings
+from malmend.errors import EditorError
 from malmend.evaluation.examiner import Examiner
 from malmend.evaluation.page import PAGE, page_folder
 from malmend.facts.fact import Fact, FactSet
@@ -28,7 +28,6 @@ from malmend.patch import Patch, applied, load_patch, make_patch, save_patch
 from malmend.workbench import (
     Progress,
     Workbench,
-    calibrated,
     checked_facts,
     encoder_for,
     lay_out,
@@ -66,7 +65,7 @@ def edit(
     model: str | LoadedModel,
     facts: str | Path | Sequence[Fact],
     out: str | Path | None = None,
-    editor: str | Path | Editor = "none",
+    editor: str | Path | Editor = "auto",
     settings: EditorSettings | None = None,
     limit: int | None = None,
     strict: bool = False,
@@ -85,7 +84,9 @@ def edit(
         model: a name, a folder, a GGUF file, or a loaded model.
         facts: a facts file, or facts.
         out: where the patch goes; None keeps it in memory.
-        editor: a folder that ``malmend train`` wrote, or "none" for the editor without a network.
+        editor: a folder that ``malmend train`` wrote; "none" for the editor without a network;
+            "auto" for the editor that the package carries for this model, and where it carries
+            none, or settings or calibration data are given, "none".
         settings: of the editor without a network; a trained editor brings its own.
         limit: the first so many facts.
         strict: refuse duplicates and contradictions in place of skipping the later ones.
@@ -104,40 +105,22 @@ def edit(
     """
     if out is not None:
         writable(out, facts, calibrate, text, model)
-    saved = None if editor == "none" or isinstance(editor, Editor) else load_editor(editor)
-    if editor != "none" and settings is not None:
-        raise MalmendError(
-            "An editor brings its own settings; give an editor or settings, not both."
-        )
-    chosen = settings or training_free()
-    if saved is not None:
-        chosen = saved.editor.settings
-    elif isinstance(editor, Editor):
-        chosen = editor.settings
-    encoder = encoder_for(model, chosen.end_of_answer)
+    choice = choose(editor, settings, own_data=calibrate is not None or text is not None)
+    end = choice.settings.end_of_answer
+    encoder = encoder_for(model, end)
     known = checked_facts(facts, encoder, limit, strict, alternative)
     if report is not None:  # whatever would stop it is found before the work
-        chat_encoder(model, chosen.end_of_answer, known, DECODED)
+        chat_encoder(model, end, known, DECODED)
         page_folder(report, facts, calibrate, text, out)
     loaded = opened(model, dtype)
-    sites = find_sites(loaded.model, chosen.layers, chosen.sites)
-    bench = lay_out(loaded, sites, chosen.end_of_answer, trunk=trunk)
-    if saved is not None:
-        ready = saved.editor
-        if saved.base != loaded.fingerprint:
-            raise EditorError(
-                f"The editor {editor} was trained for a base with fingerprint {saved.base[:12]}, "
-                f"the model {loaded.name} has {loaded.fingerprint[:12]}; train one for this model."
-            )
-    elif isinstance(editor, Editor):
-        ready = editor
-    else:
-        found = calibrated(bench, chosen, calibrate, text, calibration, progress)
-        ready = found.editor(chosen, bench.trunk)
-    ready.check_fits(bench.trunk.sites)
-    name = "in memory" if isinstance(editor, Editor) else str(editor)
+    choice = choice.on(loaded)
+    sites = find_sites(loaded.model, choice.settings.layers, choice.settings.sites)
+    bench = lay_out(loaded, sites, choice.settings.end_of_answer, trunk=trunk)
+    ready = choice.editor(bench, calibrate, text, calibration, progress)
     start = time.perf_counter()
-    patch = make_edit(bench, ready, known, name, progress)
+    patch = make_edit(bench, ready, known, choice.name, progress)
+    if choice.saved is not None:
+        patch = Patch(patch.factors, {**patch.provenance, "trained_on": choice.saved.seen(known)})
     done = _finished(bench, patch, known, out, start, progress)
     if report is None:
         return done
@@ -196,6 +179,7 @@ def make_edit(
             for index, term in enumerate(editor.terms)
         },
         "lambda": editor.log_ridge_S.exp().tolist(),
+        "end_weight": editor.log_end_weight_S.exp().tolist(),
         "facts": len(facts),
         "skipped": len(facts.skipped),
         "facts_source": facts.source,

@@ -14,7 +14,7 @@ from malmend.editors.checkpoint import SavedEditor, load_editor, save_editor
 from malmend.editors.editor import EditorSettings
 from malmend.editors.training import StepRecord, Trainer, TrainSettings, estimate_seconds
 from malmend.errors import EditorError
-from malmend.facts.fact import Fact, FactSet, Question
+from malmend.facts.fact import Fact, FactSet, Question, subject_hash
 from malmend.facts.lint import leaks
 from malmend.facts.readers import read_questions
 from malmend.files import writable_folder
@@ -175,6 +175,7 @@ def _about(
         "facts_source": facts.source,
         "facts_sha256": hashlib.sha256(repr(learned).encode()).hexdigest(),
         "locality_sha256": hashlib.sha256(repr(list(others)).encode()).hexdigest(),
+        "subjects": "".join(sorted({subject_hash(f.subject or f.prompt) for f in facts})),
         "training": asdict(settings),
     }
 

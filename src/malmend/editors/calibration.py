@@ -17,15 +17,16 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from malmend.editors.editor import PRIORS, Editor, EditorSettings, SiteStatistics
-from malmend.editors.keymoments import key_moments, others_of
+from malmend.editors.keymoments import key_moments, others_of, passages_of
 from malmend.editors.metaloss import Judged, meta_loss
 from malmend.errors import MalmendError
 from malmend.facts.fact import Fact
@@ -102,6 +103,7 @@ def calibrate(
     text: str,
     settings: CalibrationSettings = CalibrationSettings(),
     progress: Callable[[str, float], None] = lambda stage, share: None,
+    moments: Mapping[str, Sequence[Tensor]] | None = None,
 ) -> Calibration:
     """Finds a model's statistics and starting values.
 
@@ -113,6 +115,7 @@ def calibrate(
         text: general text, one passage per line.
         settings: sizes and candidates.
         progress: called with the stage's name and the share of it that is done.
+        moments: of each term of the prior, by site; None finds them.
     """
     usable = [fact for fact in facts if fact.paraphrases]
     if not usable:
@@ -120,7 +123,7 @@ def calibrate(
             "No calibration fact has a paraphrase, which the search for eta and alpha needs; "
             "add paraphrases, or leave --calibrate out."
         )
-    passages = _passages(encoder, text)
+    passages = passages_of(encoder, text)
     terms = PRIORS[editor_settings.prior] if editor_settings.method == "malmen" else ()
     moment_facts = usable[: settings.moment_facts]
     captured = capture(
@@ -130,16 +133,16 @@ def calibrate(
         editor_settings.descent,
         _counted(progress, "value gradients of calibration facts", len(moment_facts)),
     )
-    moments = key_moments(
-        trunk, encoder, terms, moment_facts, passages, settings.text_tokens, progress
-    )
+    if moments is None:
+        tokens = settings.text_tokens
+        moments = key_moments(trunk, encoder, terms, moment_facts, text, tokens, progress)
     statistics = {}
     for index, (site, pair) in enumerate(zip(trunk.sites, captured, strict=True)):
         value_width, key_width = site.shape_VK
         known = SiteStatistics(
             RunningMoments(key_width),
             RunningMoments(value_width),
-            {term: found[index] for term, found in moments.items()},
+            {term: moments[term][index] for term in terms},
         )
         known.keys.add(pair.keys_NK)
         known.value_grads.add(pair.value_grads_NV)
@@ -163,15 +166,6 @@ def calibrate(
         settings,
         progress,
     )
-
-
-def _passages(encoder: Encoder, text: str) -> list[Encoded]:
-    """The lines of a text that have two tokens or more, without an answer."""
-    lines = [encoder.passage_ids(line.strip()) for line in text.splitlines() if line.strip()]
-    passages = [Encoded(ids, len(ids), len(ids)) for ids in lines if len(ids) > 1]
-    if not passages:
-        raise MalmendError("The calibration text has no line of two tokens; give more text.")
-    return passages
 
 
 def _unrelated(

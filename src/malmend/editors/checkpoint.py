@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor
 from malmend.editors.editor import PRIORS, Editor, EditorSettings, SiteStatistics
 from malmend.editors.network import NetworkSettings
 from malmend.errors import EditorError, nearest
+from malmend.facts.fact import Fact, subject_hash
 from malmend.files import reason, written_beside
 from malmend.models.capture import Descent
 from malmend.numerics.moments import RunningMoments
@@ -44,9 +45,19 @@ class SavedEditor:
         """Fingerprint of the model that the editor was trained for."""
         return str(self.about.get("base", ""))
 
+    def seen(self, facts: Sequence[Fact]) -> int:
+        """How many of the facts are about a subject that the editor was trained on."""
+        joined = str(self.about.get("subjects", ""))
+        size = len(subject_hash(""))
+        known = {joined[start : start + size] for start in range(0, len(joined), size)}
+        return sum(subject_hash(fact.subject or fact.prompt) in known for fact in facts)
 
-def save_editor(editor: Editor, about: Mapping[str, Any], folder: Path) -> None:
+
+def save_editor(editor: Editor, about: Mapping[str, Any], folder: Path, slim: bool = False) -> None:
     """Writes the two files of an editor's folder, each beside and renamed.
+
+    ``slim`` is for an editor that is shipped: its networks in float16, and without the moments of
+    its prior, which are then made again from the project's own facts and text.
 
     The weights' file has a new name each time, which the JSON gives, so that files of two writings
     never mix.
@@ -54,6 +65,12 @@ def save_editor(editor: Editor, about: Mapping[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tag = uuid.uuid4().hex
     tensors = {name: tensor.contiguous() for name, tensor in editor.state_dict().items()}
+    if slim:
+        tensors = {
+            name: tensor.half() if name.startswith("networks.") else tensor
+            for name, tensor in tensors.items()
+            if not name.startswith("prior_")
+        }
     with written_beside(folder / f"editor-{tag[:8]}.safetensors") as beside:
         save_file(tensors, beside)
     what = {
@@ -113,12 +130,16 @@ def _rebuilt(
         name: SiteStatistics(
             RunningMoments(key),
             RunningMoments(value),
-            {term: tensors[f"prior_{term}_{index}"] for term in terms},
+            {
+                term: tensors[f"prior_{term}_{index}"]
+                for term in terms
+                if f"prior_{term}_{index}" in tensors
+            },
         )
         for index, (name, (value, key)) in enumerate(shapes.items())
     }
     editor = Editor(settings, shapes, statistics)
-    editor.load_state_dict(tensors)
+    editor.load_state_dict(tensors)  # float16 becomes float32
     if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
         raise ValueError("a tensor holds NaN or infinity")
     return editor

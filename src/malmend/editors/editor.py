@@ -120,7 +120,8 @@ PRIORS: dict[str, tuple[str, ...]] = {
 class SiteStatistics:
     """What an editor must know of a site: fixed beforehand, never changed by an edit.
 
-    ``priors_KK`` holds C_t by the term's name, as far as the prior has terms.
+    ``priors_KK`` holds C_t by the name of each term of the prior; it is empty in a shipped editor,
+    whose moments are made again (:meth:`Editor.take_moments`).
     """
 
     keys: RunningMoments
@@ -203,7 +204,7 @@ class Editor(nn.Module):
     def _keep_statistics(
         self, index: int, known: SiteStatistics, weights: Sequence[float], ridge: float
     ) -> None:
-        if self.terms:
+        if known.priors_KK:
             text_KK = known.priors_KK[self.terms[0]]
             ridge *= weights[0] * text_KK.diagonal().mean().item()
         with torch.no_grad():
@@ -213,13 +214,27 @@ class Editor(nn.Module):
             "key_std": known.keys.std(),
             "grad_mean": known.value_grads.mean_F,
             "grad_std": known.value_grads.std(),
-            **{f"prior_{term}": known.priors_KK[term] for term in self.terms},
         }
         for part, tensor in values.items():
             self.register_buffer(f"{part}_{index}", tensor.float())
+        for term in self.terms:
+            moment_KK = known.priors_KK[term].float() if known.priors_KK else None
+            self.register_buffer(f"prior_{term}_{index}", moment_KK)
+
+    @property
+    def lacks_moments(self) -> bool:
+        """Whether the prior's moments were left out of its file."""
+        return bool(self.terms) and getattr(self, f"prior_{self.terms[0]}_0") is None
+
+    def take_moments(self, moments: Mapping[str, Sequence[Tensor]]) -> None:
+        """Puts in what a shipped editor leaves out: C_t of every term and site."""
+        for term in self.terms:
+            for index, moment_KK in enumerate(moments[term]):
+                setattr(self, f"prior_{term}_{index}", moment_KK.float())
 
     def prior(self, site: int, tokens: int) -> Prior:
         """P of one site as numbers, for an edit of so many tokens (N of equation 13)."""
+        assert not self.lacks_moments, "take_moments comes first"
         weights = self.log_weights_SP[site].exp().tolist()
         return Prior(
             ridge=self.log_ridge_S[site].exp().item(),

@@ -14,13 +14,17 @@ Shape letters: N tokens, K key width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from malmend.errors import MalmendError
 from malmend.facts.fact import Fact, Question
 from malmend.facts.tokens import Encoded, Encoder
+from malmend.files import written_beside
 from malmend.models.capture import tracing
 from malmend.models.trunk import Batch, Trunk
 
@@ -30,7 +34,7 @@ def key_moments(
     encoder: Encoder,
     terms: Sequence[str],
     facts: Sequence[Fact],
-    passages: Sequence[Encoded],
+    text: str,
     most_tokens: int,
     progress: Callable[[str, float], None] = lambda stage, share: None,
 ) -> dict[str, list[Tensor]]:
@@ -41,11 +45,12 @@ def key_moments(
         encoder: as the edits are encoded.
         terms: of "text", "asked" and "wording".
         facts: calibration facts, with paraphrases and questions about others.
-        passages: lines of general text.
+        text: general text, one passage per line.
         most_tokens: the text is read up to the line that reaches so many.
         progress: called with stage and share done.
     """
     found: dict[str, list[Tensor]] = {}
+    passages = passages_of(encoder, text)
     if "text" in terms:
         found["text"] = text_moment(trunk, passages, most_tokens, progress)
     if "asked" in terms:
@@ -56,6 +61,15 @@ def key_moments(
         found["wording"] = wording_moment(trunk, encoder, facts)
         progress("keys of paraphrases", 1.0)
     return found
+
+
+def passages_of(encoder: Encoder, text: str) -> list[Encoded]:
+    """The lines of a text that have two tokens or more, without an answer."""
+    lines = [encoder.passage_ids(line.strip()) for line in text.splitlines() if line.strip()]
+    passages = [Encoded(ids, len(ids), len(ids)) for ids in lines if len(ids) > 1]
+    if not passages:
+        raise MalmendError("The calibration text has no line of two tokens; give more text.")
+    return passages
 
 
 def others_of(fact: Fact) -> tuple[Question, ...]:
@@ -121,6 +135,20 @@ def wording_moment(trunk: Trunk, encoder: Encoder, facts: Sequence[Fact]) -> lis
         ]
         totals.add([torch.cat(rows) for rows in zip(*moved, strict=True)])
     return totals.means()
+
+
+def save_moments(moments: Mapping[str, Sequence[Tensor]], path: Path) -> None:
+    """Writes moments to one safetensors file, term and site in each name."""
+    named = {f"{term}.{i}": m for term, found in moments.items() for i, m in enumerate(found)}
+    with written_beside(path) as beside:
+        save_file(named, beside)
+
+
+def load_moments(path: Path) -> dict[str, list[Tensor]]:
+    """Reads what :func:`save_moments` wrote."""
+    named = load_file(path)
+    terms = dict.fromkeys(name.split(".")[0] for name in named)
+    return {term: [named[f"{term}.{i}"] for i in range(len(named) // len(terms))] for term in terms}
 
 
 class _Totals:

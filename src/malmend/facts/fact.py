@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 
@@ -84,3 +85,13 @@ class FactSet(Sequence[Fact]):
 
     def __iter__(self) -> Iterator[Fact]:
         return iter(self.facts)
+
+
+def subject_hash(subject: str) -> str:
+    """Ten hexadecimal digits that name a subject without saying it, whatever its case and blanks.
+
+    An editor keeps those of its training facts: among ten thousand subjects, one that is not there
+    is taken for one that is with a chance of one in a hundred million.
+    """
+    plain = " ".join(subject.casefold().split())
+    return hashlib.sha256(plain.encode()).hexdigest()[:10]

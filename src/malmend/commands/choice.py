@@ -1,0 +1,100 @@
+"""Which editor an edit uses: a trained one, one in hand, the shipped one, or none at all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from malmend.editors.calibration import CalibrationSettings
+from malmend.editors.checkpoint import SavedEditor, load_editor
+from malmend.editors.editor import Editor, EditorSettings, training_free
+from malmend.errors import EditorError, MalmendError
+from malmend.models.load import LoadedModel
+from malmend.workbench import Progress, Workbench, calibrated, completed, shipped_editor
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """An editor by what is known of it before a model is loaded.
+
+    Attributes:
+        name: as patches call it: a folder, "shipped:NAME", "none" or "in memory".
+        settings: that facts are encoded and sites found by.
+        saved: what an editor's folder holds.
+        in_hand: an editor that was given as it is.
+        may_ship: whether the package's own editor for the model is to be looked for.
+    """
+
+    name: str
+    settings: EditorSettings
+    saved: SavedEditor | None = None
+    in_hand: Editor | None = None
+    may_ship: bool = False
+
+    def on(self, loaded: LoadedModel) -> Choice:
+        """The same, once the model is known: the shipped editor comes in, a foreign one is refused.
+
+        Raises:
+            EditorError: the editor was trained for another base.
+        """
+        folder = shipped_editor(loaded.fingerprint) if self.may_ship else None
+        if folder is not None:
+            saved = load_editor(folder)
+            return Choice(f"shipped:{folder.name}", saved.editor.settings, saved)
+        if self.saved is not None and self.saved.base != loaded.fingerprint:
+            raise EditorError(
+                f"The editor {self.name} was trained for a base with fingerprint "
+                f"{self.saved.base[:12]}, the model {loaded.name} has {loaded.fingerprint[:12]}; "
+                "train one for this model."
+            )
+        return self
+
+    def editor(
+        self,
+        bench: Workbench,
+        calibrate: str | Path | None = None,
+        text: str | Path | None = None,
+        calibration: CalibrationSettings = CalibrationSettings(),
+        progress: Progress = lambda stage, share: None,
+    ) -> Editor:
+        """The editor, ready for the model on the bench; without a network it is calibrated first.
+
+        Raises:
+            EditorError: the editor is for other layers.
+        """
+        if self.in_hand is not None:
+            ready = self.in_hand
+        elif self.saved is not None:
+            ready = completed(self.saved.editor, bench, progress)
+        else:
+            found = calibrated(bench, self.settings, calibrate, text, calibration, progress)
+            ready = found.editor(self.settings, bench.trunk)
+        ready.check_fits(bench.trunk.sites)
+        return ready
+
+
+def choose(
+    editor: str | Path | Editor, settings: EditorSettings | None = None, own_data: bool = False
+) -> Choice:
+    """An editor from what a user says.
+
+    Args:
+        editor: "auto", "none", an editor's folder, or an editor.
+        settings: of an editor without a network; with them "auto" is "none".
+        own_data: whether calibration facts or text were given, which make "auto" "none" too.
+
+    Raises:
+        MalmendError: settings beside an editor that brings its own, or no editor in the folder.
+    """
+    if isinstance(editor, str) and editor in ("auto", "none"):
+        free = Choice("none", settings or training_free())
+        may_ship = editor == "auto" and settings is None and not own_data
+        return replace(free, may_ship=may_ship)
+    if settings is not None:
+        raise MalmendError(
+            "An editor brings its own settings; give an editor or settings, not both."
+        )
+    if isinstance(editor, Editor):
+        return Choice("in memory", editor.settings, in_hand=editor)
+    saved = load_editor(editor)
+    return Choice(str(editor), saved.editor.settings, saved)
