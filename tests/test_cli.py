@@ -159,6 +159,35 @@ def test_edit_evaluate_and_ask(tiny, tmp_path, capsys):
     assert files_in(tmp_path) == {"patch.safetensors", "report.json"}
 
 
+def test_groups_and_the_kinds_that_were_asked_are_shown(tiny, tmp_path, capsys):
+    rows = [
+        {
+            "prompt": f"The capital of Kalo{index} is",
+            "answer": "Lomi",
+            "relation": "capital [of]" if index else "river",
+            "neighbours": [{"prompt": "The capital of Seto is", "answer": "Vane"}],
+        }
+        for index in range(3)
+    ]
+    facts, patch = tmp_path / "facts", tmp_path / "patch"
+    facts.write_text("\n".join(map(json.dumps, rows)))
+    assert malmend("eval", tiny.model, facts) == 0
+    shown = capsys.readouterr().out
+    assert "NS (neighbours)" in shown
+    for absent in ("GS", "LS (", "RS", "retention", "kept", "→", "chat"):
+        assert absent not in shown
+    assert shown.count("by relation") == 1
+    assert re.search(r"capital \[of\] +│ +2 ", shown)
+    assert "by answer tokens" not in shown  # all answers are equally long
+    assert malmend("edit", tiny.model, facts, "--out", patch, *tiny.fast) == 0
+    capsys.readouterr()
+    assert malmend("eval", tiny.model, facts, "--patch", patch) == 0
+    shown = capsys.readouterr().out
+    assert "by relation, unedited to edited" in shown
+    assert "→" in shown
+    assert "kept: share" in shown or "kept" not in shown  # a random model is seldom right
+
+
 def test_train_and_edit_with_the_editor_and_inspect_all(tiny, tmp_path, capsys):
     editor, patch = tmp_path / "editor", tmp_path / "patch"
     train = ["train", tiny.model, tiny.facts, "--out", editor, *SMALL, *tiny.fast]

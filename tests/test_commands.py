@@ -19,7 +19,7 @@ from malmend.editors.editor import EditorSettings, published, training_free
 from malmend.editors.network import NetworkSettings
 from malmend.editors.training import StepRecord, TrainSettings
 from malmend.errors import FactsError, MalmendError, PatchError
-from malmend.facts.fact import Fact
+from malmend.facts.fact import Fact, Question
 from malmend.models.load import prepared
 
 tiny = command_support.tiny
@@ -253,13 +253,77 @@ def test_what_an_evaluation_holds(tiny, tmp_path):
     assert shown["about"]["decoded_facts"] == 2
     assert shown["about"]["patch"]["base"] == shown["about"]["base"]
     for model in ("unedited", "edited"):
-        for kind, metrics in shown[model].items():
-            for name, value in metrics.items():
+        for kind in ("ES", "GS", "LS"):
+            assert shown[model][kind].pop("questions") > 0
+            shown[model][kind].pop("kept", None)  # a random model is seldom right
+            for name, value in shown[model][kind].items():
                 assert math.isfinite(value)
                 assert 0 <= value <= 1 or name == "kl", (model, kind, name)
+        for kind in ("NS", "RS"):
+            metrics = shown[model][kind]
+            assert metrics.pop("questions") == 0
+            assert set(metrics.values()) == {None}
     assert shown["edited"]["LS"]["kl"] > 0
+    assert "generated_chat" not in shown["edited"]["ES"]  # this model has no template
     spoken = [sum("generated" in one for one in row["edited"]) for row in shown["rows"]]
     assert spoken == [3, 3, *[0] * 10]  # a prompt and two paraphrases each
+
+
+def test_neighbours_reversed_prompts_and_groups_reach_the_report(tiny):
+    pairs = zip(make_facts(4), ("capital", "capital", "river", None), strict=True)
+    facts = [
+        replace(
+            fact,
+            relation=relation,
+            subject=fact.prompt.split()[3],
+            neighbours=fact.unrelated,
+            unrelated=(),
+            reversed=Question(f"{fact.answer} is the capital of", "Mars"),
+        )
+        for fact, relation in pairs
+    ]
+    done = malmend.edit(tiny.loaded, facts, settings=LAST, **eager(tiny))
+    report = malmend.eval(tiny.loaded, facts, done.patch)
+    asked = {kind: one.questions for kind, one in report.edited.items()}
+    assert asked == {"ES": 4, "GS": 8, "NS": 6, "LS": 0, "RS": 4}
+    assert report.edited["NS"].kl > 0
+    assert report.edited["RS"].generated is not None
+    assert [row.subject for row in report.rows] == [fact.subject for fact in facts]
+    lengths = [len(tiny.loaded.tokenizer(f" {fact.answer}")["input_ids"]) for fact in facts]
+    assert [row.answer_tokens for row in report.rows] == lengths
+    sizes = {name: group.facts for name, group in report.groups["relation"].items()}
+    assert sizes == {"capital": 2, "river": 1}
+    some = malmend.eval(tiny.loaded, facts[:2], done.patch)
+    capital = report.groups["relation"]["capital"]
+    assert (capital.unedited, capital.edited) == (some.unedited, some.edited)
+
+
+def test_generated_is_asked_through_the_chat_template_too(tiny):
+    tokenizer = helpers.byte_level(chat_template="<|user|>{{ messages[0]['content'] }}<|reply|>")
+    loaded = prepared(make_model(tokenizer, layers=2), tokenizer)
+    prompt = FEW[0].prompt
+    said = malmend.ask(loaded, prompt, chat=True, max_new_tokens=4).unedited
+    facts = [replace(FEW[0], answer=said.split("\n")[0].strip() or "Kalo"), *FEW[1:]]
+    report = malmend.eval(loaded, facts, decode_facts=2)
+    rows = [row.unedited[0] for row in report.rows]
+    assert [row.generated is None for row in rows] == [False, False, True]
+    assert [row.generated_chat is None for row in rows] == [False, False, True]
+    chat = malmend.eval(loaded, facts, decode_facts=2, chat=True)
+    assert [one.text for one in (row.unedited[0] for row in chat.rows)][:2] == [
+        row.text_chat for row in rows
+    ][:2]
+    assert chat.unedited["ES"].generated_chat is None
+    assert chat.unedited["ES"].generated == report.unedited["ES"].generated_chat
+
+
+def test_a_prompt_that_only_the_template_makes_too_long_is_refused(tiny):
+    template = "<|user|>" * 50 + "{{ messages[0]['content'] }}"
+    tokenizer = helpers.byte_level(chat_template=template, model_max_length=60)
+    loaded = prepared(make_model(tokenizer, layers=2), tokenizer)
+    with pytest.raises(FactsError, match=r"too long for this model's chat template") as caught:
+        malmend.eval(loaded, FEW)
+    assert "tokens in the chat template, expected less than 60" in caught.value.faults[0]
+    assert malmend.eval(loaded, FEW, decode_facts=0).facts == 3
 
 
 def test_perplexity_is_that_of_the_model_alone_too(tiny):

@@ -17,7 +17,8 @@ from malmend.commands.edit import EditResult
 from malmend.commands.inspect import Inspection
 from malmend.commands.train import TrainResult
 from malmend.editors.training import StepRecord
-from malmend.evaluation.report import PROTOCOLS, Report, Scores
+from malmend.evaluation.protocols import PROTOCOLS, Group, Scores
+from malmend.evaluation.report import Report
 from malmend.facts.fact import FactSet
 
 # What a model says is text: ":smile:" stays as it is.
@@ -26,8 +27,20 @@ ERR = Console(stderr=True, emoji=False)
 QUESTIONS = {
     "ES": "edit prompts",
     "GS": "paraphrases",
+    "NS": "neighbours",
     "LS": "unrelated questions",
+    "RS": "reversed",
 }
+METRICS = ("token_ratio", "exact", "generated", "generated_chat", "retention", "kl", "kept")
+# Columns of the tables of groups: a kind and a metric.
+GROUPED = (
+    ("ES", "token_ratio"),
+    ("ES", "generated"),
+    ("GS", "token_ratio"),
+    ("GS", "generated"),
+    ("NS", "token_ratio"),
+)
+MOST_GROUPS = 12  # rows of such a table; all are in the report's JSON
 
 
 @contextmanager
@@ -95,23 +108,62 @@ def report(result: Report) -> None:
     table.add_column("unedited", justify="right")
     if result.edited:
         table.add_column("edited", justify="right")
+    shown = set()
     for kind, before in result.unedited.items():
+        if not before.questions:
+            continue
         after = result.edited.get(kind)
         for index, (metric, cells) in enumerate(_lines(before, after)):
             label = f"{kind} ({QUESTIONS[kind]})" if index == 0 else ""
-            table.add_row(label, metric, *cells[: 2 if result.edited else 1])
+            table.add_row(label, metric.replace("_", " "), *cells[: 2 if result.edited else 1])
+            shown.add(metric)
         table.add_section()
     if result.perplexity:
         cells = [f"{result.perplexity[key]:.2f}" for key in result.perplexity]
         table.add_row("text", "perplexity", *cells)
     OUT.print(table)
     for metric, meaning in PROTOCOLS.items():
-        if metric != "interval":
+        if metric in shown:
             OUT.print(f"  {metric.replace('_', ' ')}: {meaning}", style="dim", highlight=False)
+    for by, groups in result.groups.items():
+        _groups(by.replace("_", " "), groups)
+
+
+def _groups(by: str, groups: Mapping[str, Group]) -> None:
+    """One line per group of facts, the largest where there are many; nothing for a single one."""
+    if len(groups) < 2:
+        return
+    largest = sorted(groups, key=lambda name: -groups[name].facts)[:MOST_GROUPS]
+    columns = [
+        (kind, metric)
+        for kind, metric in GROUPED
+        if any(_figure(group.unedited, kind, metric) is not None for group in groups.values())
+    ]
+    title = f"by {by}, unedited to edited"
+    table = Table(title=title if any(g.edited for g in groups.values()) else f"by {by}")
+    table.add_column(by)
+    table.add_column("facts", justify="right")
+    for kind, metric in columns:
+        table.add_column(f"{kind} {metric.replace('_', ' ')}", justify="right")
+    for name in (name for name in groups if name in largest):
+        group = groups[name]
+        cells = []
+        for kind, metric in columns:
+            values = [_figure(model, kind, metric) for model in (group.unedited, group.edited)]
+            cells.append(" → ".join(_percent(value) for value in values if value is not None))
+        table.add_row(escape(name), f"{group.facts:,}", *cells)
+    OUT.print(table)
+    if len(groups) > len(largest):
+        OUT.print(f"  and {len(groups) - len(largest)} smaller groups (--json has all)")
+
+
+def _figure(model: Mapping[str, Scores], kind: str, metric: str) -> float | None:
+    found: float | None = getattr(model[kind], metric) if kind in model else None
+    return found
 
 
 def _lines(before: Scores, after: Scores | None) -> Iterator[tuple[str, list[str]]]:
-    for metric in ("token_ratio", "exact", "generated", "retention", "kl"):
+    for metric in METRICS:
         values = [getattr(one, metric) if one else None for one in (before, after)]
         if values == [None, None]:
             continue
@@ -123,7 +175,7 @@ def _lines(before: Scores, after: Scores | None) -> Iterator[tuple[str, list[str
             for index, one in enumerate((before, after)):
                 if one and one.interval:
                     cells[index] += f" ± {100 * one.interval:.1f}"
-        yield metric.replace("_", " "), cells
+        yield metric, cells
 
 
 def asked(result: AskResult) -> None:

@@ -25,9 +25,17 @@ from malmend.facts.alternatives import towards_alternatives
 from malmend.facts.fact import Fact, FactSet
 from malmend.facts.readers import read_facts, read_text
 from malmend.facts.tokens import Encoder, EndOfAnswer
-from malmend.models.load import LoadedModel, cache_folder, load_model, load_tokenizer
+from malmend.models.load import (
+    LoadedModel,
+    cache_folder,
+    load_model,
+    load_positions,
+    load_tokenizer,
+)
 from malmend.models.sites import Site
 from malmend.models.trunk import Trunk, TrunkSettings
+
+LONGEST = 512  # tokens of a question, answer and end token included
 
 Progress = Callable[[str, float], None]
 
@@ -54,7 +62,7 @@ def lay_out(
 ) -> Workbench:
     """Cuts the model at its sites (lowest first) and makes the encoder."""
     cut = Trunk(loaded.model, sites, trunk, trunk_folder(loaded))
-    return Workbench(loaded, cut, encoder_of(loaded.tokenizer, end_of_answer, chat))
+    return Workbench(loaded, cut, encoder_for(loaded, end_of_answer, chat))
 
 
 def trunk_folder(loaded: LoadedModel) -> Path:
@@ -62,21 +70,24 @@ def trunk_folder(loaded: LoadedModel) -> Path:
     return cache_folder() / "trunk" / loaded.digest[:24]
 
 
-def encoder_of(
-    tokenizer: object, end_of_answer: EndOfAnswer = "eos", chat: bool = False
+def encoder_for(
+    model: str | LoadedModel, end_of_answer: EndOfAnswer = "eos", chat: bool = False
 ) -> Encoder:
-    """The encoder of a tokenizer, within the length that the tokenizer states."""
-    longest = getattr(tokenizer, "model_max_length", 512)
-    return Encoder(tokenizer, end_of_answer, min(512, int(longest)), chat)
+    """The encoder of a model, within the length that tokenizer and configuration state.
+
+    Of a model by name the weights are not read.
+    """
+    tokenizer = tokenizer_of(model)
+    stated = model.positions if isinstance(model, LoadedModel) else load_positions(model)
+    longest = min(LONGEST, int(getattr(tokenizer, "model_max_length", LONGEST)), stated or LONGEST)
+    return Encoder(tokenizer, end_of_answer, longest, chat)
 
 
 def checked_facts(
     facts: str | Path | Sequence[Fact],
-    tokenizer: object,
-    end_of_answer: EndOfAnswer = "eos",
+    encoder: Encoder,
     limit: int | None = None,
     strict: bool = False,
-    chat: bool = False,
     alternative: bool = False,
 ) -> FactSet:
     """Reads facts and checks that every question can be encoded; needs no model.
@@ -95,7 +106,7 @@ def checked_facts(
             raise FactsError("No facts were given, expected at least one.")
     if alternative:
         known = towards_alternatives(known)
-    faults = encoder_of(tokenizer, end_of_answer, chat).faults(known)
+    faults = encoder.faults(known)
     if faults:
         raise FactsError(
             f"{known.source}: {len(faults)} questions do not fit this model's tokenizer:",
@@ -138,7 +149,7 @@ def calibrated(
         # Only what this tokenizer can say; a user's own file is refused instead.
         known = [fact for fact in known if not encoder.faults([fact])]
     else:
-        known = list(checked_facts(facts, encoder.tokenizer, encoder.end_of_answer))
+        known = list(checked_facts(facts, encoder))
     # One after another of a file are often of one relation; take them evenly over the file.
     known = spread(known, settings.moment_facts)
     if not known:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import helpers
 from command_support import greedy, make_model, teach
+from malmend.errors import MalmendError
 from malmend.evaluation.generate import can_still_match, generate, matches, normalised
 from malmend.facts.tokens import Encoder
 from malmend.models.load import LoadedModel, prepared
@@ -101,6 +102,39 @@ def test_at_most_so_many_tokens_are_said(limit):
     found = generate(loaded, Encoder(loaded.tokenizer), prompts(), limit, whole=True)
     assert found == said(loaded, {END}, limit, whole=True)
     assert max(len(loaded.tokenizer(text)["input_ids"]) for text in found) == limit
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_each_prompt_has_its_own_limit(whole):
+    loaded = spoken_model()
+    encode = loaded.tokenizer
+    limits = [1 + index % 5 for index in range(len(prompts()))]
+    wanted = [
+        greedy(loaded, encode(one)["input_ids"], {END}, limit, whole)
+        for one, limit in zip(prompts(), limits, strict=True)
+    ]
+    found = generate(loaded, Encoder(loaded.tokenizer), prompts(), limits, whole=whole)
+    assert found == wanted != said(loaded, {END}, 5, whole)
+
+
+def test_an_answer_ends_where_the_positions_do():
+    """GPT-2 has a table of positions, past whose end it cannot read."""
+    room = 11
+    size, many = len(WORDS) + 4, prompts()
+    model = helpers.tiny_gpt2(size, seed=3, n_positions=room, initializer_range=0.4)
+    model.generation_config.eos_token_id = None
+    loaded = prepared(model, helpers.words(WORDS, eos_token=None), "short")
+    encode = loaded.tokenizer
+    lengths = [len(encode(one)["input_ids"]) for one in many]
+    assert len(set(lengths)) > 4
+    wanted = [
+        greedy(loaded, encode(one)["input_ids"], set(), min(6, room - length), True)
+        for one, length in zip(many, lengths, strict=True)
+    ]
+    encoder = Encoder(loaded.tokenizer, "none")
+    assert generate(loaded, encoder, many, 6, whole=True) == wanted
+    with pytest.raises(MalmendError, match=r"has 11 tokens, but short has 11 positions"):
+        generate(loaded, encoder, [" ".join(["w1"] * room)], 6)
 
 
 def test_no_prompt_gives_no_answer():

@@ -13,9 +13,13 @@ from torch import Tensor
 
 import helpers
 from command_support import greedy, make_model, teach
+from malmend.errors import MalmendError
+from malmend.evaluation import examiner as examiner_module
+from malmend.evaluation.examiner import Examiner
 from malmend.evaluation.generate import matches
-from malmend.evaluation.protocols import Asked, Examiner, Replies, perplexity
-from malmend.evaluation.report import scores
+from malmend.evaluation.perplexity import perplexity
+from malmend.evaluation.protocols import scores, stayed
+from malmend.evaluation.replies import Asked, Replies, questions_of
 from malmend.facts.fact import Fact, Question
 from malmend.facts.tokens import Encoder, EndOfAnswer
 from malmend.models.load import LoadedModel, prepared
@@ -79,7 +83,10 @@ def near_miss(generator: random.Random, prompt: str) -> str:
 
 @functools.cache
 def facts() -> tuple[Fact, ...]:
-    """Facts with none to three paraphrases; unrelated questions repeated, and without answers."""
+    """Facts with none to three paraphrases; unrelated questions repeated, and without answers.
+
+    Neighbours are of the same pool; every fourth fact has a reversed prompt.
+    """
     generator = random.Random(5)
     others = []
     for index in range(6):
@@ -91,7 +98,17 @@ def facts() -> tuple[Fact, ...]:
         answer = near_miss(generator, prompt)
         paraphrases = tuple(some_words(generator) for _ in range(index % 4))
         unrelated = tuple(generator.choices(others, k=index % 3))
-        made.append(Fact(f"f{index}", prompt, answer, None, paraphrases, unrelated, line=index + 1))
+        made.append(
+            Fact(
+                id=f"f{index}",
+                prompt=prompt,
+                answer=answer,
+                paraphrases=paraphrases,
+                unrelated=unrelated,
+                neighbours=tuple(others[(index + at) % len(others)] for at in range(index % 2 + 1)),
+                reversed=Question(answer, prompt) if index % 4 == 0 else None,
+            )
+        )
     return tuple(made)
 
 
@@ -113,7 +130,9 @@ def by_kind(kind: str) -> list[list[Question]]:
     chosen = {
         "ES": [[fact.question] for fact in facts()],
         "GS": [list(fact.equivalents) for fact in facts()],
+        "NS": [[q for q in fact.neighbours if q.answer] for fact in facts()],
         "LS": [[q for q in fact.unrelated if q.answer] for fact in facts()],
+        "RS": [[fact.reversed] for fact in facts() if fact.reversed],
     }[kind]
     return [questions for questions in chosen if questions]
 
@@ -131,10 +150,10 @@ def test_token_ratio_and_exact_are_those_of_plain_forward_passes(end, edited):
     one = examiner(end)
     with applied(model(), patch(0.3 if edited else 0.0)):
         replies = one.examine(facts(), decode_facts=0)
-        for kind in ("ES", "GS", "LS"):
+        for kind in ("ES", "GS", "NS", "LS", "RS"):
             ratio, exact = expected(kind)
-            assert edited or 0 < ratio < 1
-            assert edited or kind == "GS" or 0 < exact < ratio
+            assert edited or 0 < ratio < 1 or kind == "RS"
+            assert edited or kind in ("GS", "RS") or 0 < exact < ratio
             assert replies.mean(kind, "token_ratio") == pytest.approx(ratio, abs=1e-12)
             assert replies.mean(kind, "exact") == pytest.approx(exact, abs=1e-12)
         for row in replies.rows:
@@ -164,50 +183,107 @@ def test_everything_is_asked_in_order_and_repeats_too():
     for index, fact in enumerate(facts()):
         wanted += [("ES", index, fact.question)]
         wanted += [("GS", index, one) for one in fact.equivalents]
+        wanted += [("NS", index, one) for one in fact.neighbours]
         wanted += [("LS", index, one) for one in fact.unrelated]
+        wanted += [("RS", index, fact.reversed)] if fact.reversed else []
     assert asked == wanted
 
 
-def test_retention_and_kl_are_those_of_plain_forward_passes():
-    asked = [question for fact in facts() for question in fact.unrelated]
+def before_and_after(size: float = 0.3) -> tuple[Replies, Replies]:
+    one = examiner()
+    before = one.examine(facts(), decode_facts=0, remember=True)
+    with applied(model(), patch(size)):
+        return before, one.examine(facts(), decode_facts=0)
+
+
+@pytest.mark.parametrize("kind", ["NS", "LS"])
+def test_retention_kl_and_kept_are_those_of_plain_forward_passes(kind):
+    asked = [q for fact in facts() for q in (fact.neighbours if kind == "NS" else fact.unrelated)]
     assert len(asked) > len(set(asked))  # duplicates count as often as they are asked
     assert any(question.answer is None for question in asked)
     before = {question: logits_at(question)[0] for question in asked}
-    one = examiner()
-    one.examine(facts(), decode_facts=0, remember=True)
-    with applied(model(), patch()):
-        replies = one.examine(facts(), decode_facts=0)
+    right = {question: all(right_of(question)) for question in asked if question.answer}
+    with applied(model(), patch(0.1)):
         after = {question: logits_at(question)[0] for question in asked}
+        still = {question: all(right_of(question)) for question in right}
+    unedited, replies = before_and_after(0.1)
     same, moved = [], []
     for question in asked:
         was, now = before[question], after[question]
         same += (was.argmax(1) == now.argmax(1)).tolist()
         p, q = was.log_softmax(1), now.log_softmax(1)
         moved += (p.exp() * (p - q)).sum(1).tolist()
-    retention, kl = one.retention(replies)
-    assert 0 < retention < 1
-    assert retention == pytest.approx(fmean(same), abs=1e-12)
-    assert kl == pytest.approx(fmean(moved), rel=1e-9)
-    found = scores(one, replies, edited=True)
-    assert (found["LS"].retention, found["LS"].kl) == (retention, kl)
-    assert (found["ES"].retention, found["GS"].kl) == (None, None)
+    found = scores(replies, unedited)[kind]
+    assert 0 < found.retention < 1
+    assert found.retention == pytest.approx(fmean(same), abs=1e-12)
+    assert found.kl == pytest.approx(fmean(moved), rel=1e-9)
+    known = [still[question] for question in asked if right.get(question)]
+    assert 0 < sum(known) < len(known) < len(asked)
+    assert found.kept == pytest.approx(fmean(known), abs=1e-12)
+
+
+def test_only_what_must_not_move_has_retention_and_only_after_an_edit():
+    before, after = before_and_after()
+    for kind, one in scores(after, before).items():
+        figures = (one.retention, one.kl, one.kept)
+        assert all((figure is not None) == (kind in ("NS", "LS")) for figure in figures)
+    for one in scores(before).values():
+        assert (one.retention, one.kl, one.kept) == (None, None, None)
+
+
+def test_what_moved_says_what_it_became():
+    before, after = before_and_after()
+    decode = model().tokenizer.decode
+    moved = 0
+    for was, now in zip(before.rows, after.rows, strict=True):
+        assert was.moved is None
+        if now.kind in ("NS", "LS"):
+            assert (was.top, now.top) == (decode(was.predicted), decode(now.predicted))
+            assert now.moved is (was.predicted != now.predicted)
+            moved += now.moved
+            assert len(now.kl) == len(now.predicted)
+        else:
+            assert (now.top, now.moved, now.kl) == (None, None, ())
+    assert moved
+    assert not any(row.moved for row in before_and_after(0.0)[1].rows)
+
+
+@pytest.mark.parametrize("remember", [False, True])
+def test_a_model_that_answers_nan_is_refused(remember):
+    """A KL of NaN must not be reported as no divergence."""
+    one = examiner()
+    one.examine(facts(), decode_facts=0, remember=True)
+    bad = Patch({n: (s[0] * math.nan,) for n, s in patch().factors.items()}, patch().provenance)
+    with applied(model(), bad), pytest.raises(MalmendError, match="tiny hold NaN or infinity"):
+        one.examine(facts(), decode_facts=0, remember=remember)
+
+
+def test_a_divergence_without_bound_is_refused(monkeypatch):
+    one = examiner()
+    one.examine(facts(), decode_facts=0, remember=True)
+    endless = functools.partial(torch.full_like, fill_value=math.inf)
+    monkeypatch.setattr(examiner_module, "kl_per_token", lambda _, after: endless(after[:, 0]))
+    with pytest.raises(MalmendError, match="hold NaN or infinity"):
+        one.examine(facts(), decode_facts=0)
 
 
 def test_an_unedited_model_retains_everything():
     one = examiner()
-    one.examine(facts(), decode_facts=0, remember=True)
-    retention, kl = one.retention(one.examine(facts(), decode_facts=0))
-    assert retention == 1.0
-    assert 0.0 <= kl < 1e-12
+    before = one.examine(facts(), decode_facts=0, remember=True)
+    found = stayed(before, one.examine(facts(), decode_facts=0), "LS")
+    assert (found.retention, found.kept) == (1.0, 1.0)
+    assert 0.0 <= found.kl < 1e-12
 
 
 def test_without_unrelated_questions_there_is_no_retention():
     one = examiner()
     alone = [replace(fact, unrelated=()) for fact in facts()]
-    one.examine(alone, decode_facts=0, remember=True)
-    replies = one.examine(alone, decode_facts=0)
-    assert one.retention(replies) == (None, None)
-    assert scores(one, replies, edited=True)["LS"].token_ratio is None
+    before = one.examine(alone, decode_facts=0, remember=True)
+    found = scores(one.examine(alone, decode_facts=0), before)
+    left = found["LS"]
+    assert (left.retention, left.kl, left.kept, left.token_ratio) == (None, None, None, None)
+    assert left.questions == 0
+    assert found["NS"].questions == sum(len(fact.neighbours) for fact in alone)
 
 
 def test_one_question_as_edit_prompt_and_as_unrelated_is_both():
@@ -226,10 +302,10 @@ def test_generated_is_what_full_greedy_decoding_of_every_prompt_gives(end, edite
     loaded = model()
     with applied(loaded, patch(0.1 if edited else 0.0)):
         replies = examiner(end).examine(facts())
-        asked = [row for row in replies.rows if row.kind != "LS"]
-        limit = 8 + max(len(ids_of(row.question.answer)) for row in asked)
+        asked = [row for row in replies.rows if row.kind in ("ES", "GS", "RS")]
         flags = []
         for row in asked:
+            limit = 8 + len(ids_of(row.question.answer))
             full = greedy(loaded, ids_of(row.question.prompt), {END}, limit)
             assert row.generated == float(matches(full, row.question.answer)), (row, full)
             flags.append(row.generated)
@@ -238,9 +314,63 @@ def test_generated_is_what_full_greedy_decoding_of_every_prompt_gives(end, edite
     assert 3 <= sum(flags) < len(flags)
     inexact = [row for row in asked if row.generated and not row.exact]
     assert edited or inexact  # matches that only normalisation finds
-    assert all(
-        row.generated is None and row.text is None for row in replies.rows if row.kind == "LS"
-    )
+    held = [row for row in replies.rows if row.kind in ("NS", "LS")]
+    assert all(row.generated is None and row.text is None for row in held)
+
+
+def test_a_free_running_answer_does_not_depend_on_its_company():
+    """Its token limit is its own: 8 beyond its own gold answer, however long the others' are."""
+    alone = Fact("f", facts()[0].prompt, "w1")
+    long = Fact("g", "w2 w3", " ".join(WORDS[6:40]))
+    (first,) = examiner("none").examine([alone]).rows
+    beside = examiner("none").examine([alone, long]).rows[0]
+    assert beside == first
+
+
+def test_limits_of_free_running_answers_are_each_questions_own(monkeypatch):
+    seen: list[tuple[int, int]] = []
+
+    def decoded(loaded, encoder, prompts, limits, golds):
+        seen.extend((limit, len(ids_of(gold))) for limit, gold in zip(limits, golds, strict=True))
+        return [""] * len(prompts)
+
+    monkeypatch.setattr(examiner_module, "generate", decoded)
+    examiner().examine(facts())
+    assert len({limit for limit, _ in seen}) > 2
+    assert all(limit == 8 + gold for limit, gold in seen)
+
+
+CHAT = "{{ messages[0]['content'] }} w1 w2 "
+
+
+def test_generated_in_chat_is_full_greedy_decoding_in_the_templates_frame():
+    loaded = model()
+    chat = Encoder(helpers.words(WORDS, chat_template=CHAT), "eos", 64, chat=True)
+    chatting = examiner()
+    chatting.chat = chat
+    golds = {}
+    for fact in facts():  # every second gold answer is what the chat says
+        said = greedy(loaded, ids_of(f"{fact.prompt} w1 w2"), {END}, 8)
+        words = [word for word in said.split() if word in WORDS] or ["w3"]
+        golds[fact.id] = " ".join(words) if len(golds) % 2 else fact.answer
+    known = [replace(fact, answer=golds[fact.id]) for fact in facts()]
+    replies = chatting.examine(known, decode_facts=20)
+    plain = examiner().examine(known, decode_facts=20)
+    flags = []
+    for row, without in zip(replies.rows, plain.rows, strict=True):
+        assert replace(row, generated_chat=None, text_chat=None) == without
+        if row.kind in ("ES", "GS") and row.fact < 20:
+            limit = 8 + len(ids_of(row.question.answer))
+            full = greedy(loaded, ids_of(f"{row.question.prompt} w1 w2"), {END}, limit)
+            assert row.generated_chat == float(matches(full, row.question.answer))
+            flags.append(row.generated_chat)
+        else:
+            assert (row.generated_chat, row.text_chat) == (None, None)
+    assert 0 < sum(flags) < len(flags)
+    found = scores(replies)
+    assert found["ES"].generated_chat == replies.mean("ES", "generated_chat")
+    assert found["ES"].generated_chat != found["ES"].generated
+    assert scores(plain)["ES"].generated_chat is None
 
 
 @pytest.mark.parametrize("chat", [False, True])
@@ -298,7 +428,7 @@ def test_only_the_first_facts_are_decoded():
     rows = examiner().examine(facts(), decode_facts=3).rows
     whole = examiner().examine(facts()).rows
     for row, full in zip(rows, whole, strict=True):
-        if row.kind != "LS" and row.fact < 3:
+        if row.kind in ("ES", "GS", "RS") and row.fact < 3:
             assert row.generated == full.generated is not None
         else:
             assert row.generated is None
@@ -332,10 +462,15 @@ def test_progress_counts_every_question_once():
     counted: list[int] = []
     one = examiner()
     one.progress = counted.append
-    asked = one.questions(facts())
     one.examine(facts())
+    asked = list(questions_of(facts()))
     distinct = {question for _, _, question in asked}
-    assert sum(counted) == len(distinct) + len(one.spoken_of(asked, None))
+    spoken = {question for kind, _, question in asked if kind in ("ES", "GS", "RS")}
+    assert sum(counted) == len(distinct) + len(spoken) == one.count(facts())
+    counted.clear()
+    one.chat = Encoder(helpers.words(WORDS, chat_template=CHAT), "eos", 64, chat=True)
+    one.examine(facts(), decode_facts=5)
+    assert sum(counted) == one.count(facts(), 5)
 
 
 @pytest.mark.parametrize("window", [4, 7, 256])
@@ -374,14 +509,14 @@ def half_width(asked: Sequence[tuple[int, object, float]]) -> float:
 
 def test_intervals_cluster_by_fact_and_unrelated_ones_by_question():
     one = examiner()
-    found = scores(one, one.examine(facts(), decode_facts=0), edited=False)
-    for kind in ("ES", "GS", "LS"):
+    found = scores(one.examine(facts(), decode_facts=0))
+    for kind in ("ES", "GS", "NS", "RS", "LS"):
         asked = [
-            (index, question if kind == "LS" else index, fmean(right_of(question)))
+            (index, question if kind in ("NS", "LS") else index, fmean(right_of(question)))
             for index, questions in enumerate(by_kind(kind))
             for question in questions
         ]
         assert found[kind].interval == pytest.approx(half_width(asked), rel=1e-9)
     assert len({question for _, question, _ in asked}) < len(asked)
-    single = scores(one, one.examine(facts()[:1], decode_facts=0), edited=False)
+    single = scores(one.examine(facts()[:1], decode_facts=0))
     assert single["ES"].interval is None

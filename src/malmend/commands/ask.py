@@ -9,7 +9,7 @@ from malmend.errors import MalmendError
 from malmend.evaluation.generate import generate
 from malmend.models.load import LoadedModel
 from malmend.patch import Patch, applied, load_patch
-from malmend.workbench import encoder_of, opened
+from malmend.workbench import encoder_for, opened
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def ask(
     if isinstance(patch, str | Path):
         patch = load_patch(patch)
     loaded = opened(model, dtype)
-    encoder = encoder_of(loaded.tokenizer, "none", chat)
+    encoder = encoder_for(loaded, "none", chat)
     before = generate(loaded, encoder, [prompt], max_new_tokens, whole=True)[0]
     if patch is None:
         return AskResult(prompt, before)

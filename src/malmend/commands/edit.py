@@ -14,7 +14,7 @@ from malmend.editors.calibration import CalibrationSettings
 from malmend.editors.checkpoint import load_editor
 from malmend.editors.editor import Editor, EditorSettings, training_free
 from malmend.errors import EditorError, MalmendError
-from malmend.evaluation.protocols import Examiner
+from malmend.evaluation.examiner import Examiner
 from malmend.facts.fact import Fact, FactSet
 from malmend.files import writable
 from malmend.models.capture import capture
@@ -28,10 +28,10 @@ from malmend.workbench import (
     Workbench,
     calibrated,
     checked_facts,
+    encoder_for,
     lay_out,
     opened,
     silent,
-    tokenizer_of,
 )
 
 
@@ -105,14 +105,8 @@ def edit(
         chosen = saved.editor.settings
     elif isinstance(editor, Editor):
         chosen = editor.settings
-    known = checked_facts(
-        facts,
-        tokenizer_of(model),
-        chosen.end_of_answer,
-        limit,
-        strict,
-        alternative=alternative,
-    )
+    encoder = encoder_for(model, chosen.end_of_answer)
+    known = checked_facts(facts, encoder, limit, strict, alternative)
     loaded = opened(model, dtype)
     sites = find_sites(loaded.model, chosen.layers, chosen.sites)
     bench = lay_out(loaded, sites, chosen.end_of_answer, trunk=trunk)

@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from malmend.errors import MalmendError
-from malmend.evaluation.protocols import Examiner, perplexity
-from malmend.evaluation.report import Report, rows_of, scores
-from malmend.facts.fact import Fact
+from malmend.errors import FactsError, MalmendError
+from malmend.evaluation.examiner import Examiner
+from malmend.evaluation.perplexity import perplexity
+from malmend.evaluation.protocols import groups_of, scores
+from malmend.evaluation.replies import rows_of
+from malmend.evaluation.report import Report
+from malmend.facts.fact import Fact, FactSet
 from malmend.facts.readers import read_text
-from malmend.facts.tokens import EndOfAnswer
+from malmend.facts.tokens import Encoder, EndOfAnswer
 from malmend.models.load import LoadedModel
 from malmend.models.sites import find_blocks, find_sites
 from malmend.models.trunk import TrunkSettings
@@ -19,6 +22,7 @@ from malmend.patch import Patch, applied, check_base, load_patch, sites_of
 from malmend.workbench import (
     Progress,
     checked_facts,
+    encoder_for,
     lay_out,
     opened,
     silent,
@@ -50,7 +54,8 @@ def evaluate(
         limit: the first so many facts.
         strict: refuse duplicates and contradictions in place of skipping the later ones.
         alternative: ask for each fact's alternative (a false answer) in place of its answer.
-        chat: ask through the model's chat template.
+        chat: ask everything through the model's chat template; without it only the free-running
+            answers are asked for through it too, where the model has one.
         decode_facts: for how many of the facts the model also answers free-running (the slow
             part); None for all.
         text: a text file for perplexity before and after.
@@ -71,7 +76,12 @@ def evaluate(
     end: EndOfAnswer = "none" if getattr(tokenizer, "eos_token_id", None) is None else "eos"
     if patch is not None:
         end = patch.provenance.get("settings", {}).get("end_of_answer", end)
-    known = checked_facts(facts, tokenizer, end, limit, strict, chat, alternative)
+    known = checked_facts(facts, encoder_for(model, end, chat), limit, strict, alternative)
+    # Beside the plain questions, the same through the model's chat template, where it has one.
+    chatted = None
+    if not chat and getattr(tokenizer, "chat_template", None):
+        chatted = encoder_for(model, end, chat=True)
+        _check_chat(chatted, known, decode_facts)
     loaded = opened(model, dtype)
     if patch is None:
         blocks = len(find_blocks(loaded.model)[1])
@@ -81,10 +91,8 @@ def evaluate(
         sites = sites_of(loaded.model, patch)
     bench = lay_out(loaded, sites, end, chat, trunk)
     count = _Counter(progress, 2 if patch else 1)
-    examiner = Examiner(loaded, bench.trunk, bench.encoder, count)
-    asked = examiner.questions(known)
-    distinct = {question for _, _, question in asked}
-    count.expect(len(distinct) + len(examiner.spoken_of(asked, decode_facts)))
+    examiner = Examiner(loaded, bench.trunk, bench.encoder, count, chatted)
+    count.expect(examiner.count(known, decode_facts))
     before = examiner.examine(known, decode_facts, remember=True)
     surprise: dict[str, float] = {}
     if words is not None:
@@ -102,18 +110,40 @@ def evaluate(
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "facts_source": known.source,
         "skipped": len(known.skipped),
+        "alternative": alternative,
         "chat": chat,
         "decoded_facts": len(known) if decode_facts is None else min(decode_facts, len(known)),
         "patch": dict(patch.provenance) if patch else None,
     }
+    rows = rows_of(known, before, after)
     return Report(
         facts=len(known),
         about=about,
-        unedited=scores(examiner, before, edited=False),
-        edited=scores(examiner, after, edited=True) if after else {},
+        unedited=scores(before),
+        edited=scores(after, before) if after else {},
         perplexity=surprise,
-        rows=rows_of(known, before, after),
+        rows=rows,
+        groups=groups_of(rows),
     )
+
+
+def _check_chat(encoder: Encoder, facts: FactSet, decode_facts: int | None) -> None:
+    """Raises FactsError for prompts that the chat template makes too long to be answered."""
+    faults = []
+    for fact in facts.facts[:decode_facts]:
+        for question in (fact.question, *fact.equivalents):
+            size = len(encoder.prompt_ids(question.prompt))
+            if size >= encoder.max_tokens:
+                faults.append(
+                    f"{facts.source}: line {fact.line}: the prompt {question.prompt[:40]!r}... has "
+                    f"{size} tokens in the chat template, expected less than {encoder.max_tokens}"
+                )
+    if faults:
+        raise FactsError(
+            f"{facts.source}: {len(faults)} prompts are too long for this model's chat template; "
+            "shorten them, or give --decode-facts 0:",
+            faults,
+        )
 
 
 class _Counter:

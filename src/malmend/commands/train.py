@@ -27,10 +27,10 @@ from malmend.workbench import (
     Workbench,
     calibrated,
     checked_facts,
+    encoder_for,
     lay_out,
     opened,
     silent,
-    tokenizer_of,
     trunk_folder,
 )
 
@@ -96,14 +96,8 @@ def train(
         MalmendError: any bad input, in one sentence.
     """
     folder = Path(out)
-    known = checked_facts(
-        facts,
-        tokenizer_of(model),
-        editor.end_of_answer,
-        limit,
-        strict,
-        alternative=alternative,
-    )
+    encoder = encoder_for(model, editor.end_of_answer)
+    known = checked_facts(facts, encoder, limit, strict, alternative)
     others = read_questions(locality) if isinstance(locality, str | Path) else tuple(locality or ())
     writable_folder(folder)  # before the model is loaded, but only once the facts are good
     loaded = opened(model, dtype)

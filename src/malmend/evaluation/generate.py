@@ -10,13 +10,15 @@ from __future__ import annotations
 import itertools
 import re
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from malmend.errors import MalmendError
 from malmend.facts.tokens import Encoder
 from malmend.models.load import LoadedModel
 
@@ -60,18 +62,28 @@ def _one_sigma(text: str) -> str:
     return text.replace("ς", "σ")
 
 
-class _LineEnds(StoppingCriteria):
-    """A row is done once its new text holds a line break, or can no longer match its gold."""
+@dataclass(frozen=True)
+class _Row:
+    """One prompt to be answered."""
 
-    def __init__(self, decode: Callable[[Tensor], str], start: int, golds: Sequence[str | None]):
-        self.decode, self.start, self.golds = decode, start, golds
+    ids: tuple[int, ...]
+    limit: int
+    gold: str | None
+
+
+class _LineEnds(StoppingCriteria):
+    """A row is done at its limit, at a line break, or when it can no longer match its gold."""
+
+    def __init__(self, decode: Callable[[Tensor], str], start: int, rows: Sequence[_Row]):
+        self.decode, self.start, self.rows = decode, start, rows
 
     def __call__(self, input_ids: Tensor, scores: Any, **_kwargs: Any) -> Tensor:
         done = []
-        for row, gold in zip(input_ids, self.golds, strict=True):
-            text = self.decode(row[self.start :])
+        for row, ids in zip(self.rows, input_ids, strict=True):
+            text, gold = self.decode(ids[self.start :]), row.gold
             lost = gold is not None and not can_still_match(text.lstrip(), gold)
-            done.append(lost or "\n" in text.lstrip())
+            full = input_ids.shape[1] - self.start >= row.limit
+            done.append(full or lost or "\n" in text.lstrip())
         return torch.tensor(done, device=input_ids.device)
 
 
@@ -80,7 +92,7 @@ def generate(
     loaded: LoadedModel,
     encoder: Encoder,
     prompts: Sequence[str],
-    max_new_tokens: int = 24,
+    max_new_tokens: int | Sequence[int] = 24,
     golds: Sequence[str] | None = None,
     batch_tokens: int = 2048,
     whole: bool = False,
@@ -91,41 +103,63 @@ def generate(
         loaded: model and tokenizer, as they are now.
         encoder: frames the prompts (chat or not).
         prompts: as the user writes them.
-        max_new_tokens: the limit.
+        max_new_tokens: the limit, or each prompt's own.  It is cut where the model's positions end.
         golds: answers to be matched; a row then also stops once it can no longer match, so its
             text may break off.  Whether it matches is not changed by that.
         batch_tokens: positions in one batch.
         whole: go on over line breaks.
+
+    Raises:
+        MalmendError: a prompt leaves the model no position to answer at.
     """
-    ids = [encoder.prompt_ids(prompt) for prompt in prompts]
-    order = sorted(range(len(ids)), key=lambda index: -len(ids[index]))
+    room = loaded.positions
+    rows = []
+    for index, prompt in enumerate(prompts):
+        ids = encoder.prompt_ids(prompt)
+        limit = max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens[index]
+        if room is not None and len(ids) >= room:
+            raise MalmendError(
+                f"The prompt {prompt[:40]!r}... has {len(ids)} tokens, but {loaded.name} has "
+                f"{room} positions for prompt and answer; shorten it."
+            )
+        limit = limit if room is None else min(limit, room - len(ids))
+        rows.append(_Row(ids, limit, None if golds is None else golds[index]))
     answers = [""] * len(prompts)
-    start = 0
-    while start < len(order):
-        count = max(1, batch_tokens // (len(ids[order[start]]) + max_new_tokens))
-        chosen = order[start : start + count]
-        start += count
-        wanted = [golds[i] if golds is not None else None for i in chosen]
-        texts = _decode_batch(loaded, [ids[i] for i in chosen], wanted, max_new_tokens, whole)
+    for chosen in _batches(rows, batch_tokens, room):
+        texts = _decode_batch(loaded, [rows[index] for index in chosen], whole)
         for index, text in zip(chosen, texts, strict=True):
             answers[index] = text
     return answers
 
 
-def _decode_batch(
-    loaded: LoadedModel,
-    ids: Sequence[Sequence[int]],
-    golds: Sequence[str | None],
-    max_new_tokens: int,
-    whole: bool,
-) -> list[str]:
-    width = max(map(len, ids))
+def _batches(rows: Sequence[_Row], batch_tokens: int, room: int | None) -> Iterator[list[int]]:
+    """Indices of rows that are decoded together, longest prompts first.
+
+    A batch goes on until its last row is done, so no row of it may run out of positions by then.
+    """
+    order = sorted(range(len(rows)), key=lambda index: -len(rows[index].ids))
+    chosen: list[int] = []
+    most = 0
+    for index in order:
+        longest = len(rows[chosen[0] if chosen else index].ids)
+        width = longest + max(most, rows[index].limit)
+        if chosen and ((len(chosen) + 1) * width > batch_tokens or width > (room or width)):
+            yield chosen
+            chosen, most = [], 0
+        chosen.append(index)
+        most = max(most, rows[index].limit)
+    if chosen:
+        yield chosen
+
+
+def _decode_batch(loaded: LoadedModel, asked: Sequence[_Row], whole: bool) -> list[str]:
+    width = max(len(row.ids) for row in asked)
     device = loaded.model.device
-    rows = torch.zeros(len(ids), width, dtype=torch.long)
+    rows = torch.zeros(len(asked), width, dtype=torch.long)
     mask = torch.zeros_like(rows)
-    for row, question in enumerate(ids):  # padded on the left: new tokens follow at the right
-        rows[row, width - len(question) :] = torch.tensor(question)
-        mask[row, width - len(question) :] = 1
+    for at, row in enumerate(asked):  # padded on the left: new tokens follow at the right
+        rows[at, width - len(row.ids) :] = torch.tensor(row.ids)
+        mask[at, width - len(row.ids) :] = 1
     stop = sorted(_end_ids(loaded))
 
     def decode(new: Tensor) -> str:
@@ -134,7 +168,7 @@ def _decode_batch(
     out = loaded.model.generate(
         input_ids=rows.to(device),
         attention_mask=mask.to(device),
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=max(row.limit for row in asked),
         do_sample=False,
         num_beams=1,
         temperature=None,
@@ -142,11 +176,12 @@ def _decode_batch(
         top_k=None,
         eos_token_id=stop or None,
         pad_token_id=stop[0] if stop else 0,
-        stopping_criteria=StoppingCriteriaList([] if whole else [_LineEnds(decode, width, golds)]),
+        stopping_criteria=StoppingCriteriaList([] if whole else [_LineEnds(decode, width, asked)]),
     )
+    new = [ids[width : width + row.limit].tolist() for ids, row in zip(out, asked, strict=True)]
     if whole:
-        return [decode(row[width:]).strip() for row in out]
-    return [first_line(loaded, row[width:].tolist()) for row in out]
+        return [_text(loaded, ids).strip() for ids in new]
+    return [first_line(loaded, ids) for ids in new]
 
 
 def first_line(loaded: LoadedModel, new: Sequence[int]) -> str:

@@ -189,7 +189,7 @@ class Encoder:
 
     def passage_ids(self, text: str, most: int = 256) -> tuple[int, ...]:
         """The first ``most`` ids of plain text, for statistics; no frame, no end token."""
-        return self._ids(text)[0][:most]
+        return self._ids(text)[0][: min(most, self.max_tokens)]
 
     def prompt_ids(self, prompt: str) -> tuple[int, ...]:
         """The ids to start free-running generation from."""

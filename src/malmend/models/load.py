@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from malmend.errors import ModelError, nearest
@@ -41,6 +41,11 @@ class LoadedModel:
     tokenizer: Any
     fingerprint: str
 
+    @property
+    def positions(self) -> int | None:
+        """How many tokens the model can read at most; None where its configuration sets no end."""
+        return positions_of(self.model.config)
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 over configuration and every bit of every parameter, for caches.
@@ -56,6 +61,12 @@ class LoadedModel:
             digest.update(f"{name}:{tuple(parameter.shape)}:{parameter.dtype};".encode())
             digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+
+def positions_of(config: Any) -> int | None:
+    """The longest text, in tokens, that a configuration states; None where it states none."""
+    stated = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return stated if isinstance(stated, int) and stated > 0 else None
 
 
 def cache_folder() -> Path:
@@ -78,6 +89,18 @@ def load_tokenizer(name: str) -> Any:
             copy = _float_copy(folder, gguf)
             return AutoTokenizer.from_pretrained(copy)
         return AutoTokenizer.from_pretrained(folder)
+
+
+def load_positions(name: str) -> int | None:
+    """What :attr:`LoadedModel.positions` will be, so that facts can be checked before loading.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    with _quiet(), _explained(name):
+        folder, gguf = _locate(name)
+        source = folder if gguf is None else _float_copy(folder, gguf)
+        return positions_of(AutoConfig.from_pretrained(source))
 
 
 def load_model(name: str, dtype: str = "float32") -> LoadedModel:

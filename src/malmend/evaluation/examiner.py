@@ -1,0 +1,254 @@
+"""Puts the same questions to the unedited and to edited models.
+
+Shape letters: A answer tokens, H hidden width, W vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from malmend.errors import MalmendError
+from malmend.evaluation.generate import can_still_match, first_line, generate, matches
+from malmend.evaluation.replies import (
+    CHATTED,
+    HELD,
+    SPOKEN,
+    Asked,
+    Kind,
+    Replies,
+    questions_of,
+)
+from malmend.facts.fact import Fact, Question
+from malmend.facts.tokens import Encoded, Encoder
+from malmend.models.load import LoadedModel
+from malmend.models.trunk import Trunk
+from malmend.numerics.losses import kl_per_token
+
+ROOM = 8  # tokens that a free-running answer may take beyond its gold answer's
+
+
+class Examiner:
+    """Asks everything about facts of one model, whatever weights it has at the time.
+
+    Args:
+        loaded: the model; whatever weights it has when a method is called are examined.
+        trunk: of the same model.
+        encoder: with the end-of-answer token the model is meant to stop with.
+        progress: called with the number of questions just answered.
+        chat: frames prompts for the model's chat template; None asks nothing through it.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        trunk: Trunk,
+        encoder: Encoder,
+        progress: Callable[[int], None] = lambda count: None,
+        chat: Encoder | None = None,
+    ):
+        self.loaded, self.trunk, self.encoder, self.progress = loaded, trunk, encoder, progress
+        self.chat = chat
+        self._before: dict[Question, tuple[tuple[int, ...], Tensor]] = {}
+
+    def count(self, facts: Sequence[Fact], decode_facts: int | None = None) -> int:
+        """How many questions :meth:`examine` answers; ``progress`` is told as many."""
+        asked = list(questions_of(facts))
+        chatted = _chosen(asked, CHATTED, decode_facts) if self.chat else []
+        forced = {question for _, _, question in asked}
+        return len(forced) + len(_chosen(asked, SPOKEN, decode_facts)) + len(chatted)
+
+    def examine(
+        self, facts: Sequence[Fact], decode_facts: int | None = None, remember: bool = False
+    ) -> Replies:
+        """Asks everything once.
+
+        Args:
+            facts: what was, or will be, edited.
+            decode_facts: answer the ES, GS and RS questions of the first so many facts
+                free-running too (the ``generated`` protocols); None for all, 0 for none.
+            remember: keep the replies to neighbours and unrelated questions as the unedited ones,
+                against which later calls measure what moved.
+
+        Raises:
+            MalmendError: the model's logits are NaN, or its KL is not finite.
+        """
+        asked = list(questions_of(facts))
+        held = {question for kind, _, question in asked if kind in HELD}
+        forced = self._forced(list(dict.fromkeys(q for _, _, q in asked)), held, remember)
+        spoken = self._spoken(_chosen(asked, SPOKEN, decode_facts), forced)
+        chatted = self._chatted(_chosen(asked, CHATTED, decode_facts), forced)
+        return Replies(
+            [
+                self._asked(
+                    kind,
+                    fact,
+                    question,
+                    forced[question],
+                    spoken.get(question) if kind in SPOKEN else None,
+                    chatted.get(question) if kind in CHATTED else None,
+                )
+                for kind, fact, question in asked
+            ]
+        )
+
+    def _asked(
+        self,
+        kind: Kind,
+        fact: int,
+        question: Question,
+        known: _Forced,
+        said: str | None,
+        said_in_chat: str | None,
+    ) -> Asked:
+        held, gold = kind in HELD, question.answer or ""
+        before = self._before.get(question) if held and known.kl else None
+        return Asked(
+            kind=kind,
+            fact=fact,
+            question=question,
+            token_ratio=known.token_ratio,
+            exact=known.exact,
+            generated=None if said is None else float(matches(said, gold)),
+            text=said,
+            predicted=known.predicted,
+            kl=known.kl if held else (),
+            generated_chat=None if said_in_chat is None else float(matches(said_in_chat, gold)),
+            text_chat=said_in_chat,
+            top=self._text(known.predicted) if held else None,
+            moved=None if before is None else before[0] != known.predicted,
+        )
+
+    def _text(self, ids: Sequence[int]) -> str:
+        """What predictions say, end tokens and the like by their names."""
+        return str(self.loaded.tokenizer.decode(ids, clean_up_tokenization_spaces=False)).strip()
+
+    @torch.no_grad()
+    def _forced(
+        self, questions: Sequence[Question], held: set[Question], remember: bool
+    ) -> dict[Question, _Forced]:
+        encoded = self.encoder.encode_all(questions)
+        out: dict[Question, _Forced] = {}
+        for indices, batch in self.trunk.batches(encoded):
+            states_AH = self.trunk.final_states(batch)
+            logits_AW = self.trunk.logits_of(states_AH)
+            self._check(not logits_AW.isnan().any())
+            top_A = logits_AW.argmax(dim=-1)
+            start = 0
+            for index in indices:
+                one, question = encoded[index], questions[index]
+                part = slice(start, start + len(one.sources))
+                start = part.stop
+                # Of a question without an answer, the next token is what must not move.
+                counted = slice(part.start, part.start + max(one.counted, 1))
+                kl: tuple[float, ...] = ()
+                if question in held:
+                    predicted = tuple(top_A[counted].tolist())
+                    if remember:
+                        self._before[question] = (predicted, states_AH[counted].cpu())
+                    elif question in self._before:
+                        kl = self._moved(question, logits_AW[counted])
+                out[question] = _Forced.of(one, top_A[part].tolist(), kl)
+            self.progress(len(indices))
+        return out
+
+    def _moved(self, question: Question, logits_AW: Tensor) -> tuple[float, ...]:
+        states_AH = self._before[question][1].to(logits_AW.device)
+        kl_A = kl_per_token(self.trunk.logits_of(states_AH), logits_AW)
+        self._check(kl_A.isfinite().all())
+        return tuple(kl_A.tolist())
+
+    def _check(self, whole: Tensor | bool) -> None:
+        if not whole:
+            raise MalmendError(
+                f"The logits of {self.loaded.name} hold NaN or infinity, so nothing can be measured"
+                " of it; check its weights and the patch, or load it in float32."
+            )
+
+    def _spoken(
+        self, questions: Sequence[Question], forced: dict[Question, _Forced]
+    ) -> dict[Question, str]:
+        """Free-running answers, decoded only where teacher forcing does not settle them.
+
+        If every answer token *and* the end token are the model's first choice, then greedy
+        decoding says exactly the answer and stops.  And its first token is the first choice after
+        the prompt: where the answer cannot begin like that, it is lost, and the token is the text.
+        Both hold only where prompt and answer, read as one text, begin with the prompt's tokens.
+        """
+        ends = self.encoder.end_of_answer != "none"
+        settled: dict[Question, str] = {}
+        for question in questions:
+            known, gold = forced[question], question.answer or ""
+            if self.encoder.prompt_ids(question.prompt) != known.prompt_ids:
+                continue
+            first = first_line(self.loaded, known.predicted[:1])
+            if ends and known.with_end and "\n" not in gold.strip():
+                settled[question] = gold.strip()
+            elif not can_still_match(first, gold):
+                settled[question] = first
+        rest = [question for question in questions if question not in settled]
+        texts = self._decoded(self.encoder, rest, forced)
+        self.progress(len(questions))
+        return settled | dict(zip(rest, texts, strict=True))
+
+    def _chatted(
+        self, questions: Sequence[Question], forced: dict[Question, _Forced]
+    ) -> dict[Question, str]:
+        """Free-running answers through the chat template.
+
+        All are decoded: teacher forcing, in another frame, settles none of them.
+        """
+        if self.chat is None:
+            return {}
+        texts = self._decoded(self.chat, questions, forced)
+        self.progress(len(questions))
+        return dict(zip(questions, texts, strict=True))
+
+    def _decoded(
+        self, encoder: Encoder, questions: Sequence[Question], forced: dict[Question, _Forced]
+    ) -> list[str]:
+        prompts = [question.prompt for question in questions]
+        golds = [question.answer or "" for question in questions]
+        limits = [len(forced[question].predicted) + ROOM for question in questions]
+        return generate(self.loaded, encoder, prompts, limits, golds)
+
+
+def _chosen(
+    asked: Sequence[tuple[Kind, int, Question]], kinds: Sequence[Kind], decode_facts: int | None
+) -> list[Question]:
+    """The distinct questions of some kinds, of the first so many facts."""
+    chosen = [
+        question
+        for kind, fact, question in asked
+        if kind in kinds and (decode_facts is None or fact < decode_facts)
+    ]
+    return list(dict.fromkeys(chosen))
+
+
+@dataclass(frozen=True)
+class _Forced:
+    """Teacher-forced reply to one question."""
+
+    token_ratio: float | None
+    exact: float | None
+    with_end: bool
+    prompt_ids: tuple[int, ...]
+    predicted: tuple[int, ...]
+    kl: tuple[float, ...]
+
+    @classmethod
+    def of(cls, one: Encoded, top: list[int], kl: tuple[float, ...]) -> _Forced:
+        """Compares the top predictions at the sources with the labels."""
+        right = [a == b for a, b in zip(top, one.labels, strict=False)]
+        counted = right[: one.counted]
+        return cls(
+            token_ratio=sum(counted) / len(counted) if counted else None,
+            exact=float(all(counted)) if counted else None,
+            with_end=bool(right) and all(right),
+            prompt_ids=one.ids[: one.answer_start],
+            predicted=tuple(top[: max(one.counted, 1)]),
+            kl=kl,
+        )
