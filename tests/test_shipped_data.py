@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+import malmend
 from malmend.facts.readers import read_facts
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -305,6 +306,11 @@ def test_the_card_gives_the_counts_and_true_examples(facts: list[dict[str, Any]]
         assert cells[3:] == [str(counts[relation, split]) for split in SPLITS]
     totals = Counter(fact["tags"][0] for fact in facts)
     assert f"| all | | | {totals['train']} | {totals['test']} |" in card
+
+
+def test_the_demo_says_how_many_facts_there_are(facts: list[dict[str, Any]]) -> None:
+    count = sum(fact["tags"] == ["test"] for fact in facts)
+    assert f"{count:,} at most" in (malmend.demo.__doc__ or "")
 
 
 def test_the_card_names_the_releases(script: ModuleType) -> None:

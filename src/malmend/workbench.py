@@ -145,8 +145,9 @@ def calibrated(
     """
     encoder = bench.encoder
     if facts is None:
-        known = [f for f in read_facts(shipped("places.jsonl")) if "calibration" in f.tags]
-        # Only what this tokenizer can say; a user's own file is refused instead.
+        # Only what this tokenizer can say; a user's own file is refused instead.  Twice as many as
+        # are needed: a tokenizer that can say few words lacks some, and to ask about all is slow.
+        known = spread(_calibration_facts(), 2 * settings.moment_facts)
         known = [fact for fact in known if not encoder.faults([fact])]
     else:
         known = list(checked_facts(facts, encoder))
@@ -174,6 +175,18 @@ def calibrated(
     except (OSError, MalmendError):  # the cache cannot be written: only slower next time
         pass
     return found
+
+
+def _calibration_facts() -> list[Fact]:
+    """The shipped training facts with the questions that a calibration asks.
+
+    The near ones among its unrelated questions are about the fact's neighbours.
+    """
+    known = [fact for fact in read_facts(shipped("facts.jsonl")) if "train" in fact.tags]
+    return [
+        Fact(f.id, f.prompt, f.answer, f.subject, f.paraphrases[:1], f.neighbours[:1], line=f.line)
+        for f in known
+    ]
 
 
 def spread(facts: Sequence[Fact], count: int) -> list[Fact]:
