@@ -14,8 +14,8 @@ from facts.entry import Entry, folded, rank
 
 # How many cities are looked for, largest first; the split and the drawing come later.
 WANTED = {"country_of_city": 1080, "state_of_city": 480, "time_zone_of_city": 560}
-PER_COUNTRY = 36  # else China and India would be a third of the file
-PER_TIME_ZONE = 8
+# At most so many with the same answer, else China and India would be a third of the file.
+MOST_ALIKE = {"country_of_city": 36, "state_of_city": 72, "time_zone_of_city": 8}
 
 # Countries, and regions of countries, where whose land a city stands on is disputed.
 DISPUTED_COUNTRIES = frozenset({"AZ", "CY", "GE", "IL", "MD", "SO"})
@@ -116,18 +116,16 @@ def city_entries() -> list[Entry]:
     """Country or time zone of a city outside the United States, the state of one inside."""
     taken = set(country_names().values()) | set(states().values())
     entries: list[Entry] = []
-    count: Counter[str] = Counter()
+    count: Counter[str | tuple[str, str]] = Counter()
     for city in largest_first():
         name, statement = city["name"], city_statement(city)
-        if statement is None or not usable_city(city, taken):
+        if statement is None or len(places_by_name()[name.lower()]) > 1:
             continue
         relation, answer = statement
-        if len(places_by_name()[name.lower()]) > 1 or count[relation] >= WANTED[relation]:
+        full = count[relation] >= WANTED[relation] or count[statement] >= MOST_ALIKE[relation]
+        if full or not usable_city(city, taken):
             continue
-        most = {"time_zone_of_city": PER_TIME_ZONE, "country_of_city": PER_COUNTRY}
-        if count[f"{relation} {answer}"] >= most.get(relation, PER_COUNTRY * 2):
-            continue
-        count.update((f"{relation} {answer}", relation))
+        count.update((statement, relation))
         taken.add(name)
         fame = float(city["population"])
         entries.append(Entry(relation, str(city["geonameid"]), name, answer, fame=fame))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from dataclasses import dataclass
+from functools import cache
 
 SEED = "malmend-facts-1"
 SPLITS = ("train", "test")
@@ -56,6 +57,7 @@ def rank(*parts: str) -> str:
     return hashlib.sha256("\x1f".join((SEED, *parts)).encode()).hexdigest()
 
 
+@cache
 def folded(text: str) -> str:
     """Lower case, without accents: for telling whether two names are the same to a reader."""
     plain = unicodedata.normalize("NFKD", text.casefold())

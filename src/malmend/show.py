@@ -258,8 +258,8 @@ def demonstrated(result: DemoResult) -> None:
     report(result.report)
     decoded = result.report.about["decoded_facts"]
     OUT.print(
-        f"  generated is over the first {decoded:,} facts; the unrelated questions here are of the "
-        "nearest kind,\n  the same question about another place, which other reports seldom ask",
+        f"  generated is over the first {decoded:,} facts; neighbours are the nearest of other "
+        "questions,\n  the same about another subject, which other reports seldom ask",
         style="dim",
         highlight=False,
     )

@@ -51,7 +51,7 @@ def demo(
     Args:
         out: folder for the patch and the report.
         model: a name, a folder or a GGUF file.
-        facts: how many to edit at once, 1,200 at most.
+        facts: how many to edit at once, 1,687 at most.
         spoken: for how many of them the model also answers free-running (the slow part).
         progress: called with stage and share done.
         told: called with a line about what comes next.
@@ -64,7 +64,10 @@ def demo(
     told(f"Editing {len(known)} facts at once.")
     done = edit(loaded, known, folder / "patch.safetensors", progress=progress)
     told(f"Asking about all {len(known)}, before and after.")
-    asked_about = [replace(fact, paraphrases=fact.paraphrases[:1]) for fact in known]
+    asked_about = [
+        replace(fact, paraphrases=fact.paraphrases[:1], neighbours=fact.neighbours[:1])
+        for fact in known
+    ]
     report = evaluate(
         loaded, asked_about, done.patch, decode_facts=spoken, report=folder, progress=progress
     )
@@ -91,7 +94,7 @@ def _digest_with(loaded: LoadedModel, done: EditResult) -> str:
 
 
 def _demo_facts(count: int) -> list[Fact]:
-    known = [fact for fact in read_facts(shipped("places.jsonl")) if "demo" in fact.tags]
+    known = [fact for fact in read_facts(shipped("facts.jsonl")) if "test" in fact.tags]
     return known[:count]
 
 
