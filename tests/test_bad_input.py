@@ -139,6 +139,16 @@ def with_nan(path: Path) -> None:
     save_file(tensors, path, metadata=header)
 
 
+def with_header(path: Path, **changes: object) -> Path:
+    """The same patch with other entries in its header."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["malmend"])
+    save_file(load_file(path), path, metadata={"malmend": json.dumps(header | changes)})
+    return path
+
+
 def after(_breaking: object, arguments: Arguments) -> Arguments:
     """The arguments, once something was broken."""
     return arguments
@@ -220,6 +230,35 @@ CASES: dict[str, tuple[Callable[[Place], Arguments], str]] = {
         lambda p: p.edit(model=broken_model(p, lambda f: [x.unlink() for x in f.glob("tok*")])),
         "cannot be loaded",
     ),
+    "train into the model's folder": (
+        lambda p: p.train(out=shutil.copytree(p.model, p.folder / "model")),
+        "is a model's folder, expected one for the editor",
+    ),
+    "a seed of thirty digits": (
+        lambda p: p.train("--seed", "1" * 30),
+        "--seed is 1111111111",
+    ),
+    "a prompt that is not UTF-8": (
+        lambda p: ["ask", p.model, "Ora \udcff is"],
+        "is not UTF-8",
+    ),
+    "no batch": (lambda p: p.eval("--trunk.batch-tokens", 0), "batch_tokens is 0, expected 1"),
+    "a disk budget below none": (
+        lambda p: p.eval("--trunk.store-bytes=-1"),
+        "store_bytes is -1, expected 0 or more",
+    ),
+    "demo of fewer than no facts": (
+        lambda p: ["demo", "--model", p.model, "--out", p.folder / "out", "--facts=-5"],
+        "facts is -5, expected 1 to 1,2",
+    ),
+    "demo of more facts than there are": (
+        lambda p: ["demo", "--model", p.model, "--out", p.folder / "out", "--facts=9999"],
+        "facts is 9999, expected 1 to 1,2",
+    ),
+    "demo that says fewer than none": (
+        lambda p: ["demo", "--model", p.model, "--out", p.folder / "out", "--spoken=-1"],
+        "spoken is -1, expected 0 or more",
+    ),
     "corrupt gguf": (lambda p: p.edit(model=p.file("m.gguf", b"GGUFno")), "cannot be loaded"),
     # patches
     "missing patch": (lambda p: p.eval("--patch", p.folder / "no"), "There is no patch file"),
@@ -236,6 +275,14 @@ CASES: dict[str, tuple[Callable[[Place], Arguments], str]] = {
     "patch with NaN": (
         lambda p: after(with_nan(p.good), p.eval("--patch", p.good)),
         "holds NaN or infinity",
+    ),
+    "patch without settings": (
+        lambda p: p.eval("--patch", with_header(p.good, settings=None)),
+        "its settings are null, expected an object",
+    ),
+    "patch with an unknown end of answer": (
+        lambda p: p.eval("--patch", with_header(p.good, settings={"end_of_answer": 7})),
+        "its end of answer is 7, expected one of 'eos', 'newline', 'none'",
     ),
     "patch of another model": (
         lambda p: p.eval("--patch", p.made / "foreign.safetensors"),
@@ -321,6 +368,11 @@ CASES: dict[str, tuple[Callable[[Place], Arguments], str]] = {
     ),
     "evaluating in chat without a template": (lambda p: p.eval("--chat"), "no chat template"),
     "missing YAML": (lambda p: p.train("--config", p.folder / "no.yaml"), "no.yaml"),
+    "binary YAML": (
+        lambda p: p.train("--config", p.file("c.yaml", b"\x00\xff\xfe" * 9)),
+        "--config file is not UTF-8 text",
+    ),
+    "a folder for YAML": (lambda p: p.train("--config", p.folder), "config"),
     "broken YAML": (lambda p: p.train("--config", p.file("c.yaml", "steps: [")), "config"),
     "unknown key in YAML": (
         lambda p: p.train("--config", p.file("c.yaml", "stepps: 3")),
@@ -459,6 +511,27 @@ def test_an_editor_in_training_under_other_settings(place, capsys):
     place.copied("good")
     arguments = place.train("--seed", 3, out=place.folder / "good")
     assert "seed = 0, now 3" in refused(arguments, place.folder, capsys)
+
+
+def test_an_editor_in_training_at_another_dtype(place, capsys):
+    place.copied("good")
+    arguments = place.train("--dtype", "bfloat16", out=place.folder / "good")
+    said = refused(arguments, place.folder, capsys)
+    assert "in training on other numbers (dtype)" in said
+
+
+def test_fewer_steps_than_were_taken(place, capsys):
+    out = place.folder / "editor"
+    assert malmend(*place.train("--steps", 3, out=out)) == 0
+    messages(capsys)
+    said = refused(place.train("--steps", 2, out=out), place.folder, capsys)
+    assert "has taken 3 steps, --steps 2 asks for fewer" in said
+
+
+def test_too_few_facts_are_noticed_before_the_model_is_loaded(place, capsys, monkeypatch):
+    monkeypatch.setattr(train_module, "opened", None)
+    said = refused(place.train("--facts-per-step", 99), place.folder, capsys)
+    assert "There are 12 facts to train on, expected at least 99" in said
 
 
 def test_training_state_that_is_damaged(place, capsys):

@@ -55,12 +55,9 @@ OPTIONS = {
     | EDITOR
     | {
         "--config",
-        "--print-config",
         "--out",
         "--paper",
         "--locality",
-        "--locality+",
-        "--locality.help",
         "--network",
         "--network.rank",
         "--network.blocks",

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import json
 import math
 from dataclasses import replace
@@ -229,6 +230,94 @@ def test_a_model_of_few_blocks_is_evaluated_too():
     tokenizer = helpers.byte_level()
     loaded = prepared(make_model(tokenizer, layers=2), tokenizer)
     assert malmend.eval(loaded, FEW[:2]).facts == 2
+
+
+def test_facts_from_python_are_not_edited_twice(tiny):
+    """As facts of a file: the first of a prompt counts, --strict refuses the others."""
+    twice = [*FEW, replace(FEW[0], id="again"), replace(FEW[1], id="other", answer="Kalo")]
+    done = malmend.edit(tiny.loaded, twice, **own(tiny))
+    once = malmend.edit(tiny.loaded, FEW, **own(tiny))
+    assert done.facts.facts == once.facts.facts == tuple(FEW)
+    assert [one.kind for one in done.facts.skipped] == ["duplicate", "contradiction"]
+    assert done.patch.provenance["skipped"] == 2
+    for name in once.patch.factors:
+        assert torch.equal(done.patch.shift(name), once.patch.shift(name))
+    limited = malmend.eval(tiny.loaded, [FEW[0], *twice], limit=2)
+    assert [row.id for row in limited.rows] == [FEW[0].id, FEW[1].id]
+    for command in (malmend.edit, malmend.eval):
+        with pytest.raises(FactsError, match="cannot be used: 2 faults") as caught:
+            command(tiny.loaded, twice, strict=True)
+        assert caught.value.faults == (
+            f"facts: fact 'again': duplicate of fact 'f0': prompt {FEW[0].prompt!r}; "
+            "keep one of the two",
+            f"facts: fact 'other': contradiction of fact 'f1': prompt {FEW[1].prompt!r} has answer "
+            f"'Kalo' here and {FEW[1].answer!r} there; keep one of the two",
+        )
+
+
+def test_facts_that_were_read_keep_their_source_and_what_was_skipped(tiny, tmp_path):
+    path = tmp_path / "facts.jsonl"
+    path.write_text(as_lines([*FEW, replace(FEW[0], id="again")]))
+    known = malmend.read_facts(path)
+    report = malmend.eval(tiny.loaded, known)
+    assert (report.about["facts_source"], report.about["skipped"]) == (str(path), 1)
+
+
+@pytest.mark.parametrize("command", ["edit", "eval", "train"])
+def test_a_model_with_a_patch_on_it_is_refused(tiny, tmp_path, monkeypatch, command):
+    """Else what is found of the edited model would be kept as the unedited one's."""
+    patch = malmend.edit(tiny.loaded, FEW, settings=LAST, **eager(tiny)).patch
+    monkeypatch.setenv("MALMEND_CACHE", str(tmp_path / "cache"))
+    short = {"out": tmp_path / "editor", "settings": replace(TRAINING, steps=1), "editor": SMALL}
+    more = {"edit": own(tiny), "eval": {}, "train": own(tiny) | short}[command]
+    call = functools.partial(getattr(malmend, command), tiny.loaded, tiny.facts, **more)
+    with malmend.applied(tiny.loaded, patch):
+        with malmend.applied(tiny.loaded, patch):
+            pass
+        with pytest.raises(MalmendError, match="a patch is on it; leave the block of applied"):
+            call()
+        same = prepared(tiny.loaded.model, tiny.loaded.tokenizer)  # the same weights, other name
+        with pytest.raises(MalmendError, match="a patch is on it"):
+            getattr(malmend, command)(same, tiny.facts, **more)
+        assert malmend.ask(tiny.loaded, FEW[0].prompt).unedited == FEW[0].answer
+    assert files_in(tmp_path) == set()
+    call()
+
+
+def test_a_patch_that_fails_to_come_on_leaves_the_model_usable(tiny):
+    patch = malmend.edit(tiny.loaded, FEW, settings=LAST, **eager(tiny)).patch
+    with pytest.raises(KeyboardInterrupt), malmend.applied(tiny.loaded, patch):
+        raise KeyboardInterrupt
+    assert malmend.eval(tiny.loaded, FEW, patch, decode_facts=0).facts == 3
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_no_question_is_longer_than_the_models_positions(tiny, tmp_path, monkeypatch, family):
+    """Noticed before weights are read; a table of positions would else end in a traceback."""
+    tokenizer = helpers.byte_level()
+    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
+    made = {
+        "llama": lambda: helpers.tiny_llama(len(tokenizer), max_position_embeddings=40, **ends),
+        "gpt2": lambda: helpers.tiny_gpt2(len(tokenizer), n_positions=40, **ends),
+    }[family]()
+    made.float().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    name = str(tmp_path / "model")
+    text = tmp_path / "text.txt"
+    text.write_text(
+        (Path(tiny.text).read_text().replace("\n", " ") * 3)[:4000] + "\n" + "a b\n" * 9
+    )
+    chosen = own(tiny) | {"text": text, "settings": replace(training_free(), layers=1)}
+    done = malmend.edit(name, FEW, **chosen)
+    report = malmend.eval(name, FEW, done.patch, text=text)
+    assert report.facts == 3
+    long = replace(FEW[0], prompt="In Mars " * 30)
+    with pytest.raises(MalmendError, match=r"has \d+ tokens, but .* has 40 positions"):
+        malmend.ask(name, long.prompt)
+    monkeypatch.setattr("malmend.workbench.load_model", None)
+    with pytest.raises(FactsError, match="1 questions do not fit") as caught:
+        malmend.edit(name, [long], **chosen)
+    assert "tokens, expected at most 40; shorten the prompt" in caught.value.faults[0]
 
 
 def test_facts_are_read_as_the_patch_was_made(tiny):

@@ -119,7 +119,11 @@ def _train(arguments: list[str]) -> None:
     parser.add_argument(
         "--paper", type=bool, default=False, help="MALMEN A.6 and the published code"
     )
-    _derive(parser, train, {"model", "facts", "out", "settings", "editor", "starting", "stepped"})
+    parser.add_argument(
+        "--locality", type=str, help="file of unrelated questions, else each fact's own"
+    )
+    own = {"model", "facts", "out", "locality", "settings", "editor", "starting", "stepped"}
+    _derive(parser, train, own)
     _settings(parser, network=True)
     parser.add_class_arguments(TrainSettings)
     given = _parse(parser, arguments)
@@ -231,6 +235,7 @@ def _parser(command: str) -> Any:
         description=COMMANDS[command],
         formatter_class=Hyphens,
         usage=f"malmend {command} [options] ...",
+        print_config=None,
     )
 
 
@@ -287,7 +292,13 @@ def _parse(parser: Any, arguments: list[str]) -> dict[str, Any]:
         # A switch may stand alone: --strict is --strict=true.
         if isinstance(defaults.get(one[2:]), bool) and following not in ("true", "false"):
             spelt[index] = f"{one}=true"
-    given = parser.parse_args(spelt).as_dict()
+    try:
+        given = parser.parse_args(spelt).as_dict()
+    except UnicodeDecodeError as error:
+        raise MalmendError(
+            f"The --config file is not UTF-8 text ({error.reason} at {error.start}); "
+            "give a YAML file."
+        ) from error
     if "trunk" in given:
         given["trunk"] = TrunkSettings(**given["trunk"])
     return given

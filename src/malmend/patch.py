@@ -15,7 +15,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,11 +25,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from malmend.errors import PatchError, nearest
+from malmend.facts.tokens import EndOfAnswer
 from malmend.files import reason, written_beside
 from malmend.models.load import LoadedModel
 from malmend.models.sites import Site
 
 FORMAT = 1
+# How many patches are on a model now.
+_ON: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,8 +90,25 @@ def applied(loaded: LoadedModel, patch: Patch, force: bool = False) -> Iterator[
         PatchError: the patch was made for another base, or for other layers.
     """
     check_base(loaded, patch, force)
-    with shifted(sites_of(loaded.model, patch), {n: patch.shift(n) for n in patch.factors}):
-        yield loaded.model
+    sites, before = sites_of(loaded.model, patch), _ON.get(loaded.model, 0)
+    with shifted(sites, {n: patch.shift(n) for n in patch.factors}):
+        _ON[loaded.model] = before + 1
+        try:
+            yield loaded.model
+        finally:
+            _ON[loaded.model] = before
+
+
+def check_bare(loaded: LoadedModel) -> None:
+    """Raises PatchError while a patch is on the model.
+
+    What is found of a model is kept under the fingerprint of its unedited weights.
+    """
+    if _ON.get(loaded.model, 0):
+        raise PatchError(
+            f"The model {loaded.name} cannot be used here while a patch is on it; leave the block "
+            "of applied(...) first, or give the patch to eval."
+        )
 
 
 @contextmanager
@@ -173,7 +194,22 @@ def load_patch(path: str | Path) -> Patch:
             "use the malmend version that wrote it."
         )
     del header["format"]
+    _check_settings(path, header.get("settings", {}))
     return Patch(_grouped(path, tensors), header)
+
+
+def _check_settings(path: Path, settings: object) -> None:
+    """The part of the header that evaluation reads."""
+    if not isinstance(settings, dict):
+        raise PatchError(
+            f"{path} is damaged: its settings are {json.dumps(settings)[:40]}, expected an object."
+        )
+    end = settings.get("end_of_answer", "none")
+    if end not in get_args(EndOfAnswer):
+        valid = ", ".join(map(repr, get_args(EndOfAnswer)))
+        raise PatchError(
+            f"{path} is damaged: its end of answer is {end!r}, expected one of {valid}."
+        )
 
 
 def _grouped(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, ...]]:

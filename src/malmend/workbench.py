@@ -27,7 +27,7 @@ from malmend.editors.keymoments import key_moments, load_moments, save_moments
 from malmend.errors import FactsError, MalmendError
 from malmend.facts.alternatives import towards_alternatives
 from malmend.facts.fact import Fact, FactSet
-from malmend.facts.readers import read_facts, read_text
+from malmend.facts.readers import given_facts, read_facts, read_text
 from malmend.facts.tokens import Encoder, EndOfAnswer
 from malmend.models.load import (
     LoadedModel,
@@ -38,6 +38,7 @@ from malmend.models.load import (
 )
 from malmend.models.sites import Site
 from malmend.models.trunk import Trunk, TrunkSettings
+from malmend.patch import check_bare
 
 LONGEST = 512  # tokens of a question, answer and end token included
 
@@ -65,7 +66,12 @@ def lay_out(
     chat: bool = False,
     trunk: TrunkSettings = TrunkSettings(),
 ) -> Workbench:
-    """Cuts the model at its sites (lowest first) and makes the encoder."""
+    """Cuts the model at its sites (lowest first) and makes the encoder.
+
+    Raises:
+        PatchError: a patch is on the model.
+    """
+    check_bare(loaded)
     cut = Trunk(loaded.model, sites, trunk, trunk_folder(loaded))
     return Workbench(loaded, cut, encoder_for(loaded, end_of_answer, chat))
 
@@ -104,11 +110,7 @@ def checked_facts(
     if isinstance(facts, str | Path):
         known = read_facts(facts, limit, strict)
     else:
-        if limit is not None and limit < 1:
-            raise MalmendError(f"limit is {limit}, expected 1 or more.")
-        known = FactSet("facts", tuple(facts)[:limit])
-        if not known:
-            raise FactsError("No facts were given, expected at least one.")
+        known = given_facts(facts, limit, strict)
     if alternative:
         known = towards_alternatives(known)
     faults = encoder.faults(known)

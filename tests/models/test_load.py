@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+)
 
 import tiny
 from helpers import words
@@ -307,3 +316,83 @@ def test_a_folder_that_cannot_be_read(folder):
         pytest.skip("the superuser reads everything")
     (folder / "model.safetensors").chmod(0)
     assert "cannot be loaded" in refused(folder)
+
+
+# --- float32 copies of GGUF files
+
+
+@pytest.fixture
+def gguf(tmp_path, whole, monkeypatch):
+    """A file whose loaders give the whole model; what is real is all that the copy is kept by."""
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF")
+    read = {kind: kind.from_pretrained for kind in (AutoTokenizer, AutoModelForCausalLM)}
+
+    def reading(kind, source, gguf_file=None, **keywords):
+        if gguf_file is None:
+            return read[kind](source, **keywords)
+        keywords.pop("dtype", None)
+        made = read[kind](whole, **keywords)
+        if kind is AutoModelForCausalLM:
+            made.config.quantization_config = {}
+        return made
+
+    for kind in read:
+        monkeypatch.setattr(
+            load, kind.__name__, SimpleNamespace(from_pretrained=partial(reading, kind))
+        )
+    return path
+
+
+def copies() -> list[Path]:
+    return list((cache_folder() / "models").iterdir())
+
+
+def test_a_gguf_file_is_copied_once(gguf, monkeypatch):
+    first = load_model(str(gguf))
+    (copy,) = copies()
+    assert (copy / "complete.json").is_file()
+    monkeypatch.setattr(load.uuid, "uuid4", None)  # a second copy would need a name
+    assert load_model(str(gguf)).fingerprint == first.fingerprint
+    assert load.load_positions(str(gguf)) == first.positions == 64
+
+
+def test_a_copy_that_another_run_has_finished_meanwhile_is_kept(gguf, monkeypatch):
+    """It may be reading it."""
+    target = load._float_copy(str(gguf.parent), gguf.name)
+    kept = (target / "model.safetensors").stat().st_ino
+    shutil.move(target, target.with_suffix(".there"))
+
+    def finishing(value):
+        if "from" in value:
+            shutil.move(target.with_suffix(".there"), target)
+        return json.dumps(value)
+
+    monkeypatch.setattr(load, "json", SimpleNamespace(dumps=finishing))
+    assert load._float_copy(str(gguf.parent), gguf.name) == target
+    assert (target / "model.safetensors").stat().st_ino == kept
+    assert copies() == [target]
+
+
+def test_a_copy_that_is_not_whole_is_made_again(gguf):
+    target = load._float_copy(str(gguf.parent), gguf.name)
+    (target / "complete.json").unlink()
+    (target / "model.safetensors").unlink()
+    load_model(str(gguf))
+    assert (target / "complete.json").is_file()
+
+
+def test_a_cache_that_cannot_be_written_is_named_and_not_the_model(gguf, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MALMEND_CACHE", str(tmp_path / "file"))
+    said = refused(gguf)
+    assert said.startswith(f"The cache folder {tmp_path / 'file'} cannot be written (")
+    assert "MALMEND_CACHE" in said
+    monkeypatch.setenv("MALMEND_CACHE", str(tmp_path / "cache"))
+
+    def full(self, *_arguments, **_keywords):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", full)
+    assert "cannot be written (No space left on device)" in refused(gguf)
+    assert copies() == []

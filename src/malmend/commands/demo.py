@@ -10,6 +10,7 @@ from pathlib import Path
 from malmend.commands.ask import AskResult, ask
 from malmend.commands.edit import EditResult, edit
 from malmend.commands.evaluate import evaluate
+from malmend.errors import MalmendError
 from malmend.evaluation.page import PAGE
 from malmend.evaluation.report import Report
 from malmend.facts.fact import Fact
@@ -55,9 +56,14 @@ def demo(
         spoken: for how many of them the model also answers free-running (the slow part).
         progress: called with stage and share done.
         told: called with a line about what comes next.
+
+    Raises:
+        MalmendError: any bad input, in one sentence.
     """
-    folder = writable_folder(out)
     known = _demo_facts(facts)
+    if spoken < 0:
+        raise MalmendError(f"spoken is {spoken}, expected 0 or more; change --spoken.")
+    folder = writable_folder(out)
     told(f"Loading {model}.")
     loaded = load_model(model)
     before = weights_digest(loaded)
@@ -95,6 +101,8 @@ def _digest_with(loaded: LoadedModel, done: EditResult) -> str:
 
 def _demo_facts(count: int) -> list[Fact]:
     known = [fact for fact in read_facts(shipped("facts.jsonl")) if "test" in fact.tags]
+    if not 1 <= count <= len(known):
+        raise MalmendError(f"facts is {count}, expected 1 to {len(known):,}; change --facts.")
     return known[:count]
 
 

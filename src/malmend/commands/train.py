@@ -13,7 +13,7 @@ from malmend.editors.calibration import CalibrationSettings
 from malmend.editors.checkpoint import SavedEditor, load_editor, save_editor
 from malmend.editors.editor import EditorSettings
 from malmend.editors.training import StepRecord, Trainer, TrainSettings, estimate_seconds
-from malmend.errors import EditorError
+from malmend.errors import EditorError, MalmendError
 from malmend.facts.fact import Fact, FactSet, Question, subject_hash
 from malmend.facts.lint import leaks
 from malmend.facts.readers import read_questions
@@ -33,6 +33,8 @@ from malmend.workbench import (
     silent,
     trunk_folder,
 )
+
+MOST_SEED = 10**18  # what a generator takes is a little more
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +101,7 @@ def train(
     encoder = encoder_for(model, editor.end_of_answer)
     known = checked_facts(facts, encoder, limit, strict, alternative)
     others = read_questions(locality) if isinstance(locality, str | Path) else tuple(locality or ())
+    _check(folder, len(known), settings)
     writable_folder(folder)  # before the model is loaded, but only once the facts are good
     loaded = opened(model, dtype)
     sites = find_sites(loaded.model, editor.layers, editor.sites)
@@ -127,6 +130,23 @@ def train(
     return TrainResult(load_editor(folder), folder, tuple(records), tuple(leaks(known, others)))
 
 
+def _check(folder: Path, facts: int, settings: TrainSettings) -> None:
+    """What can be refused before any model is loaded."""
+    if facts < settings.facts_per_step:
+        raise MalmendError(
+            f"There are {facts} facts to train on, expected at least "
+            f"{settings.facts_per_step}, the facts of one step; lower --facts-per-step."
+        )
+    if not abs(settings.seed) < MOST_SEED:
+        raise MalmendError(
+            f"--seed is {settings.seed}, expected a whole number of at most 18 digits."
+        )
+    if (folder / "config.json").is_file():
+        raise MalmendError(
+            f"{folder} is a model's folder, expected one for the editor; give another --out."
+        )
+
+
 def _resumed(trainer: Trainer, folder: Path, about: dict[str, Any]) -> list[StepRecord]:
     """Goes on from the folder's checkpoint, if it has one of the same model and facts."""
     if not (folder / "training.safetensors").is_file():
@@ -134,15 +154,22 @@ def _resumed(trainer: Trainer, folder: Path, about: dict[str, Any]) -> list[Step
     said: dict[str, Any] = dict(trainer.resume(folder))
     parts = (
         ("base", "model"),
+        ("dtype", "numbers (dtype)"),
         ("facts_sha256", "facts"),
         ("locality_sha256", "locality questions"),
     )
     for name, what in parts:
-        if said.get(name) != about[name]:
+        # Checkpoints older than the entry do not say their dtype.
+        if said.get(name, about[name] if name == "dtype" else None) != about[name]:
             raise EditorError(
                 f"{folder} holds an editor in training on other {what}; give the same {what} "
                 "to go on with it, or another --out."
             )
+    if trainer.step > trainer.settings.steps:
+        raise EditorError(
+            f"The editor in {folder} has taken {trainer.step} steps, --steps "
+            f"{trainer.settings.steps} asks for fewer; give as many or more, or another --out."
+        )
     return [StepRecord(**row) for row in said["curve"]]
 
 
@@ -171,6 +198,7 @@ def _about(
         "torch": version("torch"),
         "model": bench.loaded.name,
         "base": bench.loaded.fingerprint,
+        "dtype": str(bench.loaded.model.dtype).removeprefix("torch."),
         "facts": len(facts),
         "facts_source": facts.source,
         "facts_sha256": hashlib.sha256(repr(learned).encode()).hexdigest(),

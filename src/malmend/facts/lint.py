@@ -219,12 +219,18 @@ def repeated_prompts(skipped: tuple[Skipped, ...], entries: dict[int, Entry]) ->
     faults: Faults = []
     for skip in skipped:
         here, there = entries[skip.fact.line], entries[skip.earlier.line]
-        what = f"{here.where}: {skip.kind} of {there.where}: prompt {short(skip.fact.prompt)}"
-        if skip.kind == "contradiction":
-            answers = f"{short(skip.fact.answer)} here and {short(skip.earlier.answer)} there"
-            what += f" has answer {answers}"
-        faults.append((here.line, f"{what}; keep one of the two"))
+        faults.append((here.line, repeat(skip, here.where, there.where)))
     return faults
+
+
+def repeat(skip: Skipped, here: str, there: str) -> str:
+    """The fault of a skipped fact, given the places of both."""
+    what = f"{here}: {skip.kind} of {there.removeprefix('facts: ')}"
+    what += f": prompt {short(skip.fact.prompt)}"
+    if skip.kind == "contradiction":
+        answers = f"{short(skip.fact.answer)} here and {short(skip.earlier.answer)} there"
+        what += f" has answer {answers}"
+    return f"{what}; keep one of the two"
 
 
 def _encodes(value: str) -> bool:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 from malmend.errors import FactsError, MalmendError, nearest
 from malmend.facts import lint
-from malmend.facts.fact import FactSet, Question
+from malmend.facts.fact import Fact, FactSet, Question
 from malmend.facts.formats import (
     FORMATS,
     MEND_FIELDS,
@@ -60,6 +60,27 @@ def read_facts(path: str | Path, limit: int | None = None, strict: bool = False)
     if faults:
         _refuse(source, faults)
     return FactSet(source, kept[:limit], skipped)
+
+
+def given_facts(facts: Sequence[Fact], limit: int | None = None, strict: bool = False) -> FactSet:
+    """Facts from Python, under the rules of :func:`read_facts` for repeats and the limit.
+
+    Raises:
+        FactsError: there are none; when ``strict``, for every repeated prompt.
+        MalmendError: when ``limit`` is below 1.
+    """
+    if limit is not None and limit < 1:
+        raise MalmendError(f"limit is {limit}; give 1 or more, or leave it out to take all facts")
+    read = facts if isinstance(facts, FactSet) else FactSet("facts", tuple(facts))
+    if not read.facts:
+        raise FactsError("No facts were given, expected at least one.")
+    kept, skipped = lint.skip_repeats(read.facts)
+    if strict and skipped:
+        places = {id(fact): f"{read.source}: fact {fact.id!r}" for fact in read.facts}
+        where = [(places[id(one.fact)], places[id(one.earlier)]) for one in skipped]
+        faults = [lint.repeat(one, *both) for one, both in zip(skipped, where, strict=True)]
+        _refuse(read.source, [(0, fault) for fault in faults])
+    return FactSet(read.source, kept[:limit], (*read.skipped, *skipped))
 
 
 def read_questions(path: str | Path) -> tuple[Question, ...]:

