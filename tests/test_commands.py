@@ -58,6 +58,11 @@ def test_edit_to_evaluation_to_answer(tiny, tmp_path):
     assert patch.provenance == done.patch.provenance
     metric = {"unedited": 0.0, "edited": 1.0}
     assert patch.provenance["metrics"] == {"ES": {"token_ratio": metric}}
+    assert {term: len(found) for term, found in patch.provenance["prior"].items()} == {
+        "text": 1,
+        "asked": 1,
+        "wording": 1,
+    }
     assert patch.provenance["base"] == tiny.loaded.fingerprint
     assert (patch.provenance["facts"], patch.provenance["skipped"]) == (3, 0)
 
@@ -144,14 +149,15 @@ def test_mend_sums_and_leaves_no_residual_figure(tiny):
     assert done.edited > done.unedited
 
 
-def test_the_published_form_is_calibrated_without_a_covariance(tiny, tmp_path, monkeypatch):
+def test_the_published_form_is_calibrated_without_a_prior(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("MALMEND_CACHE", str(tmp_path))
     settings = replace(published(), network=NetworkSettings(rank=4, placement="after"), layers=2)
     done = malmend.edit(tiny.loaded, FEW, settings=settings, **own(tiny))
     (kept,) = (tmp_path / "calibrations").iterdir()
     found = load_calibration(kept)
-    assert all(known.covariance_KK is None for known in found.statistics.values())
-    assert (found.eta, found.tried) == (1e-6, ())
+    assert all(not known.priors_KK for known in found.statistics.values())
+    assert (found.eta, found.weights, found.tried) == (1e-6, (), ())
+    assert done.patch.provenance["prior"] == {}
     assert done.patch.provenance["lambda"] == pytest.approx([1.0, 1.0])
     assert len(done.patch.factors) == 2
 

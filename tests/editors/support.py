@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import helpers
-from malmend.editors.calibration import covariance
 from malmend.editors.editor import Editor, EditorSettings, SiteStatistics
+from malmend.editors.keymoments import key_moments
 from malmend.facts.fact import Fact, Question
 from malmend.facts.tokens import Encoded, Encoder, EndOfAnswer
 from malmend.models.capture import Captured, capture
@@ -25,6 +26,8 @@ torch.set_num_threads(1)
 
 WORDS = [f"w{index}" for index in range(56)]
 INNER = 32
+# The terms of each prior, in the order of their weights.
+TERMS = {"wording": ("text", "asked", "wording"), "text": ("text",), "identity": ()}
 
 
 def encoder(end_of_answer: EndOfAnswer = "eos") -> Encoder:
@@ -63,19 +66,26 @@ def some_words(generator: random.Random, least: int, most: int) -> str:
     return " ".join(generator.choices(WORDS, k=generator.randint(least, most)))
 
 
-def random_facts(count: int, seed: int = 0, paraphrases: int = 2, unrelated: int = 2) -> list[Fact]:
+def random_questions(generator: random.Random, count: int) -> tuple[Question, ...]:
+    return tuple(
+        Question(some_words(generator, 2, 5), some_words(generator, 1, 3)) for _ in range(count)
+    )
+
+
+def random_facts(
+    count: int, seed: int = 0, paraphrases: int = 2, unrelated: int = 2, neighbours: int = 0
+) -> list[Fact]:
     """Facts with answers of one to three tokens; questions of unlike length."""
     generator = random.Random(seed)
     facts = []
     for index in range(count):
         answer = some_words(generator, 1, 3)
         asked = tuple(some_words(generator, 2, 5) for _ in range(paraphrases))
-        others = tuple(
-            Question(some_words(generator, 2, 5), some_words(generator, 1, 3))
-            for _ in range(unrelated)
-        )
+        others = random_questions(generator, unrelated)
         prompt = some_words(generator, 2, 5)
-        facts.append(Fact(f"f{index}", prompt, answer, None, asked, others, line=index + 1))
+        near = random_questions(generator, neighbours)
+        fact = Fact(f"f{index}", prompt, answer, None, asked, others, (), index + 1)
+        facts.append(replace(fact, neighbours=near))
     return facts
 
 
@@ -84,23 +94,25 @@ def random_text(lines: int, seed: int = 0) -> str:
     return "\n".join(some_words(generator, 2, 9) for _ in range(lines))
 
 
-def statistics_of(
-    trunk: Trunk, captured: Sequence[Captured], with_covariance: bool = True
-) -> dict[str, SiteStatistics]:
-    """Moments of what was captured, and C of a random text."""
-    passages = []
-    for line in random_text(30).splitlines():
-        ids = encoder().passage_ids(line)
-        passages.append(Encoded(ids, len(ids), len(ids)))
+def passages_of(text: str) -> list[Encoded]:
+    """Each line as it is read for statistics: no answer, no end token."""
+    lines = [encoder().passage_ids(line) for line in text.splitlines()]
+    return [Encoded(ids, len(ids), len(ids)) for ids in lines]
+
+
+def statistics_of(trunk: Trunk, captured: Sequence[Captured]) -> dict[str, SiteStatistics]:
+    """Moments of what was captured, and every term of a prior, of a random text and facts."""
+    others = random_facts(12, seed=77, neighbours=1)
+    moments = key_moments(
+        trunk, encoder(), TERMS["wording"], others, passages_of(random_text(30)), 10_000
+    )
     known = {}
-    for site, pair, found in zip(
-        trunk.sites, captured, covariance(trunk, passages, 10_000), strict=True
-    ):
+    for index, (site, pair) in enumerate(zip(trunk.sites, captured, strict=True)):
         value_width, key_width = site.shape_VK
         one = SiteStatistics(
             RunningMoments(key_width),
             RunningMoments(value_width),
-            found if with_covariance else None,
+            {term: found[index] for term, found in moments.items()},
         )
         one.keys.add(pair.keys_NK)
         one.value_grads.add(pair.value_grads_NV)
@@ -113,13 +125,17 @@ def captured_of(trunk: Trunk, facts: Sequence[Fact], settings: EditorSettings) -
     return capture(trunk, questions, settings.tokens, settings.descent)
 
 
+def start_weights(settings: EditorSettings) -> list[float]:
+    """One weight per term of the editor's prior, no two alike."""
+    known = {"text": 3.0, "asked": 1.5, "wording": 0.2}
+    return [known[term] for term in TERMS[settings.prior] if settings.method == "malmen"]
+
+
 def random_editor(
     settings: EditorSettings,
     trunk: Trunk,
     captured: Sequence[Captured],
-    with_covariance: bool = True,
     eta: float = 1.0,
-    alpha: float = 1.0,
     ridge: float = 0.1,
     seed: int = 0,
 ) -> Editor:
@@ -127,9 +143,9 @@ def random_editor(
     editor = Editor(
         settings,
         {site.name: site.shape_VK for site in trunk.sites},
-        statistics_of(trunk, captured, with_covariance),
+        statistics_of(trunk, captured),
         eta,
-        alpha,
+        start_weights(settings),
         ridge,
         seed,
     )

@@ -6,112 +6,59 @@ from dataclasses import replace
 import pytest
 import torch
 from support import (
+    TERMS,
     captured_of,
     encoder,
+    passages_of,
     random_facts,
     random_text,
     same,
     tiny_model,
     tiny_trunk,
 )
-from transformers import PreTrainedModel
 
 from malmend.editors import calibration
 from malmend.editors.calibration import (
     CalibrationSettings,
     calibrate,
     calibration_key,
-    covariance,
     load_calibration,
     save_calibration,
 )
 from malmend.editors.editor import published, training_free
+from malmend.editors.keymoments import key_moments
 from malmend.editors.metaloss import Judged, meta_loss
 from malmend.editors.network import NetworkSettings
 from malmend.errors import MalmendError
+from malmend.facts.fact import Question
 from malmend.facts.tokens import Encoded
 from malmend.models.capture import Descent
-from malmend.models.trunk import Trunk
 from malmend.patch import shifted
 
 SMALL = CalibrationSettings(
     moment_facts=8, search_facts=5, text_tokens=60, etas=(0.3, 1.0), alphas=(1.0, 10.0, 100.0)
 )
+SMALL = replace(SMALL, asked=2.0, wording=0.2)
 EDITOR = replace(training_free(), layers=2, descent=Descent(steps=3))
-FACTS = random_facts(10, seed=20)
+FACTS = random_facts(10, seed=20, neighbours=1)
 TEXT = random_text(25)
 
 
-def passages_of(text: str) -> list[Encoded]:
-    lines = [encoder().passage_ids(line) for line in text.splitlines()]
-    return [Encoded(ids, len(ids), len(ids)) for ids in lines]
-
-
-def covariances_alone(model: PreTrainedModel, trunk: Trunk, lines: list[str]) -> list[torch.Tensor]:
-    """A loop over lines and tokens, each line alone through the whole model."""
-    sums = [torch.zeros(s.shape_VK[1], s.shape_VK[1], dtype=torch.float64) for s in trunk.sites]
-    count = 0
-    for line in lines:
-        seen: dict[str, torch.Tensor] = {}
-        handles = [
-            site.module.register_forward_pre_hook(
-                lambda _, args, seen=seen, name=site.name: seen.update({name: args[0][0]})
-            )
-            for site in trunk.sites
-        ]
-        ids = encoder().passage_ids(line)
-        model(input_ids=torch.tensor([ids]), use_cache=False)
-        for handle in handles:
-            handle.remove()
-        for total, site in zip(sums, trunk.sites, strict=True):
-            for key in seen[site.name][1:]:
-                total += torch.outer(key.double(), key.double())
-        count += len(ids) - 1
-    return [total / count for total in sums]
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("batch_tokens", [1, 20, 4096])
-def test_covariance_is_the_mean_over_tokens_but_each_lines_first(family, batch_tokens):
-    model = tiny_model(family)
-    trunk = tiny_trunk(model, batch_tokens=batch_tokens)
-    wanted = covariances_alone(model, trunk, TEXT.splitlines())
-    found = covariance(trunk, passages_of(TEXT), 10_000)
-    assert len(found) == 2
-    for mine, theirs in zip(found, wanted, strict=True):
-        assert mine.dtype == torch.float64
-        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("most", [1, 2, 20, 40, "exactly three lines"])
-def test_covariance_stops_at_the_line_that_reaches_the_bound(most):
-    model = tiny_model()
-    trunk, lines, used, tokens = tiny_trunk(model), TEXT.splitlines(), [], 0
-    if isinstance(most, str):
-        most = sum(len(line.split()) - 1 for line in lines[:3])
-    for line in lines:
-        if tokens >= most:
-            break
-        used.append(line)
-        tokens += len(line.split()) - 1
-    assert len(used) < len(lines)
-    wanted = covariances_alone(model, trunk, used)
-    for mine, theirs in zip(covariance(trunk, passages_of(TEXT), most), wanted, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
-
-
-def test_calibration_knows_the_text_and_the_facts():
-    model = tiny_model()
-    trunk = tiny_trunk(model)
+@pytest.mark.parametrize("prior", ["wording", "text"])
+def test_calibration_knows_the_text_and_the_facts(prior):
+    trunk = tiny_trunk(tiny_model())
     # Lines of one word and none have no token but their first.
     text = "w1\n\n  \n" + TEXT.replace("\n", "\n\nw2\n", 3)
-    settings = replace(SMALL, text_tokens=10_000)
-    found = calibrate(trunk, encoder(), EDITOR, FACTS, text, settings)
+    settings, editor = replace(SMALL, text_tokens=10_000), replace(EDITOR, prior=prior)
+    found = calibrate(trunk, encoder(), editor, FACTS, text, settings)
     captured = captured_of(trunk, FACTS[:8], EDITOR)
-    wanted = covariances_alone(model, trunk, TEXT.splitlines())
+    # Moments have tests of their own; here only what they are taken over.
+    wanted = key_moments(trunk, encoder(), TERMS[prior], FACTS[:8], passages_of(TEXT), 10_000)
     assert list(found.statistics) == [site.name for site in trunk.sites]
-    for known, pair, covariance_KK in zip(found.statistics.values(), captured, wanted, strict=True):
-        torch.testing.assert_close(known.covariance_KK, covariance_KK, rtol=1e-10, atol=1e-12)
+    for index, (known, pair) in enumerate(zip(found.statistics.values(), captured, strict=True)):
+        assert tuple(known.priors_KK) == TERMS[prior]
+        for term, moment_KK in known.priors_KK.items():
+            torch.testing.assert_close(moment_KK, wanted[term][index], rtol=1e-10, atol=1e-12)
         for moments, rows in (
             (known.keys, pair.keys_NK),
             (known.value_grads, pair.value_grads_NV),
@@ -146,7 +93,8 @@ def test_the_search_tries_every_pair_and_keeps_the_best(tokens):
     pairs = [(eta, alpha) for eta in SMALL.etas for alpha in SMALL.alphas]
     assert [(row["eta"], row["alpha"]) for row in found.tried] == pairs
     best = min(found.tried, key=lambda row: row["loss"])
-    assert (found.eta, found.alpha, found.ridge) == (best["eta"], best["alpha"], SMALL.ridge)
+    assert (found.eta, found.ridge) == (best["eta"], SMALL.ridge)
+    assert found.weights == (best["alpha"], 2.0 * best["alpha"], 0.2)
     assert len({row["loss"] for row in found.tried}) == len(pairs)
     for row in found.tried:
         assert row["loss"] == pytest.approx(row["gen"] + row["kl"])
@@ -155,23 +103,27 @@ def test_the_search_tries_every_pair_and_keeps_the_best(tokens):
 
 
 @pytest.mark.parametrize("tokens", ["answer", "all"])
-def test_the_search_scores_the_edit_of_its_facts(tokens):
+@pytest.mark.parametrize("neighbours", [True, False])
+def test_the_search_scores_the_edit_of_its_facts(tokens, neighbours):
     """One row of ``tried``, done by hand: the first nine facts edited, then asked."""
     trunk, settings = tiny_trunk(tiny_model()), replace(EDITOR, tokens=tokens)
+    facts = FACTS if neighbours else [replace(fact, neighbours=()) for fact in FACTS]
     sizes = replace(SMALL, moment_facts=10, search_facts=9)
-    found = calibrate(trunk, encoder(), settings, FACTS, TEXT, sizes)
+    found = calibrate(trunk, encoder(), settings, facts, TEXT, sizes)
     row = found.tried[2]
-    editor = replace(found, eta=row["eta"], alpha=row["alpha"]).editor(settings, trunk)
-    shifts = editor.shifts(captured_of(trunk, FACTS[:9], settings))
+    weights = (row["alpha"], 2.0 * row["alpha"], 0.2)
+    editor = replace(found, eta=row["eta"], weights=weights).editor(settings, trunk)
+    shifts = editor.shifts(captured_of(trunk, facts[:9], settings))
     unrelated = []
     for index in range(9):
         ids = encoder().passage_ids(TEXT.splitlines()[-1 - index])
         unrelated.append(Encoded(ids, max(1, len(ids) - 5), len(ids)))
-    unrelated[7] = encoder().encode(FACTS[7].unrelated[0])  # every eighth is near
+    near = facts[7].neighbours if neighbours else facts[7].unrelated
+    unrelated[7] = encoder().encode(near[0])  # every eighth is near
     judged = [
         Judged(encoder().encode(fact.equivalents[0]), other, known)
         for fact, other, known in zip(
-            FACTS, unrelated, trunk.unedited_states(unrelated), strict=False
+            facts, unrelated, trunk.unedited_states(unrelated), strict=False
         )
     ]
     with shifted(list(trunk.sites), shifts):
@@ -185,7 +137,7 @@ def test_the_search_minds_the_weight_of_locality():
     for row in heavy.tried:
         assert row["loss"] == pytest.approx(row["gen"] + 100 * row["kl"])
     best = min(heavy.tried, key=lambda row: row["loss"])
-    assert (heavy.eta, heavy.alpha) == (best["eta"], best["alpha"])
+    assert (heavy.eta, heavy.weights[0]) == (best["eta"], best["alpha"])
 
 
 @pytest.mark.parametrize(
@@ -194,9 +146,10 @@ def test_the_search_minds_the_weight_of_locality():
         (EDITOR, SMALL.etas, SMALL.alphas),
         (replace(EDITOR, form="published"), SMALL.published_etas, SMALL.alphas),
         (replace(EDITOR, method="mend"), SMALL.sum_etas, SMALL.alphas[:1]),
+        (replace(EDITOR, prior="text"), SMALL.etas, SMALL.alphas),
         (replace(EDITOR, prior="identity"), SMALL.etas, SMALL.alphas[:1]),
     ],
-    ids=["malmen", "published form", "mend", "identity prior"],
+    ids=["malmen", "published form", "mend", "text prior", "identity prior"],
 )
 def test_what_is_searched_fits_the_editor(editor, etas, alphas):
     found = calibrate(tiny_trunk(tiny_model()), encoder(), editor, FACTS, TEXT, SMALL)
@@ -204,16 +157,32 @@ def test_what_is_searched_fits_the_editor(editor, etas, alphas):
     assert {row["alpha"] for row in found.tried} == set(alphas)
     known = next(iter(found.statistics.values()))
     # A sum has no prior at all.
-    needed = editor.method == "malmen" and editor.prior == "text"
-    assert (known.covariance_KK is not None) == needed
+    terms = TERMS[editor.prior] if editor.method == "malmen" else ()
+    assert tuple(known.priors_KK) == terms
+    assert len(found.weights) == len(terms)
 
 
 def test_an_eta_that_is_given_is_not_searched():
     settings = replace(published(), layers=2, network=NetworkSettings(blocks=0))
     found = calibrate(tiny_trunk(tiny_model()), encoder(), settings, FACTS, TEXT, SMALL)
     assert found.tried == ()
-    assert (found.eta, found.ridge) == (1e-6, 1.0)
-    assert all(known.covariance_KK is None for known in found.statistics.values())
+    assert (found.eta, found.weights, found.ridge) == (1e-6, (), 1.0)
+    assert all(not known.priors_KK for known in found.statistics.values())
+
+
+def test_an_eta_that_is_given_leaves_the_weights_at_their_start():
+    settings = replace(EDITOR, eta=0.5)
+    found = calibrate(tiny_trunk(tiny_model()), encoder(), settings, FACTS, TEXT, SMALL)
+    assert found.tried == ()
+    first = SMALL.alphas[0]
+    assert (found.eta, found.ridge) == (0.5, SMALL.ridge)
+    assert found.weights == (first, 2.0 * first, 0.2)
+
+
+def test_the_weights_of_a_prior_follow_its_terms():
+    assert SMALL.weights(TERMS["wording"], 7.0) == (7.0, 14.0, 0.2)
+    assert SMALL.weights(TERMS["text"], 7.0) == (7.0,)
+    assert SMALL.weights(TERMS["identity"], 7.0) == ()
 
 
 def test_a_candidate_that_breaks_the_model_is_not_kept(monkeypatch):
@@ -228,7 +197,7 @@ def test_a_candidate_that_breaks_the_model_is_not_kept(monkeypatch):
     found = calibrate(tiny_trunk(tiny_model()), encoder(), EDITOR, FACTS, TEXT, SMALL)
     assert math.isnan(found.tried[0]["loss"])
     best = min(found.tried[1:], key=lambda row: row["loss"])
-    assert (found.eta, found.alpha) == (best["eta"], best["alpha"])
+    assert (found.eta, found.weights[0]) == (best["eta"], best["alpha"])
 
 
 def test_a_text_shorter_than_the_search_is_gone_round():
@@ -248,21 +217,21 @@ def test_progress_is_told_to_its_end():
         SMALL,
         lambda stage, share: stages.setdefault(stage, []).append(share),
     )
-    assert len(stages) == 3
+    assert len(stages) == 5
+    assert sum(len(shares) > 1 for shares in stages.values()) >= 3
     for shares in stages.values():
-        assert len(shares) > 1
         assert shares == sorted(shares)
         assert shares[-1] == 1
 
 
-@pytest.mark.parametrize("prior", ["text", "identity"])
+@pytest.mark.parametrize("prior", ["wording", "text", "identity"])
 def test_a_calibration_comes_back_from_disk(tmp_path, prior):
     trunk, settings = tiny_trunk(tiny_model()), replace(EDITOR, prior=prior)
     found = calibrate(trunk, encoder(), settings, FACTS, TEXT, SMALL)
     save_calibration(found, tmp_path / "one.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["one.safetensors"]
     again = load_calibration(tmp_path / "one.safetensors")
-    for name in ("eta", "alpha", "ridge", "tried"):
+    for name in ("eta", "weights", "ridge", "tried"):
         assert getattr(again, name) == getattr(found, name)
     assert again.statistics.keys() == found.statistics.keys()
     for name, known in found.statistics.items():
@@ -271,15 +240,14 @@ def test_a_calibration_comes_back_from_disk(tmp_path, prior):
             assert mine.count == theirs.count
             assert torch.equal(mine.mean_F, theirs.mean_F)
             assert torch.equal(mine.m2_F, theirs.m2_F)
-        if prior == "identity":
-            assert other.covariance_KK is None
-        else:
-            assert torch.equal(known.covariance_KK, other.covariance_KK)
+        assert tuple(other.priors_KK) == TERMS[prior]
+        assert same(known.priors_KK, other.priors_KK)
     network = replace(settings, network=NetworkSettings(rank=4))
     editors = [one.editor(network, trunk, 3) for one in (found, again)]
     assert same(editors[0].state_dict(), editors[1].state_dict())
     assert editors[0].log_eta_S.exp().tolist() == pytest.approx([found.eta] * 2, rel=1e-6)
-    assert editors[0].log_alpha_S.exp().tolist() == pytest.approx([found.alpha] * 2, rel=1e-6)
+    weights_SP = editors[0].log_weights_SP.exp()
+    assert weights_SP.flatten().tolist() == pytest.approx([*found.weights] * 2, rel=1e-6)
 
 
 def test_the_key_names_what_the_calibration_depends_on():
@@ -303,19 +271,26 @@ def test_the_key_names_what_the_calibration_depends_on():
         key(editor=replace(EDITOR, descent=None)),
         key(editor=replace(EDITOR, descent=Descent(steps=4))),
         key(editor=replace(EDITOR, prior="identity")),
+        key(editor=replace(EDITOR, prior="text")),
         key(editor=replace(EDITOR, eta=0.5)),
         key(settings=replace(SMALL, etas=(0.3, 1.1))),
         key(settings=replace(SMALL, text_tokens=61)),
+        key(settings=replace(SMALL, asked=2.5)),
+        key(settings=replace(SMALL, wording=0.3)),
         key(facts=tuple(rest)),
         key(facts=(*rest, first)),
         key(facts=(replace(first, prompt="w1"), *rest)),
         key(facts=(replace(first, answer="w1 w1 w1 w1"), *rest)),
         key(facts=(replace(first, paraphrases=("w1",)), *rest)),
+        key(facts=(replace(first, paraphrases=(first.paraphrases[0], "w1")), *rest)),
         key(facts=(replace(first, unrelated=(other_question,)), *rest)),
+        key(facts=(replace(first, unrelated=(first.unrelated[0], other_question)), *rest)),
+        key(facts=(replace(first, neighbours=(Question("w3 w4", "w5"),)), *rest)),
         key(text=TEXT + "\nw1 w2"),
     ]
     assert len({key(), *others}) == len(others) + 1
     # Neither a network's size nor what is not read of a fact matters.
     assert key() == key(editor=replace(EDITOR, network=NetworkSettings(rank=7)))
-    assert key() == key(facts=(replace(first, id="x", line=9, tags=("t",)), *rest))
+    other = {"relation": "r", "alternative": "w1", "reversed": Question("w2", "w3")}
+    assert key() == key(facts=(replace(first, id="x", line=9, tags=("t",), **other), *rest))
     assert key() == key(cut=tiny_trunk(tiny_model(), batch_tokens=9))

@@ -29,11 +29,11 @@ SETTINGS = EditorSettings(layers=2, network=NetworkSettings(rank=4))
 
 
 def an_editor(
-    settings: EditorSettings = SETTINGS, with_covariance: bool = True, seed: int = 0, **kinds
+    settings: EditorSettings = SETTINGS, seed: int = 0, **kinds
 ) -> tuple[Editor, list[Captured]]:
     trunk = tiny_trunk(tiny_model(dtype=torch.float32, **kinds))
     captured = captured_of(trunk, random_facts(3), settings)
-    return random_editor(settings, trunk, captured, with_covariance, seed=seed), captured
+    return random_editor(settings, trunk, captured, seed=seed), captured
 
 
 def weights_of(folder: Path) -> Path:
@@ -64,9 +64,10 @@ def folder(tmp_path):
     ],
     ids=["default", "changed", "published", "training-free"],
 )
-@pytest.mark.parametrize("with_covariance", [True, False])
-def test_a_loaded_editor_is_the_saved_one(tmp_path, settings, with_covariance):
-    editor, captured = an_editor(settings, with_covariance)
+@pytest.mark.parametrize("prior", ["wording", "text", "identity"])
+def test_a_loaded_editor_is_the_saved_one(tmp_path, settings, prior):
+    settings = replace(settings, prior=prior)
+    editor, captured = an_editor(settings)
     save_editor(editor, {"base": "abc", "step": 7, "curve": [{"gen": 1.5}]}, tmp_path)
     saved = load_editor(tmp_path)
     assert saved.editor.settings == settings
@@ -178,6 +179,9 @@ DAMAGES: dict[str, Callable[[dict], object]] = {
     "shape of text": lambda about: about["sites"].update({next(iter(about["sites"])): "ab"}),
     "negative shape": lambda about: about["sites"].update({next(iter(about["sites"])): [-1, 2]}),
     "other shape": lambda about: about["sites"].update({next(iter(about["sites"])): [16, 31]}),
+    "a prior with fewer terms": lambda about: about["settings"].update(prior="text"),
+    "a prior without terms": lambda about: about["settings"].update(prior="identity"),
+    "an unknown prior": lambda about: about["settings"].update(prior="zzz"),
     "one more site": lambda about: about["sites"].update(another=[16, 32]),
 }
 
@@ -219,12 +223,14 @@ def test_damaged_weights_are_refused(folder, damage):
     assert "\n" not in str(found.value)
 
 
-@pytest.mark.parametrize("change", ["lost", "added", "reshaped"])
+@pytest.mark.parametrize("change", ["lost", "lost prior", "added", "reshaped"])
 def test_weights_with_other_tensors_are_refused(folder, change):
     path = weights_of(folder)
     tensors = load_file(path)
     if change == "lost":
         del tensors["log_eta_S"]
+    elif change == "lost prior":
+        del tensors["prior_asked_1"]
     elif change == "added":
         tensors["more"] = torch.zeros(2)
     else:
@@ -236,7 +242,9 @@ def test_weights_with_other_tensors_are_refused(folder, change):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("name", ["networks.16x32.blocks.1.up_FR", "log_eta_S", "covariance_0"])
+@pytest.mark.parametrize(
+    "name", ["networks.16x32.blocks.1.up_FR", "log_eta_S", "log_weights_SP", "prior_text_0"]
+)
 def test_weights_that_are_not_finite_are_refused(folder, value, name):
     path = weights_of(folder)
     tensors = load_file(path)
@@ -258,10 +266,14 @@ def test_weights_outside_the_folder_are_refused(folder, place):
     assert one_sentence(found.value)
 
 
-@pytest.mark.parametrize("format_", [2, 0, "1", None])
+@pytest.mark.parametrize(
+    "format_", [checkpoint.FORMAT + 1, checkpoint.FORMAT - 1, 0, str(checkpoint.FORMAT), None]
+)
 def test_another_format_is_refused(folder, format_):
     rewrite(folder, lambda about: about.update(format=format_))
-    with pytest.raises(EditorError, match=r"editor format .*, this version reads 1; use") as found:
+    with pytest.raises(
+        EditorError, match=r"editor format .*, this version reads \d+; use"
+    ) as found:
         load_editor(folder)
     assert one_sentence(found.value)
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support import (
+    TERMS,
     captured_of,
     copies,
     random_editor,
@@ -39,13 +40,25 @@ def random_pair(count: int, seed: int = 0) -> Captured:
     return Captured(torch.randn(count, K, **draw) + 0.5, 0.3 * torch.randn(count, V, **draw))
 
 
-def lone_editor(settings: EditorSettings, covariance=None, **scalars) -> Editor:
+def lone_editor(settings: EditorSettings, priors=None, **scalars) -> Editor:
     """One site; statistics of other tokens than any that are edited here."""
-    known = SiteStatistics(RunningMoments(K), RunningMoments(V), covariance)
+    if priors is None:
+        settings = replace(settings, prior="identity")
+    known = SiteStatistics(RunningMoments(K), RunningMoments(V), priors or {})
     other = random_pair(50, seed=99)
     known.keys.add(other.keys_NK)
     known.value_grads.add(other.value_grads_NV)
     return Editor(settings, {"site": (V, K)}, {"site": known}, **scalars).double()
+
+
+def moments(*ranks: int) -> dict[str, torch.Tensor]:
+    """A matrix per term, float32 as editors keep them."""
+    known = {}
+    for index, (term, rank) in enumerate(zip(("text", "asked", "wording"), ranks, strict=False)):
+        generator = torch.Generator().manual_seed(40 + index)
+        rows = torch.randn(rank, K, generator=generator, dtype=torch.float64)
+        known[term] = (rows.T @ rows / rank).float()
+    return known
 
 
 @pytest.mark.parametrize("blocks", [0, 2])
@@ -124,36 +137,103 @@ def test_mend_sums_the_outer_products_of_its_pseudo_rows(form):
 
 
 @pytest.mark.parametrize("form", ["residual", "published"])
-def test_malmen_solves_the_ridge_problem(form):
+@pytest.mark.parametrize("prior", ["wording", "text", "identity"])
+@pytest.mark.parametrize("count", [4, 30])
+def test_malmen_solves_the_ridge_problem(form, prior, count):
     """At the minimum of (1), the derivative by S is zero."""
-    generator = torch.Generator().manual_seed(4)
-    half = torch.randn(K, K, generator=generator, dtype=torch.float64)
-    covariance = (half @ half.T).float()
-    settings = EditorSettings(form=form, network=NETWORK)
-    for count in (4, 30):
-        editor = lone_editor(settings, covariance, eta=0.3, alpha=2.0, ridge=0.05)
-        pair = random_pair(count)
-        shift, diffs = editor.shifts([pair], 3)["site"], editor.aggregate([pair])[0].diffs_NV
-        pseudo = editor.pseudo(0, pair)
-        for u, key, grad, d in zip(
-            pair.keys_NK, pseudo.keys_NK, pseudo.grads_NV, diffs, strict=True
-        ):
-            torch.testing.assert_close(d, -(key @ u) * grad, rtol=1e-12, atol=1e-14)
-        ridge = 0.05 * 2.0 * covariance.double().diagonal().mean()
-        prior = 2.0 * covariance.double() + ridge * torch.eye(K, dtype=torch.float64)
-        slope = (pair.keys_NK @ shift.T - diffs).T @ pair.keys_NK + shift @ prior
-        assert slope.norm() < 1e-6 * (diffs.T @ pair.keys_NK).norm()  # scalars are float32
+    settings = EditorSettings(form=form, prior=prior, network=NETWORK)
+    known, weights = moments(2 * K, 4, 3), (2.0, 0.7, 0.1)[: len(TERMS[prior])]
+    editor = lone_editor(settings, known, eta=0.3, weights=weights, ridge=0.05)
+    pair = random_pair(count)
+    shift, diffs = editor.shifts([pair], 3)["site"], editor.aggregate([pair])[0].diffs_NV
+    pseudo = editor.pseudo(0, pair)
+    for u, key, grad, d in zip(pair.keys_NK, pseudo.keys_NK, pseudo.grads_NV, diffs, strict=True):
+        torch.testing.assert_close(d, -(key @ u) * grad, rtol=1e-12, atol=1e-14)
+    ridge = 0.05 * (2.0 * known["text"].double().diagonal().mean() if weights else 1.0)
+    total = ridge * torch.eye(K, dtype=torch.float64)
+    for term, weight, times in zip(TERMS[prior], weights, (1, 1, count), strict=False):
+        total += times * weight * known[term].double()
+    slope = (pair.keys_NK @ shift.T - diffs).T @ pair.keys_NK + shift @ total
+    assert slope.norm() < 1e-6 * (diffs.T @ pair.keys_NK).norm()  # scalars are float32
+
+
+@pytest.mark.parametrize("count", [3, K, 24])
+@pytest.mark.parametrize("weight", [1.0, 0.3])
+def test_the_wordings_term_fits_the_shift_to_keys_that_are_moved(count, weight):
+    """Equation (13), by least squares over moved keys that are written out, one row each.
+
+    Each of four e moves each key with either sign: the cross term vanishes, exactly.  A weight
+    below 1 is a share of the rows that are moved at all; here every row has it for its own weight.
+    """
+    generator = torch.Generator().manual_seed(8)
+    # Whole numbers, so that the mean of e e^T is exact in the float32 that editors keep.
+    moves = torch.randint(-3, 4, (4, K), generator=generator).double()
+    known = moments(2 * K, 4) | {"wording": (moves.T @ moves / 4).float()}
+    settings = replace(training_free(), prior="wording")
+    editor = lone_editor(settings, known, eta=0.8, weights=(0.5, 0.2, weight), ridge=0.1)
+    pair = random_pair(count)
+    shift = editor.shifts([pair])["site"]
+    prior = editor.prior(0, count)
+
+    keys, targets = [], []
+    for u, g in zip(pair.keys_NK, pair.value_grads_NV, strict=True):
+        d = -editor.log_eta_S[0].exp() * g
+        # |S u - d|^2 = (1 - w) |S u - d|^2 + w |S u - d|^2, and the second part is moved.
+        keys.append((1 - weight) ** 0.5 * u)
+        targets.append((1 - weight) ** 0.5 * d)
+        for e in moves:
+            for sign in (1, -1):
+                keys.append((weight / 8) ** 0.5 * (u + sign * e))
+                targets.append((weight / 8) ** 0.5 * d)
+    keys.extend(prior.ridge**0.5 * torch.eye(K, dtype=torch.float64))
+    for matrix, times in zip((known["text"], known["asked"]), prior.weights, strict=False):
+        values, vectors = torch.linalg.eigh(matrix.double())
+        keys.extend((times * values.clamp(min=0)).sqrt()[:, None] * vectors.T)
+    rows = torch.stack(keys)
+    asked = torch.zeros(len(rows), V, dtype=torch.float64)
+    asked[: len(targets)] = torch.stack(targets)
+    wanted = torch.linalg.lstsq(rows, asked, driver="gelsd").solution.T
+    # The weight 0.3 is kept as the logarithm in float32; else condition times rounding.
+    torch.testing.assert_close(shift, wanted, rtol=1e-6, atol=1e-6 * wanted.abs().max().item())
+    # The case is hard enough: without the term the shift is another one.
+    other = lone_editor(settings, known, eta=0.8, weights=(0.5, 0.2, 1e-9), ridge=0.1)
+    assert (other.shifts([pair])["site"] - wanted).norm() > 0.05 * wanted.norm()
 
 
 def test_ridge_is_relative_to_the_prior_only_where_there_is_one():
-    settings = training_free()
-    covariance = torch.diag(torch.arange(1.0, K + 1))
-    with_prior = lone_editor(settings, covariance, alpha=4.0, ridge=0.1)
-    assert with_prior.prior(0).ridge == pytest.approx(0.1 * 4.0 * (K + 1) / 2, rel=1e-6)
-    assert with_prior.prior(0).alpha == pytest.approx(4.0, rel=1e-6)
-    without = lone_editor(settings, alpha=4.0, ridge=0.1)
-    assert without.prior(0).ridge == pytest.approx(0.1, rel=1e-6)
-    assert without.prior(0).covariance_KK is None
+    known = moments(2 * K, 4, 3) | {"text": torch.diag(torch.arange(1.0, K + 1))}
+    for prior, weights in (("text", (4.0,)), ("wording", (4.0, 3.0, 0.5))):
+        with_prior = lone_editor(
+            replace(training_free(), prior=prior), known, weights=weights, ridge=0.1
+        )
+        assert with_prior.prior(0, 1).ridge == pytest.approx(0.1 * 4.0 * (K + 1) / 2, rel=1e-6)
+    without = lone_editor(training_free(), ridge=0.1)
+    assert without.prior(0, 1).ridge == pytest.approx(0.1, rel=1e-6)
+    assert without.prior(0, 1).matrices_KK == ()
+
+
+def test_only_the_wordings_weight_grows_with_the_tokens():
+    known = moments(2 * K, 4, 3)
+    editor = lone_editor(EditorSettings(network=NETWORK), known, weights=(4.0, 3.0, 0.5))
+    for tokens in (1, 7, 2000):
+        prior = editor.prior(0, tokens)
+        assert prior.weights == pytest.approx((4.0, 3.0, 0.5 * tokens), rel=1e-6)
+        for term, matrix in zip(TERMS["wording"], prior.matrices_KK, strict=True):
+            assert torch.equal(matrix, known[term].double()), term
+
+
+def test_another_number_of_weights_than_terms_is_refused():
+    known, settings = moments(2 * K, 4, 3), EditorSettings(network=NETWORK)
+    for weights in ((), (1.0,), (1.0, 2.0), (1.0,) * 4):
+        with pytest.raises(
+            EditorError,
+            match=rf"{len(weights)} weights of the prior .* expected 3 \(text, asked, wording\)",
+        ):
+            lone_editor(settings, known, weights=weights)
+    for other in (replace(settings, prior="identity"), replace(settings, method="mend")):
+        with pytest.raises(EditorError, match=r"expected 0 \(none\)"):
+            lone_editor(other, known, weights=(1.0,))
+        assert lone_editor(other, known).log_weights_SP.shape == (1, 0)
 
 
 def test_mend_and_malmen_agree_on_one_token_without_a_prior():
@@ -238,9 +318,9 @@ def test_an_editor_refuses_another_models_layers():
     with pytest.raises(EditorError, match=r"offers transformer\.h\.2\.mlp\.c_proj 16x32;"):
         editor.check_fits(tiny_trunk(tiny_model("gpt2"), layers=1).sites)
     wider = Editor(
-        settings,
+        replace(settings, prior="identity"),
         {editor.names[0]: (V, K)},
-        {editor.names[0]: SiteStatistics(RunningMoments(K), RunningMoments(V), None)},
+        {editor.names[0]: SiteStatistics(RunningMoments(K), RunningMoments(V))},
     )
     with pytest.raises(EditorError, match=rf"down_proj {V}x{K}, this model offers .* 16x32;"):
         wider.check_fits(small.sites)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from support import (
+    TERMS,
     captured_of,
     copies,
     encoder,
@@ -46,7 +47,7 @@ class Case:
     method: str = "malmen"
     family: str = "llama"
     many: bool = False
-    covariance: bool = True
+    prior: str = "wording"
     form: str = "residual"
     placement: str = "before"
     tokens: str = "answer"
@@ -60,6 +61,7 @@ class Case:
             layers=2,
             tokens=self.tokens,
             descent=Descent(steps=4) if self.descent else None,
+            prior=self.prior,
             network=NetworkSettings(rank=5, placement=self.placement),
         )
 
@@ -78,7 +80,7 @@ def _cases() -> list[Case]:
                 method=("malmen", "mend")[a],
                 family=("llama", "gpt2")[b],
                 many=bool(c),
-                covariance=bool(d),
+                prior=("wording", "identity")[d],
                 form=("residual", "published")[e],
                 placement=("before", "after")[f],
                 tokens=("answer", "all")[g],
@@ -94,16 +96,18 @@ def test_the_cases_meet_in_threes():
         assert len({tuple(row[i] for i in three) for row in rows}) == 8
 
 
-@pytest.mark.parametrize("case", _cases(), ids=lambda case: "-".join(map(str, vars(case).values())))
+# The third prior, with fewer tokens than K and with more.
+ALL = [*_cases(), Case(prior="text"), Case(prior="text", many=True, family="gpt2")]
+
+
+@pytest.mark.parametrize("case", ALL, ids=lambda case: "-".join(map(str, vars(case).values())))
 def test_metagradient_of_every_parameter(case):
     facts = random_facts(14 if case.many else 3, seed=1)
     model = tiny_model(case.family)
     captured = captured_of(tiny_trunk(model), facts, case.settings)
     count, width = captured[0].keys_NK.shape
     assert (count > width) == case.many
-    editor = random_editor(
-        case.settings, tiny_trunk(model), captured, case.covariance, eta=case.eta
-    ).double()
+    editor = random_editor(case.settings, tiny_trunk(model), captured, eta=case.eta).double()
     # The descended gradients have their own tests; the plain ones are taken anew.
     pairs = captured if case.descent else _captured_alone(model, editor.names, facts, case.tokens)
     wanted_loss, wanted = _through_the_edit(model, editor, pairs, facts)
@@ -123,7 +127,7 @@ def test_metagradient_at_the_identity_start(method, placement):
     trunk = tiny_trunk(model)
     captured = captured_of(trunk, facts, case.settings)
     shapes = {site.name: site.shape_VK for site in trunk.sites}
-    fresh = Editor(case.settings, shapes, statistics_of(trunk, captured), 0.7, 2.0, 0.1).double()
+    fresh = Editor(case.settings, shapes, statistics_of(trunk, captured), eta=0.7).double()
     _, wanted = _through_the_edit(model, fresh, captured, facts)
     for name, grad in wanted.items():
         if name.endswith("up_FR"):
@@ -162,7 +166,8 @@ def test_metagradient_without_a_network(form):
     captured = captured_of(trunk, facts, settings)
     editor = random_editor(settings, trunk, captured, eta=0.05).double()
     _, wanted = _through_the_edit(model, editor, captured, facts)
-    assert set(wanted) == {"log_eta_S", "log_alpha_S", "log_ridge_S"}
+    assert set(wanted) >= {"log_eta_S", "log_weights_SP", "log_ridge_S"}
+    assert not any(name.startswith("networks") for name in wanted)
     _compare(_decoupled(editor, trunk, facts, 4)[1], wanted)
 
 
@@ -292,9 +297,11 @@ def _shift(editor: Editor, index: int, pair: Captured) -> Tensor:
         return -sum(torch.outer(g_j, u_j) for g_j, u_j in zip(grad, key, strict=True))
     diffs = torch.stack([-(k @ u_j) * g_j for k, u_j, g_j in zip(key, u, grad, strict=True)])
     prior = editor.log_ridge_S[index].exp() * torch.eye(key_width, dtype=torch.float64)
-    covariance = buffers.get(f"covariance_{index}")
-    if covariance is not None:
-        prior = prior + editor.log_alpha_S[index].exp() * covariance
+    for place, term in enumerate(TERMS[settings.prior]):
+        # Equation (13): the wording's spread counts once for each token of the edit.
+        times = len(u) if term == "wording" else 1
+        weight = editor.log_weights_SP[index, place].exp()
+        prior = prior + times * weight * buffers[f"prior_{term}_{index}"]
     return torch.linalg.solve(u.T @ u + prior, u.T @ diffs).T
 
 
@@ -361,10 +368,13 @@ def _check_not_vacuous(case: Case, wanted: dict[str, Tensor]) -> None:
     """Every gradient that the case should have is there."""
     absent = set()
     if case.method == "mend":
-        absent = {"log_alpha_S", "log_ridge_S"}
-    elif not case.covariance:
-        absent = {"log_alpha_S"}
+        absent = {"log_weights_SP", "log_ridge_S"}
+    elif case.prior == "identity":
+        absent = {"log_weights_SP"}
     for name, grad in wanted.items():
         assert bool(grad.norm() > 1e-9) == (name not in absent), name
         if name.endswith(("scale_SF", "offset_SF", "_S")) and name not in absent:
             assert (grad.reshape(2, -1).norm(dim=1) > 0).all(), f"a site of {name} is not reached"
+    weights_SP = wanted["log_weights_SP"]
+    assert weights_SP.shape == (2, 0 if "log_weights_SP" in absent else len(TERMS[case.prior]))
+    assert (weights_SP.abs() > 1e-9).all()

@@ -16,6 +16,7 @@ from support import (
     encoder,
     random_facts,
     same,
+    start_weights,
     statistics_of,
     tiny_model,
     tiny_trunk,
@@ -55,7 +56,8 @@ def trainer_of(
     trunk = tiny_trunk(model, batch_tokens=batch_tokens, store=kept)
     shapes = {site.name: site.shape_VK for site in trunk.sites}
     known = statistics_of(tiny_trunk(model), captured)
-    editor = Editor(editor_settings, shapes, known, 0.8, 3.0, 0.1, settings.seed)
+    weights = start_weights(editor_settings)
+    editor = Editor(editor_settings, shapes, known, 0.8, weights, 0.1, settings.seed)
     width = sum(sum(shape) for shape in shapes.values())
     store = ActivationStore(folder and folder / "pairs", width, trunk.wide, 10**7)
     ending = encoder(editor_settings.end_of_answer)
@@ -83,11 +85,15 @@ def test_training_lowers_the_loss_and_moves_every_parameter(method):
     fixed = dict(trainer.editor.named_buffers())
     for name, tensor in trainer.editor.state_dict().items():
         moved = not torch.equal(tensor, start[name])
-        prior = name in ("log_alpha_S", "log_ridge_S")
+        prior = name.startswith("log_") and name != "log_eta_S"
         assert moved == (name not in fixed and not (prior and method == "mend")), name
     assert records[0].eta == pytest.approx(0.8)
-    assert records[0].alpha == pytest.approx(3.0)
+    assert records[0].weights == pytest.approx(tuple(start_weights(editor_settings)))
     assert records[1].eta != records[0].eta
+    assert all(
+        before != after
+        for before, after in zip(records[0].weights, records[1].weights, strict=True)
+    )
     assert records[0].loss == pytest.approx(records[0].gen + 0.5 * records[0].loc)
     for record in records:
         assert record.gen > 0
@@ -181,6 +187,7 @@ def test_resuming_is_as_if_never_interrupted(tmp_path, network, kept, cut, steps
         ({"network_rate": 0.5}, r"network_rate = 0\.003, now 0\.5"),
         ({"seed": 6}, "seed = 5, now 6"),
         ({"chunk": 8}, "chunk = 7, now 8"),
+        ({"near": 0.9}, r"near = [\d.]+, now 0\.9"),
     ],
 )
 def test_resuming_with_other_settings_is_refused(tmp_path, change, named):
@@ -254,12 +261,15 @@ def test_too_few_facts_are_refused():
         trainer_of(replace(SETTINGS, facts_per_step=25))
 
 
-def test_facts_without_unrelated_questions_need_locality():
+def test_facts_without_unrelated_questions_need_neighbours_or_locality():
     facts = [*FACTS[:20], replace(FACTS[20], unrelated=()), *FACTS[21:]]
     with pytest.raises(
-        MalmendError, match=r"'f20' \(line 21\) has no unrelated question, .* give --locality"
+        MalmendError,
+        match=r"'f20' \(line 21\) has no unrelated question and no neighbour, .* give --locality",
     ):
         trainer_of(facts=facts)
+    near = (Question("w8 w9", "w1"),)
+    trainer_of(facts=[*facts[:20], replace(facts[20], neighbours=near), *facts[21:]])
     others = [Question("w1 w2", "w3"), Question("w4 w5", "w6 w7")]
     trainer = trainer_of(facts=facts, locality=others)
     asked = {other for step in range(6) for _, other in trainer.draw(step)[1]}
@@ -277,7 +287,10 @@ def test_facts_without_paraphrases_are_asked_by_their_own_prompt():
 
 @pytest.mark.parametrize(
     ("rates", "named"),
-    [({"network_rate": 1e30}, "the meta-loss is nan"), ({"scalar_rate": 1e30}, "alpha is inf")],
+    [
+        ({"network_rate": 1e30}, "the meta-loss is nan"),
+        ({"scalar_rate": 1e30}, r"(?:eta|the prior's weight of \w+) is inf"),
+    ],
 )
 def test_divergence_ends_training(rates, named):
     trainer = trainer_of(replace(SETTINGS, steps=50, **rates))
@@ -363,6 +376,61 @@ def test_draw_asks_every_paraphrase_and_unrelated_question_in_time():
             others.add(other)
     assert asked == {question for fact in FACTS for question in fact.equivalents}
     assert others == {question for fact in FACTS for question in fact.unrelated}
+
+
+NEAR = random_facts(24, seed=11, neighbours=2)
+FILE = [Question("w1 w2", "w3"), Question("w4 w5", "w6 w7")]
+
+
+def drawn_from(trainer: Trainer, steps: int = 90) -> dict[str, int]:
+    """How often a question was drawn from each place, over many steps."""
+    counts = {"neighbours": 0, "unrelated": 0, "file": 0}
+    for step in range(steps):
+        facts, questions = trainer.draw(step)
+        for fact, (_, other) in zip(facts, questions, strict=True):
+            places = {"neighbours": fact.neighbours, "unrelated": fact.unrelated, "file": FILE}
+            (place,) = (name for name, known in places.items() if other in known)
+            counts[place] += 1
+    return counts
+
+
+@pytest.mark.parametrize("locality", [(), FILE], ids=["own", "file"])
+@pytest.mark.parametrize("near", [0.0, 0.2, 0.5, 1.0])
+def test_draw_takes_the_share_of_neighbours_that_is_asked_for(near, locality):
+    counts = drawn_from(trainer_of(replace(SETTINGS, near=near), facts=NEAR, locality=locality))
+    far, other = ("file", "unrelated") if locality else ("unrelated", "file")
+    total = 90 * SETTINGS.facts_per_step
+    assert counts["neighbours"] + counts[far] == total
+    assert counts[other] == 0, "--locality takes the place of each fact's own unrelated questions"
+    # Four standard deviations of the share of so many draws; none where it is 0 or 1.
+    slack = 4 * math.sqrt(near * (1 - near) / total)
+    assert abs(counts["neighbours"] / total - near) <= slack
+
+
+@pytest.mark.parametrize("near", [0.0, 0.5, 1.0])
+def test_draw_takes_what_a_fact_has(near):
+    only_near = [replace(fact, unrelated=()) for fact in NEAR[:12]]
+    only_far = [replace(fact, neighbours=()) for fact in NEAR[12:]]
+    trainer = trainer_of(replace(SETTINGS, near=near), facts=[*only_near, *only_far])
+    counts = drawn_from(trainer, steps=9)  # three epochs: every fact three times
+    assert counts == {"neighbours": 36, "unrelated": 36, "file": 0}
+    with_file = trainer_of(
+        replace(SETTINGS, near=near), facts=[*only_near, *only_far], locality=FILE
+    )
+    counts = drawn_from(with_file, steps=9)
+    assert counts["unrelated"] == 0
+    assert counts["file"] >= 36, "a fact without a neighbour is asked from the file"
+    assert (counts["file"] == 72) == (near == 0)
+    assert (counts["neighbours"] == 36) == (near == 1)
+
+
+def test_draw_asks_every_neighbour_in_time():
+    trainer, asked = trainer_of(facts=NEAR), set()
+    for step in range(60):
+        asked |= {other for _, other in trainer.draw(step)[1]}
+    assert asked >= {question for fact in NEAR for question in fact.neighbours}
+    assert asked >= {question for fact in NEAR for question in fact.unrelated}
+    assert math.isfinite(trainer.take_step().loc)
 
 
 def test_training_leaves_the_model_bit_for_bit():
@@ -472,6 +540,9 @@ def test_the_estimate_changes_nothing_that_is_trained():
         ({"scalar_rate": math.nan}, "--scalar-rate"),
         ({"clip": math.inf}, "--clip"),
         ({"locality_weight": -0.1}, "--locality-weight"),
+        ({"near": -0.1}, "--near"),
+        ({"near": 1.1}, "--near"),
+        ({"near": math.nan}, "--near"),
     ],
 )
 def test_settings_that_cannot_train_are_refused(wrong, named):

@@ -17,7 +17,19 @@ from malmend.numerics.ridge import Prior, RidgeFactor, mean_residual
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 K, V = 6, 4
 TOKENS = pytest.mark.parametrize("tokens", [1, 3, K, 9])
-PRIORS = pytest.mark.parametrize("prior_name", ["identity", "full", "singular"])
+# Rank of each C_i and its weight; a rank below K is a singular matrix.
+TERMS: dict[str, tuple[tuple[int, float], ...]] = {
+    "identity": (),
+    "full": ((3 * K, 1.7),),
+    "singular": ((2, 1.7),),
+    "two": ((3 * K, 1.7), (2, 0.4)),
+    "three": ((2, 0.6), (3 * K, 1.7), (1, 5.0)),
+    "one of weight zero": ((3 * K, 0.0),),
+    "the first of weight zero": ((3 * K, 0.0), (2, 0.4)),
+    "the middle one of weight zero": ((2, 0.6), (3 * K, 0.0), (1, 5.0)),
+    "three of weight zero": ((2, 0.0), (3 * K, 0.0), (1, 0.0)),
+}
+PRIORS = pytest.mark.parametrize("prior_name", TERMS)
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -25,20 +37,25 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
-def covariance(rank: int) -> torch.Tensor:
-    rows = normal(rank, K, seed=7)
+def moment(rank: int, seed: int = 7) -> torch.Tensor:
+    rows = normal(rank, K, seed=seed)
     return rows.T @ rows / rank
 
 
-def make_prior(name: str, ridge: float = 0.3, alpha: float = 1.7) -> Prior:
-    if name == "identity":
-        return Prior(ridge)
-    return Prior(ridge, alpha, covariance(3 * K if name == "full" else 2))
+def make_prior(name: str, ridge: float = 0.3) -> Prior:
+    terms = TERMS[name]
+    return Prior(
+        ridge,
+        tuple(weight for _, weight in terms),
+        tuple(moment(rank, seed=7 + index) for index, (rank, _) in enumerate(terms)),
+    )
 
 
 def precision(prior: Prior) -> torch.Tensor:
-    identity = prior.ridge * torch.eye(K, dtype=torch.float64)
-    return identity if prior.covariance_KK is None else identity + prior.alpha * prior.covariance_KK
+    total = prior.ridge * torch.eye(K, dtype=torch.float64)
+    for weight, matrix in zip(prior.weights, prior.matrices_KK, strict=True):
+        total = total + weight * matrix
+    return total
 
 
 def problem(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -54,11 +71,11 @@ def stacked(keys_NK: torch.Tensor, diffs_NV: torch.Tensor, matrix: torch.Tensor)
     return torch.linalg.lstsq(torch.cat([keys_NK, root]), targets, driver="gelsd").solution.T
 
 
-def solved(keys_NK, diffs_NV, ridge, alpha, covariance_KK) -> torch.Tensor:
+def solved(keys_NK, diffs_NV, ridge, weights, matrices_KK) -> torch.Tensor:
     """The shift by plain operations that autograd can follow."""
     matrix = keys_NK.T @ keys_NK + ridge * torch.eye(K, dtype=torch.float64)
-    if covariance_KK is not None:
-        matrix = matrix + alpha * covariance_KK
+    for weight, term in zip(weights, matrices_KK, strict=True):
+        matrix = matrix + weight * term
     return torch.linalg.solve(matrix, keys_NK.T @ diffs_NV).T
 
 
@@ -82,9 +99,11 @@ def test_shift_solves_the_stacked_problem(tokens, prior_name):
     torch.testing.assert_close(factor.shift(diffs), expected, **EXACT)
 
 
-def test_shift_is_the_minimum():
-    keys, diffs, _ = problem(4)
-    prior = make_prior("full")
+@pytest.mark.parametrize("prior_name", ["full", "three"])
+@pytest.mark.parametrize("tokens", [4, 9])
+def test_shift_is_the_minimum(tokens, prior_name):
+    keys, diffs, _ = problem(tokens)
+    prior = make_prior(prior_name)
 
     def objective(shift_VK):
         penalty = (shift_VK @ precision(prior) * shift_VK).sum()
@@ -107,7 +126,7 @@ def test_primal_equals_dual(tokens, prior_name):
     torch.testing.assert_close(one.diff_grads(grad), other.diff_grads(grad)[:tokens], **EXACT)
     here, there = one.prior_grads(grad, diffs), other.prior_grads(grad, more)
     assert here.ridge == pytest.approx(there.ridge, rel=1e-10)
-    assert here.alpha == pytest.approx(there.alpha, rel=1e-10)
+    assert here.weights == pytest.approx(there.weights, rel=1e-10)
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 5])
@@ -154,17 +173,20 @@ def test_gradients_equal_autograd(tokens, prior_name):
     prior = make_prior(prior_name)
     free = diffs.clone().requires_grad_()
     ridge = torch.tensor(prior.ridge, dtype=torch.float64, requires_grad=True)
-    alpha = torch.tensor(prior.alpha, dtype=torch.float64, requires_grad=True)
-    shift = solved(keys, free, ridge, alpha, prior.covariance_KK)
+    weights = [
+        torch.tensor(weight, dtype=torch.float64, requires_grad=True) for weight in prior.weights
+    ]
+    shift = solved(keys, free, ridge, weights, prior.matrices_KK)
     (grad * shift).sum().backward()
 
     factor = RidgeFactor(keys, prior)
     torch.testing.assert_close(factor.diff_grads(grad), free.grad, **EXACT)
     grads = factor.prior_grads(grad, diffs)
     assert grads.ridge == pytest.approx(ridge.grad.item(), rel=1e-10)
-    by_alpha = 0.0 if alpha.grad is None else alpha.grad.item()
-    assert (by_alpha != 0) == (prior_name != "identity")
-    assert grads.alpha == pytest.approx(by_alpha, rel=1e-10)
+    by_weights = [weight.grad.item() for weight in weights]
+    assert len(by_weights) == len(TERMS[prior_name])
+    assert all(abs(by) > 1e-6 for by in by_weights), "a weight of zero has a gradient all the same"
+    assert grads.weights == pytest.approx(tuple(by_weights), rel=1e-10)
 
 
 @TOKENS
@@ -174,17 +196,23 @@ def test_prior_gradients_equal_differences(tokens, prior_name):
     prior = make_prior(prior_name)
     step = 1e-5
 
-    def loss(ridge: float, alpha: float) -> float:
-        factor = RidgeFactor(keys, Prior(ridge, alpha, prior.covariance_KK))
+    def loss(ridge: float, weights: tuple[float, ...]) -> float:
+        factor = RidgeFactor(keys, Prior(ridge, weights, prior.matrices_KK))
         return (grad * factor.shift(diffs)).sum().item()
 
-    ridge, alpha = prior.ridge, prior.alpha
-    by_ridge = (loss(ridge + step, alpha) - loss(ridge - step, alpha)) / (2 * step)
-    by_alpha = (loss(ridge, alpha + step) - loss(ridge, alpha - step)) / (2 * step)
+    def moved(index: int, by: float) -> tuple[float, ...]:
+        return (*weights[:index], weights[index] + by, *weights[index + 1 :])
+
+    ridge, weights = prior.ridge, prior.weights
     grads = RidgeFactor(keys, prior).prior_grads(grad, diffs)
-    # Central differences: step^2 of the third derivative plus 1e-16 / step of rounding.
+    # Central differences: step^2 of the third derivative plus 1e-16 / step of rounding.  P stays
+    # positive where a weight of zero goes below it: lambda is 0.3.
+    by_ridge = (loss(ridge + step, weights) - loss(ridge - step, weights)) / (2 * step)
     assert grads.ridge == pytest.approx(by_ridge, rel=1e-6, abs=1e-8)
-    assert grads.alpha == pytest.approx(by_alpha, rel=1e-6, abs=1e-8)
+    assert len(grads.weights) == len(weights)
+    for index, found in enumerate(grads.weights):
+        higher, lower = loss(ridge, moved(index, step)), loss(ridge, moved(index, -step))
+        assert found == pytest.approx((higher - lower) / (2 * step), rel=1e-6, abs=1e-8)
 
 
 def test_ridge_gradient_at_no_ridge():
@@ -196,15 +224,6 @@ def test_ridge_gradient_at_no_ridge():
     # One-sided differences of second order: step^2 of truncation plus 1e-16 / step of rounding.
     expected = (4 * middle - high - 3 * low) / (2 * step)
     assert factors[0].prior_grads(grad, diffs).ridge == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.mark.parametrize("tokens", [3, 9])
-def test_alpha_gradient_at_alpha_zero(tokens):
-    keys, diffs, grad = problem(tokens)
-    alpha = torch.tensor(0.0, dtype=torch.float64, requires_grad=True)
-    (grad * solved(keys, diffs, 0.3, alpha, covariance(2))).sum().backward()
-    grads = RidgeFactor(keys, Prior(0.3, 0.0, covariance(2))).prior_grads(grad, diffs)
-    assert grads.alpha == pytest.approx(alpha.grad.item(), rel=1e-10)
 
 
 # --- what is refused
@@ -238,10 +257,20 @@ def test_dependence_up_to_rounding_without_ridge_is_refused(repeated):
     assert refused == list(range(60))
 
 
-def test_a_singular_covariance_alone_holds_nothing():
-    prior = Prior(0.0, 1.0, torch.diag(torch.tensor([1.0, 1, 1, 1, 1, 0])))
-    with pytest.raises(MalmendError, match="singular"):
-        RidgeFactor(normal(3, K), prior)
+def test_a_singular_matrix_alone_holds_nothing():
+    flat = torch.diag(torch.tensor([1.0, 1, 1, 1, 1, 0]))
+    for prior in (Prior(0.0, (1.0,), (flat,)), Prior(0.0, (1.0, 0.0), (flat, torch.eye(K)))):
+        with pytest.raises(MalmendError, match="singular"):
+            RidgeFactor(normal(3, K), prior)
+    # Two singular matrices may hold together what neither holds alone.
+    rest = torch.diag(torch.tensor([0.0, 0, 0, 0, 0, 1]))
+    keys, diffs, _ = problem(3)
+    together = Prior(0.0, (2.0, 2.0), (flat, rest))
+    torch.testing.assert_close(
+        RidgeFactor(keys, together).shift(diffs),
+        RidgeFactor(keys, Prior(2.0)).shift(diffs),
+        **EXACT,
+    )
 
 
 @TOKENS
@@ -290,11 +319,11 @@ def test_inputs_are_not_changed(tokens, prior_name, dtype):
     # float64 is where a conversion returns the caller's own tensor
     keys, diffs, grad = [tensor.to(dtype) for tensor in problem(tokens)]
     template = make_prior(prior_name)
-    matrix = None if template.covariance_KK is None else template.covariance_KK.to(dtype)
-    given = [keys, diffs, grad] + ([] if matrix is None else [matrix])
+    matrices = tuple(matrix.to(dtype) for matrix in template.matrices_KK)
+    given = [keys, diffs, grad, *matrices]
     before = [tensor.clone() for tensor in given]
 
-    prior = Prior(template.ridge, template.alpha, matrix)
+    prior = Prior(template.ridge, template.weights, matrices)
     factor = RidgeFactor(keys, prior)
     factor.shift(diffs)
     factor.diff_grads(grad)

@@ -78,6 +78,8 @@ class TrainSettings:
                     f"{name} is {value}, expected a number of at least 0; "
                     f"change --{name.replace('_', '-')}."
                 )
+        if not 0 <= self.near <= 1:
+            raise MalmendError(f"near is {self.near}, expected a share from 0 to 1; change --near.")
 
 
 def published_training() -> TrainSettings:
