@@ -26,8 +26,8 @@ from malmend.editors.editor import Editor, EditorSettings
 from malmend.editors.keymoments import key_moments, load_moments, save_moments
 from malmend.errors import FactsError, MalmendError
 from malmend.facts.alternatives import towards_alternatives
-from malmend.facts.fact import Fact, FactSet
-from malmend.facts.readers import given_facts, read_facts, read_text
+from malmend.facts.fact import Fact, FactSet, Question
+from malmend.facts.readers import read_facts, read_questions, read_text
 from malmend.facts.tokens import Encoder, EndOfAnswer
 from malmend.models.load import (
     LoadedModel,
@@ -150,15 +150,17 @@ def calibrated(
         settings: sizes and candidates.
         progress: called with stage and share done.
     """
-    known, words = _calibration_data(bench, facts, text, settings.moment_facts)
+    known, words, general = _calibration_data(bench, facts, text, settings.moment_facts)
     # The network's size changes nothing that is calibrated.
     plain = replace(editor_settings, network=replace(editor_settings.network, blocks=0))
-    key = calibration_key(bench.loaded.digest, bench.trunk, plain, settings, known, words)
+    key = calibration_key(bench.loaded.digest, bench.trunk, plain, settings, known, words, general)
     path = cache_folder() / "calibrations" / f"{key}.safetensors"
     return _kept(
         path,
         load_calibration,
-        lambda: calibrate(bench.trunk, bench.encoder, plain, known, words, settings, progress),
+        lambda: calibrate(
+            bench.trunk, bench.encoder, plain, known, words, settings, progress, general
+        ),
         save_calibration,
     )
 
@@ -171,8 +173,10 @@ def completed(editor: Editor, bench: Workbench, progress: Progress = silent) -> 
     if not editor.lacks_moments:
         return editor
     settings = CalibrationSettings()
-    known, words = _calibration_data(bench, None, None, settings.moment_facts)
-    key = calibration_key(bench.loaded.digest, bench.trunk, editor.settings, settings, known, words)
+    known, words, general = _calibration_data(bench, None, None, settings.moment_facts)
+    key = calibration_key(
+        bench.loaded.digest, bench.trunk, editor.settings, settings, known, words, general
+    )
     path = cache_folder() / "moments" / f"{key}.safetensors"
     moments = _kept(
         path,
@@ -184,6 +188,7 @@ def completed(editor: Editor, bench: Workbench, progress: Progress = silent) -> 
             known,
             words,
             settings.text_tokens,
+            general,
             progress,
         ),
         save_moments,
@@ -194,8 +199,10 @@ def completed(editor: Editor, bench: Workbench, progress: Progress = silent) -> 
 
 def _calibration_data(
     bench: Workbench, facts: str | Path | None, text: str | Path | None, count: int
-) -> tuple[list[Fact], str]:
-    """Calibration facts, evenly over their file, and text: the project's own where none are given.
+) -> tuple[list[Fact], str, list[Question]]:
+    """Calibration facts, evenly over their file, text, and general questions.
+
+    They are the project's own where none are given; of the questions as many as of the facts.
 
     Raises:
         MalmendError: the tokenizer can say none of the project's facts.
@@ -216,7 +223,10 @@ def _calibration_data(
             "This tokenizer can say none of the project's calibration facts; give facts of your "
             "own with --calibrate FACTS."
         )
-    return known, read_text(shipped("text.txt") if text is None else text)
+    asked = [q for q in read_questions(shipped("questions.jsonl")) if q.answer]
+    general = [q for q in asked if not encoder.faults([Fact("", q.prompt, q.answer or "")])]
+    words = read_text(shipped("text.txt") if text is None else text)
+    return known, words, general[:count]
 
 
 def _kept(

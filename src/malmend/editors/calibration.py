@@ -4,7 +4,8 @@ Per site: mean and spread of keys and value gradients over calibration facts, an
 of keys that the prior holds (see keymoments.py).  Then starting values of eta and the prior's
 weights, by a search that edits calibration facts and takes the candidate with the least meta-loss
 on their paraphrases and on unrelated questions: for one fact in eight its own (a near one: the same
-relation of another subject), for the others the end of a line of the text (a far one).
+relation of another subject), for the others a general question (a far one), or where there are
+none, the end of a line of the text, the last lines first: they are the least likely to be in C.
 
 Everything is fixed from then on, so that what is asked of a token depends on its fact alone.
 
@@ -17,19 +18,18 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
 from malmend.editors.editor import PRIORS, Editor, EditorSettings, SiteStatistics
 from malmend.editors.keymoments import key_moments, others_of, passages_of
 from malmend.editors.metaloss import Judged, meta_loss
 from malmend.errors import MalmendError
-from malmend.facts.fact import Fact
+from malmend.facts.fact import Fact, Question
 from malmend.facts.tokens import Encoded, Encoder
 from malmend.files import written_beside
 from malmend.models.capture import Captured, capture
@@ -37,7 +37,7 @@ from malmend.models.trunk import Trunk
 from malmend.numerics.moments import RunningMoments
 from malmend.patch import shifted
 
-FORMAT = 5
+FORMAT = 6
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def calibrate(
     text: str,
     settings: CalibrationSettings = CalibrationSettings(),
     progress: Callable[[str, float], None] = lambda stage, share: None,
-    moments: Mapping[str, Sequence[Tensor]] | None = None,
+    general: Sequence[Question] = (),
 ) -> Calibration:
     """Finds a model's statistics and starting values.
 
@@ -115,7 +115,7 @@ def calibrate(
         text: general text, one passage per line.
         settings: sizes and candidates.
         progress: called with the stage's name and the share of it that is done.
-        moments: of each term of the prior, by site; None finds them.
+        general: questions about all kinds of things, whose answers must not move.
     """
     usable = [fact for fact in facts if fact.paraphrases]
     if not usable:
@@ -133,9 +133,9 @@ def calibrate(
         editor_settings.descent,
         _counted(progress, "value gradients of calibration facts", len(moment_facts)),
     )
-    if moments is None:
-        tokens = settings.text_tokens
-        moments = key_moments(trunk, encoder, terms, moment_facts, text, tokens, progress)
+    moments = key_moments(
+        trunk, encoder, terms, moment_facts, text, settings.text_tokens, general, progress
+    )
     statistics = {}
     for index, (site, pair) in enumerate(zip(trunk.sites, captured, strict=True)):
         value_width, key_width = site.shape_VK
@@ -154,7 +154,8 @@ def calibrate(
     )
     if editor_settings.eta is not None:
         return start
-    unrelated = _unrelated(encoder, moment_facts, passages, settings)
+    far = encoder.encode_all(general) or [_end_of(one, settings) for one in reversed(passages)]
+    unrelated = _unrelated(encoder, moment_facts[: settings.search_facts], far)
     return _search(
         trunk,
         encoder,
@@ -168,26 +169,20 @@ def calibrate(
     )
 
 
-def _unrelated(
-    encoder: Encoder,
-    facts: Sequence[Fact],
-    passages: Sequence[Encoded],
-    settings: CalibrationSettings,
-) -> list[Encoded]:
-    """One unrelated question per fact, one in eight of them near.
-
-    Of the text, the last lines come first, for they are the least likely to be in C.
-    """
+def _unrelated(encoder: Encoder, facts: Sequence[Fact], far: Sequence[Encoded]) -> list[Encoded]:
+    """One unrelated question per fact, one in eight of them near."""
     questions = []
-    for index, fact in enumerate(facts[: settings.search_facts]):
-        ids = passages[-1 - index % len(passages)].ids
+    for index, fact in enumerate(facts):
         near = others_of(fact)
-        if index % 8 == 7 and near:
-            questions.append(encoder.encode(near[0]))
-        else:
-            start = max(1, len(ids) - settings.unrelated_tokens)
-            questions.append(Encoded(ids, start, len(ids)))
+        is_near = index % 8 == 7 and near
+        questions.append(encoder.encode(near[0]) if is_near else far[index % len(far)])
     return questions
+
+
+def _end_of(passage: Encoded, settings: CalibrationSettings) -> Encoded:
+    """A line of text as a question: its last tokens are the answer."""
+    ids = passage.ids
+    return Encoded(ids, max(1, len(ids) - settings.unrelated_tokens), len(ids))
 
 
 def _search(
@@ -259,6 +254,7 @@ def calibration_key(
     settings: CalibrationSettings,
     facts: Sequence[Fact],
     text: str,
+    general: Sequence[Question] = (),
 ) -> str:
     """A name for the calibration that these inputs give."""
     used = [
@@ -272,6 +268,7 @@ def calibration_key(
         "editor": {**asdict(editor_settings), "network": None},
         "settings": asdict(settings),
         "facts": used,
+        "general": [(q.prompt, q.answer) for q in general],
         "text": hashlib.sha256(text.encode()).hexdigest(),
     }
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]

@@ -2,7 +2,8 @@
 
     text      mean of k k^T over the tokens of general text, each line's first left out: it is an
               attention sink, and by itself would make up nearly all of the trace
-    asked     mean of k k^T over the positions that answer questions about other subjects
+    asked     mean of k k^T over the positions that answer questions about other subjects, near
+              ones (neighbours of calibration facts) and general ones
     wording   mean of e e^T, e = (key at a paraphrase's answer token) - (key at the edit prompt's
               same token): how another wording moves the key of the same fact
 
@@ -36,6 +37,7 @@ def key_moments(
     facts: Sequence[Fact],
     text: str,
     most_tokens: int,
+    general: Sequence[Question] = (),
     progress: Callable[[str, float], None] = lambda stage, share: None,
 ) -> dict[str, list[Tensor]]:
     """For each term the second moment of every site, K x K in float64.
@@ -47,6 +49,7 @@ def key_moments(
         facts: calibration facts, with paraphrases and questions about others.
         text: general text, one passage per line.
         most_tokens: the text is read up to the line that reaches so many.
+        general: questions about all kinds of things.
         progress: called with stage and share done.
     """
     found: dict[str, list[Tensor]] = {}
@@ -54,7 +57,8 @@ def key_moments(
     if "text" in terms:
         found["text"] = text_moment(trunk, passages, most_tokens, progress)
     if "asked" in terms:
-        questions = encoder.encode_all(dict.fromkeys(q for f in facts for q in others_of(f)))
+        near = [question for fact in facts for question in others_of(fact)]
+        questions = encoder.encode_all(dict.fromkeys((*near, *general)))
         found["asked"] = asked_moment(trunk, questions or passages)
         progress("keys of questions about others", 1.0)
     if "wording" in terms:
