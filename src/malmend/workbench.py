@@ -27,7 +27,7 @@ from malmend.editors.keymoments import key_moments, load_moments, save_moments
 from malmend.errors import FactsError, MalmendError
 from malmend.facts.alternatives import towards_alternatives
 from malmend.facts.fact import Fact, FactSet, Question
-from malmend.facts.readers import read_facts, read_questions, read_text
+from malmend.facts.readers import given_facts, read_facts, read_questions, read_text
 from malmend.facts.tokens import Encoder, EndOfAnswer
 from malmend.models.load import (
     LoadedModel,
