@@ -18,8 +18,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from card import card
-
 from malmend import edit, evaluate, load_model, train
 from malmend.editors.checkpoint import load_editor, save_editor
 from malmend.editors.editor import EditorSettings
@@ -27,19 +25,20 @@ from malmend.editors.training import StepRecord, TrainSettings
 from malmend.facts.alternatives import towards_alternatives
 from malmend.facts.fact import Fact, FactSet, Question
 from malmend.facts.readers import read_facts, read_questions
-from malmend.workbench import shipped
+from malmend.workbench import shipped, spread
 
 OUT = Path(__file__).resolve().parent / "out"
 NAME = "smollm2-135m"
 SIZES = (1, 64, 256, 1024, 4096)
-QA_FACTS = 3072
-SETTINGS = TrainSettings(facts_per_step=512, steps=100, network_rate=1e-3)
+OWN_FACTS, QA_FACTS = 2560, 3072
+SETTINGS = TrainSettings()
 EDITOR = EditorSettings()
 
 
 def training_facts(qa: Path | None) -> list[Fact]:
     """The project's own training facts, half of them counterfactual, and ``--qa``'s, mixed."""
     own = [fact for fact in read_facts(shipped("facts.jsonl")) if "train" in fact.tags]
+    own = spread(own, OWN_FACTS)  # over all relations
     false = [fact for index, fact in enumerate(own) if index % 2 and fact.alternative]
     changed = {fact.id: fact for fact in towards_alternatives(FactSet("own", tuple(false)))}
     facts = [changed.get(fact.id, fact) for fact in own]
@@ -133,7 +132,6 @@ def main() -> None:
         about = {name: value for name, value in saved.about.items() if name != "curve"}
         folder = shipped("editors") / NAME
         save_editor(saved.editor, {**about, "metrics": metrics}, folder, slim=True)
-        (folder / "README.md").write_text(card(about, metrics), encoding="utf-8")
 
 
 if __name__ == "__main__":

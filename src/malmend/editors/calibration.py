@@ -63,7 +63,7 @@ class CalibrationSettings:
     moment_facts: int = 256
     search_facts: int = 192
     text_tokens: int = 16_000
-    etas: tuple[float, ...] = (0.8, 1.0, 1.15, 1.3, 1.5)
+    etas: tuple[float, ...] = (1.0, 1.25, 1.5, 1.8, 2.2)
     published_etas: tuple[float, ...] = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
     sum_etas: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1)
     alphas: tuple[float, ...] = (10.0, 30.0)

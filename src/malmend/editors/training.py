@@ -53,11 +53,11 @@ class TrainSettings:
         save_every: steps between checkpoints.
     """
 
-    facts_per_step: int = 256
-    steps: int = 60
+    facts_per_step: int = 512
+    steps: int = 80
     locality_weight: float = 1.0
     near: float = 0.5
-    network_rate: float = 3e-4
+    network_rate: float = 3e-3
     scalar_rate: float = 0.03
     clip: float = 1.0
     chunk: int = 1024
