@@ -57,7 +57,7 @@ class TrainSettings:
     steps: int = 80
     locality_weight: float = 1.0
     near: float = 0.5
-    network_rate: float = 3e-3
+    network_rate: float = 1e-3
     scalar_rate: float = 0.03
     clip: float = 1.0
     chunk: int = 1024
