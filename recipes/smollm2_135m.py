@@ -114,6 +114,7 @@ def main() -> None:
     parser.add_argument("--qa-dev", type=Path, help="facts to measure on in place of our own")
     parser.add_argument("--text", type=Path, help="text to measure perplexity on")
     args = parser.parse_args()
+    OUT.mkdir(exist_ok=True)
     if args.stage == "train":
         train(
             NAME,

@@ -82,13 +82,17 @@ def trunk_folder(loaded: LoadedModel) -> Path:
 
 
 def encoder_for(
-    model: str | LoadedModel, end_of_answer: EndOfAnswer = "eos", chat: bool = False
+    model: str | LoadedModel, end_of_answer: EndOfAnswer | None = "eos", chat: bool = False
 ) -> Encoder:
     """The encoder of a model, within the length that tokenizer and configuration state.
 
-    Of a model by name the weights are not read.
+    Of a model by name the weights are not read.  Without ``end_of_answer`` answers end with the
+    tokenizer's end token, if it has one.
     """
     tokenizer = tokenizer_of(model)
+    if end_of_answer is None:
+        ends = getattr(tokenizer, "eos_token_id", None) is not None
+        end_of_answer = "eos" if ends else "none"
     stated = model.positions if isinstance(model, LoadedModel) else load_positions(model)
     longest = min(LONGEST, int(getattr(tokenizer, "model_max_length", LONGEST)), stated or LONGEST)
     return Encoder(tokenizer, end_of_answer, longest, chat)

@@ -110,7 +110,7 @@ def edit(
     encoder = encoder_for(model, end)
     known = checked_facts(facts, encoder, limit, strict, alternative)
     if report is not None:  # whatever would stop it is found before the work
-        chat_encoder(model, end, known, DECODED)
+        chat_encoder(encoder, known, DECODED)
         page_folder(report, facts, calibrate, text, out)
     loaded = opened(model, dtype)
     choice = choice.on(loaded)

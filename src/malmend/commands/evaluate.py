@@ -15,9 +15,9 @@ from malmend.evaluation.replies import rows_of
 from malmend.evaluation.report import Report
 from malmend.facts.fact import Fact, FactSet
 from malmend.facts.readers import read_text
-from malmend.facts.tokens import Encoder, EndOfAnswer
+from malmend.facts.tokens import Encoder
 from malmend.models.load import LoadedModel
-from malmend.models.sites import find_blocks, find_sites
+from malmend.models.sites import Site, find_blocks, find_sites
 from malmend.models.trunk import TrunkSettings
 from malmend.patch import Patch, applied, check_base, load_patch, sites_of
 from malmend.workbench import (
@@ -27,7 +27,6 @@ from malmend.workbench import (
     lay_out,
     opened,
     silent,
-    tokenizer_of,
 )
 
 
@@ -76,23 +75,15 @@ def evaluate(
     if isinstance(patch, str | Path):
         patch = load_patch(patch)
     words = None if text is None else read_text(text)
-    tokenizer = tokenizer_of(model)
-    end: EndOfAnswer = "none" if getattr(tokenizer, "eos_token_id", None) is None else "eos"
-    if patch is not None:
-        end = patch.provenance.get("settings", {}).get("end_of_answer", end)
-    known = checked_facts(facts, encoder_for(model, end, chat), limit, strict, alternative)
-    # Beside the plain questions, the same through the model's chat template, where it has one.
-    chatted = None if chat else chat_encoder(model, end, known, decode_facts)
+    # As the patch was made, so that its facts are read as they were edited.
+    made = patch.provenance.get("settings", {}) if patch else {}
+    encoder = encoder_for(model, made.get("end_of_answer"), chat)
+    known = checked_facts(facts, encoder, limit, strict, alternative)
+    chatted = None if chat else chat_encoder(encoder, known, decode_facts)
     if report is not None:
         page_folder(report, *inputs)
     loaded = opened(model, dtype)
-    if patch is None:
-        blocks = len(find_blocks(loaded.model)[1])
-        sites = list(find_sites(loaded.model, min(6, blocks)))
-    else:
-        check_base(loaded, patch, force)
-        sites = sites_of(loaded.model, patch)
-    bench = lay_out(loaded, sites, end, chat, trunk)
+    bench = lay_out(loaded, _sites(loaded, patch, force), encoder.end_of_answer, chat, trunk)
     count = _Counter(progress, 2 if patch else 1)
     examiner = Examiner(loaded, bench.trunk, bench.encoder, count, chatted)
     count.expect(examiner.count(known, decode_facts))
@@ -107,21 +98,15 @@ def evaluate(
             if words is not None:
                 surprise["edited"] = perplexity(loaded, words)
     progress("asking", 1.0)
-    about: dict[str, Any] = {
-        "model": loaded.name,
-        "base": loaded.fingerprint,
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "facts_source": known.source,
-        "skipped": len(known.skipped),
+    asked = {
         "alternative": alternative,
         "chat": chat,
         "decoded_facts": len(known) if decode_facts is None else min(decode_facts, len(known)),
-        "patch": dict(patch.provenance) if patch else None,
     }
     rows = rows_of(known, before, after)
     found = Report(
         facts=len(known),
-        about=about,
+        about=_about(loaded, known, patch) | asked,
         unedited=scores(before),
         edited=scores(after, before) if after else {},
         perplexity=surprise,
@@ -133,17 +118,34 @@ def evaluate(
     return found
 
 
-def chat_encoder(
-    model: str | LoadedModel, end: EndOfAnswer, facts: FactSet, decode_facts: int | None
-) -> Encoder | None:
-    """What asks through the model's chat template; None where the model has no template.
+def _sites(loaded: LoadedModel, patch: Patch | None, force: bool) -> list[Site]:
+    """Where the model is cut: where the patch shifts it, else as editors do by default."""
+    if patch is not None:
+        check_base(loaded, patch, force)
+        return sites_of(loaded.model, patch)
+    return list(find_sites(loaded.model, min(6, len(find_blocks(loaded.model)[1]))))
+
+
+def _about(loaded: LoadedModel, facts: FactSet, patch: Patch | None) -> dict[str, Any]:
+    return {
+        "model": loaded.name,
+        "base": loaded.fingerprint,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "facts_source": facts.source,
+        "skipped": len(facts.skipped),
+        "patch": dict(patch.provenance) if patch else None,
+    }
+
+
+def chat_encoder(plain: Encoder, facts: FactSet, decode_facts: int | None) -> Encoder | None:
+    """The same encoder through the model's chat template; None where it has none.
 
     Raises:
-        FactsError: for prompts that the template makes too long to be answered.
+        FactsError: the template makes prompts too long to be answered.
     """
-    if not getattr(tokenizer_of(model), "chat_template", None):
+    if not getattr(plain.tokenizer, "chat_template", None):
         return None
-    encoder = encoder_for(model, end, chat=True)
+    encoder = Encoder(plain.tokenizer, plain.end_of_answer, plain.max_tokens, chat=True)
     faults = []
     for fact in facts.facts[:decode_facts]:
         for question in (fact.question, *fact.equivalents):
