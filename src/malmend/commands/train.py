@@ -143,7 +143,8 @@ def _resumed(trainer: Trainer, folder: Path, about: dict[str, Any]) -> list[Step
                 f"{folder} holds an editor in training on other {what}; give the same {what} "
                 "to go on with it, or another --out."
             )
-    return [StepRecord(**row) for row in said["curve"]]
+    # JSON knows no tuple.
+    return [StepRecord(**{**row, "weights": tuple(row["weights"])}) for row in said["curve"]]
 
 
 def _seconds_left(trainer: Trainer, records: Sequence[StepRecord]) -> float:
