@@ -170,7 +170,8 @@ def _resumed(trainer: Trainer, folder: Path, about: dict[str, Any]) -> list[Step
             f"The editor in {folder} has taken {trainer.step} steps, --steps "
             f"{trainer.settings.steps} asks for fewer; give as many or more, or another --out."
         )
-    return [StepRecord(**row) for row in said["curve"]]
+    # JSON knows no tuple.
+    return [StepRecord(**{**row, "weights": tuple(row["weights"])}) for row in said["curve"]]
 
 
 def _seconds_left(trainer: Trainer, records: Sequence[StepRecord]) -> float:
