@@ -27,6 +27,7 @@ class Read(HTMLParser):
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.texts: dict[str, list[str]] = {}
+        self.seen: list[str] = []
         self.open: list[str] = []
         self.feed(html)
         self.close()
@@ -47,17 +48,14 @@ class Read(HTMLParser):
             self.texts[tag][-1] += data
         else:
             self.texts.setdefault(tag, []).append(data)
+            self.seen.append(data)
 
     def of(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.tags if name == tag]
 
     def said(self) -> str:
-        """Everything but script and style."""
-        parts = [part for tag, found in self.texts.items() for part in found if tag not in SILENT]
-        return " ".join(" ".join(parts).split())
-
-
-SILENT = ("script", "style")
+        """Everything that is shown, in order, with single blanks."""
+        return " ".join("".join(self.seen).split())
 
 
 def test_hostile_text_in_every_field_stays_text():
@@ -70,8 +68,9 @@ def test_hostile_text_in_every_field_stays_text():
     assert "window.hacked" not in read.texts["script"][1]
     assert "{{ 7 * 7 }}" in read.said()
     assert " 49 " not in read.said()
-    # Model, facts, editor, a name and a value of the patch, group, question, gold, tops, id.
-    assert sum(HOSTILE in part for part in read.texts["bdi"]) == 12
+    # Model, facts and editor twice, a value of the patch, a group; of what moved the prompt, both
+    # replies, the gold answer and the fact's id.
+    assert sum(HOSTILE in part for part in read.texts["bdi"]) == 13
     assert HOSTILE in read.texts["title"][0]
     assert {"value": HOSTILE} in read.of("option")
 
@@ -128,6 +127,26 @@ def test_nothing_is_asked_of_any_network():
     assert not re.search("innerHTML|outerHTML|insertAdjacent|document.write", html)
 
 
+def test_what_was_edited_is_said_first():
+    about = {"model": "tiny", "facts_source": "f.jsonl", "decoded_facts": 2, "alternative": True}
+    patch = {
+        "method": "mend",
+        "editor": "mine",
+        "trained_on": 3,
+        "settings": {"end_of_answer": None},
+    }
+    said = Read(page(replace(report(), about=about | {"patch": patch}))).said()
+    for words in (
+        "6 facts edited into tiny",
+        "With MEND, editor mine",
+        "trained on the subjects of 3 of these facts",
+        "alternatives, false on purpose",
+        "the first 2 facts only",
+        "end of answer: none",
+    ):
+        assert words in said
+
+
 def test_links_lead_somewhere():
     read = Read(page(report()))
     ids = {attributes["id"] for _, attributes in read.tags if "id" in attributes}
@@ -160,7 +179,7 @@ def test_figures_by_hand():
     relation, length = figures.tables(report())
     assert [(one.name, one.facts) for one in relation.rows] == [("capital", 3), (HOSTILE, 1)]
     assert relation.rows[0].exact["ES"] == (0.0, 2 / 3)
-    assert [(one.name, one.facts) for one in length.rows] == [("2", 6)]
+    assert [(one.name, one.facts) for one in length.rows] == [("2 tokens", 6)]
     assert length.kinds == ("ES", "GS", "NS", "LS")
 
 

@@ -34,7 +34,7 @@ PANELS = ("token_ratio", "exact", "generated", "generated_chat")
 GROUPED: tuple[Kind, ...] = ("ES", "GS", "NS", "LS")
 GROUPS = {
     "relation": ("By relation", "Relation"),
-    "answer_tokens": ("By length of answer", "Tokens"),
+    "answer_tokens": ("By length of answer", "Answer"),
 }
 
 
@@ -198,13 +198,19 @@ def tables(report: Report) -> list[Table]:
     """Success by group; only groups that the report has."""
     out = []
     for by, (name, head) in GROUPS.items():
-        rows = [_row(name, group) for name, group in report.groups.get(by, {}).items()]
+        rows = [_row(group_name, group) for group_name, group in report.groups.get(by, {}).items()]
         if by == "relation":
-            rows.sort(key=lambda row: -row.facts)  # else by size, as they come
+            rows.sort(key=lambda row: -row.facts)
+        else:  # by size, as they come
+            rows = [replace(row, name=_tokens(row.name)) for row in rows]
         kinds = tuple(kind for kind in GROUPED if any(kind in row.exact for row in rows))
         if rows:
             out.append(Table(name, head, kinds, tuple(rows)))
     return out
+
+
+def _tokens(count: str) -> str:
+    return "1 token" if count == "1" else f"{count} tokens"
 
 
 def _row(name: str, group: Group) -> Row:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from collections.abc import Mapping
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -85,14 +86,29 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = {"percent": figures.percent, "kl": figures.kl, "count": "{:,}".format}
-    environment.filters |= filters
+    environment.filters |= {
+        "percent": figures.percent,
+        "kl": figures.kl,
+        "count": "{:,}".format,
+        "plain": _plain,
+    }
     return environment
 
 
 @cache
 def _part(name: str) -> str:
     return (resources.files("malmend.evaluation") / "templates" / name).read_text("utf-8")
+
+
+def _plain(value: Any) -> str:
+    """A value of a header as a person would write it."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name.replace('_', ' ')}: {_plain(one)}" for name, one in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_plain, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _json(value: Any) -> str:
