@@ -20,7 +20,7 @@ from pathlib import Path
 
 from malmend import edit, evaluate, load_model, train
 from malmend.editors.checkpoint import load_editor, save_editor
-from malmend.editors.editor import EditorSettings
+from malmend.editors.settings import EditorSettings
 from malmend.editors.training import StepRecord, TrainSettings
 from malmend.facts.alternatives import towards_alternatives
 from malmend.facts.fact import Fact, FactSet, Question

@@ -20,8 +20,8 @@ from malmend import train as train_editor
 from malmend.commands import edit as edit_module
 from malmend.commands import train as train_module
 from malmend.editors import checkpoint
-from malmend.editors.editor import EditorSettings
 from malmend.editors.network import NetworkSettings
+from malmend.editors.settings import EditorSettings
 from malmend.editors.training import TrainSettings
 from malmend.errors import MalmendError
 from malmend.models.load import load_model

@@ -17,8 +17,8 @@ import pytest
 import command_support
 from command_support import files_in, malmend
 from malmend.cli import COMMANDS
-from malmend.editors.editor import EditorSettings, published, training_free
 from malmend.editors.network import NetworkSettings
+from malmend.editors.settings import EditorSettings, published, training_free
 from malmend.editors.training import TrainSettings, published_training
 from malmend.models.capture import Descent
 from malmend.models.trunk import TrunkSettings

@@ -17,8 +17,8 @@ from malmend.commands import edit as edit_module
 from malmend.commands import train as train_module
 from malmend.commands.demo import weights_digest
 from malmend.editors.calibration import CalibrationSettings, load_calibration
-from malmend.editors.editor import EditorSettings, published, training_free
 from malmend.editors.network import NetworkSettings
+from malmend.editors.settings import EditorSettings, published, training_free
 from malmend.editors.training import StepRecord, TrainSettings
 from malmend.errors import FactsError, MalmendError, PatchError
 from malmend.facts.fact import Fact, Question

@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from malmend.commands.inspect import inspect as inspect
     from malmend.commands.train import TrainResult as TrainResult
     from malmend.commands.train import train as train
-    from malmend.editors.editor import EditorSettings as EditorSettings
-    from malmend.editors.editor import published as published
-    from malmend.editors.editor import training_free as training_free
     from malmend.editors.network import NetworkSettings as NetworkSettings
+    from malmend.editors.settings import EditorSettings as EditorSettings
+    from malmend.editors.settings import published as published
+    from malmend.editors.settings import training_free as training_free
     from malmend.editors.training import TrainSettings as TrainSettings
     from malmend.editors.training import published_training as published_training
     from malmend.errors import EditorError as EditorError

@@ -78,7 +78,7 @@ def _run(arguments: list[str]) -> int:
 def _edit(arguments: list[str]) -> None:
     from malmend import show
     from malmend.commands.edit import edit
-    from malmend.editors.editor import training_free
+    from malmend.editors.settings import training_free
 
     parser = _parser("edit")
     parser.add_argument("model", type=str, help="name, folder or GGUF file")
@@ -108,7 +108,7 @@ def _edit(arguments: list[str]) -> None:
 def _train(arguments: list[str]) -> None:
     from malmend import show
     from malmend.commands.train import train
-    from malmend.editors.editor import published
+    from malmend.editors.settings import published
     from malmend.editors.training import TrainSettings, published_training
 
     parser = _parser("train")
@@ -247,15 +247,15 @@ def _derive(parser: Any, function: Callable[..., Any], skip: set[str]) -> None:
 
 
 def _settings(parser: Any, network: bool) -> None:
-    from malmend.editors.editor import EditorSettings
+    from malmend.editors.settings import EditorSettings
 
     parser.add_class_arguments(EditorSettings, skip=set() if network else {"network"})
 
 
 def _editor_settings(given: dict[str, Any], network: bool) -> Any:
     """Takes the fields of EditorSettings out of the parsed options."""
-    from malmend.editors.editor import EditorSettings
     from malmend.editors.network import NetworkSettings
+    from malmend.editors.settings import EditorSettings
     from malmend.models.capture import Descent
 
     names = [name for name in EditorSettings.__dataclass_fields__ if name != "network" or network]

@@ -22,8 +22,9 @@ from malmend.editors.calibration import (
     load_calibration,
     save_calibration,
 )
-from malmend.editors.editor import Editor, EditorSettings
+from malmend.editors.editor import Editor
 from malmend.editors.keymoments import key_moments, load_moments, save_moments
+from malmend.editors.settings import EditorSettings
 from malmend.errors import FactsError, MalmendError
 from malmend.facts.alternatives import towards_alternatives
 from malmend.facts.fact import Fact, FactSet, Question

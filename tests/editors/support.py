@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import helpers
-from malmend.editors.editor import Editor, EditorSettings, SiteStatistics
+from malmend.editors.editor import Editor, SiteStatistics
 from malmend.editors.keymoments import key_moments
+from malmend.editors.settings import EditorSettings
 from malmend.facts.fact import Fact, Question
 from malmend.facts.tokens import Encoded, Encoder, EndOfAnswer
 from malmend.models.capture import Captured, capture

@@ -25,10 +25,10 @@ from malmend.editors.calibration import (
     load_calibration,
     save_calibration,
 )
-from malmend.editors.editor import published, training_free
 from malmend.editors.keymoments import key_moments
 from malmend.editors.metaloss import Judged, meta_loss
 from malmend.editors.network import NetworkSettings
+from malmend.editors.settings import published, training_free
 from malmend.errors import MalmendError
 from malmend.facts.fact import Question
 from malmend.facts.tokens import Encoded

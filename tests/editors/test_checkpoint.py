@@ -20,8 +20,9 @@ from support import (
 
 from malmend.editors import checkpoint
 from malmend.editors.checkpoint import load_editor, save_editor
-from malmend.editors.editor import Editor, EditorSettings, published, training_free
+from malmend.editors.editor import Editor
 from malmend.editors.network import NetworkSettings
+from malmend.editors.settings import EditorSettings, published, training_free
 from malmend.errors import EditorError, MalmendError
 from malmend.models.capture import Captured
 

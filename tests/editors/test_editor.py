@@ -16,16 +16,9 @@ from support import (
     tiny_trunk,
 )
 
-from malmend.editors.editor import (
-    Editor,
-    EditorSettings,
-    SiteStatistics,
-    chunks,
-    published,
-    rows_of,
-    training_free,
-)
+from malmend.editors.editor import Editor, SiteStatistics, chunks, rows_of
 from malmend.editors.network import NetworkSettings
+from malmend.editors.settings import EditorSettings, published, training_free
 from malmend.errors import EditorError
 from malmend.models.capture import Captured
 from malmend.numerics.moments import RunningMoments

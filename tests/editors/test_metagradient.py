@@ -29,9 +29,10 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from malmend.editors.editor import Editor, EditorSettings
+from malmend.editors.editor import Editor
 from malmend.editors.metaloss import Judged, meta_loss
 from malmend.editors.network import NetworkSettings
+from malmend.editors.settings import EditorSettings
 from malmend.facts.fact import Fact
 from malmend.facts.tokens import Encoded
 from malmend.models.capture import Captured, Descent

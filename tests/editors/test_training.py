@@ -23,9 +23,10 @@ from support import (
 )
 
 from malmend.editors import training
-from malmend.editors.editor import Editor, EditorSettings
+from malmend.editors.editor import Editor
 from malmend.editors.metaloss import meta_loss
 from malmend.editors.network import NetworkSettings
+from malmend.editors.settings import EditorSettings
 from malmend.editors.training import Trainer, TrainSettings, estimate_seconds, published_training
 from malmend.errors import EditorError, MalmendError
 from malmend.facts.fact import Fact, Question

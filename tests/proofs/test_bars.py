@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import malmend
-from malmend.editors.editor import training_free
+from malmend.editors.settings import training_free
 
 DATA = Path(os.environ.get("MALMEND_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
 DEV = DATA / "qa" / "dev.json"

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from malmend.editors.calibration import CalibrationSettings
 from malmend.editors.checkpoint import SavedEditor, load_editor
-from malmend.editors.editor import Editor, EditorSettings, training_free
+from malmend.editors.editor import Editor
+from malmend.editors.settings import EditorSettings, training_free
 from malmend.errors import EditorError, MalmendError
 from malmend.models.load import LoadedModel
 from malmend.workbench import Progress, Workbench, calibrated, completed, shipped_editor

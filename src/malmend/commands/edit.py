@@ -13,7 +13,8 @@ from typing import Any
 from malmend.commands.choice import choose
 from malmend.commands.evaluate import chat_encoder, evaluate
 from malmend.editors.calibration import CalibrationSettings
-from malmend.editors.editor import Editor, EditorSettings
+from malmend.editors.editor import Editor
+from malmend.editors.settings import EditorSettings
 from malmend.errors import EditorError
 from malmend.evaluation.examiner import Examiner
 from malmend.evaluation.page import PAGE, page_folder

@@ -11,7 +11,7 @@ from typing import Any
 
 from malmend.editors.calibration import CalibrationSettings
 from malmend.editors.checkpoint import SavedEditor, load_editor, save_editor
-from malmend.editors.editor import EditorSettings
+from malmend.editors.settings import EditorSettings
 from malmend.editors.training import StepRecord, Trainer, TrainSettings, estimate_seconds
 from malmend.errors import EditorError, MalmendError
 from malmend.facts.fact import Fact, FactSet, Question, subject_hash

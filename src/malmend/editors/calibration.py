@@ -25,9 +25,10 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from malmend.editors.editor import PRIORS, Editor, EditorSettings, SiteStatistics
+from malmend.editors.editor import Editor, SiteStatistics
 from malmend.editors.keymoments import key_moments, others_of, passages_of
 from malmend.editors.metaloss import Judged, meta_loss
+from malmend.editors.settings import EditorSettings
 from malmend.errors import MalmendError
 from malmend.facts.fact import Fact, Question
 from malmend.facts.tokens import Encoded, Encoder
@@ -124,7 +125,7 @@ def calibrate(
             "add paraphrases, or leave --calibrate out."
         )
     passages = passages_of(encoder, text)
-    terms = PRIORS[editor_settings.prior] if editor_settings.method == "malmen" else ()
+    terms = editor_settings.terms
     moment_facts = usable[: settings.moment_facts]
     captured = capture(
         trunk,
@@ -214,7 +215,7 @@ def _search(
     if editor_settings.form == "published":
         etas = settings.published_etas
     # Neither a sum nor a prior without a term has an alpha.
-    terms = PRIORS[editor_settings.prior] if editor_settings.method == "malmen" else ()
+    terms = editor_settings.terms
     alphas = settings.alphas if terms else settings.alphas[:1]
     without_network = replace(editor_settings, network=replace(editor_settings.network, blocks=0))
     tried = []

@@ -20,8 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from malmend.editors.editor import PRIORS, Editor, EditorSettings, SiteStatistics
+from malmend.editors.editor import Editor, SiteStatistics
 from malmend.editors.network import NetworkSettings
+from malmend.editors.settings import EditorSettings
 from malmend.errors import EditorError, nearest
 from malmend.facts.fact import Fact, subject_hash
 from malmend.files import reason, written_beside
@@ -125,14 +126,13 @@ def _rebuilt(
     settings: EditorSettings, sites: Mapping[str, list[int]], tensors: Mapping[str, Tensor]
 ) -> Editor:
     shapes = {name: (shape[0], shape[1]) for name, shape in sites.items()}
-    terms = PRIORS[settings.prior] if settings.method == "malmen" else ()
     statistics = {
         name: SiteStatistics(
             RunningMoments(key),
             RunningMoments(value),
             {
                 term: tensors[f"prior_{term}_{index}"]
-                for term in terms
+                for term in settings.terms
                 if f"prior_{term}_{index}" in tensors
             },
         )

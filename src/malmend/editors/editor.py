@@ -11,10 +11,10 @@ where (da, db) = (a, b) - x is what the network adds.  In the residual form an e
 is the identity, or that has none, asks each value to move by exactly -eta * g; the published form
 keeps MALMEN's scale, in which eta must be found by orders of magnitude.
 
-The prior of the ridge is P = sum of w_t C_t over the terms t of ``PRIORS[settings.prior]``, plus
-lambda I.  C_text is the mean of k k^T over general text, C_asked over the positions that answer
-questions about other subjects: a shift is expensive where either would feel it.  C_wording is the
-mean of e e^T over e = (key of a paraphrase) - (key of the edit prompt), times N:
+The prior of the ridge is P = sum of w_t C_t over the terms t of ``settings.terms``, plus lambda I.
+C_text is the mean of k k^T over general text, C_asked over the positions that answer questions
+about other subjects: a shift is expensive where either would feel it.  C_wording is the mean of
+e e^T over e = (key of a paraphrase) - (key of the edit prompt), times N:
 
     |S U - D|^2 + N tr(S C_wording S^T)  =  E |S (U + E) - D|^2                             (13)
 
@@ -25,95 +25,23 @@ per site.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from malmend.editors.malmen import Malmen
 from malmend.editors.mend import Mend
-from malmend.editors.network import EditorNetwork, NetworkSettings
+from malmend.editors.network import EditorNetwork
 from malmend.editors.pseudo import Pseudo, Received
+from malmend.editors.settings import EditorSettings
 from malmend.errors import EditorError
-from malmend.facts.tokens import EndOfAnswer
-from malmend.models.capture import Captured, Descent, Tokens
+from malmend.models.capture import Captured
 from malmend.models.sites import Site
 from malmend.numerics.moments import RunningMoments
 from malmend.numerics.ridge import Prior
-
-
-@dataclass(frozen=True)
-class EditorSettings:
-    """What an editor is; none of it is learned.
-
-    Attributes:
-        method: "malmen" aggregates by ridge regression, "mend" by summing.
-        form: "residual" (equation 12) or "published" (equation 11).
-        layers: edit the second feed-forward layer of this many last blocks.
-        sites: name or shell pattern of the layers to edit instead.
-        tokens: which tokens are captured, "answer" or "all".
-        end_of_answer: what is trained after the answer: "eos", "newline" or "none".
-        end_weight: start of the weight that the end-of-answer tokens have in the least squares, by
-            site (14); what teaches a model to stop is alike in all facts, and needs little.
-        descent: how value gradients are descended; null captures plain gradients, as published.
-        prior: "wording" for general text, questions about others and the wording's spread (13),
-            "text" for general text alone, "identity" for lambda I alone, as published.
-        eta: start of the learning rate; null searches it (and the prior's weights) on calibration
-            facts.
-        network: size and start of the network; ``blocks: 0`` for an editor without one.
-    """
-
-    method: Literal["malmen", "mend"] = "malmen"
-    form: Literal["residual", "published"] = "residual"
-    layers: int = 6
-    sites: str | None = None
-    tokens: Tokens = "answer"
-    end_of_answer: EndOfAnswer = "eos"
-    end_weight: float = 0.1
-    descent: Descent | None = field(default_factory=Descent)
-    prior: Literal["wording", "text", "identity"] = "wording"
-    eta: float | None = None
-    network: NetworkSettings = field(default_factory=NetworkSettings)
-
-    def __post_init__(self) -> None:
-        if self.eta is not None and not self.eta > 0:
-            raise EditorError(
-                f"eta is {self.eta:g}, expected a number above 0; leave --eta out to search it."
-            )
-        if not 0 < self.end_weight < math.inf:
-            raise EditorError(
-                f"end_weight is {self.end_weight:g}, expected a number above 0; give 1 to weigh "
-                "every token alike."
-            )
-
-
-def training_free(method: Literal["malmen", "mend"] = "malmen") -> EditorSettings:
-    """An editor without a network: any model can be edited at once."""
-    return EditorSettings(method=method, network=NetworkSettings(blocks=0))
-
-
-def published(method: Literal["malmen", "mend"] = "malmen") -> EditorSettings:
-    """MALMEN A.6, and where it is silent the published code: plain gradients, no end token."""
-    return EditorSettings(
-        method=method,
-        form="published",
-        end_of_answer="none",
-        descent=None,
-        prior="identity",
-        eta=1e-6,
-        network=NetworkSettings(rank=1920, placement="after", start="normal"),
-    )
-
-
-# Which second moments of keys a prior holds, in the order of their weights.
-PRIORS: dict[str, tuple[str, ...]] = {
-    "wording": ("text", "asked", "wording"),
-    "text": ("text",),
-    "identity": (),
-}
 
 
 @dataclass
@@ -188,7 +116,7 @@ class Editor(nn.Module):
             }
         )
         self.log_eta_S = nn.Parameter(torch.full((len(shapes),), eta).log())
-        self.terms = PRIORS[settings.prior] if settings.method == "malmen" else ()
+        self.terms = settings.terms
         weights = [1.0] * len(self.terms) if weights is None else list(weights)
         if len(weights) != len(self.terms):
             raise EditorError(

@@ -1,0 +1,87 @@
+"""What an editor is: settings, none of which is learned."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from malmend.editors.network import NetworkSettings
+from malmend.errors import EditorError
+from malmend.facts.tokens import EndOfAnswer
+from malmend.models.capture import Descent, Tokens
+
+# Which second moments of keys a prior holds, in the order of their weights.
+PRIORS: dict[str, tuple[str, ...]] = {
+    "wording": ("text", "asked", "wording"),
+    "text": ("text",),
+    "identity": (),
+}
+
+
+@dataclass(frozen=True)
+class EditorSettings:
+    """What an editor is; none of it is learned.
+
+    Attributes:
+        method: "malmen" aggregates by ridge regression, "mend" by summing.
+        form: "residual" (equation 12) or "published" (equation 11).
+        layers: edit the second feed-forward layer of this many last blocks.
+        sites: name or shell pattern of the layers to edit instead.
+        tokens: which tokens are captured, "answer" or "all".
+        end_of_answer: what is trained after the answer: "eos", "newline" or "none".
+        end_weight: start of the weight that the end-of-answer tokens have in the least squares, by
+            site (14); what teaches a model to stop is alike in all facts, and needs little.
+        descent: how value gradients are descended; null captures plain gradients, as published.
+        prior: "wording" for general text, questions about others and the wording's spread (13),
+            "text" for general text alone, "identity" for lambda I alone, as published.
+        eta: start of the learning rate; null searches it (and the prior's weights) on calibration
+            facts.
+        network: size and start of the network; ``blocks: 0`` for an editor without one.
+    """
+
+    method: Literal["malmen", "mend"] = "malmen"
+    form: Literal["residual", "published"] = "residual"
+    layers: int = 6
+    sites: str | None = None
+    tokens: Tokens = "answer"
+    end_of_answer: EndOfAnswer = "eos"
+    end_weight: float = 0.1
+    descent: Descent | None = field(default_factory=Descent)
+    prior: Literal["wording", "text", "identity"] = "wording"
+    eta: float | None = None
+    network: NetworkSettings = field(default_factory=NetworkSettings)
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """The terms of the ridge's prior; a sum has none."""
+        return PRIORS[self.prior] if self.method == "malmen" else ()
+
+    def __post_init__(self) -> None:
+        if self.eta is not None and not self.eta > 0:
+            raise EditorError(
+                f"eta is {self.eta:g}, expected a number above 0; leave --eta out to search it."
+            )
+        if not 0 < self.end_weight < math.inf:
+            raise EditorError(
+                f"end_weight is {self.end_weight:g}, expected a number above 0; give 1 to weigh "
+                "every token alike."
+            )
+
+
+def training_free(method: Literal["malmen", "mend"] = "malmen") -> EditorSettings:
+    """An editor without a network: any model can be edited at once."""
+    return EditorSettings(method=method, network=NetworkSettings(blocks=0))
+
+
+def published(method: Literal["malmen", "mend"] = "malmen") -> EditorSettings:
+    """MALMEN A.6, and where it is silent the published code: plain gradients, no end token."""
+    return EditorSettings(
+        method=method,
+        form="published",
+        end_of_answer="none",
+        descent=None,
+        prior="identity",
+        eta=1e-6,
+        network=NetworkSettings(rank=1920, placement="after", start="normal"),
+    )
