@@ -45,6 +45,7 @@ LONGEST = 512  # tokens of a question, answer and end token included
 
 Progress = Callable[[str, float], None]
 Kept = TypeVar("Kept")
+SHIPPED = "shipped:"  # in front of the name of an editor that the package carries
 
 
 def silent(stage: str, share: float) -> None:
