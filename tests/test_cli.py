@@ -69,6 +69,7 @@ OPTIONS = {
         "--facts-per-step",
         "--steps",
         "--locality-weight",
+        "--near",
         "--network-rate",
         "--scalar-rate",
         "--clip",
