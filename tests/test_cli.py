@@ -66,6 +66,7 @@ OPTIONS = {
         "--facts-per-step",
         "--steps",
         "--locality-weight",
+        "--near",
         "--network-rate",
         "--scalar-rate",
         "--clip",

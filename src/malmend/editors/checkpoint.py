@@ -152,7 +152,9 @@ def _rebuilt(
     }
     editor = Editor(settings, shapes, statistics)
     editor.load_state_dict(tensors)  # float16 becomes float32
-    if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+    # A term of weight zero has minus infinity for a logarithm.
+    finite = {**tensors, "log_weights_SP": tensors["log_weights_SP"].exp()}
+    if not all(torch.isfinite(tensor).all() for tensor in finite.values()):
         raise ValueError("a tensor holds NaN or infinity")
     return editor
 
