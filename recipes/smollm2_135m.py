@@ -33,7 +33,7 @@ from malmend.workbench import shipped, spread
 OUT = Path(__file__).resolve().parent / "out"
 NAME = "smollm2-135m"
 SIZES = (1, 64, 256, 1024, 4096)
-OWN_FACTS, QA_FACTS = 2560, 3072
+OWN_FACTS, QA_FACTS, QUESTIONS = 2560, 3072, 300
 SETTINGS = TrainSettings()
 EDITOR = EditorSettings()
 
@@ -54,7 +54,7 @@ def training_facts(qa: Path | None) -> list[Fact]:
 
 def unrelated_questions(locality: Path | None) -> list[Question]:
     """The project's own general questions, and ``--locality``'s."""
-    questions = list(read_questions(shipped("questions.jsonl")))
+    questions = list(read_questions(shipped("questions.jsonl")))[:QUESTIONS]
     if locality is not None:
         questions += read_questions(locality)
     return questions
