@@ -34,7 +34,7 @@ OUT = Path(__file__).resolve().parent / "out"
 NAME = "smollm2-135m"
 SIZES = (1, 64, 256, 1024, 4096)
 OWN_FACTS, QA_FACTS, QUESTIONS = 2560, 3072, 300
-SETTINGS = TrainSettings()
+SETTINGS = TrainSettings(steps=50)
 EDITOR = EditorSettings()
 
 
