@@ -150,5 +150,8 @@ def test_the_carried_editors_of_the_package_can_be_read():
         saved = load_editor(about.parent)
         assert saved.editor.lacks_moments
         assert sum(p.stat().st_size for p in about.parent.iterdir()) < 20e6
-        test = [fact for fact in read_facts(shipped("facts.jsonl")) if "test" in fact.tags]
-        assert saved.seen(test) == 0
+        known = read_facts(shipped("facts.jsonl"))
+        test, train = ([f for f in known if tag in f.tags] for tag in ("test", "train"))
+        # Facts of other files may be about a subject of the test split, with another relation.
+        assert saved.seen(test) < 0.05 * len(test)
+        assert saved.seen(train) > 0.3 * len(train)

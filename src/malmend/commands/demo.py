@@ -42,8 +42,8 @@ class DemoResult:
 def demo(
     out: str | Path = "demo-out",
     model: str = "smollm2-135m",
-    facts: int = 1000,
-    spoken: int = 200,
+    facts: int = 400,
+    spoken: int = 100,
     progress: Progress = silent,
     told: Callable[[str], None] = lambda line: None,
 ) -> DemoResult:
