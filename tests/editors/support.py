@@ -104,9 +104,7 @@ def passages_of(text: str) -> list[Encoded]:
 def statistics_of(trunk: Trunk, captured: Sequence[Captured]) -> dict[str, SiteStatistics]:
     """Moments of what was captured, and every term of a prior, of a random text and facts."""
     others = random_facts(12, seed=77, neighbours=1)
-    moments = key_moments(
-        trunk, encoder(), TERMS["wording"], others, passages_of(random_text(30)), 10_000
-    )
+    moments = key_moments(trunk, encoder(), TERMS["wording"], others, random_text(30), 10_000)
     known = {}
     for index, (site, pair) in enumerate(zip(trunk.sites, captured, strict=True)):
         value_width, key_width = site.shape_VK

@@ -9,7 +9,6 @@ from support import (
     TERMS,
     captured_of,
     encoder,
-    passages_of,
     random_facts,
     random_text,
     same,
@@ -53,7 +52,7 @@ def test_calibration_knows_the_text_and_the_facts(prior):
     found = calibrate(trunk, encoder(), editor, FACTS, text, settings)
     captured = captured_of(trunk, FACTS[:8], EDITOR)
     # Moments have tests of their own; here only what they are taken over.
-    wanted = key_moments(trunk, encoder(), TERMS[prior], FACTS[:8], passages_of(TEXT), 10_000)
+    wanted = key_moments(trunk, encoder(), TERMS[prior], FACTS[:8], TEXT, 10_000)
     assert list(found.statistics) == [site.name for site in trunk.sites]
     for index, (known, pair) in enumerate(zip(found.statistics.values(), captured, strict=True)):
         assert tuple(known.priors_KK) == TERMS[prior]

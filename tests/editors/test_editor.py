@@ -16,7 +16,7 @@ from support import (
     tiny_trunk,
 )
 
-from malmend.editors.editor import Editor, SiteStatistics, chunks, rows_of
+from malmend.editors.editor import Editor, SiteStatistics, chunks
 from malmend.editors.network import NetworkSettings
 from malmend.editors.settings import EditorSettings, published, training_free
 from malmend.errors import EditorError
@@ -249,7 +249,7 @@ def test_what_a_token_is_asked_depends_on_its_fact_alone():
     pair = random_pair(12)
     together = editor.aggregate([pair])[0].diffs_NV
     for index in range(12):
-        alone = editor.aggregate([rows_of(pair, slice(index, index + 1))])[0].diffs_NV
+        alone = editor.aggregate([pair.rows(slice(index, index + 1))])[0].diffs_NV
         torch.testing.assert_close(alone[0], together[index], rtol=1e-12, atol=1e-14)
 
 

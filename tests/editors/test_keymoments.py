@@ -180,7 +180,7 @@ def test_asked_takes_the_neighbours_and_the_unrelated_questions(unrelated, neigh
     trunk, facts = tiny_trunk(model), with_questions(unrelated, neighbours)
     questions = [q for fact in facts for q in (*fact.unrelated, *fact.neighbours)]
     assert len(questions) == 12 * unrelated + 12 * neighbours
-    found = key_moments(trunk, encoder(), ["asked"], facts, passages_of(TEXT), 100)
+    found = key_moments(trunk, encoder(), ["asked"], facts, TEXT, 100)
     assert list(found) == ["asked"]
     compare(found["asked"], asked_alone(model, trunk, questions))
 
@@ -191,14 +191,14 @@ def test_asked_counts_a_question_of_several_facts_once():
     facts = [replace(fact, unrelated=(shared,)) for fact in FACTS]
     facts[2] = replace(facts[2], neighbours=(shared, *facts[2].neighbours))
     questions = [shared, *(q for fact in FACTS for q in fact.neighbours)]
-    found = key_moments(trunk, encoder(), ["asked"], facts, passages_of(TEXT), 100)
+    found = key_moments(trunk, encoder(), ["asked"], facts, TEXT, 100)
     compare(found["asked"], asked_alone(model, trunk, questions))
 
 
 def test_asked_without_any_question_is_of_the_ends_of_the_text():
     model = tiny_model()
     trunk, facts = tiny_trunk(model), with_questions(False, False)
-    found = key_moments(trunk, encoder(), ["asked"], facts, passages_of(TEXT), 100)
+    found = key_moments(trunk, encoder(), ["asked"], facts, TEXT, 100)
     lines = [Question(line) for line in TEXT.splitlines()]
     compare(found["asked"], asked_alone(model, trunk, lines))
 
@@ -289,9 +289,9 @@ def test_only_the_terms_that_are_asked_for_are_taken(prior):
         encoder(),
         TERMS[prior],
         FACTS,
-        passages_of(TEXT),
+        TEXT,
         10_000,
-        lambda stage, share: told.append((stage, share)),
+        progress=lambda stage, share: told.append((stage, share)),
     )
     assert tuple(found) == TERMS[prior]
     assert len({stage for stage, _ in told}) == len(TERMS[prior])
@@ -312,6 +312,6 @@ def test_the_model_is_left_as_it_was():
     model = tiny_model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     trunk = tiny_trunk(model)
-    key_moments(trunk, encoder(), TERMS["wording"], FACTS, passages_of(TEXT), 100)
+    key_moments(trunk, encoder(), TERMS["wording"], FACTS, TEXT, 100)
     assert all(torch.equal(before[name], now) for name, now in model.state_dict().items())
     assert not any(site.module._forward_hooks for site in trunk.sites)

@@ -132,7 +132,7 @@ class Editor(nn.Module):
     def _keep_statistics(
         self, index: int, known: SiteStatistics, weights: Sequence[float], ridge: float
     ) -> None:
-        if known.priors_KK:
+        if known.priors_KK and self.terms:
             text_KK = known.priors_KK[self.terms[0]]
             ridge *= weights[0] * text_KK.diagonal().mean().item()
         with torch.no_grad():
