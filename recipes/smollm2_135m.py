@@ -1,8 +1,8 @@
 """Train the editor that the package ships for SmolLM2-135M, and measure it.
 
     python recipes/smollm2_135m.py train      # recipes/out/, resumes where it was
-    python recipes/smollm2_135m.py measure    # figures at m = 1 to 4,096, into recipes/out/
-    python recipes/smollm2_135m.py ship       # half precision, with its card, into the package
+    python recipes/smollm2_135m.py ship       # into the package, in half precision
+    python recipes/smollm2_135m.py measure    # the shipped editor at m = 1 to 4,096, and its card
 
 Training facts are the train split of the project's own, every second one towards its alternative,
 so that the editor learns to write what the model does not believe.  ``--qa FILE`` adds facts in the
@@ -17,6 +17,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
+
+from card import card
 
 from malmend import edit, evaluate, load_model, train
 from malmend.editors.checkpoint import load_editor, save_editor
@@ -30,7 +33,7 @@ from malmend.workbench import shipped, spread
 OUT = Path(__file__).resolve().parent / "out"
 NAME = "smollm2-135m"
 SIZES = (1, 64, 256, 1024, 4096)
-OWN_FACTS, QA_FACTS = 2560, 3072
+OWN_FACTS, QA_FACTS, QUESTIONS = 2560, 3072, 300
 SETTINGS = TrainSettings()
 EDITOR = EditorSettings()
 
@@ -51,7 +54,7 @@ def training_facts(qa: Path | None) -> list[Fact]:
 
 def unrelated_questions(locality: Path | None) -> list[Question]:
     """The project's own general questions, and ``--locality``'s."""
-    questions = list(read_questions(shipped("questions.jsonl")))
+    questions = list(read_questions(shipped("questions.jsonl")))[:QUESTIONS]
     if locality is not None:
         questions += read_questions(locality)
     return questions
@@ -76,10 +79,10 @@ def said(record: StepRecord) -> None:
     )
 
 
-def measured(args: argparse.Namespace) -> list[dict[str, object]]:
+def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row per size and set of facts, unedited beside edited."""
     loaded = load_model(NAME)
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     own = test_facts(None, 512)
     sets: list[tuple[str, Sequence[Fact]]] = [
         ("own", own),
@@ -88,7 +91,7 @@ def measured(args: argparse.Namespace) -> list[dict[str, object]]:
     source = "own" if args.qa_dev is None else "qa"
     sets += [(source, test_facts(args.qa_dev, size)) for size in SIZES]
     for name, facts in sets:
-        done = edit(loaded, facts, editor=OUT / "editor")
+        done = edit(loaded, facts)
         report = evaluate(
             loaded, facts, done.patch, decode_facts=min(256, len(facts)), text=args.text
         )
@@ -108,13 +111,14 @@ def measured(args: argparse.Namespace) -> list[dict[str, object]]:
 def main() -> None:
     """Runs one stage."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", choices=("train", "measure", "ship"))
+    parser.add_argument("stage", choices=("train", "ship", "measure"))
     parser.add_argument("--qa", type=Path, help="more training facts (MEND / zsRE JSON)")
     parser.add_argument("--locality", type=Path, help="more unrelated questions")
     parser.add_argument("--qa-dev", type=Path, help="facts to measure on in place of our own")
     parser.add_argument("--text", type=Path, help="text to measure perplexity on")
     args = parser.parse_args()
     OUT.mkdir(exist_ok=True)
+    folder = shipped("editors") / NAME
     if args.stage == "train":
         train(
             NAME,
@@ -125,14 +129,13 @@ def main() -> None:
             editor=EDITOR,
             stepped=said,
         )
-    elif args.stage == "measure":
-        measured(args)
-    else:
+    elif args.stage == "ship":
         saved = load_editor(OUT / "editor")
-        metrics = json.loads((OUT / "metrics.json").read_text())
         about = {name: value for name, value in saved.about.items() if name != "curve"}
-        folder = shipped("editors") / NAME
-        save_editor(saved.editor, {**about, "metrics": metrics}, folder, slim=True)
+        save_editor(saved.editor, about, folder, slim=True)
+    else:
+        figures = measured(args)
+        (folder / "README.md").write_text(card(NAME, load_editor(folder).about, figures), "utf-8")
 
 
 if __name__ == "__main__":

@@ -249,11 +249,11 @@ CASES: dict[str, tuple[Callable[[Place], Arguments], str]] = {
     ),
     "demo of fewer than no facts": (
         lambda p: ["demo", "--model", p.model, "--out", p.folder / "out", "--facts=-5"],
-        "facts is -5, expected 1 to 1,2",
+        "facts is -5, expected 1 to 1,6",
     ),
     "demo of more facts than there are": (
         lambda p: ["demo", "--model", p.model, "--out", p.folder / "out", "--facts=9999"],
-        "facts is 9999, expected 1 to 1,2",
+        "facts is 9999, expected 1 to 1,6",
     ),
     "demo that says fewer than none": (
         lambda p: ["demo", "--model", p.model, "--out", p.folder / "out", "--spoken=-1"],

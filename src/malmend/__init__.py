@@ -62,7 +62,7 @@ _HOME = {
     "commands.evaluate": ("evaluate",),
     "commands.inspect": ("Inspection", "inspect"),
     "commands.train": ("TrainResult", "train"),
-    "editors.editor": ("EditorSettings", "published", "training_free"),
+    "editors.settings": ("EditorSettings", "published", "training_free"),
     "editors.network": ("NetworkSettings",),
     "editors.training": ("TrainSettings", "published_training"),
     "errors": ("EditorError", "FactsError", "MalmendError", "ModelError", "PatchError"),

@@ -82,11 +82,21 @@ def edited(result: EditResult) -> None:
         f"{_percent(result.edited)} of the time, {_percent(result.unedited)} before "
         "(token ratio, teacher forced)."
     )
+    _trained_on(result.patch.provenance.get("trained_on"), facts)
     if result.path is not None:
         size = result.path.stat().st_size / 1e6
         OUT.print(f"Patch: {escape(str(result.path))} ({size:.1f} MB)")
     if result.page is not None:
         page(result.page.parent)
+
+
+def _trained_on(seen: int | None, facts: int) -> None:
+    """A warning where figures are of facts that the editor learned from."""
+    if seen:
+        OUT.print(
+            f"The editor was trained on the subjects of {seen:,} of these {facts:,} facts; figures "
+            "of those say nothing about facts that are new to it."
+        )
 
 
 def page(folder: str | Path) -> None:
@@ -114,6 +124,7 @@ def skipped(facts: FactSet) -> None:
 
 def report(result: Report) -> None:
     """Unedited beside edited, each column's protocol named."""
+    _trained_on(result.about.get("trained_on"), result.facts)
     table = Table(title=f"{result.facts:,} facts, {escape(str(result.about['model']))}")
     table.add_column("question")
     table.add_column("protocol")

@@ -45,6 +45,7 @@ LONGEST = 512  # tokens of a question, answer and end token included
 
 Progress = Callable[[str, float], None]
 Kept = TypeVar("Kept")
+SHIPPED = "shipped:"  # in front of the name of an editor that the package carries
 
 
 def silent(stage: str, share: float) -> None:
@@ -228,7 +229,7 @@ def _calibration_data(
             "This tokenizer can say none of the project's calibration facts; give facts of your "
             "own with --calibrate FACTS."
         )
-    asked = [q for q in read_questions(shipped("questions.jsonl")) if q.answer]
+    asked = [q for q in read_questions(shipped("questions.jsonl"))[: 2 * count] if q.answer]
     general = [q for q in asked if not encoder.faults([Fact("", q.prompt, q.answer or "")])]
     words = read_text(shipped("text.txt") if text is None else text)
     return known, words, general[:count]

@@ -14,6 +14,7 @@ from support import (
     random_editor,
     random_facts,
     same,
+    statistics_of,
     tiny_model,
     tiny_trunk,
 )
@@ -78,6 +79,20 @@ def test_a_loaded_editor_is_the_saved_one(tmp_path, settings, prior):
     assert (saved.base, saved.about["step"]) == ("abc", 7)
     assert saved.about["curve"] == [{"gen": 1.5}]
     again = saved.editor.shifts(captured)
+    for name, shift in editor.shifts(captured).items():
+        assert torch.equal(shift, again[name])
+
+
+def test_an_editor_with_a_term_of_weight_zero_comes_back(tmp_path):
+    """Its logarithm is minus infinity, which is no damage."""
+    trunk = tiny_trunk(tiny_model(dtype=torch.float32))
+    captured = captured_of(trunk, random_facts(3), SETTINGS)
+    shapes = {site.name: site.shape_VK for site in trunk.sites}
+    editor = Editor(SETTINGS, shapes, statistics_of(trunk, captured), weights=(2.0, 0.0, 0.1))
+    save_editor(editor, {}, tmp_path)
+    loaded = load_editor(tmp_path).editor
+    assert loaded.prior(0, 3).weights == pytest.approx((2.0, 0.0, 0.3), rel=1e-6)
+    again = loaded.shifts(captured)
     for name, shift in editor.shifts(captured).items():
         assert torch.equal(shift, again[name])
 

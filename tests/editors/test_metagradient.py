@@ -303,7 +303,12 @@ def _shift(editor: Editor, index: int, pair: Captured) -> Tensor:
         times = len(u) if term == "wording" else 1
         weight = editor.log_weights_SP[index, place].exp()
         prior = prior + times * weight * buffers[f"prior_{term}_{index}"]
-    return torch.linalg.solve(u.T @ u + prior, u.T @ diffs).T
+    # Equation (14): one diagonal of weights, the end tokens' alike and learned.
+    weights = torch.ones(len(u), dtype=torch.float64)
+    if pair.ends_N is not None:
+        weights = torch.where(pair.ends_N, editor.log_end_weight_S[index].exp(), weights)
+    weighted = weights.diag() @ u
+    return torch.linalg.solve(u.T @ weighted + prior, weighted.T @ diffs).T
 
 
 def _network(editor: Editor, prefix: str, site: int, x: Tensor) -> Tensor:
@@ -329,6 +334,7 @@ def _captured_alone(
 ) -> list[Captured]:
     """Keys and plain value gradients: the whole model on one question at a time."""
     rows: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in names]
+    ends: list[bool] = []
     for asked in encoder().encode_all(fact.question for fact in facts):
         inputs: dict[str, Tensor] = {}
         outputs: dict[str, Tensor] = {}
@@ -352,10 +358,13 @@ def _captured_alone(
         (-logs[_picked(asked)].sum()).backward()
         start = asked.answer_start - 1 if tokens == "answer" else 1
         stop = len(asked.ids) - 1 if tokens == "answer" else len(asked.ids)
+        # The token before the last id outputs the end of the answer, which is the last id.
+        ends += [at == len(asked.ids) - 2 for at in range(start, stop)]
         for (keys, grads), name in zip(rows, names, strict=True):
             keys.append(inputs[name][start:stop])
             grads.append(outputs[name].grad[0][start:stop])
-    return [Captured(torch.cat(keys), torch.cat(grads)) for keys, grads in rows]
+    marked = torch.tensor(ends)
+    return [Captured(torch.cat(keys), torch.cat(grads), marked) for keys, grads in rows]
 
 
 def _compare(found: dict[str, Tensor | None], wanted: dict[str, Tensor]) -> None:
@@ -369,7 +378,7 @@ def _check_not_vacuous(case: Case, wanted: dict[str, Tensor]) -> None:
     """Every gradient that the case should have is there."""
     absent = set()
     if case.method == "mend":
-        absent = {"log_weights_SP", "log_ridge_S"}
+        absent = {"log_weights_SP", "log_ridge_S", "log_end_weight_S"}
     elif case.prior == "identity":
         absent = {"log_weights_SP"}
     for name, grad in wanted.items():

@@ -129,10 +129,10 @@ def test_nothing_is_asked_of_any_network():
 
 def test_what_was_edited_is_said_first():
     about = {"model": "tiny", "facts_source": "f.jsonl", "decoded_facts": 2, "alternative": True}
+    about |= {"trained_on": 3}
     patch = {
         "method": "mend",
         "editor": "mine",
-        "trained_on": 3,
         "settings": {"end_of_answer": None},
     }
     said = Read(page(replace(report(), about=about | {"patch": patch}))).said()

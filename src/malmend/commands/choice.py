@@ -11,7 +11,7 @@ from malmend.editors.editor import Editor
 from malmend.editors.settings import EditorSettings, training_free
 from malmend.errors import EditorError, MalmendError
 from malmend.models.load import LoadedModel
-from malmend.workbench import Progress, Workbench, calibrated, completed, shipped_editor
+from malmend.workbench import SHIPPED, Progress, Workbench, calibrated, completed, shipped_editor
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,7 @@ class Choice:
         folder = shipped_editor(loaded.fingerprint) if self.may_ship else None
         if folder is not None:
             saved = load_editor(folder)
-            return Choice(f"shipped:{folder.name}", saved.editor.settings, saved)
+            return Choice(f"{SHIPPED}{folder.name}", saved.editor.settings, saved)
         if self.saved is not None and self.saved.base != loaded.fingerprint:
             raise EditorError(
                 f"The editor {self.name} was trained for a base with fingerprint "

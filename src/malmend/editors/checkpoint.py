@@ -48,10 +48,22 @@ class SavedEditor:
 
     def seen(self, facts: Sequence[Fact]) -> int:
         """How many of the facts are about a subject that the editor was trained on."""
-        joined = str(self.about.get("subjects", ""))
-        size = len(subject_hash(""))
-        known = {joined[start : start + size] for start in range(0, len(joined), size)}
-        return sum(subject_hash(fact.subject or fact.prompt) in known for fact in facts)
+        return _seen(self.about, facts)
+
+
+def seen_in_training(folder: Path, facts: Sequence[Fact]) -> int | None:
+    """As :meth:`SavedEditor.seen`, of an editor's folder; None where that is no longer there."""
+    try:
+        about = json.loads((folder / "editor.json").read_text(encoding="utf-8"))
+        return _seen(about, facts)
+    except (OSError, *_MALFORMED):
+        return None
+
+
+def _seen(about: Mapping[str, Any], facts: Sequence[Fact]) -> int:
+    joined, size = str(about.get("subjects", "")), len(subject_hash(""))
+    known = {joined[start : start + size] for start in range(0, len(joined), size)}
+    return sum(subject_hash(fact.subject or fact.prompt) in known for fact in facts)
 
 
 def save_editor(editor: Editor, about: Mapping[str, Any], folder: Path, slim: bool = False) -> None:
@@ -140,7 +152,9 @@ def _rebuilt(
     }
     editor = Editor(settings, shapes, statistics)
     editor.load_state_dict(tensors)  # float16 becomes float32
-    if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+    # A term of weight zero has minus infinity for a logarithm.
+    finite = {**tensors, "log_weights_SP": tensors["log_weights_SP"].exp()}
+    if not all(torch.isfinite(tensor).all() for tensor in finite.values()):
         raise ValueError("a tensor holds NaN or infinity")
     return editor
 

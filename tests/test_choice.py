@@ -1,0 +1,154 @@
+"""Which editor an edit uses, and the editor that a package carries for a model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import command_support
+import malmend
+from command_support import CALIBRATION, make_facts
+from malmend import workbench
+from malmend.commands import evaluate as evaluate_module
+from malmend.commands.choice import choose
+from malmend.editors.checkpoint import load_editor, save_editor, seen_in_training
+from malmend.editors.network import NetworkSettings
+from malmend.editors.settings import EditorSettings, training_free
+from malmend.errors import EditorError, MalmendError
+from malmend.facts.fact import subject_hash
+from malmend.facts.readers import read_facts
+from malmend.models.sites import find_sites
+from malmend.workbench import calibrated, completed, lay_out, shipped
+
+tiny = command_support.tiny
+cache = command_support.cache
+
+SETTINGS = EditorSettings(layers=1, eta=1.0, network=NetworkSettings(rank=3))
+FEW = make_facts(3)
+
+
+def trained(tiny, seed: int = 0):
+    """An editor away from its start, calibrated as a shipped one is, and its bench."""
+    sites = find_sites(tiny.loaded.model, 1, None)
+    bench = lay_out(tiny.loaded, sites)
+    editor = calibrated(bench, SETTINGS).editor(SETTINGS, bench.trunk)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in editor.named_parameters():
+            if name.endswith(("up_FR", "bias_F")):
+                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return editor, bench
+
+
+@pytest.fixture
+def carried(tiny, tmp_path, monkeypatch):
+    """A package that carries an editor for the tiny model, and the editor in full."""
+    editor, bench = trained(tiny)
+    about = {"base": tiny.loaded.fingerprint, "subjects": subject_hash(FEW[0].prompt)}
+    folder = tmp_path / "package" / "editors" / "tiny-1"
+    save_editor(editor, about, folder, slim=True)
+    real = workbench.shipped
+    inside = {"editors": tmp_path / "package" / "editors"}
+    for module in (workbench, evaluate_module):
+        monkeypatch.setattr(module, "shipped", lambda name: inside.get(name) or real(name))
+    return editor, bench, folder
+
+
+def test_auto_is_the_editor_that_the_package_carries(tiny, carried):
+    done = malmend.edit(tiny.loaded, FEW)
+    assert done.patch.provenance["editor"] == "shipped:tiny-1"
+    assert done.patch.provenance["trained_on"] == 1
+    full = malmend.edit(tiny.loaded, FEW, editor=carried[0])
+    for name in full.patch.factors:
+        wanted, found = full.patch.shift(name), done.patch.shift(name)
+        # float16 rounds the network by 2^-11 of each weight; what it adds is part of the shift.
+        assert 0 < (found - wanted).norm() < 5e-3 * wanted.norm()
+
+
+def test_none_and_settings_and_own_data_leave_the_carried_one_out(tiny, carried):
+    own = {"calibrate": tiny.calibrate, "text": tiny.text, "calibration": CALIBRATION}
+    free = replace(training_free(), layers=1, eta=1.0)
+    for given in ({"editor": "none"}, {"settings": free}, own):
+        done = malmend.edit(tiny.loaded, FEW, **{**own, "settings": free, **given})
+        assert done.patch.provenance["editor"] == "none"
+        assert "trained_on" not in done.patch.provenance
+
+
+def test_a_model_that_none_is_carried_for_is_edited_without(tiny):
+    choice = choose("auto")
+    assert choice.may_ship
+    assert choice.on(tiny.loaded) is choice
+    assert (choice.name, choice.settings) == ("none", training_free())
+
+
+def test_settings_beside_an_editor_are_refused(tiny, carried):
+    for editor in (str(carried[2]), carried[0]):
+        with pytest.raises(MalmendError, match="give an editor or settings, not both"):
+            choose(editor, training_free())
+
+
+def test_an_editor_for_another_base_is_refused(tiny, carried):
+    about = carried[2] / "editor.json"
+    about.write_text(json.dumps({**json.loads(about.read_text()), "base": "f" * 64}))
+    with pytest.raises(EditorError, match="was trained for a base with fingerprint ffffffffffff"):
+        choose(carried[2]).on(tiny.loaded)
+
+
+def test_a_slim_editor_is_half_as_large_and_lacks_what_is_made_again(tiny, carried, tmp_path):
+    editor, bench, folder = carried
+    save_editor(editor, {}, tmp_path / "full")
+    small, large = (
+        {p.name: p for p in f.glob("*.safetensors")} for f in (folder, tmp_path / "full")
+    )
+    sizes = [sum(p.stat().st_size for p in files.values()) for files in (small, large)]
+    assert sizes[0] < 0.6 * sizes[1]
+    slim = load_editor(folder).editor
+    assert slim.lacks_moments
+    with pytest.raises(AssertionError):
+        slim.prior(0, 1)
+    for (name, found), (_, wanted) in zip(
+        slim.named_parameters(), editor.named_parameters(), strict=True
+    ):
+        torch.testing.assert_close(found, wanted, rtol=2**-10, atol=1e-7, msg=name)
+    again = completed(slim, bench)
+    assert not again.lacks_moments
+    for term in again.terms:
+        torch.testing.assert_close(
+            getattr(again, f"prior_{term}_0"), getattr(editor, f"prior_{term}_0")
+        )
+
+
+def test_moments_are_kept_and_a_damaged_copy_is_made_again(tiny, carried, cache):
+    slim = completed(load_editor(carried[2]).editor, carried[1])
+    (path,) = Path(workbench.cache_folder() / "moments").glob("*.safetensors")
+    path.write_bytes(b"broken")
+    again = completed(load_editor(carried[2]).editor, carried[1])
+    assert torch.equal(again.prior_text_0, slim.prior_text_0)
+    assert path.stat().st_size > 100
+
+
+def test_subjects_are_known_whatever_their_case_and_blanks():
+    assert subject_hash(" New  York") == subject_hash("new york")
+    assert subject_hash("new york") != subject_hash("newyork")
+
+
+def test_how_many_facts_were_trained_on(tiny, carried, tmp_path):
+    assert load_editor(carried[2]).seen(FEW) == seen_in_training(carried[2], FEW) == 1
+    assert seen_in_training(tmp_path / "nowhere", FEW) is None
+    patch = malmend.edit(tiny.loaded, FEW).patch
+    assert malmend.eval(tiny.loaded, FEW[1:], patch).about["trained_on"] == 0
+    assert malmend.eval(tiny.loaded, FEW, patch).about["trained_on"] == 1
+
+
+def test_the_carried_editors_of_the_package_can_be_read():
+    folders = sorted(shipped("editors").glob("*/editor.json"))
+    for about in folders:
+        saved = load_editor(about.parent)
+        assert saved.editor.lacks_moments
+        assert sum(p.stat().st_size for p in about.parent.iterdir()) < 20e6
+        test = [fact for fact in read_facts(shipped("facts.jsonl")) if "test" in fact.tags]
+        assert saved.seen(test) == 0
