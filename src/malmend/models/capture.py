@@ -178,7 +178,8 @@ def ends_of(questions: Sequence[Encoded], tokens: Tokens) -> Tensor:
             question.counted > 0 and at == question.answer_end - 1 and at + 1 < len(question.ids)
             for question in questions
             for at in _positions(question, tokens)
-        ]
+        ],
+        dtype=torch.bool,
     )
 
 
