@@ -108,7 +108,7 @@ def test_a_slim_editor_is_half_as_large_and_lacks_what_is_made_again(tiny, carri
     assert sizes[0] < 0.6 * sizes[1]
     slim = load_editor(folder).editor
     assert slim.lacks_moments
-    with pytest.raises(AssertionError):
+    with pytest.raises(EditorError, match="lacks the moments of its prior"):
         slim.prior(0, 1)
     for (name, found), (_, wanted) in zip(
         slim.named_parameters(), editor.named_parameters(), strict=True

@@ -138,15 +138,13 @@ def _rebuilt(
     settings: EditorSettings, sites: Mapping[str, list[int]], tensors: Mapping[str, Tensor]
 ) -> Editor:
     shapes = {name: (shape[0], shape[1]) for name, shape in sites.items()}
+    # All moments of the prior or, in a shipped editor, none.
+    terms = settings.terms if any(name.startswith("prior_") for name in tensors) else ()
     statistics = {
         name: SiteStatistics(
             RunningMoments(key),
             RunningMoments(value),
-            {
-                term: tensors[f"prior_{term}_{index}"]
-                for term in settings.terms
-                if f"prior_{term}_{index}" in tensors
-            },
+            {term: tensors[f"prior_{term}_{index}"] for term in terms},
         )
         for index, (name, (value, key)) in enumerate(shapes.items())
     }

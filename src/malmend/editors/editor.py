@@ -162,7 +162,11 @@ class Editor(nn.Module):
 
     def prior(self, site: int, tokens: int) -> Prior:
         """P of one site as numbers, for an edit of so many tokens (N of equation 13)."""
-        assert not self.lacks_moments, "take_moments comes first"
+        if self.lacks_moments:
+            raise EditorError(
+                "The editor lacks the moments of its prior, which a shipped one leaves out; give "
+                "it to edit, which makes them again, or put them in with take_moments."
+            )
         weights = self.log_weights_SP[site].exp().tolist()
         return Prior(
             ridge=self.log_ridge_S[site].exp().item(),
