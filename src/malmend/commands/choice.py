@@ -63,15 +63,12 @@ class Choice:
         Raises:
             EditorError: the editor is for other layers.
         """
-        if self.in_hand is not None:
-            ready = self.in_hand
-        elif self.saved is not None:
-            ready = completed(self.saved.editor, bench, progress)
-        else:
+        ready = self.in_hand if self.saved is None else self.saved.editor
+        if ready is None:
             found = calibrated(bench, self.settings, calibrate, text, calibration, progress)
-            ready = found.editor(self.settings, bench.trunk)
+            return found.editor(self.settings, bench.trunk)
         ready.check_fits(bench.trunk.sites)
-        return ready
+        return completed(ready, bench, progress)
 
 
 def choose(

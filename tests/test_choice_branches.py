@@ -1,0 +1,250 @@
+"""Every way to say which editor an edit uses, in process and from the command line."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import command_support
+import helpers
+import malmend
+from command_support import CALIBRATION, make_facts, make_model
+from command_support import malmend as command
+from malmend import workbench
+from malmend.commands import evaluate as evaluate_module
+from malmend.commands.choice import choose
+from malmend.editors.checkpoint import load_editor, save_editor
+from malmend.editors.network import NetworkSettings
+from malmend.editors.settings import EditorSettings, training_free
+from malmend.errors import EditorError, MalmendError
+from malmend.facts.fact import subject_hash
+from malmend.models.load import prepared
+from malmend.models.sites import find_sites
+from malmend.workbench import calibrated, completed, lay_out, shipped_editor
+
+tiny = command_support.tiny
+cache = command_support.cache
+
+# No ends, so that an edit by the carried editor can be told by the number of its tokens.
+SETTINGS = EditorSettings(layers=1, eta=1.0, end_of_answer="none", network=NetworkSettings(rank=3))
+FREE = replace(training_free(), layers=2, eta=0.9)
+FEW = make_facts(3)
+
+
+def bench_of(tiny):
+    return lay_out(tiny.loaded, find_sites(tiny.loaded.model, 1, None), "none")
+
+
+@pytest.fixture
+def editor(tiny):
+    """An editor as training starts with, in full; its calibration is kept between tests."""
+    bench = bench_of(tiny)
+    return calibrated(bench, SETTINGS).editor(SETTINGS, bench.trunk)
+
+
+def save_slim(editor, folder: Path, base: str) -> Path:
+    subjects = "".join(sorted({subject_hash(fact.prompt) for fact in FEW[:2]}))
+    save_editor(editor, {"base": base, "subjects": subjects}, folder, slim=True)
+    return folder
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch) -> Path:
+    """Where the package's editors lie; none is there yet."""
+    real, place = workbench.shipped, tmp_path / "package"
+    for module in (workbench, evaluate_module):
+        monkeypatch.setattr(
+            module, "shipped", lambda name: place if name == "editors" else real(name)
+        )
+    return place
+
+
+@pytest.fixture
+def carried(tiny, editor, package) -> Path:
+    """The editor that the package carries for the tiny model, between two for other models."""
+    save_slim(editor, package / "a-model", "0" * 64)
+    save_slim(editor, package / "z-model", "1" * 64)
+    return save_slim(editor, package / "mine", tiny.loaded.fingerprint)
+
+
+@pytest.mark.parametrize("own_data", [False, True])
+@pytest.mark.parametrize("settings", [None, FREE], ids=["no settings", "settings"])
+@pytest.mark.parametrize("word", ["auto", "none"])
+def test_only_auto_without_anything_else_looks_for_an_editor(word, settings, own_data):
+    choice = choose(word, settings, own_data)
+    assert choice.may_ship == (word == "auto" and settings is None and not own_data)
+    assert (choice.name, choice.saved, choice.in_hand) == ("none", None, None)
+    assert choice.settings == (settings or training_free())
+
+
+def test_a_choice_of_a_folder_or_an_editor_is_that(editor, carried):
+    for place in (carried, str(carried)):
+        choice = choose(place, own_data=True)
+        assert (choice.name, choice.may_ship) == (str(carried), False)
+        assert choice.settings == choice.saved.editor.settings == SETTINGS
+    choice = choose(editor)
+    assert (choice.name, choice.may_ship, choice.saved) == ("in memory", False, None)
+    assert choice.in_hand is editor
+    assert choice.settings == SETTINGS
+
+
+def test_a_word_that_is_neither_is_a_folder():
+    for given in ("Auto", "any", Path("auto"), Path("none")):
+        with pytest.raises(EditorError, match=f"There is no editor in {given} "):
+            choose(given)
+
+
+def test_settings_beside_an_editor_are_refused_before_it_is_read(editor, tmp_path):
+    for given in (editor, tmp_path / "nowhere", str(tmp_path / "nowhere")):
+        with pytest.raises(MalmendError, match=r"give an editor or settings, not both\."):
+            choose(given, FREE)
+
+
+def test_the_editor_for_the_models_weights_is_found_among_others(tiny, carried):
+    assert shipped_editor(tiny.loaded.fingerprint) == carried
+    assert shipped_editor("2" * 64) is None
+    choice = choose("auto").on(tiny.loaded)
+    assert (choice.name, choice.may_ship) == ("shipped:mine", False)
+    assert choice.settings == SETTINGS
+    assert choice.saved.base == tiny.loaded.fingerprint
+
+
+def test_a_model_of_other_weights_gets_none(carried):
+    tokenizer = helpers.byte_level()
+    other = prepared(make_model(tokenizer, seed=5), tokenizer, "other")
+    choice = choose("auto")
+    assert choice.on(other) is choice
+    with pytest.raises(EditorError, match=r"The editor .*mine was trained for .* model other has"):
+        choose(carried).on(other)
+
+
+def test_a_package_without_editors_gives_none(tiny, package):
+    assert not package.exists()
+    assert shipped_editor(tiny.loaded.fingerprint) is None
+    assert choose("auto").on(tiny.loaded).name == "none"
+
+
+@pytest.mark.parametrize("what", ["nothing", "none", "settings", "calibrate", "text"])
+def test_each_of_them_alone_decides(tiny, carried, what):
+    given = {
+        "nothing": {},
+        "none": {"editor": "none"},
+        "settings": {"settings": FREE},
+        "calibrate": {"calibrate": tiny.calibrate},
+        "text": {"text": tiny.text},
+    }[what]
+    said = malmend.edit(tiny.loaded, FEW, calibration=CALIBRATION, **given).patch.provenance
+    if what == "nothing":
+        assert (said["editor"], said["trained_on"]) == ("shipped:mine", 2)
+        assert said["settings"]["network"]["blocks"] > 0
+    else:
+        assert said["editor"] == "none"
+        assert "trained_on" not in said
+        assert said["settings"]["network"]["blocks"] == 0
+        assert len(said["eta"]) == (FREE if what == "settings" else training_free()).layers
+
+
+def test_the_carried_editor_brings_its_own_layers_and_end(tiny, carried):
+    done = malmend.edit(tiny.loaded, FEW)
+    assert len(done.patch.factors) == 1
+    assert done.patch.provenance["settings"]["end_of_answer"] == "none"
+    tokenizer = helpers.byte_level()
+    answers = [len(tokenizer(" " + fact.answer)["input_ids"]) for fact in FEW]
+    assert done.patch.provenance["tokens"] == sum(answers)
+
+
+def test_its_folder_and_the_editor_in_hand_give_the_same_edit(tiny, carried):
+    """Also in hand it gets its moments, wherever it was loaded."""
+    auto = malmend.edit(tiny.loaded, FEW).patch
+    folder = malmend.edit(tiny.loaded, FEW, editor=carried).patch
+    in_hand = malmend.edit(tiny.loaded, FEW, editor=load_editor(carried).editor).patch
+    assert folder.provenance["editor"] == str(carried)
+    assert folder.provenance["trained_on"] == 2
+    assert in_hand.provenance["editor"] == "in memory"
+    assert "trained_on" not in in_hand.provenance
+    for name in auto.factors:
+        assert torch.equal(auto.shift(name), folder.shift(name))
+        assert torch.equal(auto.shift(name), in_hand.shift(name))
+
+
+def test_an_editor_for_other_layers_is_refused(tiny, carried):
+    about = json.loads((carried / "editor.json").read_text())
+    (name,) = about["sites"]
+    about["sites"] = {name.replace("5", "4"): about["sites"][name]}
+    (carried / "editor.json").write_text(json.dumps(about))
+    slim = load_editor(carried).editor
+    for given in ("auto", carried, slim):
+        with pytest.raises(EditorError, match="made for the layers"):
+            malmend.edit(tiny.loaded, FEW, editor=given)
+    assert slim.lacks_moments, "nothing of another layer was put in"
+
+
+def test_only_what_lacks_its_moments_is_completed_and_only_once(
+    tiny, editor, carried, tmp_path, monkeypatch
+):
+    bench, slim, made, real = bench_of(tiny), load_editor(carried).editor, [], workbench.key_moments
+    monkeypatch.setenv("MALMEND_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(
+        workbench, "key_moments", lambda *rest, **more: made.append(1) or real(*rest, **more)
+    )
+    assert completed(editor, bench) is editor
+    assert not made
+    assert completed(slim, bench) is slim
+    assert completed(slim, bench) is slim
+    again = completed(load_editor(carried).editor, bench)
+    assert made == [1], "they are kept"
+    known = calibrated(bench, SETTINGS).statistics[editor.names[0]].priors_KK
+    assert tuple(known) == slim.terms == ("text", "asked", "wording")
+    for term, moment_KK in known.items():
+        for one in (slim, again):
+            # The same sums; batches may be others, and editors keep float32.
+            found = getattr(one, f"prior_{term}_0")
+            torch.testing.assert_close(found, moment_KK.float(), rtol=1e-5, atol=1e-6)
+
+
+def test_moments_that_cannot_be_kept_are_made_all_the_same(tiny, carried, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    wanted = malmend.edit(tiny.loaded, FEW).patch
+    monkeypatch.setenv("MALMEND_CACHE", str(tmp_path / "file"))
+    found = malmend.edit(tiny.loaded, FEW).patch
+    for name in wanted.factors:
+        torch.testing.assert_close(found.shift(name), wanted.shift(name), rtol=1e-3, atol=1e-5)
+
+
+def edited(tiny, path: Path, *options: object) -> dict:
+    assert command("edit", tiny.model, tiny.facts, "--limit=3", "--out", path, *options) == 0
+    return dict(malmend.load_patch(path).provenance)
+
+
+def test_the_command_line_says_which(tiny, carried, tmp_path, capsys):
+    """The first facts of the file are FEW: the editor was trained on two of them."""
+    out = tmp_path / "patch"
+    for options in ((), ("--editor", "auto")):
+        said = edited(tiny, out, *options)
+        assert (said["editor"], said["trained_on"], said["facts"]) == ("shipped:mine", 2, 3)
+        told = " ".join(capsys.readouterr().out.split())
+        assert "trained on the subjects of 2 of these 3 facts" in told
+    said = edited(tiny, out, "--editor", carried)
+    assert (said["editor"], said["trained_on"]) == (str(carried), 2)
+    capsys.readouterr()
+    for options in (
+        ("--editor", "none", *tiny.fast),
+        ("--editor=auto", *tiny.fast),
+        ("--layers=1", "--eta=0.9"),
+    ):
+        said = edited(tiny, out, *options)
+        assert said["editor"] == "none"
+        assert "trained_on" not in said
+        assert "trained on" not in capsys.readouterr().out
+
+
+def test_the_command_line_refuses_settings_beside_a_folder(tiny, carried, tmp_path, capsys):
+    out = tmp_path / "patch"
+    options = ("--out", out, "--editor", carried, "--layers=1")
+    assert command("edit", tiny.model, tiny.facts, *options) == 2
+    assert "brings its own settings" in " ".join(capsys.readouterr().err.split())
+    assert not out.exists()
