@@ -130,6 +130,34 @@ def test_the_search_scores_the_edit_of_its_facts(tokens, neighbours):
     assert (loss.gen, loss.loc) == pytest.approx((row["gen"], row["kl"]), rel=1e-6)
 
 
+def test_general_questions_are_the_far_ones_of_the_search():
+    """In their order and round again; every eighth stays the fact's own, and near."""
+    trunk = tiny_trunk(tiny_model())
+    general = tuple(Question(f"w{index} w1", f"w{index + 9} w2") for index in range(3))
+    sizes = replace(SMALL, moment_facts=10, search_facts=9, etas=(1.0,), alphas=(10.0,))
+    found = calibrate(trunk, encoder(), EDITOR, FACTS, TEXT, sizes, general=general)
+    (row,) = found.tried
+    editor = found.editor(EDITOR, trunk)
+    asked = [general[index % 3] for index in range(9)]
+    asked[7] = FACTS[7].neighbours[0]
+    unrelated = encoder().encode_all(asked)
+    judged = [
+        Judged(encoder().encode(fact.equivalents[0]), other, known)
+        for fact, other, known in zip(
+            FACTS, unrelated, trunk.unedited_states(unrelated), strict=False
+        )
+    ]
+    with shifted(list(trunk.sites), editor.shifts(captured_of(trunk, FACTS[:9], EDITOR))):
+        loss = meta_loss(trunk, judged, grads=False)
+    assert (loss.gen, loss.loc) == pytest.approx((row["gen"], row["kl"]), rel=1e-6)
+    # They are in the prior too.
+    wanted = key_moments(trunk, encoder(), ["asked"], FACTS, TEXT, 60, general)["asked"]
+    bare = key_moments(trunk, encoder(), ["asked"], FACTS, TEXT, 60)["asked"]
+    for known, mine, without in zip(found.statistics.values(), wanted, bare, strict=True):
+        torch.testing.assert_close(known.priors_KK["asked"], mine, rtol=1e-10, atol=1e-12)
+        assert (mine - without).norm() > 1e-3 * without.norm()
+
+
 def test_the_search_minds_the_weight_of_locality():
     trunk = tiny_trunk(tiny_model())
     heavy = calibrate(trunk, encoder(), EDITOR, FACTS, TEXT, replace(SMALL, locality=100.0))
@@ -253,9 +281,15 @@ def test_the_key_names_what_the_calibration_depends_on():
     trunk = tiny_trunk(tiny_model())
 
     def key(
-        model="print", cut=trunk, editor=EDITOR, settings=SMALL, facts=tuple(FACTS), text=TEXT
+        model="print",
+        cut=trunk,
+        editor=EDITOR,
+        settings=SMALL,
+        facts=tuple(FACTS),
+        text=TEXT,
+        general=(),
     ) -> str:
-        return calibration_key(model, cut, editor, settings, facts, text)
+        return calibration_key(model, cut, editor, settings, facts, text, general)
 
     first, *rest = FACTS
     other_question = replace(first.unrelated[0], answer="w9 w9 w9")
@@ -286,6 +320,10 @@ def test_the_key_names_what_the_calibration_depends_on():
         key(facts=(replace(first, unrelated=(first.unrelated[0], other_question)), *rest)),
         key(facts=(replace(first, neighbours=(Question("w3 w4", "w5"),)), *rest)),
         key(text=TEXT + "\nw1 w2"),
+        key(general=(Question("w1", "w2"),)),
+        key(general=(Question("w1", "w3"),)),
+        key(general=(Question("w1", "w2"), Question("w3", "w4"))),
+        key(general=(Question("w3", "w4"), Question("w1", "w2"))),
     ]
     assert len({key(), *others}) == len(others) + 1
     # Neither a network's size nor what is not read of a fact matters.

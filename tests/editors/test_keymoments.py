@@ -195,6 +195,17 @@ def test_asked_counts_a_question_of_several_facts_once():
     compare(found["asked"], asked_alone(model, trunk, questions))
 
 
+def test_asked_takes_the_general_questions_beside_those_of_the_facts():
+    """One that a fact asks too counts once; without facts' questions they are all there is."""
+    model = tiny_model()
+    trunk, shared = tiny_trunk(model), FACTS[1].neighbours[0]
+    general = (Question("w1 w2", "w3"), shared, Question("w9 w8 w7", "w6 w5"))
+    questions = [q for fact in FACTS for q in others_of(fact)] + [general[0], general[2]]
+    for facts, wanted in ((FACTS, questions), (with_questions(False, False), general)):
+        found = key_moments(trunk, encoder(), ["asked"], facts, TEXT, 100, general)
+        compare(found["asked"], asked_alone(model, trunk, wanted))
+
+
 def test_asked_without_any_question_is_of_the_ends_of_the_text():
     model = tiny_model()
     trunk, facts = tiny_trunk(model), with_questions(False, False)

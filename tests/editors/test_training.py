@@ -102,6 +102,19 @@ def test_training_lowers_the_loss_and_moves_every_parameter(method):
         assert record.grad_norm > 0
 
 
+@pytest.mark.parametrize("tokens", ["answer", "all"])
+def test_which_rows_end_is_known_whether_pairs_were_kept_or_not(tokens):
+    trainer = trainer_of(editor_settings=replace(EDITOR, tokens=tokens))
+    some = FACTS[3:9]
+    trainer.captured(some[2:4])  # these come from the store, the others are captured
+    for facts in (some, some, some[::-1]):
+        plain = captured_of(trainer.trunk, facts, trainer.editor.settings)
+        for mine, wanted in zip(trainer.captured(facts), plain, strict=True):
+            assert torch.equal(mine.ends_N, wanted.ends_N)
+            assert mine.ends_N.sum() == len(facts)
+            torch.testing.assert_close(mine.keys_NK, wanted.keys_NK, rtol=1e-4, atol=1e-5)
+
+
 def test_a_training_free_editor_trains_its_scalars():
     trainer = trainer_of(editor_settings=replace(EDITOR, network=NetworkSettings(blocks=0)))
     before = trainer.editor.log_eta_S.detach().clone()
