@@ -53,7 +53,7 @@ def card(name: str, about: Mapping[str, Any], metrics: Sequence[Mapping[str, Any
         *(_row(row) for row in metrics),
         "",
         "Facts `own` are of the test split of malmend's own facts, `qa` of a dev split in the",
-        "layout of MEND's zsRE files. No subject of either was trained on.",
+        "layout of MEND's zsRE files. Training facts are not yet cleared of their subjects.",
         "",
         "## Limits",
         "",

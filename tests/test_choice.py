@@ -142,6 +142,6 @@ def test_the_carried_editors_of_the_package_can_be_read():
         assert sum(p.stat().st_size for p in about.parent.iterdir()) < 20e6
         known = read_facts(shipped("facts.jsonl"))
         test, train = ([f for f in known if tag in f.tags] for tag in ("test", "train"))
-        # Facts of other files may be about a subject of the test split, with another relation.
+        # Facts of other files are about some test subjects too, a few in the same relation: a leak.
         assert saved.seen(test) < 0.05 * len(test)
         assert saved.seen(train) > 0.3 * len(train)

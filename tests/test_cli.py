@@ -341,7 +341,10 @@ def test_what_is_given_counts_before_the_paper(reached):
     given = reached(
         "train", "m", "f", "--steps", "9", "--paper", "--out", "e", "--network.rank=5", "--eta", "1"
     )
-    assert given["settings"] == TrainSettings(steps=9, network_rate=1e-5, scalar_rate=1e-5)
+    # MALMEN's locality questions are unrelated ones only: no neighbours.
+    assert given["settings"] == TrainSettings(
+        steps=9, near=0.0, network_rate=1e-5, scalar_rate=1e-5
+    )
     assert given["editor"].network == NetworkSettings(5, placement="after", start="normal")
     assert given["editor"].eta == 1.0
 

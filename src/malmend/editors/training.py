@@ -84,7 +84,7 @@ class TrainSettings:
 
 def published_training() -> TrainSettings:
     """MALMEN A.6: one Adam at 1e-5 for everything, locality 1, clipped at 1."""
-    return TrainSettings(network_rate=1e-5, scalar_rate=1e-5)
+    return TrainSettings(near=0.0, network_rate=1e-5, scalar_rate=1e-5)
 
 
 @dataclass(frozen=True)
