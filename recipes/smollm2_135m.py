@@ -5,8 +5,10 @@
     python recipes/smollm2_135m.py measure    # the shipped editor at m = 1 to 4,096, and its card
 
 Training facts are the train split of the project's own, every second one towards its alternative,
-so that the editor learns to write what the model does not believe.  ``--qa FILE`` adds facts in the
-layout of MEND's zsRE files, ``--locality FILE`` more unrelated questions.
+so that the editor learns to write what the model does not believe.  ``--data FOLDER`` adds, where
+they are there, facts in the layout of MEND's zsRE files (``qa/train.json``), Natural Questions
+(``nq/train.jsonl``), facts to measure on (``qa/dev.json``) and text (``wikitext/valid.txt``); it is
+``../shared/data`` unless said otherwise.  No fact is trained on whose subject is measured on.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import argparse
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,46 +28,73 @@ from malmend.editors.checkpoint import load_editor, save_editor
 from malmend.editors.settings import EditorSettings
 from malmend.editors.training import StepRecord, TrainSettings
 from malmend.facts.alternatives import towards_alternatives
-from malmend.facts.fact import Fact, FactSet, Question
+from malmend.facts.fact import Fact, FactSet, Question, subject_hash
 from malmend.facts.readers import read_facts, read_questions
 from malmend.workbench import shipped, spread
 
 OUT = Path(__file__).resolve().parent / "out"
+BESIDE = OUT.parents[2] / "shared" / "data"
 NAME = "smollm2-135m"
 SIZES = (1, 64, 256, 1024, 4096)
 OWN_FACTS, QA_FACTS, QUESTIONS = 2560, 3072, 300
-SETTINGS = TrainSettings(steps=50)
+SETTINGS = TrainSettings(facts_per_step=1024, halvings=2, steps=40)
 EDITOR = EditorSettings()
 
 
-def training_facts(qa: Path | None) -> list[Fact]:
-    """The project's own training facts, half of them counterfactual, and ``--qa``'s, mixed."""
-    own = [fact for fact in read_facts(shipped("facts.jsonl")) if "train" in fact.tags]
+@dataclass(frozen=True)
+class Data:
+    """Files beside the project that the recipe uses where they are there."""
+
+    folder: Path
+
+    def file(self, name: str) -> Path | None:
+        """One of them, or None."""
+        path = self.folder / name
+        return path if path.is_file() else None
+
+
+def own_facts(split: str) -> list[Fact]:
+    """The project's own facts of one split."""
+    return [fact for fact in read_facts(shipped("facts.jsonl")) if split in fact.tags]
+
+
+def subject_of(fact: Fact) -> str:
+    """As an editor's file names it."""
+    return subject_hash(fact.subject or fact.prompt)
+
+
+def training_facts(data: Data) -> list[Fact]:
+    """The project's own training facts, half of them counterfactual, and zsRE facts, mixed.
+
+    Facts about a subject that any test fact is about are left out, whichever file it is in.
+    """
+    measured_on = own_facts("test")
+    if dev := data.file("qa/dev.json"):
+        measured_on += read_facts(dev)
+    tabu = {subject_of(fact) for fact in measured_on}
+    own = [fact for fact in own_facts("train") if subject_of(fact) not in tabu]
     own = spread(own, OWN_FACTS)  # over all relations
     false = [fact for index, fact in enumerate(own) if index % 2 and fact.alternative]
     changed = {fact.id: fact for fact in towards_alternatives(FactSet("own", tuple(false)))}
     facts = [changed.get(fact.id, fact) for fact in own]
-    if qa is not None:
-        others = list(read_facts(qa))
+    if qa := data.file("qa/train.json"):
+        others = [fact for fact in read_facts(qa) if subject_of(fact) not in tabu]
         random.Random(0).shuffle(others)
         facts += others[:QA_FACTS]
     return facts
 
 
-def unrelated_questions(locality: Path | None) -> list[Question]:
-    """The project's own general questions, and ``--locality``'s."""
+def unrelated_questions(data: Data) -> list[Question]:
+    """The project's own general questions, and Natural Questions."""
     questions = list(read_questions(shipped("questions.jsonl")))[:QUESTIONS]
-    if locality is not None:
+    if locality := data.file("nq/train.jsonl"):
         questions += read_questions(locality)
     return questions
 
 
-def test_facts(qa_dev: Path | None, size: int) -> list[Fact]:
-    """Facts that were not trained on: ``--qa-dev``'s where given, else the test split's."""
-    if qa_dev is not None:
-        facts = list(read_facts(qa_dev))
-    else:
-        facts = [fact for fact in read_facts(shipped("facts.jsonl")) if "test" in fact.tags]
+def test_facts(file: Path | None, size: int) -> list[Fact]:
+    """Facts that were not trained on: of a file, or of our own test split."""
+    facts = own_facts("test") if file is None else list(read_facts(file))
     random.Random(0).shuffle(facts)
     return [replace(fact, paraphrases=fact.paraphrases[:3]) for fact in facts[:size]]
 
@@ -79,7 +108,7 @@ def said(record: StepRecord) -> None:
     )
 
 
-def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
+def measured(data: Data) -> list[dict[str, Any]]:
     """One row per size and set of facts, unedited beside edited."""
     loaded = load_model(NAME)
     rows: list[dict[str, Any]] = []
@@ -88,12 +117,16 @@ def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
         ("own", own),
         ("own, counterfactual", towards_alternatives(FactSet("own", tuple(own)))),
     ]
-    source = "own" if args.qa_dev is None else "qa"
-    sets += [(source, test_facts(args.qa_dev, size)) for size in SIZES]
+    dev = data.file("qa/dev.json")
+    sets += [("own" if dev is None else "qa", test_facts(dev, size)) for size in SIZES]
     for name, facts in sets:
         done = edit(loaded, facts)
         report = evaluate(
-            loaded, facts, done.patch, decode_facts=min(256, len(facts)), text=args.text
+            loaded,
+            facts,
+            done.patch,
+            decode_facts=min(256, len(facts)),
+            text=data.file("wikitext/valid.txt"),
         )
         row = {
             "facts": name,
@@ -112,19 +145,17 @@ def main() -> None:
     """Runs one stage."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("stage", choices=("train", "ship", "measure"))
-    parser.add_argument("--qa", type=Path, help="more training facts (MEND / zsRE JSON)")
-    parser.add_argument("--locality", type=Path, help="more unrelated questions")
-    parser.add_argument("--qa-dev", type=Path, help="facts to measure on in place of our own")
-    parser.add_argument("--text", type=Path, help="text to measure perplexity on")
+    parser.add_argument("--data", type=Path, default=BESIDE, help="folder of more data")
     args = parser.parse_args()
+    data = Data(args.data)
     OUT.mkdir(exist_ok=True)
     folder = shipped("editors") / NAME
     if args.stage == "train":
         train(
             NAME,
-            training_facts(args.qa),
+            training_facts(data),
             OUT / "editor",
-            unrelated_questions(args.locality),
+            unrelated_questions(data),
             settings=SETTINGS,
             editor=EDITOR,
             stepped=said,
@@ -134,7 +165,7 @@ def main() -> None:
         about = {name: value for name, value in saved.about.items() if name != "curve"}
         save_editor(saved.editor, about, folder, slim=True)
     else:
-        figures = measured(args)
+        figures = measured(data)
         (folder / "README.md").write_text(card(NAME, load_editor(folder).about, figures), "utf-8")
 
 

@@ -301,7 +301,9 @@ def _shift(editor: Editor, index: int, pair: Captured) -> Tensor:
     for place, term in enumerate(TERMS[settings.prior]):
         # Equation (13): the wording's spread counts once for each token of the edit.
         times = len(u) if term == "wording" else 1
+        # Equation (15): the weight follows a learned power of the edit's size.
         weight = editor.log_weights_SP[index, place].exp()
+        weight = weight * (len(u) / 2048) ** editor.powers_SP[index, place]
         prior = prior + times * weight * buffers[f"prior_{term}_{index}"]
     # Equation (14): one diagonal of weights, the end tokens' alike and learned.
     weights = torch.ones(len(u), dtype=torch.float64)
@@ -378,9 +380,9 @@ def _check_not_vacuous(case: Case, wanted: dict[str, Tensor]) -> None:
     """Every gradient that the case should have is there."""
     absent = set()
     if case.method == "mend":
-        absent = {"log_weights_SP", "log_ridge_S", "log_end_weight_S"}
+        absent = {"log_weights_SP", "powers_SP", "log_ridge_S", "log_end_weight_S"}
     elif case.prior == "identity":
-        absent = {"log_weights_SP"}
+        absent = {"log_weights_SP", "powers_SP"}
     for name, grad in wanted.items():
         assert bool(grad.norm() > 1e-9) == (name not in absent), name
         if name.endswith(("scale_SF", "offset_SF", "_S")) and name not in absent:

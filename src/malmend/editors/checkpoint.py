@@ -149,7 +149,8 @@ def _rebuilt(
         for index, (name, (value, key)) in enumerate(shapes.items())
     }
     editor = Editor(settings, shapes, statistics)
-    editor.load_state_dict(tensors)  # float16 becomes float32
+    # Editors older than the powers have weights that do not follow N.
+    editor.load_state_dict({"powers_SP": editor.powers_SP, **tensors})  # float16 becomes float32
     # A term of weight zero has minus infinity for a logarithm.
     finite = {**tensors, "log_weights_SP": tensors["log_weights_SP"].exp()}
     if not all(torch.isfinite(tensor).all() for tensor in finite.values()):

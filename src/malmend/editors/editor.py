@@ -19,12 +19,17 @@ e e^T over e = (key of a paraphrase) - (key of the edit prompt), times N:
     |S U - D|^2 + N tr(S C_wording S^T)  =  E |S (U + E) - D|^2                             (13)
 
 to the second order, so the shift is fitted to keys as they are *and* as another wording moves them.
+How heavy a prior should be depends on how much is edited, so each weight follows a learned power:
+
+    w_t(N) = w_t (N / 2048)^b_t,    b_t = 0 at the start                                   (15)
+
 eta, the weights w_t, lambda and the weight of end-of-answer tokens live in log space, one of each
 per site.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -42,6 +47,8 @@ from malmend.models.capture import Captured
 from malmend.models.sites import Site
 from malmend.numerics.moments import RunningMoments
 from malmend.numerics.ridge import Prior
+
+TOKENS = 2048  # N at which the weights of the prior are stated; about 500 facts
 
 
 @dataclass
@@ -124,6 +131,7 @@ class Editor(nn.Module):
                 f"({', '.join(self.terms) or 'none'})."
             )
         self.log_weights_SP = nn.Parameter(torch.tensor(weights).log().repeat(len(shapes), 1))
+        self.powers_SP = nn.Parameter(torch.zeros(len(shapes), len(self.terms)))
         self.log_ridge_S = nn.Parameter(torch.empty(len(shapes)))
         self.log_end_weight_S = nn.Parameter(torch.full((len(shapes),), settings.end_weight).log())
         for index, name in enumerate(self.names):
@@ -161,13 +169,14 @@ class Editor(nn.Module):
                 setattr(self, f"prior_{term}_{index}", moment_KK.float())
 
     def prior(self, site: int, tokens: int) -> Prior:
-        """P of one site as numbers, for an edit of so many tokens (N of equation 13)."""
+        """P of one site as numbers, for an edit of so many tokens (N of equations 13 and 15)."""
         if self.lacks_moments:
             raise EditorError(
                 "The editor lacks the moments of its prior, which a shipped one leaves out; give "
                 "it to edit, which makes them again, or put them in with take_moments."
             )
-        weights = self.log_weights_SP[site].exp().tolist()
+        size = math.log(tokens / TOKENS)
+        weights = (self.log_weights_SP[site] + self.powers_SP[site] * size).exp().tolist()
         return Prior(
             ridge=self.log_ridge_S[site].exp().item(),
             weights=tuple(
@@ -257,10 +266,12 @@ class Editor(nn.Module):
                 by_end = by_weight_N[pair.ends_N].sum() * self.log_end_weight_S[site].exp()
                 _add_grad(self.log_end_weight_S, (site,), by_end.item())
             # dL/dlog w = w dL/dw, whatever N stands in the weight.
+            size = math.log(len(pair.keys_NK) / TOKENS)
             for term, (by, weight) in enumerate(
                 zip(prior_grads.weights, prior.weights, strict=True)
             ):
                 _add_grad(self.log_weights_SP, (site, term), by * weight)
+                _add_grad(self.powers_SP, (site, term), by * weight * size)
             _add_grad(self.log_ridge_S, (site,), prior_grads.ridge * prior.ridge)
             for rows in chunks(len(pair.keys_NK), chunk):
                 pseudo = self.pseudo(site, pair.rows(rows))

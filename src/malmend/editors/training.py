@@ -42,11 +42,14 @@ class TrainSettings:
 
     Attributes:
         facts_per_step: m, the facts edited at once in each step.
+        halvings: each step halves m so many times or fewer, drawn evenly: an editor that has seen
+            one m only fits no other.
         steps: optimiser steps.
         locality_weight: of the KL on unrelated questions in the meta-loss.
         near: share of the unrelated questions that are the fact's neighbours, where it has both.
         network_rate: Adam's learning rate for the network.
-        scalar_rate: Adam's learning rate for log eta, log lambda and the prior's log weights.
+        scalar_rate: Adam's learning rate for log eta, log lambda, the prior's log weights and
+            their powers of N.
         clip: largest norm of the meta-gradient.
         chunk: tokens that pass through the network at once.
         seed: of the network's start, the order of the facts and the questions drawn.
@@ -54,6 +57,7 @@ class TrainSettings:
     """
 
     facts_per_step: int = 512
+    halvings: int = 0
     steps: int = 80
     locality_weight: float = 1.0
     near: float = 0.5
@@ -78,6 +82,11 @@ class TrainSettings:
                     f"{name} is {value}, expected a number of at least 0; "
                     f"change --{name.replace('_', '-')}."
                 )
+        if not (self.halvings >= 0 and self.facts_per_step >> self.halvings):
+            raise MalmendError(
+                f"halvings is {self.halvings}, expected a number from 0 that leaves a fact of the "
+                f"{self.facts_per_step} of a step; change --halvings."
+            )
         if not 0 <= self.near <= 1:
             raise MalmendError(f"near is {self.near}, expected a share from 0 to 1; change --near.")
 
@@ -150,6 +159,7 @@ class Trainer:
         scalars = [
             editor.log_eta_S,
             editor.log_weights_SP,
+            editor.powers_SP,
             editor.log_ridge_S,
             editor.log_end_weight_S,
         ]
@@ -201,7 +211,8 @@ class Trainer:
     def draw(self, step: int) -> tuple[list[Fact], list[tuple[Question, Question]]]:
         """The facts of a step, each with one equivalent and one unrelated question.
 
-        Facts go round in epochs, each in a new order; a short rest of an epoch is left out.
+        Facts go round in epochs, each in a new order; a short rest of an epoch is left out, and
+        what a step's halving takes off.
         """
         size, seed = self.settings.facts_per_step, self.settings.seed
         per_epoch = len(self.facts) // size
@@ -209,7 +220,8 @@ class Trainer:
         order = random.Random(f"{seed} epoch {epoch}").sample(
             range(len(self.facts)), per_epoch * size
         )
-        facts = [self.facts[index] for index in order[part * size : (part + 1) * size]]
+        halved = random.Random(f"{seed} size {step}").randint(0, self.settings.halvings)
+        facts = [self.facts[i] for i in order[part * size : part * size + (size >> halved)]]
         choose = random.Random(f"{seed} step {step}")
         questions = []
         for fact in facts:
