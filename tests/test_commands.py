@@ -75,7 +75,7 @@ def test_edit_to_evaluation_to_answer(tiny, tmp_path):
     said = malmend.ask(tiny.loaded, FEW[0].prompt, path)
     assert said.edited == FEW[0].answer != said.unedited
     assert said == malmend.ask(tiny.loaded, FEW[0].prompt, patch)
-    assert malmend.ask(tiny.loaded, FEW[0].prompt) == replace(said, edited=None)
+    assert malmend.ask(tiny.loaded, FEW[0].prompt) == replace(said, edited=None, edited_cut=False)
     assert weights_digest(tiny.loaded) == before
 
     shown = malmend.inspect(path)

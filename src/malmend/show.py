@@ -204,12 +204,19 @@ def _lines(before: Scores, after: Scores | None) -> Iterator[tuple[str, list[str
 def asked(result: AskResult) -> None:
     """A prompt and what the model says."""
     OUT.print(f"[bold]{escape(result.prompt)}[/bold]", highlight=False)
+    before = _cut(result.unedited, result.unedited_cut)
     if result.edited is None:
-        OUT.print(escape(result.unedited), highlight=False)
+        OUT.print(escape(before), highlight=False)
         return
-    for name, text in (("unedited:", result.unedited), ("edited:", result.edited)):
+    after = _cut(result.edited, result.edited_cut)
+    for name, text in (("unedited:", before), ("edited:", after)):
         line = " / ".join(part.strip() for part in text.splitlines() if part.strip())
         OUT.print(f"  {name:<9} {escape(line) or '(nothing)'}", highlight=False, soft_wrap=True)
+
+
+def _cut(text: str, cut: bool) -> str:
+    """An answer that was cut at the token limit ends in a mark that says so."""
+    return f"{text} …" if cut else text
 
 
 def step(record: StepRecord, steps: int) -> None:

@@ -69,7 +69,7 @@ def facts() -> list[tuple[str, list[tuple[Asked, Asked]]]]:
             [
                 pair(
                     "ES", 3, 0.0, 1.0, "In Ina is", generated_before=0.0, generated_after=0.0,
-                    text="the", text_chat="I am", generated_chat=0.0,
+                    text="the", cut=True, text_chat="I am", generated_chat=0.0, cut_chat=True,
                 ),
                 pair("RS", 3, 0.0, 0.0, "Lima lies in"),
             ],

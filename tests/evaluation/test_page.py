@@ -97,6 +97,14 @@ def test_the_facts_stand_in_the_page_as_they_are():
     assert "kl" not in hostile["asked"][0]
 
 
+def test_an_answer_that_was_cut_is_marked_and_the_mark_explained():
+    read = Read(page(report()))
+    after = json.loads(read.texts["script"][0])[3]["asked"][0]["after"]
+    assert (after["text"], after["cut"], after["chat_cut"]) == ("the", True, True)
+    assert "that ends in … may go on" in read.said()
+    assert "…" not in Read(page(many(1))).said()
+
+
 @given(st.text(st.characters(exclude_categories=("Cs",)) | st.sampled_from("<>&/!-\u2028\u2029")))
 def test_json_in_a_script_element_is_read_as_it_was_and_cannot_end_it(text):
     shown = _json({text: [text]})

@@ -180,6 +180,16 @@ def test_a_fact_opens_to_all_its_answers_and_closes(opened):
     assert page.all("tr.more") == []
 
 
+def test_an_answer_that_was_cut_ends_in_a_mark(opened):
+    page = opened(report())
+    assert [one.text for one in page.all("[data-id=spoken] .said + .cut")] == ["…", "…"]
+    assert page.all("[data-id=good] .cut") == []
+    page.one("[data-id=spoken] button").click()
+    marks = page.all("tr.more .cut")
+    assert {one.get_dom_attribute("aria-label") for one in marks} == {"cut here"}
+    assert "in chat: ✗I am …" in page.one("tr.more").text.replace("✗\n", "✗")
+
+
 def test_the_keyboard_is_enough(opened):
     page = opened(report())
     page.one("input[value=all]").send_keys(Keys.ARROW_RIGHT)

@@ -16,7 +16,7 @@ from command_support import greedy, make_model, teach
 from malmend.errors import MalmendError
 from malmend.evaluation import examiner as examiner_module
 from malmend.evaluation.examiner import Examiner
-from malmend.evaluation.generate import matches
+from malmend.evaluation.generate import Answer, matches
 from malmend.evaluation.perplexity import perplexity
 from malmend.evaluation.protocols import scores, stayed
 from malmend.evaluation.replies import Asked, Replies, questions_of
@@ -311,6 +311,10 @@ def test_generated_is_what_full_greedy_decoding_of_every_prompt_gives(end, edite
             flags.append(row.generated)
             if row.generated:
                 assert matches(row.text, full)
+            longer = greedy(loaded, ids_of(row.question.prompt), {END}, limit + 1)
+            # One that is given up at its last word could not be known to end there.
+            assert row.cut or row.text == full == longer, (row, full)
+    assert {row.cut for row in asked} == {False, True}
     assert 3 <= sum(flags) < len(flags)
     inexact = [row for row in asked if row.generated and not row.exact]
     assert edited or inexact  # matches that only normalisation finds
@@ -332,7 +336,7 @@ def test_limits_of_free_running_answers_are_each_questions_own(monkeypatch):
 
     def decoded(loaded, encoder, prompts, limits, golds):
         seen.extend((limit, len(ids_of(gold))) for limit, gold in zip(limits, golds, strict=True))
-        return [""] * len(prompts)
+        return [Answer("")] * len(prompts)
 
     monkeypatch.setattr(examiner_module, "generate", decoded)
     examiner().examine(facts())
@@ -358,7 +362,7 @@ def test_generated_in_chat_is_full_greedy_decoding_in_the_templates_frame():
     plain = examiner().examine(known, decode_facts=20)
     flags = []
     for row, without in zip(replies.rows, plain.rows, strict=True):
-        assert replace(row, generated_chat=None, text_chat=None) == without
+        assert replace(row, generated_chat=None, text_chat=None, cut_chat=None) == without
         if row.kind in ("ES", "GS") and row.fact < 20:
             limit = 8 + len(ids_of(row.question.answer))
             full = greedy(loaded, ids_of(f"{row.question.prompt} w1 w2"), {END}, limit)

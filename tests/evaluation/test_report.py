@@ -36,7 +36,7 @@ def asked(kind: Kind, fact: int, ratio: float | None, prompt: str = "p", **more:
 def before() -> Replies:
     return Replies(
         [
-            asked("ES", 0, 0.0, generated=0.0, text="Oslo", predicted=(7, 8)),
+            asked("ES", 0, 0.0, generated=0.0, text="Oslo", cut=True, predicted=(7, 8)),
             asked("GS", 0, 0.0, generated=0.0, text="Oslo"),
             asked("GS", 0, 0.0, generated=0.0, text="Oslo"),
             asked("NS", 0, 1.0, "beside", predicted=(1,), top="A"),
@@ -157,6 +157,7 @@ def test_json_rows_hold_every_reply():
         "generated_chat": 1.0,
         "text_chat": "Lima",
     }
+    assert first["unedited"][0]["cut"] is True
     assert first["edited"][4]["kl"] == 1.5
     assert (first["unedited"][4]["top"], first["edited"][4]["top"]) == ("A B", "A E")
     assert [one.get("moved") for one in first["edited"]] == [None, None, None, True, True, False]

@@ -69,6 +69,7 @@ def page(report: Report) -> str:
             moved=moved[:MOVED_SHOWN],
             moved_count=len(moved),
             filters=view.filters(report),
+            cut=view.any_cut(report),
             facts=_json(view.entries(report)),
             style=_part("page.css"),
             script=script,

@@ -36,6 +36,16 @@
     return element;
   }
 
+  // An answer that decoding cut ends in a sign that says so.
+  function answered(text, cut) {
+    if (!cut) return [quoted(text)];
+    const sign = make("span", "cut", " …");
+    sign.title = "decoding stopped here; the answer may go on";
+    sign.setAttribute("role", "img");
+    sign.setAttribute("aria-label", "cut here");
+    return text === "" ? [sign] : [quoted(text), sign];
+  }
+
   function mark(right) {
     const sign = make("span", right ? "mark good" : "mark bad", right ? "✓" : "✗");
     sign.setAttribute("role", "img");
@@ -55,7 +65,7 @@
     const text = one.text ?? one.top;
     const right = one.said ?? one.exact;
     if (right !== undefined) shown.append(mark(right));
-    if (text !== undefined) shown.append(quoted(text));
+    if (text !== undefined) shown.append(...answered(text, one.cut));
     if (one.tokens !== undefined) {
       const tokens = `${one.right} of ${one.tokens} token${one.tokens === 1 ? "" : "s"}`;
       if (text === undefined) shown.append(make("span", "", tokens));
@@ -63,7 +73,7 @@
     }
     if (one.chat !== undefined && whole) {
       const chat = make("small", "", "in chat: ");
-      chat.append(mark(one.chat_said), quoted(one.chat));
+      chat.append(mark(one.chat_said), ...answered(one.chat, one.chat_cut));
       shown.append(chat);
     }
     return shown;
