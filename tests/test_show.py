@@ -2,10 +2,38 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from malmend import show
 from malmend.commands.ask import AskResult
+from malmend.evaluation.protocols import scores
+from malmend.evaluation.replies import Asked, Replies
+from malmend.evaluation.report import Report
+from malmend.facts.fact import Question
+
+
+def replies(*rights: float, edited: bool = False) -> Replies:
+    kl = (0.5,) if edited else ()
+    asked = [
+        ("NS", index, Question(str(index), "a"), right, right) for index, right in enumerate(rights)
+    ]
+    return Replies([Asked(*one, predicted=(int(one[3]),), kl=kl) for one in asked])
+
+
+def report(before: Replies, after: Replies, **more: object) -> Report:
+    kinds = {"unedited": scores(before), "edited": scores(after, before)}
+    return Report(len(after.rows), {"model": "tiny"}, **kinds, **more)
+
+
+@pytest.mark.parametrize(
+    ("before", "wanted"),
+    [((1.0, 1.0, 0.0), r"50\.0% \(1 of 2\)"), ((0.0, 0.0, 0.0), "none was right before")],
+)
+def test_what_was_kept_is_shown_with_what_it_is_a_share_of(before, wanted, capsys):
+    show.report(report(replies(*before), replies(1.0, 0.0, 1.0, edited=True)))
+    assert re.search(rf"kept +│ +│ +{wanted} │", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("cut", [False, True])

@@ -188,7 +188,8 @@ def _figure(model: Mapping[str, Scores], kind: str, metric: str) -> float | None
 def _lines(before: Scores, after: Scores | None) -> Iterator[tuple[str, list[str]]]:
     for metric in METRICS:
         values = [getattr(one, metric) if one else None for one in (before, after)]
-        if values == [None, None]:
+        count = after.kept_count if after and metric == "kept" else ""
+        if values == [None, None] and not count:
             continue
         if metric == "kl":
             cells = ["" if value is None else f"{value:.3f}" for value in values]
@@ -198,6 +199,8 @@ def _lines(before: Scores, after: Scores | None) -> Iterator[tuple[str, list[str
             for index, one in enumerate((before, after)):
                 if one and one.interval:
                     cells[index] += f" ± {100 * one.interval:.1f}"
+        if count:
+            cells[1] = f"{cells[1]} ({count})" if cells[1] else count
         yield metric, cells
 
 

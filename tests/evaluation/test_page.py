@@ -181,7 +181,9 @@ def test_figures_by_hand():
         "Free-running": ("0.0%", "66.7%"),
         "Paraphrases": ("0.0%", "66.7%"),
         "Neighbours kept": ("", "50.0%"),
-        "Unrelated kept": ("", figures.percent(lines["LS", "retention"].after)),
+        "Neighbour retention": ("", "50.0%"),
+        "Unrelated kept": ("", ""),
+        "Unrelated retention": ("", figures.percent(lines["LS", "retention"].after)),
         "Perplexity": ("9.50", "10.25"),
     }
     relation, length = figures.tables(report())
@@ -234,6 +236,18 @@ def test_what_was_not_asked_is_left_out():
     read = Read(page(bare))
     assert "perplexity" not in read.said().lower()
     assert {one["id"] for one in read.of("section")} == {"summary", "facts", "made"}
+
+
+def test_what_was_kept_is_a_count_of_answers_and_retention_is_not_called_kept():
+    found = {tile.name: (tile.after, tile.count) for tile in figures.tiles(report())}
+    assert found["Neighbours kept"] == ("50.0%", "1 of 2")
+    assert found["Neighbour retention"] == ("50.0%", "")
+    assert found["Unrelated kept"] == ("", "none was right before")
+    assert found["Unrelated retention"] == ("75.0%", "")
+    said = Read(page(report())).said()
+    assert "Neighbours kept 50.0% 1 of 2 right before the edit, and right after it" in said
+    assert "Unrelated kept – none was right before" in said
+    assert "kept – 50.0% 1 of 2" in said  # in the table
 
 
 def test_every_plot_has_words():

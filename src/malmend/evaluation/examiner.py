@@ -177,7 +177,7 @@ class Examiner:
 
         If every answer token *and* the end token are the model's first choice, then greedy
         decoding says exactly the answer and stops.  And its first token is the first choice after
-        the prompt: where the answer cannot begin like that, it is lost, and the token is the cut text.
+        the prompt: where the answer cannot begin like that, it is lost, and cut after the token.
         Both hold only where prompt and answer, read as one text, begin with the prompt's tokens.
         """
         ends = self.encoder.end_of_answer != "none"

@@ -76,7 +76,7 @@ def _shown(kind: str, scores: Scores, edited: bool) -> dict[str, float | None]:
     if kind not in CHATTED or scores.generated_chat is None:  # the model may have no template
         del shown["generated_chat"]
     if kind not in HELD or not edited:
-        del shown["retention"], shown["kl"], shown["kept"]
+        del shown["retention"], shown["kl"], shown["kept"], shown["kept_of"]
     return shown
 
 

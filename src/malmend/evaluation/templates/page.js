@@ -94,8 +94,8 @@
       if (!asked.length) continue;
       const stays = (kind === "NS" || kind === "LS") && edited;
       const good = asked.filter((one) => (stays ? !one.moved : (one.after ?? one.before).exact)).length;
-      const words = { GS: "paraphrases right", NS: "neighbours kept", LS: "unrelated kept", RS: "reversed right" }[kind];
-      shown.append(make("div", "", `${good} of ${asked.length} ${stays ? words : words.replace("kept", "right")}`));
+      const words = { GS: "paraphrases right", NS: `neighbours ${stays ? "as before" : "right"}`, LS: `unrelated ${stays ? "as before" : "right"}`, RS: "reversed right" }[kind];
+      shown.append(make("div", "", `${good} of ${asked.length} ${words}`));
     }
     return shown;
   }
