@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -44,3 +45,20 @@ def test_an_answer_that_was_cut_at_the_limit_ends_in_a_mark(cut, capsys):
     shown = capsys.readouterr().out
     assert "unedited: (nothing)\n" in shown
     assert f"edited:   [i] Lima / or{' …' * cut}\n" in shown
+
+
+def test_the_text_of_perplexity_and_what_leaked_are_named(capsys):
+    same = replies(1.0), replies(1.0, edited=True)
+    show.report(report(*same))
+    plain = capsys.readouterr().out
+    assert "perplexity" not in plain
+    assert "also edited" not in plain
+    shown = report(*same, perplexity={"unedited": 9.0}, leaks=[f"leak {at} [i]" for at in range(5)])
+    show.report(replace(shown, about={"model": "tiny", "text": "some [b] text"}))
+    said = capsys.readouterr().out
+    assert "perplexity: of some [b] text; lower is better" in said
+    assert "5 questions that should stay are also edited" in said
+    assert "leak 2 [i]\n  and 2 more (--json has all)" in said
+    assert "leak 3" not in said
+    show.report(report(*same, leaks=["leak"]))
+    assert "1 question that should stay is also edited" in capsys.readouterr().out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -125,6 +125,7 @@ def skipped(facts: FactSet) -> None:
 def report(result: Report) -> None:
     """Unedited beside edited, each column's protocol named."""
     _trained_on(result.about.get("trained_on"), result.facts)
+    _leaks(result.leaks)
     table = Table(title=f"{result.facts:,} facts, {escape(str(result.about['model']))}")
     table.add_column("question")
     table.add_column("protocol")
@@ -145,11 +146,29 @@ def report(result: Report) -> None:
         cells = [f"{result.perplexity[key]:.2f}" for key in result.perplexity]
         table.add_row("text", "perplexity", *cells)
     OUT.print(table)
+    if result.perplexity and result.about.get("text"):
+        text = escape(str(result.about["text"]))
+        OUT.print(f"  perplexity: of {text}; lower is better", style="dim", highlight=False)
     for metric, meaning in PROTOCOLS.items():
         if metric in shown:
             OUT.print(f"  {metric.replace('_', ' ')}: {meaning}", style="dim", highlight=False)
     for by, groups in result.groups.items():
         _groups(by.replace("_", " "), groups)
+
+
+def _leaks(leaks: Sequence[str]) -> None:
+    """A warning where questions that should stay are also edited."""
+    if not leaks:
+        return
+    one = len(leaks) == 1
+    OUT.print(
+        f"{len(leaks):,} question{'' if one else 's'} that should stay {'is' if one else 'are'} "
+        "also edited, so what was kept looks worse than it is:"
+    )
+    for leak in leaks[:3]:
+        OUT.print(f"  {escape(leak)}", highlight=False)
+    if len(leaks) > 3:
+        OUT.print(f"  and {len(leaks) - 3:,} more (--json has all)")
 
 
 def _groups(by: str, groups: Mapping[str, Group]) -> None:
@@ -280,7 +299,8 @@ def demonstrated(result: DemoResult) -> None:
     decoded = result.report.about["decoded_facts"]
     OUT.print(
         f"  generated is over the first {decoded:,} facts; neighbours are the nearest of other "
-        "questions,\n  the same about another subject, which other reports seldom ask",
+        "questions,\n  the same about another subject, which other reports seldom ask\n"
+        f"  not asked: {result.report.about['left_out']}",
         style="dim",
         highlight=False,
     )

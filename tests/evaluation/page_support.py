@@ -125,6 +125,7 @@ def report(edited: bool = True, kinds: Sequence[Kind] = ("ES", "GS", "NS", "LS",
             "skipped": 2,
             "chat": False,
             "decoded_facts": 4,
+            "text": HOSTILE,
             "patch": patch if edited else None,
         },
         unedited=scores(before),
@@ -132,6 +133,7 @@ def report(edited: bool = True, kinds: Sequence[Kind] = ("ES", "GS", "NS", "LS",
         perplexity={"unedited": 9.5, "edited": 10.25} if edited else {"unedited": 9.5},
         rows=rows,
         groups=groups_of(rows),
+        leaks=[HOSTILE] if edited else (),
     )
 
 

@@ -124,7 +124,16 @@ def test_intervals_by_hand():
 
 def test_json_has_the_promised_fields():
     shown = report().to_json()
-    assert list(shown) == ["facts", "unedited", "edited", "about", "protocols", "groups", "rows"]
+    assert list(shown) == [
+        "facts",
+        "unedited",
+        "edited",
+        "about",
+        "leaks",
+        "protocols",
+        "groups",
+        "rows",
+    ]
     always = {"token_ratio", "exact", "interval", "questions"}
     for model in ("unedited", "edited"):
         assert list(shown[model]) == ["ES", "GS", "NS", "LS", "RS"]
