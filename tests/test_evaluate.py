@@ -12,6 +12,7 @@ import command_support
 import helpers
 import malmend
 from command_support import CALIBRATION, Tiny, make_facts, make_model
+from malmend.editors.calibration import CalibrationSettings
 from malmend.editors.settings import training_free
 from malmend.errors import FactsError, MalmendError
 from malmend.facts.fact import Question
@@ -22,10 +23,18 @@ cache = command_support.cache
 
 FEW = make_facts(3)
 LAST = replace(training_free(), layers=1)
+# Little held to the old behaviour, so that few facts on a random model can be learned at all.
+EAGER = CalibrationSettings(
+    moment_facts=12, search_facts=4, text_tokens=400, etas=(1.0,), alphas=(0.01,)
+)
 
 
 def own(tiny: Tiny) -> dict:
     return {"calibrate": tiny.calibrate, "text": tiny.text, "calibration": CALIBRATION}
+
+
+def eager(tiny: Tiny) -> dict:
+    return own(tiny) | {"calibration": EAGER}
 
 
 def test_what_an_evaluation_holds(tiny, tmp_path):
