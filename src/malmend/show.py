@@ -20,19 +20,14 @@ from malmend.commands.train import TrainResult
 from malmend.editors.training import StepRecord
 from malmend.evaluation.page import PAGE
 from malmend.evaluation.protocols import PROTOCOLS, Group, Scores
+from malmend.evaluation.replies import KINDS
 from malmend.evaluation.report import Report
+from malmend.evaluation.view import QUESTIONS
 from malmend.facts.fact import FactSet
 
 # What a model says is text: ":smile:" stays as it is.
 OUT = Console(emoji=False)
 ERR = Console(stderr=True, emoji=False)
-QUESTIONS = {
-    "ES": "edit prompts",
-    "GS": "paraphrases",
-    "NS": "neighbours",
-    "LS": "unrelated questions",
-    "RS": "reversed",
-}
 METRICS = ("token_ratio", "exact", "generated", "generated_chat", "retention", "kl", "kept")
 # Columns of the tables of groups: a kind and a metric.
 GROUPED = (
@@ -133,12 +128,13 @@ def report(result: Report) -> None:
     if result.edited:
         table.add_column("edited", justify="right")
     shown = set()
-    for kind, before in result.unedited.items():
-        if not before.questions:
+    for kind in KINDS:
+        before = result.unedited.get(kind)
+        if before is None or not before.questions:
             continue
         after = result.edited.get(kind)
         for index, (metric, cells) in enumerate(_lines(before, after)):
-            label = f"{kind} ({QUESTIONS[kind]})" if index == 0 else ""
+            label = f"{kind} ({QUESTIONS[kind][0].lower()})" if index == 0 else ""
             table.add_row(label, metric.replace("_", " "), *cells[: 2 if result.edited else 1])
             shown.add(metric)
         table.add_section()
@@ -298,8 +294,8 @@ def demonstrated(result: DemoResult) -> None:
     report(result.report)
     decoded = result.report.about["decoded_facts"]
     OUT.print(
-        f"  generated is over the first {decoded:,} facts; neighbours are the nearest of other "
-        "questions,\n  the same about another subject, which other reports seldom ask\n"
+        f"  generated is over the first {decoded:,} facts\n"
+        "  neighbours ask the same about another subject, which other reports seldom do\n"
         f"  not asked: {result.report.about['left_out']}",
         style="dim",
         highlight=False,

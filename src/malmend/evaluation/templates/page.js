@@ -2,6 +2,7 @@
 (() => {
   "use strict";
   const PER_PAGE = 50;
+  const LONGEST = 600; // characters of a text in the list; "All answers" shows the whole
   const NAMES = { ES: "Edit prompt", GS: "Paraphrase", NS: "Neighbour", LS: "Unrelated", RS: "Reversed" };
   const facts = JSON.parse(document.getElementById("data").textContent);
   const by = (id) => document.getElementById(id);
@@ -36,6 +37,11 @@
     return element;
   }
 
+  function shortened(text) {
+    const signs = Array.from(text);
+    return signs.length > LONGEST ? `${signs.slice(0, LONGEST).join("")} […]` : text;
+  }
+
   // An answer that decoding cut ends in a sign that says so.
   function answered(text, cut) {
     if (!cut) return [quoted(text)];
@@ -65,7 +71,7 @@
     const text = one.text ?? one.top;
     const right = one.said ?? one.exact;
     if (right !== undefined) shown.append(mark(right));
-    if (text !== undefined) shown.append(...answered(text, one.cut));
+    if (text !== undefined) shown.append(...answered(whole ? text : shortened(text), one.cut));
     if (one.tokens !== undefined) {
       const tokens = `${one.right} of ${one.tokens} token${one.tokens === 1 ? "" : "s"}`;
       if (text === undefined) shown.append(make("span", "", tokens));
@@ -138,7 +144,7 @@
     row.dataset.id = fact.id;
     const head = make("th");
     head.scope = "row";
-    head.append(quoted(fact.prompt), make("span", "answer", " → "), quoted(fact.answer, "answer"));
+    head.append(quoted(shortened(fact.prompt)), make("span", "answer", " → "), quoted(shortened(fact.answer), "answer"));
     head.append(make("small", "", fact.relation ? `${fact.id} · ${fact.relation}` : fact.id));
     const edit = fact.asked.find((one) => one.kind === "ES") ?? {};
     row.append(head, cell(edited ? "Before" : "Answer", reply(edit.before)));
