@@ -217,6 +217,7 @@ def test_demo(tiny, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "The weights are bit for bit what they were." in shown
     assert "generated is over the first 1 facts" in shown
+    assert "not asked: all paraphrases and neighbours of a fact but the first of each" in shown
     assert f"Report: {out / 'index.html'} " in shown
     assert files_in(out) == {"patch.safetensors", "report.json", "index.html"}
 

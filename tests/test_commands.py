@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from malmend.editors.network import NetworkSettings
 from malmend.editors.settings import EditorSettings, published, training_free
 from malmend.editors.training import StepRecord, TrainSettings
 from malmend.errors import FactsError, MalmendError, PatchError
-from malmend.facts.fact import Fact, Question
+from malmend.facts.fact import Fact
 from malmend.models.load import prepared
 
 tiny = command_support.tiny
@@ -75,7 +74,7 @@ def test_edit_to_evaluation_to_answer(tiny, tmp_path):
     said = malmend.ask(tiny.loaded, FEW[0].prompt, path)
     assert said.edited == FEW[0].answer != said.unedited
     assert said == malmend.ask(tiny.loaded, FEW[0].prompt, patch)
-    assert malmend.ask(tiny.loaded, FEW[0].prompt) == replace(said, edited=None)
+    assert malmend.ask(tiny.loaded, FEW[0].prompt) == replace(said, edited=None, edited_cut=False)
     assert weights_digest(tiny.loaded) == before
 
     shown = malmend.inspect(path)
@@ -338,33 +337,6 @@ def test_facts_are_read_as_the_patch_was_made(tiny):
     assert alone.unedited["ES"].token_ratio == done.unedited
 
 
-def test_what_an_evaluation_holds(tiny, tmp_path):
-    patch = malmend.edit(tiny.loaded, tiny.facts, **own(tiny)).patch
-    report = malmend.eval(tiny.loaded, tiny.facts, patch, decode_facts=2, text=tiny.text)
-    report.save(tmp_path / "report.json")
-    shown = json.loads((tmp_path / "report.json").read_text())
-    assert shown["facts"] == 12
-    assert set(shown["perplexity"]) == {"unedited", "edited"}
-    assert shown["perplexity"]["unedited"] != shown["perplexity"]["edited"]
-    assert shown["about"]["decoded_facts"] == 2
-    assert shown["about"]["patch"]["base"] == shown["about"]["base"]
-    for model in ("unedited", "edited"):
-        for kind in ("ES", "GS", "LS"):
-            assert shown[model][kind].pop("questions") > 0
-            shown[model][kind].pop("kept", None)  # a random model is seldom right
-            for name, value in shown[model][kind].items():
-                assert math.isfinite(value)
-                assert 0 <= value <= 1 or name == "kl", (model, kind, name)
-        for kind in ("NS", "RS"):
-            metrics = shown[model][kind]
-            assert metrics.pop("questions") == 0
-            assert set(metrics.values()) == {None}
-    assert shown["edited"]["LS"]["kl"] > 0
-    assert "generated_chat" not in shown["edited"]["ES"]  # this model has no template
-    spoken = [sum("generated" in one for one in row["edited"]) for row in shown["rows"]]
-    assert spoken == [3, 3, *[0] * 10]  # a prompt and two paraphrases each
-
-
 def test_an_edit_with_a_report_is_the_edit_and_its_evaluation(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(edit_module, "DECODED", 1)
     facts = tmp_path / "facts.jsonl"
@@ -387,82 +359,6 @@ def test_an_edit_with_a_report_is_the_edit_and_its_evaluation(tiny, tmp_path, mo
     assert {row["answer"] for row in saved["rows"]} == {"Ka"}
     assert saved["edited"]["ES"]["token_ratio"] == done.edited
     assert (tmp_path / "again" / "index.html").read_bytes() == done.page.read_bytes()
-
-
-def test_neighbours_reversed_prompts_and_groups_reach_the_report(tiny):
-    pairs = zip(make_facts(4), ("capital", "capital", "river", None), strict=True)
-    facts = [
-        replace(
-            fact,
-            relation=relation,
-            subject=fact.prompt.split()[3],
-            neighbours=fact.unrelated,
-            unrelated=(),
-            reversed=Question(f"{fact.answer} is the capital of", "Mars"),
-        )
-        for fact, relation in pairs
-    ]
-    done = malmend.edit(tiny.loaded, facts, settings=LAST, **eager(tiny))
-    report = malmend.eval(tiny.loaded, facts, done.patch)
-    asked = {kind: one.questions for kind, one in report.edited.items()}
-    assert asked == {"ES": 4, "GS": 8, "NS": 6, "LS": 0, "RS": 4}
-    assert report.edited["NS"].kl > 0
-    assert report.edited["RS"].generated is not None
-    assert [row.subject for row in report.rows] == [fact.subject for fact in facts]
-    lengths = [len(tiny.loaded.tokenizer(f" {fact.answer}")["input_ids"]) for fact in facts]
-    assert [row.answer_tokens for row in report.rows] == lengths
-    sizes = {name: group.facts for name, group in report.groups["relation"].items()}
-    assert sizes == {"capital": 2, "river": 1}
-    some = malmend.eval(tiny.loaded, facts[:2], done.patch)
-    capital = report.groups["relation"]["capital"]
-    assert (capital.unedited, capital.edited) == (some.unedited, some.edited)
-
-
-def test_generated_is_asked_through_the_chat_template_too(tiny):
-    tokenizer = helpers.byte_level(chat_template="<|user|>{{ messages[0]['content'] }}<|reply|>")
-    loaded = prepared(make_model(tokenizer, layers=2), tokenizer)
-    prompt = FEW[0].prompt
-    said = malmend.ask(loaded, prompt, chat=True, max_new_tokens=4).unedited
-    facts = [replace(FEW[0], answer=said.split("\n")[0].strip() or "Kalo"), *FEW[1:]]
-    report = malmend.eval(loaded, facts, decode_facts=2)
-    rows = [row.unedited[0] for row in report.rows]
-    assert [row.generated is None for row in rows] == [False, False, True]
-    assert [row.generated_chat is None for row in rows] == [False, False, True]
-    chat = malmend.eval(loaded, facts, decode_facts=2, chat=True)
-    assert [one.text for one in (row.unedited[0] for row in chat.rows)][:2] == [
-        row.text_chat for row in rows
-    ][:2]
-    assert chat.unedited["ES"].generated_chat is None
-    assert chat.unedited["ES"].generated == report.unedited["ES"].generated_chat
-
-
-def test_a_prompt_that_only_the_template_makes_too_long_is_refused(tiny):
-    template = "<|user|>" * 50 + "{{ messages[0]['content'] }}"
-    tokenizer = helpers.byte_level(chat_template=template, model_max_length=60)
-    loaded = prepared(make_model(tokenizer, layers=2), tokenizer)
-    with pytest.raises(FactsError, match=r"too long for this model's chat template") as caught:
-        malmend.eval(loaded, FEW)
-    assert "tokens in the chat template, expected less than 60" in caught.value.faults[0]
-    assert malmend.eval(loaded, FEW, decode_facts=0).facts == 3
-
-
-def test_perplexity_is_that_of_the_model_alone_too(tiny):
-    alone = malmend.eval(tiny.loaded, FEW, decode_facts=0, text=tiny.text)
-    patch = malmend.edit(tiny.loaded, FEW, **own(tiny)).patch
-    both = malmend.eval(tiny.loaded, FEW, patch, decode_facts=0, text=tiny.text)
-    assert alone.perplexity == {"unedited": both.perplexity["unedited"]}
-    assert alone.edited == {}
-
-
-def test_a_text_of_one_token_has_no_perplexity(tiny, tmp_path):
-    (tmp_path / "text.txt").write_text("a")
-    with pytest.raises(MalmendError, match="two tokens"):
-        malmend.eval(tiny.loaded, FEW, decode_facts=0, text=tmp_path / "text.txt")
-
-
-def test_decoding_fewer_than_no_facts_is_refused(tiny):
-    with pytest.raises(MalmendError, match="decode_facts is -1"):
-        malmend.eval(tiny.loaded, FEW, decode_facts=-1)
 
 
 def test_progress_runs_from_nothing_to_all(tiny):
@@ -610,28 +506,3 @@ def test_inspection_of_every_kind(tiny, tmp_path):
     full = malmend.inspect(tmp_path / "known").entries
     assert [full[name] for name in absent] == [1, 1, 1, 1]
     assert facts.entries["first"] == {"prompt": FEW[0].prompt, "answer": FEW[0].answer}
-
-
-def test_demo_proves_that_the_weights_came_back(tiny, tmp_path):
-    lines: list[str] = []
-    done = malmend.demo(tmp_path / "out", tiny.model, facts=5, spoken=2, told=lines.append)
-    assert done.weights_before == done.weights_after == weights_digest(tiny.loaded)
-    assert done.weights_during != done.weights_before
-    assert files_in(tmp_path / "out") == {"patch.safetensors", "report.json", "index.html"}
-    assert done.page == tmp_path / "out" / "index.html"
-    assert (done.report.facts, done.report.about["decoded_facts"]) == (5, 2)
-    assert len(done.asked) == 3
-    assert all(one.edited is not None for one in done.asked)
-    assert lines
-    with pytest.raises(MalmendError):
-        malmend.demo(tmp_path / "out", tiny.model, facts=0)
-
-
-def test_a_digest_sees_every_bit(tiny):
-    before = weights_digest(tiny.loaded)
-    weight = next(tiny.loaded.model.parameters())
-    kept = weight.data.clone()
-    weight.data.view(torch.int32)[0, 0] ^= 1
-    assert weights_digest(tiny.loaded) != before
-    weight.data.copy_(kept)
-    assert weights_digest(tiny.loaded) == before

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,19 +20,14 @@ from malmend.commands.train import TrainResult
 from malmend.editors.training import StepRecord
 from malmend.evaluation.page import PAGE
 from malmend.evaluation.protocols import PROTOCOLS, Group, Scores
+from malmend.evaluation.replies import KINDS
 from malmend.evaluation.report import Report
+from malmend.evaluation.view import QUESTIONS
 from malmend.facts.fact import FactSet
 
 # What a model says is text: ":smile:" stays as it is.
 OUT = Console(emoji=False)
 ERR = Console(stderr=True, emoji=False)
-QUESTIONS = {
-    "ES": "edit prompts",
-    "GS": "paraphrases",
-    "NS": "neighbours",
-    "LS": "unrelated questions",
-    "RS": "reversed",
-}
 METRICS = ("token_ratio", "exact", "generated", "generated_chat", "retention", "kl", "kept")
 # Columns of the tables of groups: a kind and a metric.
 GROUPED = (
@@ -125,6 +120,7 @@ def skipped(facts: FactSet) -> None:
 def report(result: Report) -> None:
     """Unedited beside edited, each column's protocol named."""
     _trained_on(result.about.get("trained_on"), result.facts)
+    _leaks(result.leaks)
     table = Table(title=f"{result.facts:,} facts, {escape(str(result.about['model']))}")
     table.add_column("question")
     table.add_column("protocol")
@@ -132,12 +128,13 @@ def report(result: Report) -> None:
     if result.edited:
         table.add_column("edited", justify="right")
     shown = set()
-    for kind, before in result.unedited.items():
-        if not before.questions:
+    for kind in KINDS:
+        before = result.unedited.get(kind)
+        if before is None or not before.questions:
             continue
         after = result.edited.get(kind)
         for index, (metric, cells) in enumerate(_lines(before, after)):
-            label = f"{kind} ({QUESTIONS[kind]})" if index == 0 else ""
+            label = f"{kind} ({QUESTIONS[kind][0].lower()})" if index == 0 else ""
             table.add_row(label, metric.replace("_", " "), *cells[: 2 if result.edited else 1])
             shown.add(metric)
         table.add_section()
@@ -145,11 +142,29 @@ def report(result: Report) -> None:
         cells = [f"{result.perplexity[key]:.2f}" for key in result.perplexity]
         table.add_row("text", "perplexity", *cells)
     OUT.print(table)
+    if result.perplexity and result.about.get("text"):
+        text = escape(str(result.about["text"]))
+        OUT.print(f"  perplexity: of {text}; lower is better", style="dim", highlight=False)
     for metric, meaning in PROTOCOLS.items():
         if metric in shown:
             OUT.print(f"  {metric.replace('_', ' ')}: {meaning}", style="dim", highlight=False)
     for by, groups in result.groups.items():
         _groups(by.replace("_", " "), groups)
+
+
+def _leaks(leaks: Sequence[str]) -> None:
+    """A warning where questions that should stay are also edited."""
+    if not leaks:
+        return
+    one = len(leaks) == 1
+    OUT.print(
+        f"{len(leaks):,} question{'' if one else 's'} that should stay {'is' if one else 'are'} "
+        "also edited, so what was kept looks worse than it is:"
+    )
+    for leak in leaks[:3]:
+        OUT.print(f"  {escape(leak)}", highlight=False)
+    if len(leaks) > 3:
+        OUT.print(f"  and {len(leaks) - 3:,} more (--json has all)")
 
 
 def _groups(by: str, groups: Mapping[str, Group]) -> None:
@@ -188,7 +203,8 @@ def _figure(model: Mapping[str, Scores], kind: str, metric: str) -> float | None
 def _lines(before: Scores, after: Scores | None) -> Iterator[tuple[str, list[str]]]:
     for metric in METRICS:
         values = [getattr(one, metric) if one else None for one in (before, after)]
-        if values == [None, None]:
+        count = after.kept_count if after and metric == "kept" else ""
+        if values == [None, None] and not count:
             continue
         if metric == "kl":
             cells = ["" if value is None else f"{value:.3f}" for value in values]
@@ -198,18 +214,27 @@ def _lines(before: Scores, after: Scores | None) -> Iterator[tuple[str, list[str
             for index, one in enumerate((before, after)):
                 if one and one.interval:
                     cells[index] += f" ± {100 * one.interval:.1f}"
+        if count:
+            cells[1] = f"{cells[1]} ({count})" if cells[1] else count
         yield metric, cells
 
 
 def asked(result: AskResult) -> None:
     """A prompt and what the model says."""
     OUT.print(f"[bold]{escape(result.prompt)}[/bold]", highlight=False)
+    before = _cut(result.unedited, result.unedited_cut)
     if result.edited is None:
-        OUT.print(escape(result.unedited), highlight=False)
+        OUT.print(escape(before), highlight=False)
         return
-    for name, text in (("unedited:", result.unedited), ("edited:", result.edited)):
+    after = _cut(result.edited, result.edited_cut)
+    for name, text in (("unedited:", before), ("edited:", after)):
         line = " / ".join(part.strip() for part in text.splitlines() if part.strip())
         OUT.print(f"  {name:<9} {escape(line) or '(nothing)'}", highlight=False, soft_wrap=True)
+
+
+def _cut(text: str, cut: bool) -> str:
+    """An answer that was cut at the token limit ends in a mark that says so."""
+    return f"{text} …" if cut else text
 
 
 def step(record: StepRecord, steps: int) -> None:
@@ -269,8 +294,9 @@ def demonstrated(result: DemoResult) -> None:
     report(result.report)
     decoded = result.report.about["decoded_facts"]
     OUT.print(
-        f"  generated is over the first {decoded:,} facts; neighbours are the nearest of other "
-        "questions,\n  the same about another subject, which other reports seldom ask",
+        f"  generated is over the first {decoded:,} facts\n"
+        "  neighbours ask the same about another subject, which other reports seldom do\n"
+        f"  not asked: {result.report.about['left_out']}",
         style="dim",
         highlight=False,
     )

@@ -69,7 +69,7 @@ def facts() -> list[tuple[str, list[tuple[Asked, Asked]]]]:
             [
                 pair(
                     "ES", 3, 0.0, 1.0, "In Ina is", generated_before=0.0, generated_after=0.0,
-                    text="the", text_chat="I am", generated_chat=0.0,
+                    text="the", cut=True, text_chat="I am", generated_chat=0.0, cut_chat=True,
                 ),
                 pair("RS", 3, 0.0, 0.0, "Lima lies in"),
             ],
@@ -125,6 +125,7 @@ def report(edited: bool = True, kinds: Sequence[Kind] = ("ES", "GS", "NS", "LS",
             "skipped": 2,
             "chat": False,
             "decoded_facts": 4,
+            "text": HOSTILE,
             "patch": patch if edited else None,
         },
         unedited=scores(before),
@@ -132,6 +133,7 @@ def report(edited: bool = True, kinds: Sequence[Kind] = ("ES", "GS", "NS", "LS",
         perplexity={"unedited": 9.5, "edited": 10.25} if edited else {"unedited": 9.5},
         rows=rows,
         groups=groups_of(rows),
+        leaks=[HOSTILE] if edited else (),
     )
 
 

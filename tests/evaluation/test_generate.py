@@ -3,6 +3,7 @@ from __future__ import annotations
 import functools
 import random
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 import helpers
 from command_support import greedy, make_model, teach
 from malmend.errors import MalmendError
-from malmend.evaluation.generate import can_still_match, generate, matches, normalised
+from malmend.evaluation.generate import Answer, can_still_match, generate, matches, normalised
 from malmend.facts.tokens import Encoder
 from malmend.models.load import LoadedModel, prepared
 
@@ -47,6 +48,10 @@ def said(loaded: LoadedModel, ends: set[int], limit: int = 12, whole: bool = Fal
     return [greedy(loaded, encode(one)["input_ids"], ends, limit, whole) for one in prompts()]
 
 
+def texts(*given: Any, **named: Any) -> list[str]:
+    return [answer.text for answer in generate(*given, **named)]
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("whole", [False, True])
 def test_a_batch_of_different_lengths_says_what_each_prompt_alone_says(family, whole):
@@ -54,9 +59,9 @@ def test_a_batch_of_different_lengths_says_what_each_prompt_alone_says(family, w
     encoder = Encoder(loaded.tokenizer)
     wanted = said(loaded, {END}, whole=whole)
     assert len(set(wanted)) > len(wanted) / 2  # the answers can be told apart
-    assert generate(loaded, encoder, prompts(), 12, whole=whole) == wanted
-    assert generate(loaded, encoder, prompts(), 12, batch_tokens=30, whole=whole) == wanted
-    alone = [generate(loaded, encoder, [one], 12, whole=whole)[0] for one in prompts()]
+    assert texts(loaded, encoder, prompts(), 12, whole=whole) == wanted
+    assert texts(loaded, encoder, prompts(), 12, batch_tokens=30, whole=whole) == wanted
+    alone = [texts(loaded, encoder, [one], 12, whole=whole)[0] for one in prompts()]
     assert alone == wanted
 
 
@@ -69,7 +74,7 @@ def test_every_end_token_of_model_and_tokenizer_stops(monkeypatch):
     monkeypatch.setattr(ends, "eos_token_id", [first, second])
     wanted = said(loaded, {first, second, END}, whole=True)
     assert wanted != free
-    found = generate(loaded, Encoder(loaded.tokenizer), prompts(), 12, whole=True)
+    found = texts(loaded, Encoder(loaded.tokenizer), prompts(), 12, whole=True)
     assert found == wanted
     for stop in (first, second, END):
         assert said(loaded, {first, second, END} - {stop}, whole=True) != wanted  # each matters
@@ -80,15 +85,15 @@ def test_without_any_end_token_decoding_runs_to_the_limit(monkeypatch):
     monkeypatch.setattr(loaded.model.generation_config, "eos_token_id", None)
     monkeypatch.setattr(loaded.tokenizer, "_special_tokens_map", {"unk_token": "<unk>"})
     assert loaded.tokenizer.eos_token_id is None
-    found = generate(loaded, Encoder(loaded.tokenizer, "none"), prompts(), 5, whole=True)
+    found = texts(loaded, Encoder(loaded.tokenizer, "none"), prompts(), 5, whole=True)
     assert found == said(loaded, set(), 5, whole=True)
 
 
 def test_an_answer_ends_at_a_line_break_and_keeps_no_outer_blank():
     loaded = spoken_model()
     encoder = Encoder(loaded.tokenizer)
-    whole = generate(loaded, encoder, prompts(), 12, whole=True)
-    line = generate(loaded, encoder, prompts(), 12)
+    whole = texts(loaded, encoder, prompts(), 12, whole=True)
+    line = texts(loaded, encoder, prompts(), 12)
     broken = [index for index, text in enumerate(whole) if "\n" in text]
     assert broken
     for index in broken:
@@ -99,7 +104,7 @@ def test_an_answer_ends_at_a_line_break_and_keeps_no_outer_blank():
 @pytest.mark.parametrize("limit", [1, 3])
 def test_at_most_so_many_tokens_are_said(limit):
     loaded = spoken_model()
-    found = generate(loaded, Encoder(loaded.tokenizer), prompts(), limit, whole=True)
+    found = texts(loaded, Encoder(loaded.tokenizer), prompts(), limit, whole=True)
     assert found == said(loaded, {END}, limit, whole=True)
     assert max(len(loaded.tokenizer(text)["input_ids"]) for text in found) == limit
 
@@ -113,7 +118,7 @@ def test_each_prompt_has_its_own_limit(whole):
         greedy(loaded, encode(one)["input_ids"], {END}, limit, whole)
         for one, limit in zip(prompts(), limits, strict=True)
     ]
-    found = generate(loaded, Encoder(loaded.tokenizer), prompts(), limits, whole=whole)
+    found = texts(loaded, Encoder(loaded.tokenizer), prompts(), limits, whole=whole)
     assert found == wanted != said(loaded, {END}, 5, whole)
 
 
@@ -132,20 +137,20 @@ def test_an_answer_ends_where_the_positions_do():
         for one, length in zip(many, lengths, strict=True)
     ]
     encoder = Encoder(loaded.tokenizer, "none")
-    assert generate(loaded, encoder, many, 6, whole=True) == wanted
+    assert texts(loaded, encoder, many, 6, whole=True) == wanted
     with pytest.raises(MalmendError, match=r"has 11 tokens, but short has 11 positions"):
         generate(loaded, encoder, [" ".join(["w1"] * room)], 6)
 
 
 def test_no_prompt_gives_no_answer():
     loaded = spoken_model()
-    assert generate(loaded, Encoder(loaded.tokenizer), []) == []
+    assert texts(loaded, Encoder(loaded.tokenizer), []) == []
 
 
 def test_gold_answers_stop_rows_early_and_change_no_match():
     loaded = spoken_model()
     encoder = Encoder(loaded.tokenizer)
-    full = generate(loaded, encoder, prompts(), 12)
+    full = texts(loaded, encoder, prompts(), 12)
     golds = [
         " ".join(w for w in text.split() if w not in ("a", "an", "the", ".")) if i % 2 else "w1 w2"
         for i, text in enumerate(full)
@@ -154,9 +159,67 @@ def test_gold_answers_stop_rows_early_and_change_no_match():
     wanted = [matches(text, gold) for text, gold in zip(full, golds, strict=True)]
     assert any(wanted)
     assert not all(wanted)
-    found = generate(loaded, encoder, prompts(), 12, golds)
+    found = texts(loaded, encoder, prompts(), 12, golds)
     assert [matches(t, gold) for t, gold in zip(found, golds, strict=True)] == wanted
     assert sum(map(len, found)) < sum(map(len, full))
+
+
+@torch.no_grad()
+def step_by_step(loaded: LoadedModel, prompt: str, ends: set[int], gold: str | None) -> Answer:
+    """Of twelve tokens at most: the answer of one prompt, and whether it had not ended yet."""
+    ids, new = loaded.tokenizer(prompt)["input_ids"], []
+    while len(new) < 12:
+        token = int(loaded.model(torch.tensor([[*ids, *new]])).logits[0, -1].argmax())
+        if token in ends:
+            return Answer(loaded.tokenizer.decode(new).strip())
+        new.append(token)
+        text = loaded.tokenizer.decode(new, skip_special_tokens=True).lstrip()
+        if "\n" in text:
+            return Answer(text.split("\n")[0].strip())
+        if gold is not None and not can_still_match(text, gold):
+            break
+    return Answer(text.strip(), cut=True)
+
+
+@pytest.mark.parametrize("golden", [False, True])
+@pytest.mark.parametrize("ends", [False, True])
+def test_an_answer_is_cut_where_the_model_had_not_ended_it(golden, ends, monkeypatch):
+    loaded = spoken_model()
+    if not ends:
+        monkeypatch.setattr(loaded.model.generation_config, "eos_token_id", None)
+        monkeypatch.setattr(loaded.tokenizer, "_special_tokens_map", {"unk_token": "<unk>"})
+    stop = {END} if ends else set()
+    encoder = Encoder(loaded.tokenizer, "eos" if ends else "none")
+    full = said(loaded, stop)
+    golds = [text if at % 2 and text else "w1 w2" for at, text in enumerate(full)]
+    given = golds if golden else [None] * len(full)
+    wanted = [
+        step_by_step(loaded, prompt, stop, gold)
+        for prompt, gold in zip(prompts(), given, strict=True)
+    ]
+    assert generate(loaded, encoder, prompts(), 12, golds if golden else None) == wanted
+    assert 0 < sum(answer.cut for answer in wanted) < len(wanted)
+
+
+def test_an_answer_that_is_lost_does_not_depend_on_its_company(monkeypatch):
+    """Without an end token nothing is padded: a row's tokens go on while others are decoded."""
+    loaded = spoken_model()
+    monkeypatch.setattr(loaded.model.generation_config, "eos_token_id", None)
+    monkeypatch.setattr(loaded.tokenizer, "_special_tokens_map", {"unk_token": "<unk>"})
+    encoder, golds = Encoder(loaded.tokenizer, "none"), ["w1 w2"] * len(prompts())
+    alone = [generate(loaded, encoder, [one], 12, ["w1 w2"])[0] for one in prompts()]
+    assert generate(loaded, encoder, prompts(), 12, golds) == alone
+
+
+def test_an_answer_over_several_lines_is_cut_at_the_limit_only():
+    loaded = spoken_model()
+    encoder = Encoder(loaded.tokenizer)
+    found = generate(loaded, encoder, prompts(), 12, whole=True)
+    for prompt, answer in zip(prompts(), found, strict=True):
+        ids = loaded.tokenizer(prompt)["input_ids"]
+        endless = greedy(loaded, ids, {END}, 40, True)
+        assert answer.cut == (endless != answer.text) or answer.text == ""
+    assert len({answer.cut for answer in found}) == 2
 
 
 def test_an_answer_whose_letters_take_several_tokens_is_not_given_up_half_way():
@@ -167,8 +230,8 @@ def test_an_answer_whose_letters_take_several_tokens_is_not_given_up_half_way():
     teach(model, [(start, [*tokenizer(answer)["input_ids"], tokenizer.eos_token_id])])
     loaded = prepared(model, tokenizer)
     encoder = Encoder(tokenizer)
-    assert generate(loaded, encoder, [prompt]) == ["Éśaß東京!"]
-    assert generate(loaded, encoder, [prompt], golds=["Éśaß東京"]) == ["Éśaß東京!"]
+    assert texts(loaded, encoder, [prompt]) == ["Éśaß東京!"]
+    assert texts(loaded, encoder, [prompt], golds=["Éśaß東京"]) == ["Éśaß東京!"]
 
 
 @pytest.mark.parametrize(

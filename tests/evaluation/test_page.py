@@ -68,9 +68,9 @@ def test_hostile_text_in_every_field_stays_text():
     assert "window.hacked" not in read.texts["script"][1]
     assert "{{ 7 * 7 }}" in read.said()
     assert " 49 " not in read.said()
-    # Model, facts and editor twice, a value of the patch, a group; of what moved the prompt, both
-    # replies, the gold answer and the fact's id.
-    assert sum(HOSTILE in part for part in read.texts["bdi"]) == 13
+    # Model, facts, text and editor twice, a value of the patch, a leak, a group; of what moved the
+    # prompt, both replies, the gold answer and the fact's id.
+    assert sum(HOSTILE in part for part in read.texts["bdi"]) == 16
     assert HOSTILE in read.texts["title"][0]
     assert {"value": HOSTILE} in read.of("option")
 
@@ -95,6 +95,14 @@ def test_the_facts_stand_in_the_page_as_they_are():
     assert hostile["asked"][2]["kl"] == 0.5
     assert hostile["asked"][2]["after"]["top"] == HOSTILE
     assert "kl" not in hostile["asked"][0]
+
+
+def test_an_answer_that_was_cut_is_marked_and_the_mark_explained():
+    read = Read(page(report()))
+    after = json.loads(read.texts["script"][0])[3]["asked"][0]["after"]
+    assert (after["text"], after["cut"], after["chat_cut"]) == ("the", True, True)
+    assert "that ends in … may go on" in read.said()
+    assert "may go on" not in Read(page(many(1))).said()
 
 
 @given(st.text(st.characters(exclude_categories=("Cs",)) | st.sampled_from("<>&/!-\u2028\u2029")))
@@ -173,7 +181,9 @@ def test_figures_by_hand():
         "Free-running": ("0.0%", "66.7%"),
         "Paraphrases": ("0.0%", "66.7%"),
         "Neighbours kept": ("", "50.0%"),
-        "Unrelated kept": ("", figures.percent(lines["LS", "retention"].after)),
+        "Neighbour retention": ("", "50.0%"),
+        "Unrelated kept": ("", ""),
+        "Unrelated retention": ("", figures.percent(lines["LS", "retention"].after)),
         "Perplexity": ("9.50", "10.25"),
     }
     relation, length = figures.tables(report())
@@ -224,8 +234,45 @@ def test_what_was_not_asked_is_left_out():
     assert "9.50" in read.said()
     bare = replace(alone, perplexity={}, groups={}, about={"model": "tiny"})
     read = Read(page(bare))
-    assert "perplexity" not in read.said().lower()
+    assert "Perplexity was not measured, for want of a text" in read.said()
+    assert "Plain text" not in read.said()
     assert {one["id"] for one in read.of("section")} == {"summary", "facts", "made"}
+
+
+def test_what_was_kept_is_a_count_of_answers_and_retention_is_not_called_kept():
+    found = {tile.name: (tile.after, tile.count) for tile in figures.tiles(report())}
+    assert found["Neighbours kept"] == ("50.0%", "1 of 2")
+    assert found["Neighbour retention"] == ("50.0%", "")
+    assert found["Unrelated kept"] == ("", "none was right before")
+    assert found["Unrelated retention"] == ("75.0%", "")
+    said = Read(page(report())).said()
+    assert "Neighbours kept 50.0% 1 of 2 right before the edit, and right after it" in said
+    assert "Unrelated kept – none was right before" in said
+    assert "kept – 50.0% 1 of 2" in said  # in the table
+
+
+def test_the_page_says_which_questions_were_left_out():
+    about = report().about | {"left_out": "all but the first"}
+    assert "Not asked: all but the first." in Read(page(replace(report(), about=about))).said()
+    assert "Not asked" not in Read(page(report())).said()
+
+
+def test_the_page_says_which_text_perplexity_is_of():
+    about = report().about | {"text": "malmend's own text, lines 1 to 2"}
+    said = Read(page(replace(report(), about=about))).said()
+    assert "Plain textmalmend's own text, lines 1 to 2; lower is better" in said
+    assert "for want of a text" not in said
+
+
+def test_questions_that_are_edited_too_are_warned_of():
+    leaks = [f"fact 'f{index}': a question" for index in range(7)]
+    said = Read(page(replace(report(), leaks=leaks))).said()
+    assert "7 questions that should stay are also edited." in said
+    assert leaks[4] in said
+    assert leaks[5] not in said
+    assert "And 2 more; report.json has all." in said
+    assert "1 question that should stay is also edited." in Read(page(report())).said()
+    assert "also edited" not in Read(page(replace(report(), leaks=()))).said()
 
 
 def test_every_plot_has_words():

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from page_support import HOSTILE, KEPT, many, report
+from page_support import HOSTILE, KEPT, many, pair, report, row
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
@@ -178,6 +179,49 @@ def test_a_fact_opens_to_all_its_answers_and_closes(opened):
     assert "KL 2e-9" in said
     button.click()
     assert page.all("tr.more") == []
+
+
+def test_an_answer_that_was_cut_ends_in_a_mark(opened):
+    page = opened(report())
+    assert [one.text for one in page.all("[data-id=spoken] .said + .cut")] == ["…", "…"]
+    assert page.all("[data-id=good] .cut") == []
+    page.one("[data-id=spoken] button").click()
+    marks = page.all("tr.more .cut")
+    assert {one.get_dom_attribute("aria-label") for one in marks} == {"cut here"}
+    assert "in chat: ✗I am …" in page.one("tr.more").text.replace("✗\n", "✗")
+
+
+@pytest.mark.parametrize("text", ['say </script> "it" 🦊 ' * 100, "שלום " * 400, "🦊" * 2000])
+def test_a_long_answer_is_short_in_the_list_and_whole_beside_its_fact(opened, text):
+    asked = [
+        pair("ES", 0, 0.0, 1.0, text, gold=text, text=text),
+        pair("NS", 0, 1.0, 0.0, "In Moon is", kl=(1.0,), moved=True, top=text),
+    ]
+    rows = [row("long", asked), *report().rows[:-1]]
+    page = opened(replace(report(), rows=rows))
+    page.open(375)
+    lengths = page.js(
+        "return [...document.querySelectorAll('table bdi')].map((b) => [...b.textContent].length)"
+    )
+    assert max(lengths) == 600 + len(" […]")
+    page.one("[data-id=long] button").click()
+    said = [one.get_property("textContent") for one in page.all("tr.more bdi")]
+    assert said.count(text) == 6  # prompt, gold, both answers, and what a neighbour became
+    assert page.js("return document.documentElement.scrollWidth") <= 375
+    assert page.shown == ["long", *KEPT["all"][:-1]]
+    assert page.chromium.get_log("browser") == []
+
+
+def test_no_name_of_a_figure_is_broken_on_a_narrow_screen(opened):
+    page = opened(report())
+    page.open(375)
+    lines = page.js(
+        "return [...document.querySelectorAll('.summary tbody tr:not(.kind) th')]"
+        ".filter((one) => !one.textContent.includes(' ')).map((one) => {"
+        "  const range = document.createRange(); range.selectNodeContents(one);"
+        "  return new Set([...range.getClientRects()].map((box) => box.top)).size; })"
+    )
+    assert set(lines) == {1}
 
 
 def test_the_keyboard_is_enough(opened):

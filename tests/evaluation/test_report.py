@@ -36,7 +36,7 @@ def asked(kind: Kind, fact: int, ratio: float | None, prompt: str = "p", **more:
 def before() -> Replies:
     return Replies(
         [
-            asked("ES", 0, 0.0, generated=0.0, text="Oslo", predicted=(7, 8)),
+            asked("ES", 0, 0.0, generated=0.0, text="Oslo", cut=True, predicted=(7, 8)),
             asked("GS", 0, 0.0, generated=0.0, text="Oslo"),
             asked("GS", 0, 0.0, generated=0.0, text="Oslo"),
             asked("NS", 0, 1.0, "beside", predicted=(1,), top="A"),
@@ -94,6 +94,7 @@ def test_scores_by_hand():
     left = found["LS"]
     assert left.generated is None
     assert (left.retention, left.kept) == (pytest.approx(4 / 6), pytest.approx(1 / 3))
+    assert (left.kept_of, left.kept_count) == (3, "1 of 3")
     assert left.kl == pytest.approx((2 * 3.0 + 0.5 + 0.1) / 6)
     beside = found["NS"]
     assert (beside.token_ratio, beside.retention, beside.kl, beside.kept) == (0.0, 0.0, 3.0, 0.0)
@@ -104,8 +105,11 @@ def test_scores_by_hand():
 def test_nothing_right_before_cannot_be_kept():
     wrong = Replies([asked("NS", 0, 0.0, predicted=(1,))])
     right = Replies([asked("NS", 0, 1.0, predicted=(2,))])
-    assert scores(right, wrong)["NS"].kept is None
-    assert scores(wrong, right)["NS"].kept == 0.0
+    found = scores(right, wrong)["NS"]
+    assert (found.kept, found.kept_of, found.kept_count) == (None, 0, "none was right before")
+    found = scores(wrong, right)["NS"]
+    assert (found.kept, found.kept_of, found.kept_count) == (0.0, 1, "0 of 1")
+    assert (found.questions, scores(wrong, right)["LS"].kept_count) == (1, "")
 
 
 def test_intervals_by_hand():
@@ -120,7 +124,16 @@ def test_intervals_by_hand():
 
 def test_json_has_the_promised_fields():
     shown = report().to_json()
-    assert list(shown) == ["facts", "unedited", "edited", "about", "protocols", "groups", "rows"]
+    assert list(shown) == [
+        "facts",
+        "unedited",
+        "edited",
+        "about",
+        "leaks",
+        "protocols",
+        "groups",
+        "rows",
+    ]
     always = {"token_ratio", "exact", "interval", "questions"}
     for model in ("unedited", "edited"):
         assert list(shown[model]) == ["ES", "GS", "NS", "LS", "RS"]
@@ -128,12 +141,12 @@ def test_json_has_the_promised_fields():
     for kind in ("ES", "GS"):
         assert set(shown["unedited"][kind]) == always | {"generated"}  # not asked in chat
         assert set(shown["edited"][kind]) == always | {"generated", "generated_chat"}
-    held = always | {"retention", "kl", "kept"}
+    held = always | {"retention", "kl", "kept", "kept_of"}
     for kind in ("NS", "LS"):
         assert set(shown["unedited"][kind]) == always
         assert set(shown["edited"][kind]) == held
     metrics = held | {"generated", "generated_chat"}
-    assert set(shown["protocols"]) == set(PROTOCOLS) == metrics - {"questions"}
+    assert set(shown["protocols"]) == set(PROTOCOLS) == metrics - {"questions", "kept_of"}
     assert metrics == set(Scores.__dataclass_fields__)
     with_text = replace(report(), perplexity={"unedited": 9.0, "edited": 10.0}).to_json()
     assert with_text["perplexity"] == {"unedited": 9.0, "edited": 10.0}
@@ -157,6 +170,7 @@ def test_json_rows_hold_every_reply():
         "generated_chat": 1.0,
         "text_chat": "Lima",
     }
+    assert first["unedited"][0]["cut"] is True
     assert first["edited"][4]["kl"] == 1.5
     assert (first["unedited"][4]["top"], first["edited"][4]["top"]) == ("A B", "A E")
     assert [one.get("moved") for one in first["edited"]] == [None, None, None, True, True, False]

@@ -14,11 +14,16 @@ from malmend.workbench import encoder_for, opened
 
 @dataclass(frozen=True)
 class AskResult:
-    """What the model says; ``edited`` is None where no patch was given."""
+    """What the model says; ``edited`` is None where no patch was given.
+
+    ``unedited_cut`` and ``edited_cut`` say whether the answer was cut at the token limit.
+    """
 
     prompt: str
     unedited: str
     edited: str | None = None
+    unedited_cut: bool = False
+    edited_cut: bool = False
 
 
 def ask(
@@ -51,7 +56,7 @@ def ask(
     encoder = encoder_for(loaded, "none", chat)
     before = generate(loaded, encoder, [prompt], max_new_tokens, whole=True)[0]
     if patch is None:
-        return AskResult(prompt, before)
+        return AskResult(prompt, before.text, unedited_cut=before.cut)
     with applied(loaded, patch, force):
         after = generate(loaded, encoder, [prompt], max_new_tokens, whole=True)[0]
-    return AskResult(prompt, before, after)
+    return AskResult(prompt, before.text, after.text, before.cut, after.cut)

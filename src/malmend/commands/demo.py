@@ -11,7 +11,7 @@ from malmend.commands.ask import AskResult, ask
 from malmend.commands.edit import EditResult, edit
 from malmend.commands.evaluate import evaluate
 from malmend.errors import MalmendError
-from malmend.evaluation.page import PAGE
+from malmend.evaluation.page import page_folder, write_page
 from malmend.evaluation.report import Report
 from malmend.facts.fact import Fact
 from malmend.facts.readers import read_facts
@@ -19,6 +19,8 @@ from malmend.files import writable_folder
 from malmend.models.load import LoadedModel, load_model
 from malmend.patch import applied
 from malmend.workbench import Progress, shipped, silent
+
+LEFT_OUT = "all paraphrases and neighbours of a fact but the first of each"
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,26 +65,26 @@ def demo(
     known = _demo_facts(facts)
     if spoken < 0:
         raise MalmendError(f"spoken is {spoken}, expected 0 or more; change --spoken.")
-    folder = writable_folder(out)
+    folder = page_folder(writable_folder(out))
     told(f"Loading {model}.")
     loaded = load_model(model)
     before = weights_digest(loaded)
     told(f"Editing {len(known)} facts at once.")
     done = edit(loaded, known, folder / "patch.safetensors", progress=progress)
     told(f"Asking about all {len(known)}, before and after.")
-    asked_about = [
+    first = [
         replace(fact, paraphrases=fact.paraphrases[:1], neighbours=fact.neighbours[:1])
         for fact in known
     ]
-    report = evaluate(
-        loaded, asked_about, done.patch, decode_facts=spoken, report=folder, progress=progress
-    )
+    report = evaluate(loaded, first, done.patch, decode_facts=spoken, progress=progress)
+    report = replace(report, about={**report.about, "left_out": LEFT_OUT})
+    page = write_page(report, folder)
     told("Asking three facts in free-running text.")
     patch = done.patch
     asked = tuple(ask(loaded, prompt, patch) for prompt in _prompts(known, report))
     during = _digest_with(loaded, done)
     after = weights_digest(loaded)
-    return DemoResult(done, report, folder / PAGE, asked, before, during, after)
+    return DemoResult(done, report, page, asked, before, during, after)
 
 
 def weights_digest(loaded: LoadedModel) -> str:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from malmend.editors.calibration import CalibrationSettings
 from malmend.editors.checkpoint import seen_in_training
 from malmend.errors import FactsError, MalmendError
 from malmend.evaluation.examiner import Examiner
 from malmend.evaluation.page import page_folder, write_page
-from malmend.evaluation.perplexity import perplexity
+from malmend.evaluation.perplexity import PlainText, perplexity, unread
 from malmend.evaluation.protocols import groups_of, scores
-from malmend.evaluation.replies import rows_of
+from malmend.evaluation.replies import Replies, rows_of
 from malmend.evaluation.report import Report
 from malmend.facts.fact import Fact, FactSet
+from malmend.facts.lint import leaks
 from malmend.facts.readers import read_text
 from malmend.facts.tokens import Encoder
 from malmend.models.load import LoadedModel
@@ -62,7 +64,8 @@ def evaluate(
             answers are asked for through it too, where the model has one.
         decode_facts: for how many of the facts the model also answers free-running (the slow
             part); None for all.
-        text: a text file for perplexity before and after.
+        text: a text file for perplexity before and after, in place of the lines of the project's
+            own text that the prior has not read; "none" measures none.
         report: a folder for the report as an HTML page, with its figures as JSON beside.
         force: accept a patch that was made for another base.
         trunk: grouping of questions and the disk budget for trunk activations.
@@ -77,12 +80,12 @@ def evaluate(
     inputs = (facts, patch, text)
     if isinstance(patch, str | Path):
         patch = load_patch(patch)
-    words = None if text is None else read_text(text)
     # As the patch was made, so that its facts are read as they were edited.
     made = patch.provenance.get("settings", {}) if patch else {}
     encoder = encoder_for(model, made.get("end_of_answer"), chat)
     known = checked_facts(facts, encoder, limit, strict, alternative)
     chatted = None if chat else chat_encoder(encoder, known, decode_facts)
+    plain = _plain_text(text, encoder)
     if report is not None:
         page_folder(report, *inputs)
     loaded = opened(model, dtype)
@@ -91,34 +94,65 @@ def evaluate(
     examiner = Examiner(loaded, bench.trunk, bench.encoder, count, chatted)
     count.expect(examiner.count(known, decode_facts))
     before = examiner.examine(known, decode_facts, remember=True)
-    surprise: dict[str, float] = {}
-    if words is not None:
-        surprise["unedited"] = perplexity(loaded, words)
+    surprise = _perplexity("unedited", loaded, plain, progress)
     after = None
     if patch is not None:
         with applied(loaded, patch, force):
             after = examiner.examine(known, decode_facts)
-            if words is not None:
-                surprise["edited"] = perplexity(loaded, words)
+            surprise |= _perplexity("edited", loaded, plain, progress)
     progress("asking", 1.0)
     asked = {
         "alternative": alternative,
         "chat": chat,
         "decoded_facts": len(known) if decode_facts is None else min(decode_facts, len(known)),
+        "text": plain.source if plain else None,
     }
-    rows = rows_of(known, before, after)
-    found = Report(
-        facts=len(known),
-        about=_about(loaded, known, patch) | asked,
+    found = _report(known, before, after, surprise, _about(loaded, known, patch) | asked)
+    if report is not None:
+        write_page(found, report)
+    return found
+
+
+def _report(
+    facts: FactSet,
+    before: Replies,
+    after: Replies | None,
+    surprise: Mapping[str, float],
+    about: Mapping[str, Any],
+) -> Report:
+    rows = rows_of(facts, before, after)
+    return Report(
+        facts=len(facts),
+        about=about,
         unedited=scores(before),
         edited=scores(after, before) if after else {},
         perplexity=surprise,
         rows=rows,
         groups=groups_of(rows),
+        leaks=leaks(facts),
     )
-    if report is not None:
-        write_page(found, report)
-    return found
+
+
+def _plain_text(given: str | Path | None, encoder: Encoder) -> PlainText | None:
+    """The text that perplexity is measured on; None where none is left or wanted."""
+    if given == "none":
+        return None
+    if given is not None:
+        return PlainText(read_text(given), str(given))
+    return unread(encoder, read_text(shipped("text.txt")), CalibrationSettings().text_tokens)
+
+
+def _perplexity(
+    name: str, loaded: LoadedModel, plain: PlainText | None, progress: Progress
+) -> dict[str, float]:
+    """By the name of the model, as its weights now are; empty without a text."""
+    if plain is None:
+        return {}
+    stage = f"perplexity, {name}"
+    progress(stage, 0.0)
+    found = perplexity(loaded, plain.words)
+    progress(stage, 1.0)
+    return {name: found}
 
 
 def _sites(loaded: LoadedModel, patch: Patch | None, force: bool) -> list[Site]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from malmend.errors import MalmendError
-from malmend.evaluation.generate import can_still_match, first_line, generate, matches
+from malmend.evaluation.generate import Answer, can_still_match, first_line, generate, matches
 from malmend.evaluation.replies import (
     CHATTED,
     HELD,
@@ -101,8 +101,8 @@ class Examiner:
         fact: int,
         question: Question,
         known: _Forced,
-        said: str | None,
-        said_in_chat: str | None,
+        said: Answer | None,
+        in_chat: Answer | None,
     ) -> Asked:
         held, gold = kind in HELD, question.answer or ""
         before = self._before.get(question) if held and known.kl else None
@@ -112,12 +112,14 @@ class Examiner:
             question=question,
             token_ratio=known.token_ratio,
             exact=known.exact,
-            generated=None if said is None else float(matches(said, gold)),
-            text=said,
+            generated=None if said is None else float(matches(said.text, gold)),
+            text=None if said is None else said.text,
+            cut=None if said is None else said.cut,
             predicted=known.predicted,
             kl=known.kl if held else (),
-            generated_chat=None if said_in_chat is None else float(matches(said_in_chat, gold)),
-            text_chat=said_in_chat,
+            generated_chat=None if in_chat is None else float(matches(in_chat.text, gold)),
+            text_chat=None if in_chat is None else in_chat.text,
+            cut_chat=None if in_chat is None else in_chat.cut,
             top=self._text(known.predicted) if held else None,
             moved=None if before is None else before[0] != known.predicted,
         )
@@ -170,46 +172,46 @@ class Examiner:
 
     def _spoken(
         self, questions: Sequence[Question], forced: dict[Question, _Forced]
-    ) -> dict[Question, str]:
+    ) -> dict[Question, Answer]:
         """Free-running answers, decoded only where teacher forcing does not settle them.
 
         If every answer token *and* the end token are the model's first choice, then greedy
         decoding says exactly the answer and stops.  And its first token is the first choice after
-        the prompt: where the answer cannot begin like that, it is lost, and the token is the text.
+        the prompt: where the answer cannot begin like that, it is lost, and cut after the token.
         Both hold only where prompt and answer, read as one text, begin with the prompt's tokens.
         """
         ends = self.encoder.end_of_answer != "none"
-        settled: dict[Question, str] = {}
+        settled: dict[Question, Answer] = {}
         for question in questions:
             known, gold = forced[question], question.answer or ""
             if self.encoder.prompt_ids(question.prompt) != known.prompt_ids:
                 continue
             first = first_line(self.loaded, known.predicted[:1])
             if ends and known.with_end and "\n" not in gold.strip():
-                settled[question] = gold.strip()
-            elif not can_still_match(first, gold):
+                settled[question] = Answer(gold.strip())
+            elif not can_still_match(first.text, gold):
                 settled[question] = first
         rest = [question for question in questions if question not in settled]
-        texts = self._decoded(self.encoder, rest, forced)
+        answers = self._decoded(self.encoder, rest, forced)
         self.progress(len(questions))
-        return settled | dict(zip(rest, texts, strict=True))
+        return settled | dict(zip(rest, answers, strict=True))
 
     def _chatted(
         self, questions: Sequence[Question], forced: dict[Question, _Forced]
-    ) -> dict[Question, str]:
+    ) -> dict[Question, Answer]:
         """Free-running answers through the chat template.
 
         All are decoded: teacher forcing, in another frame, settles none of them.
         """
         if self.chat is None:
             return {}
-        texts = self._decoded(self.chat, questions, forced)
+        answers = self._decoded(self.chat, questions, forced)
         self.progress(len(questions))
-        return dict(zip(questions, texts, strict=True))
+        return dict(zip(questions, answers, strict=True))
 
     def _decoded(
         self, encoder: Encoder, questions: Sequence[Question], forced: dict[Question, _Forced]
-    ) -> list[str]:
+    ) -> list[Answer]:
         prompts = [question.prompt for question in questions]
         golds = [question.answer or "" for question in questions]
         limits = [len(forced[question].predicted) + ROOM for question in questions]

@@ -20,15 +20,15 @@ AXIS = tuple(
     (power, (EDGES.index(10.0**power) + 1) / (len(EDGES) + 1)) for power in (-6, -4, -2, 0)
 )
 
-# The figures that come first: kind, metric, name, what it is.  Of those with one name, the first
-# that the report has.
+# The figures that come first: kind, metric, name, what it is.
 TILES: tuple[tuple[Kind, str, str, str], ...] = (
     ("ES", "exact", "Edit prompts", "whole answer right, teacher forced"),
     ("ES", "generated", "Free-running", "answer right after normalisation"),
     ("GS", "exact", "Paraphrases", "whole answer right, teacher forced"),
     ("NS", "kept", "Neighbours kept", "right before the edit, and right after it"),
-    ("NS", "retention", "Neighbours kept", "answer tokens as before the edit"),
-    ("LS", "retention", "Unrelated kept", "answer tokens as before the edit"),
+    ("NS", "retention", "Neighbour retention", "answer tokens as before, right or wrong"),
+    ("LS", "kept", "Unrelated kept", "right before the edit, and right after it"),
+    ("LS", "retention", "Unrelated retention", "answer tokens as before, right or wrong"),
 )
 PANELS = ("token_ratio", "exact", "generated", "generated_chat")
 GROUPED: tuple[Kind, ...] = ("ES", "GS", "NS", "LS")
@@ -48,6 +48,7 @@ class Line:
     after: float | None
     before_interval: float | None = None
     after_interval: float | None = None
+    count: str = ""  # the share as a count, where it is not of all questions
 
     @property
     def meaning(self) -> str:
@@ -68,6 +69,7 @@ class Tile:
     what: str
     before: str
     after: str
+    count: str = ""
 
 
 @dataclass(frozen=True)
@@ -149,12 +151,13 @@ def lines(report: Report) -> dict[Kind, list[Line]]:
         before, after = report.unedited.get(kind), report.edited.get(kind)
         found = []
         for metric in (one.name for one in fields(Scores)):
-            if metric in ("interval", "questions"):
+            if metric in ("interval", "questions", "kept_of"):
                 continue
             values = [getattr(one, metric) if one else None for one in (before, after)]
-            if values == [None, None]:
+            count = after.kept_count if after and metric == "kept" else ""
+            if values == [None, None] and not count:
                 continue
-            line = Line(kind, metric, values[0], values[1])
+            line = Line(kind, metric, values[0], values[1], count=count)
             if metric == "token_ratio":
                 intervals = [one.interval if one else None for one in (before, after)]
                 line = replace(line, before_interval=intervals[0], after_interval=intervals[1])
@@ -167,16 +170,16 @@ def lines(report: Report) -> dict[Kind, list[Line]]:
 def tiles(report: Report) -> list[Tile]:
     """The figures that come first."""
     known = {(line.kind, line.metric): line for found in lines(report).values() for line in found}
-    out: dict[str, Tile] = {}
-    for kind, metric, name, what in TILES:
-        line = known.get((kind, metric))
-        if line is not None and name not in out:
-            out[name] = Tile(name, what, percent(line.before), percent(line.after))
+    out = [
+        Tile(name, what, percent(line.before), percent(line.after), line.count)
+        for kind, metric, name, what in TILES
+        if (line := known.get((kind, metric))) is not None
+    ]
     if report.perplexity:
         values = [report.perplexity.get(key) for key in ("unedited", "edited")]
         before, after = ("" if value is None else f"{value:.2f}" for value in values)
-        out["Perplexity"] = Tile("Perplexity", "of plain text; lower is better", before, after)
-    return list(out.values())
+        out.append(Tile("Perplexity", "of plain text; lower is better", before, after))
+    return out
 
 
 def protocols(report: Report) -> dict[str, str]:

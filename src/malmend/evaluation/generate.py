@@ -63,6 +63,14 @@ def _one_sigma(text: str) -> str:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """What a model said; ``cut`` where decoding stopped before the model ended it: it may go on."""
+
+    text: str
+    cut: bool = False
+
+
+@dataclass(frozen=True)
 class _Row:
     """One prompt to be answered."""
 
@@ -72,18 +80,26 @@ class _Row:
 
 
 class _LineEnds(StoppingCriteria):
-    """A row is done at its limit, at a line break, or when it can no longer match its gold."""
+    """A row is done at its limit, at a line break, or when it can no longer match its gold.
+
+    ``lengths`` holds how many tokens each row had by then: what is in it beyond is padding, or
+    what a model without an end token says while others of its batch go on.
+    """
 
     def __init__(self, decode: Callable[[Tensor], str], start: int, rows: Sequence[_Row]):
         self.decode, self.start, self.rows = decode, start, rows
+        self.lengths = [row.limit for row in rows]
 
     def __call__(self, input_ids: Tensor, scores: Any, **_kwargs: Any) -> Tensor:
         done = []
-        for row, ids in zip(self.rows, input_ids, strict=True):
-            text, gold = self.decode(ids[self.start :]), row.gold
-            lost = gold is not None and not can_still_match(text.lstrip(), gold)
-            full = input_ids.shape[1] - self.start >= row.limit
-            done.append(full or lost or "\n" in text.lstrip())
+        length = input_ids.shape[1] - self.start
+        for index, (row, ids) in enumerate(zip(self.rows, input_ids, strict=True)):
+            if length < self.lengths[index]:
+                text, gold = self.decode(ids[self.start :]), row.gold
+                lost = gold is not None and not can_still_match(text.lstrip(), gold)
+                if lost or "\n" in text.lstrip():
+                    self.lengths[index] = length
+            done.append(length >= self.lengths[index])
         return torch.tensor(done, device=input_ids.device)
 
 
@@ -96,7 +112,7 @@ def generate(
     golds: Sequence[str] | None = None,
     batch_tokens: int = 2048,
     whole: bool = False,
-) -> list[str]:
+) -> list[Answer]:
     """The model's answer to each prompt: first line, outer blanks off.
 
     Args:
@@ -104,8 +120,8 @@ def generate(
         encoder: frames the prompts (chat or not).
         prompts: as the user writes them.
         max_new_tokens: the limit, or each prompt's own.  It is cut where the model's positions end.
-        golds: answers to be matched; a row then also stops once it can no longer match, so its
-            text may break off.  Whether it matches is not changed by that.
+        golds: answers to be matched; a row then also stops once it can no longer match, and is
+            ``cut``.  Whether it matches is not changed by that.
         batch_tokens: positions in one batch.
         whole: go on over line breaks.
 
@@ -124,11 +140,11 @@ def generate(
             )
         limit = limit if room is None else min(limit, room - len(ids))
         rows.append(_Row(ids, limit, None if golds is None else golds[index]))
-    answers = [""] * len(prompts)
+    answers = [Answer("")] * len(prompts)
     for chosen in _batches(rows, batch_tokens, room):
-        texts = _decode_batch(loaded, [rows[index] for index in chosen], whole)
-        for index, text in zip(chosen, texts, strict=True):
-            answers[index] = text
+        said = _decode_batch(loaded, [rows[index] for index in chosen], whole)
+        for index, answer in zip(chosen, said, strict=True):
+            answers[index] = answer
     return answers
 
 
@@ -152,7 +168,7 @@ def _batches(rows: Sequence[_Row], batch_tokens: int, room: int | None) -> Itera
         yield chosen
 
 
-def _decode_batch(loaded: LoadedModel, asked: Sequence[_Row], whole: bool) -> list[str]:
+def _decode_batch(loaded: LoadedModel, asked: Sequence[_Row], whole: bool) -> list[Answer]:
     width = max(len(row.ids) for row in asked)
     device = loaded.model.device
     rows = torch.zeros(len(asked), width, dtype=torch.long)
@@ -165,6 +181,7 @@ def _decode_batch(loaded: LoadedModel, asked: Sequence[_Row], whole: bool) -> li
     def decode(new: Tensor) -> str:
         return _text(loaded, new.tolist())
 
+    line_ends = _LineEnds(decode, width, asked)
     out = loaded.model.generate(
         input_ids=rows.to(device),
         attention_mask=mask.to(device),
@@ -176,17 +193,28 @@ def _decode_batch(loaded: LoadedModel, asked: Sequence[_Row], whole: bool) -> li
         top_k=None,
         eos_token_id=stop or None,
         pad_token_id=stop[0] if stop else 0,
-        stopping_criteria=StoppingCriteriaList([] if whole else [_LineEnds(decode, width, asked)]),
+        stopping_criteria=StoppingCriteriaList([] if whole else [line_ends]),
     )
-    new = [ids[width : width + row.limit].tolist() for ids, row in zip(out, asked, strict=True)]
+    rows_new = [
+        ids[width : width + length].tolist()
+        for ids, length in zip(out, line_ends.lengths, strict=True)
+    ]
     if whole:
-        return [_text(loaded, ids).strip() for ids in new]
-    return [first_line(loaded, ids) for ids in new]
+        return [Answer(_text(loaded, new).strip(), not _ended(loaded, new)) for new in rows_new]
+    return [first_line(loaded, new) for new in rows_new]
 
 
-def first_line(loaded: LoadedModel, new: Sequence[int]) -> str:
-    """New tokens as the text of an answer: up to an end token, first line, outer blanks off."""
-    return _text(loaded, new).lstrip().split("\n")[0].strip()
+def first_line(loaded: LoadedModel, new: Sequence[int]) -> Answer:
+    """New tokens as an answer: up to an end token, first line, outer blanks off.
+
+    It is cut where the tokens hold neither an end token nor a line break after it.
+    """
+    text = _text(loaded, new).lstrip()
+    return Answer(text.split("\n")[0].strip(), "\n" not in text and not _ended(loaded, new))
+
+
+def _ended(loaded: LoadedModel, new: Sequence[int]) -> bool:
+    return not _end_ids(loaded).isdisjoint(new)
 
 
 def _text(loaded: LoadedModel, new: Sequence[int]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -22,6 +22,7 @@ from malmend.evaluation.report import Report
 from malmend.files import writable, writable_folder, written_beside
 
 PAGE, FIGURES = "index.html", "report.json"
+LONGEST_SHOWN = 600  # characters of a text in the table of what moved
 MOVED_SHOWN = 100  # of what moved, the farthest; every one stands beside its fact
 
 
@@ -69,6 +70,7 @@ def page(report: Report) -> str:
             moved=moved[:MOVED_SHOWN],
             moved_count=len(moved),
             filters=view.filters(report),
+            cut=view.any_cut(report),
             facts=_json(view.entries(report)),
             style=_part("page.css"),
             script=script,
@@ -86,18 +88,25 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
+    filters: dict[str, Callable[..., str]] = {
         "percent": figures.percent,
         "kl": figures.kl,
         "count": "{:,}".format,
         "plain": _plain,
+        "shortened": _shortened,
     }
+    environment.filters |= filters
     return environment
 
 
 @cache
 def _part(name: str) -> str:
     return (resources.files("malmend.evaluation") / "templates" / name).read_text("utf-8")
+
+
+def _shortened(text: str) -> str:
+    """A text of a table, which report.json and the fact's own answers have whole."""
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]} […]"
 
 
 def _plain(value: Any) -> str:

@@ -1,14 +1,52 @@
-"""Perplexity of a model, as its weights now are, on plain text."""
+"""Perplexity of a model, as its weights now are, on plain text, and on which text."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from malmend.errors import MalmendError
+from malmend.facts.tokens import Encoder
 from malmend.models.load import LoadedModel
+
+LEAST, MOST = 1_000, 4_000  # tokens of the lines that the prior has not read
+
+
+@dataclass(frozen=True)
+class PlainText:
+    """A text, and what it is."""
+
+    words: str
+    source: str
+
+
+def unread(encoder: Encoder, text: str, read: int) -> PlainText | None:
+    """The lines of the project's own text that follow those of which the prior is taken.
+
+    The prior is taken over lines up to the one that brings the sum of (tokens - 1) to ``read``; of
+    the next lines so many are given that they have ``MOST`` tokens.  None where they have fewer
+    than ``LEAST``: how many are left depends on the tokenizer.
+    """
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    sizes = [len(encoder.passage_ids(line)) for line in lines]
+    total, first = 0, 0
+    while first < len(lines) and total < read:
+        total += max(0, sizes[first] - 1)
+        first += 1
+    tokens, last = 0, first
+    while last < len(lines) and tokens < MOST:
+        tokens += sizes[last]
+        last += 1
+    if tokens < LEAST:
+        return None
+    source = (
+        f"malmend's own text, lines {first + 1:,} to {last:,} ({tokens:,} tokens), "
+        "which the prior has not read"
+    )
+    return PlainText("\n".join(lines[first:last]), source)
 
 
 @torch.no_grad()

@@ -37,7 +37,8 @@ PROTOCOLS = {
 class Scores:
     """Metrics of one kind of question; None where there was nothing to take the mean of.
 
-    ``questions`` is how many were asked, a question beside several facts each time.
+    ``questions`` is how many were asked, a question beside several facts each time; ``kept_of`` how
+    many of them the unedited model had exactly right, of which ``kept`` is a share.
     """
 
     token_ratio: float | None
@@ -48,7 +49,15 @@ class Scores:
     retention: float | None = None
     kl: float | None = None
     kept: float | None = None
+    kept_of: int | None = None
     questions: int = 0
+
+    @property
+    def kept_count(self) -> str:
+        """``kept`` as a count, "13 of 33", so that a share of few questions is seen to be one."""
+        if not self.kept_of:
+            return "" if self.kept_of is None else "none was right before"
+        return f"{round((self.kept or 0.0) * self.kept_of):,} of {self.kept_of:,}"
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,7 @@ class Stayed:
     retention: float | None = None
     kl: float | None = None
     kept: float | None = None
+    kept_of: int | None = None
 
 
 def scores(replies: Replies, unedited: Replies | None = None) -> dict[str, Scores]:
@@ -92,6 +102,7 @@ def scores(replies: Replies, unedited: Replies | None = None) -> dict[str, Score
             retention=left.retention,
             kl=left.kl,
             kept=left.kept,
+            kept_of=left.kept_of,
             questions=asked[kind],
         )
     return out
@@ -102,7 +113,7 @@ def stayed(unedited: Replies, edited: Replies, kind: Kind) -> Stayed:
 
         retention = sum of [top before = top after] / number of counted tokens
         kl        = sum of KL(unedited || edited) / number of counted tokens
-        kept      = sum of before * after / sum of before
+        kept      = sum of before * after / sum of before;  kept_of = sum of before
 
     with before and after 1 for a question that is exactly right, else 0.
     """
@@ -121,6 +132,7 @@ def stayed(unedited: Replies, edited: Replies, kind: Kind) -> Stayed:
         # Rounding can leave the KL of two equal distributions a hair below zero.
         kl=max(math.fsum(moved) / len(moved), 0.0) if moved else None,
         kept=sum(kept) / len(kept) if kept else None,
+        kept_of=len(kept) if same else None,
     )
 
 

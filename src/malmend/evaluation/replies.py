@@ -30,7 +30,9 @@ class Asked:
     Attributes:
         token_ratio, exact: teacher forced, over the gold answer's tokens.
         generated: whether ``text``, the free-running answer, is the gold answer.
-        generated_chat: the same of ``text_chat``, asked through the chat template.
+        cut: whether ``text`` may be only how the answer begins: decoding stops once it can no
+            longer be the gold answer, or at its limit of tokens.
+        generated_chat, text_chat, cut_chat: the same, asked through the chat template.
         predicted: ids of the top predictions at the gold answer's tokens, or at the next token.
         top: what those ids say; NS and LS.
         kl: KL(unedited || edited) per counted token, nats; NS and LS of an edited model.
@@ -50,6 +52,8 @@ class Asked:
     text_chat: str | None = None
     top: str | None = None
     moved: bool | None = None
+    cut: bool | None = None
+    cut_chat: bool | None = None
 
 
 @dataclass

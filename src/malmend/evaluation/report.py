@@ -23,9 +23,11 @@ class Report:
         about: what was asked of what, by name.
         unedited: ES, GS, NS, LS and RS to their scores; all five, whether asked or not.
         edited: the same of the edited model; empty where no patch was given.
-        perplexity: the two models' figures on a text, where one was given.
+        perplexity: the two models' figures on the text that ``about`` names; empty without one.
         rows: the facts with their replies, in order.
         groups: ``relation`` and ``answer_tokens`` to groups of facts by name.
+        leaks: a warning for each neighbour or unrelated question that is also edited, and so meant
+            to move.
     """
 
     facts: int
@@ -35,6 +37,7 @@ class Report:
     perplexity: Mapping[str, float] = field(default_factory=dict)
     rows: Sequence[FactRow] = ()
     groups: Mapping[str, Mapping[str, Group]] = field(default_factory=dict)
+    leaks: Sequence[str] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; None says that nothing of the kind was asked."""
@@ -44,6 +47,7 @@ class Report:
             "edited": {kind: _shown(kind, s, True) for kind, s in self.edited.items()},
             **({"perplexity": dict(self.perplexity)} if self.perplexity else {}),
             "about": dict(self.about),
+            "leaks": list(self.leaks),
             "protocols": PROTOCOLS,
             "groups": {
                 by: {name: _group(group) for name, group in groups.items()}
@@ -76,7 +80,7 @@ def _shown(kind: str, scores: Scores, edited: bool) -> dict[str, float | None]:
     if kind not in CHATTED or scores.generated_chat is None:  # the model may have no template
         del shown["generated_chat"]
     if kind not in HELD or not edited:
-        del shown["retention"], shown["kl"], shown["kept"]
+        del shown["retention"], shown["kl"], shown["kept"], shown["kept_of"]
     return shown
 
 
@@ -111,8 +115,10 @@ def _asked(one: Asked) -> dict[str, Any]:
         "exact": one.exact,
         "generated": one.generated,
         "text": one.text,
+        "cut": one.cut,
         "generated_chat": one.generated_chat,
         "text_chat": one.text_chat,
+        "cut_chat": one.cut_chat,
         "top": one.top,
         "moved": one.moved,
         "kl": sum(one.kl) / len(one.kl) if one.kl else None,

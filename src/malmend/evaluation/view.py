@@ -86,6 +86,13 @@ def _lost(before: Asked, after: Asked) -> bool:
     )
 
 
+def any_cut(report: Report) -> bool:
+    """Whether any free-running answer is shown only as far as it was decoded."""
+    return any(
+        one.cut or one.cut_chat for row in report.rows for one in (*row.unedited, *row.edited)
+    )
+
+
 def held(report: Report, kind: Kind) -> list[tuple[FactRow, Asked, Asked]]:
     """The distinct questions of a kind that should stay, each with the first fact it is beside."""
     found: dict[object, tuple[FactRow, Asked, Asked]] = {}
@@ -180,8 +187,10 @@ def _reply(one: Asked) -> dict[str, Any]:
     return _without_none(
         {
             "text": one.text,
+            "cut": one.cut or None,
             "said": _right(one.generated),
             "chat": one.text_chat,
+            "chat_cut": one.cut_chat or None,
             "chat_said": _right(one.generated_chat),
             "top": one.top,
             "exact": _right(one.exact),

@@ -2,6 +2,7 @@
 (() => {
   "use strict";
   const PER_PAGE = 50;
+  const LONGEST = 600; // characters of a text in the list; "All answers" shows the whole
   const NAMES = { ES: "Edit prompt", GS: "Paraphrase", NS: "Neighbour", LS: "Unrelated", RS: "Reversed" };
   const facts = JSON.parse(document.getElementById("data").textContent);
   const by = (id) => document.getElementById(id);
@@ -36,6 +37,21 @@
     return element;
   }
 
+  function shortened(text) {
+    const signs = Array.from(text);
+    return signs.length > LONGEST ? `${signs.slice(0, LONGEST).join("")} […]` : text;
+  }
+
+  // An answer that decoding cut ends in a sign that says so.
+  function answered(text, cut) {
+    if (!cut) return [quoted(text)];
+    const sign = make("span", "cut", " …");
+    sign.title = "decoding stopped here; the answer may go on";
+    sign.setAttribute("role", "img");
+    sign.setAttribute("aria-label", "cut here");
+    return text === "" ? [sign] : [quoted(text), sign];
+  }
+
   function mark(right) {
     const sign = make("span", right ? "mark good" : "mark bad", right ? "✓" : "✗");
     sign.setAttribute("role", "img");
@@ -55,7 +71,7 @@
     const text = one.text ?? one.top;
     const right = one.said ?? one.exact;
     if (right !== undefined) shown.append(mark(right));
-    if (text !== undefined) shown.append(quoted(text));
+    if (text !== undefined) shown.append(...answered(whole ? text : shortened(text), one.cut));
     if (one.tokens !== undefined) {
       const tokens = `${one.right} of ${one.tokens} token${one.tokens === 1 ? "" : "s"}`;
       if (text === undefined) shown.append(make("span", "", tokens));
@@ -63,7 +79,7 @@
     }
     if (one.chat !== undefined && whole) {
       const chat = make("small", "", "in chat: ");
-      chat.append(mark(one.chat_said), quoted(one.chat));
+      chat.append(mark(one.chat_said), ...answered(one.chat, one.chat_cut));
       shown.append(chat);
     }
     return shown;
@@ -84,8 +100,8 @@
       if (!asked.length) continue;
       const stays = (kind === "NS" || kind === "LS") && edited;
       const good = asked.filter((one) => (stays ? !one.moved : (one.after ?? one.before).exact)).length;
-      const words = { GS: "paraphrases right", NS: "neighbours kept", LS: "unrelated kept", RS: "reversed right" }[kind];
-      shown.append(make("div", "", `${good} of ${asked.length} ${stays ? words : words.replace("kept", "right")}`));
+      const words = { GS: "paraphrases right", NS: `neighbours ${stays ? "as before" : "right"}`, LS: `unrelated ${stays ? "as before" : "right"}`, RS: "reversed right" }[kind];
+      shown.append(make("div", "", `${good} of ${asked.length} ${words}`));
     }
     return shown;
   }
@@ -128,7 +144,7 @@
     row.dataset.id = fact.id;
     const head = make("th");
     head.scope = "row";
-    head.append(quoted(fact.prompt), make("span", "answer", " → "), quoted(fact.answer, "answer"));
+    head.append(quoted(shortened(fact.prompt)), make("span", "answer", " → "), quoted(shortened(fact.answer), "answer"));
     head.append(make("small", "", fact.relation ? `${fact.id} · ${fact.relation}` : fact.id));
     const edit = fact.asked.find((one) => one.kind === "ES") ?? {};
     row.append(head, cell(edited ? "Before" : "Answer", reply(edit.before)));

@@ -1,0 +1,74 @@
+"""Perplexity, and the text that it is of where none is given."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+import helpers
+from malmend.editors.keymoments import passages_of, text_moment
+from malmend.evaluation.perplexity import LEAST, MOST, unread
+from malmend.facts.tokens import Encoder
+from malmend.models.sites import find_sites
+from malmend.models.trunk import Trunk, TrunkSettings
+
+WORDS = [f"w{index}" for index in range(60)]
+
+
+@functools.cache
+def encoder() -> Encoder:
+    return Encoder(helpers.words(WORDS), "eos", 64)
+
+
+def text(lines: int = 400, words: int = 10) -> str:
+    """Lines that differ; some blank, some of one word, which have no key."""
+    rows = []
+    for index in range(lines):
+        rows.append(" ".join(WORDS[(index + at * (1 + index % 7)) % 60] for at in range(words)))
+        rows.append("  " if index % 2 else f"  {WORDS[index % 60]} ")
+    return "\n".join(rows)
+
+
+def test_it_begins_where_the_prior_ends():
+    """Against the prior itself: what it read, and nothing else, is what comes before."""
+    given, read = text(), 1_000
+    found = unread(encoder(), given, read)
+    assert found is not None
+    lines = [line.strip() for line in given.splitlines() if line.strip()]
+    first = lines.index(found.words.splitlines()[0])
+    model = helpers.tiny_llama(len(WORDS) + 4)
+    trunk = Trunk(model, find_sites(model, 1), TrunkSettings(1_000))
+    prior = text_moment(trunk, passages_of(encoder(), given), read)[0]
+    before = text_moment(trunk, passages_of(encoder(), "\n".join(lines[:first])), 10**9)[0]
+    torch.testing.assert_close(prior, before, rtol=1e-12, atol=1e-12)
+    fewer = text_moment(trunk, passages_of(encoder(), "\n".join(lines[: first - 2])), 10**9)[0]
+    assert not torch.allclose(prior, fewer, rtol=1e-6)
+
+
+def test_it_says_which_lines_and_how_many_tokens_they_have():
+    found = unread(encoder(), text(), 1_000)
+    assert found is not None
+    lines = [line.strip() for line in text().splitlines() if line.strip()]
+    first = lines.index(found.words.splitlines()[0]) + 1
+    chosen = found.words.splitlines()
+    assert chosen == lines[first - 1 : first - 1 + len(chosen)]
+    tokens = sum(len(line.split()) for line in chosen)
+    assert found.source == (
+        f"malmend's own text, lines {first:,} to {first + len(chosen) - 1:,} ({tokens:,} tokens), "
+        "which the prior has not read"
+    )
+    assert LEAST <= tokens < MOST
+
+
+def test_of_a_long_text_only_so_much_is_taken():
+    found = unread(encoder(), text(2_000), 1_000)
+    assert found is not None
+    assert MOST <= len(found.words.split()) < MOST + 10
+
+
+@pytest.mark.parametrize("read", [10**6, 3_000])
+def test_too_little_is_no_text(read):
+    assert unread(encoder(), text(), read) is None
+    assert unread(encoder(), "", read) is None
