@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ import command_support
 import malmend
 from command_support import make_facts
 from malmend import workbench
-from malmend.commands import evaluate as evaluate_module
 from malmend.commands.choice import choose
 from malmend.editors.checkpoint import load_editor, save_editor, seen_in_training
 from malmend.editors.network import NetworkSettings
@@ -51,8 +51,7 @@ def carried(tiny, tmp_path, monkeypatch):
     save_editor(editor, about, folder, slim=True)
     real = workbench.shipped
     inside = {"editors": tmp_path / "package" / "editors"}
-    for module in (workbench, evaluate_module):
-        monkeypatch.setattr(module, "shipped", lambda name: inside.get(name) or real(name))
+    monkeypatch.setattr(workbench, "shipped", lambda name: inside.get(name) or real(name))
     return editor, bench, folder
 
 
@@ -127,11 +126,65 @@ def test_subjects_are_known_whatever_their_case_and_blanks():
 
 
 def test_how_many_facts_were_trained_on(tiny, carried, tmp_path):
-    assert load_editor(carried[2]).seen(FEW) == seen_in_training(carried[2], FEW) == 1
-    assert seen_in_training(tmp_path / "nowhere", FEW) is None
+    saved = load_editor(carried[2])
+    assert saved.seen(FEW) == seen_in_training(carried[2], saved.identity, FEW) == 1
+    assert seen_in_training(carried[2], "", FEW) is None
+    assert seen_in_training(tmp_path / "nowhere", saved.identity, FEW) is None
     patch = malmend.edit(tiny.loaded, FEW).patch
+    assert patch.provenance["editor_id"] == saved.identity
     assert malmend.eval(tiny.loaded, FEW[1:], patch).about["trained_on"] == 0
     assert malmend.eval(tiny.loaded, FEW, patch).about["trained_on"] == 1
+
+
+def saying(patch, **changes):
+    return malmend.Patch(patch.factors, {**patch.provenance, **changes})
+
+
+def test_a_newer_editor_of_the_same_name_does_not_answer_for_an_older_one(tiny, carried):
+    """What the older one was trained on is not known any more, which is not the same as nothing."""
+    folder = carried[2]
+    shipped_one = malmend.edit(tiny.loaded, FEW).patch
+    own = malmend.edit(tiny.loaded, FEW, editor=folder).patch
+    newer, _ = trained(tiny, seed=1)
+    save_editor(newer, {"base": tiny.loaded.fingerprint, "subjects": ""}, folder, slim=True)
+    for patch in (shipped_one, own):
+        assert malmend.eval(tiny.loaded, FEW, patch).about["trained_on"] is None
+    again = malmend.edit(tiny.loaded, FEW).patch
+    assert malmend.eval(tiny.loaded, FEW, again).about["trained_on"] == 0
+
+
+def test_a_carried_editor_is_found_under_another_name(tiny, carried):
+    patch = malmend.edit(tiny.loaded, FEW).patch
+    carried[2].rename(carried[2].with_name("tiny-renamed"))
+    assert malmend.eval(tiny.loaded, FEW, patch).about["trained_on"] == 1
+
+
+@pytest.mark.parametrize("name", ["shipped:../../outside", "shipped:", "a\0b", 7, None])
+def test_a_name_in_a_patch_leads_nowhere_outside(tiny, carried, tmp_path, name):
+    shutil.copytree(carried[2], tmp_path / "outside")
+    shutil.rmtree(carried[2])
+    identity = load_editor(tmp_path / "outside").identity
+    patch = malmend.edit(tiny.loaded, FEW, editor=tmp_path / "outside").patch
+    for changes in ({"editor": name}, {"editor": name, "editor_id": identity[:5]}):
+        assert malmend.eval(tiny.loaded, FEW, saying(patch, **changes)).about["trained_on"] is None
+
+
+def test_a_patch_without_an_identity_says_nothing_of_training(tiny, carried):
+    """As patches of earlier versions are; what lies in the folder now may be another editor."""
+    patch = malmend.edit(tiny.loaded, FEW, editor=carried[2]).patch
+    old = {key: said for key, said in patch.provenance.items() if key != "editor_id"}
+    report = malmend.eval(tiny.loaded, FEW, malmend.Patch(patch.factors, old))
+    assert report.about["trained_on"] is None
+
+
+def test_a_patch_does_not_say_what_its_editor_does_not(tiny, carried):
+    about = carried[2] / "editor.json"
+    said = json.loads(about.read_text())
+    del said["subjects"]
+    about.write_text(json.dumps(said))
+    patch = malmend.edit(tiny.loaded, FEW).patch
+    assert "trained_on" not in patch.provenance
+    assert malmend.eval(tiny.loaded, FEW, patch).about["trained_on"] is None
 
 
 def test_the_carried_editors_of_the_package_can_be_read():

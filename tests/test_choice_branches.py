@@ -15,7 +15,6 @@ import malmend
 from command_support import CALIBRATION, make_facts, make_model
 from command_support import malmend as command
 from malmend import workbench
-from malmend.commands import evaluate as evaluate_module
 from malmend.commands.choice import choose
 from malmend.editors.checkpoint import load_editor, save_editor
 from malmend.editors.network import NetworkSettings
@@ -56,10 +55,9 @@ def save_slim(editor, folder: Path, base: str) -> Path:
 def package(tmp_path, monkeypatch) -> Path:
     """Where the package's editors lie; none is there yet."""
     real, place = workbench.shipped, tmp_path / "package"
-    for module in (workbench, evaluate_module):
-        monkeypatch.setattr(
-            module, "shipped", lambda name: place if name == "editors" else real(name)
-        )
+    monkeypatch.setattr(
+        workbench, "shipped", lambda name: place if name == "editors" else real(name)
+    )
     return place
 
 

@@ -22,6 +22,7 @@ from malmend.editors.calibration import (
     load_calibration,
     save_calibration,
 )
+from malmend.editors.checkpoint import seen_in_training
 from malmend.editors.editor import Editor
 from malmend.editors.keymoments import key_moments, load_moments, save_moments
 from malmend.editors.settings import EditorSettings
@@ -39,7 +40,7 @@ from malmend.models.load import (
 )
 from malmend.models.sites import Site
 from malmend.models.trunk import Trunk, TrunkSettings
-from malmend.patch import check_bare
+from malmend.patch import Patch, check_bare
 
 LONGEST = 512  # tokens of a question, answer and end token included
 
@@ -260,6 +261,22 @@ def shipped_editor(base: str) -> Path | None:
         if json.loads(about.read_text(encoding="utf-8"))["base"] == base:
             return about.parent
     return None
+
+
+def trained_on(patch: Patch, facts: Sequence[Fact]) -> int | None:
+    """How many of the facts the patch's editor learned from; None where that is not known.
+
+    The editor is known by its identity: under its name another one may lie by now, and the name of
+    a patch's header is never taken for a path inside the package.
+    """
+    name, identity = (patch.provenance.get(entry) for entry in ("editor", "editor_id"))
+    if not isinstance(name, str) or not isinstance(identity, str):
+        return None
+    carried = shipped("editors").glob("*/editor.json")
+    is_shipped = name.startswith(SHIPPED)
+    folders = [about.parent for about in carried] if is_shipped else [Path(name)]
+    counts = (seen_in_training(folder, identity, facts) for folder in folders)
+    return next((count for count in counts if count is not None), None)
 
 
 def spread(facts: Sequence[Fact], count: int) -> list[Fact]:

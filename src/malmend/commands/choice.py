@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from malmend.editors.calibration import CalibrationSettings
 from malmend.editors.checkpoint import SavedEditor, load_editor
 from malmend.editors.editor import Editor
 from malmend.editors.settings import EditorSettings, training_free
 from malmend.errors import EditorError, MalmendError
+from malmend.facts.fact import Fact
 from malmend.models.load import LoadedModel
 from malmend.workbench import SHIPPED, Progress, Workbench, calibrated, completed, shipped_editor
 
@@ -49,6 +52,14 @@ class Choice:
                 "train one for this model."
             )
         return self
+
+    def provenance(self, facts: Sequence[Fact]) -> dict[str, Any]:
+        """What a patch says of the editor that made it: its identity, and what it had seen."""
+        if self.saved is None:
+            return {}
+        seen = self.saved.seen(facts)
+        known = {} if seen is None else {"trained_on": seen}
+        return {"editor_id": self.saved.identity, **known}
 
     def editor(
         self,

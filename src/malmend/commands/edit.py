@@ -120,8 +120,7 @@ def edit(
     ready = choice.editor(bench, calibrate, text, calibration, progress)
     start = time.perf_counter()
     patch = make_edit(bench, ready, known, choice.name, progress)
-    if choice.saved is not None:
-        patch = Patch(patch.factors, {**patch.provenance, "trained_on": choice.saved.seen(known)})
+    patch = Patch(patch.factors, {**patch.provenance, **choice.provenance(known)})
     done = _finished(bench, patch, known, out, start, progress)
     if report is None:
         return done
