@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import command_support
 import malmend
@@ -114,6 +115,7 @@ def test_moments_are_kept_and_a_damaged_copy_is_made_again(tiny, carried, tmp_pa
     monkeypatch.setenv("MALMEND_CACHE", str(tmp_path / "cache"))
     slim = completed(load_editor(carried[2]).editor, carried[1])
     (path,) = (tmp_path / "cache" / "moments").glob("*.safetensors")
+    assert {one.dtype for one in load_file(path).values()} == {torch.float32}, "as editors take it"
     path.write_bytes(b"broken")
     again = completed(load_editor(carried[2]).editor, carried[1])
     assert torch.equal(again.prior_text_0, slim.prior_text_0)

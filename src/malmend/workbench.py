@@ -7,12 +7,12 @@ fingerprint of its weights.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import TypeVar
+
+from torch import Tensor
 
 from malmend.editors.calibration import (
     Calibration,
@@ -31,6 +31,7 @@ from malmend.facts.alternatives import towards_alternatives
 from malmend.facts.fact import Fact, FactSet, Question
 from malmend.facts.readers import given_facts, read_facts, read_questions, read_text
 from malmend.facts.tokens import Encoder, EndOfAnswer
+from malmend.files import kept
 from malmend.models.load import (
     LoadedModel,
     cache_folder,
@@ -43,9 +44,9 @@ from malmend.models.trunk import Trunk, TrunkSettings
 from malmend.patch import Patch, check_bare
 
 LONGEST = 512  # tokens of a question, answer and end token included
+MOST_KEPT = 2_000_000_000  # bytes of calibrations in the cache folder, and as many of moments
 
 Progress = Callable[[str, float], None]
-Kept = TypeVar("Kept")
 SHIPPED = "shipped:"  # in front of the name of an editor that the package carries
 
 
@@ -162,13 +163,14 @@ def calibrated(
     plain = replace(editor_settings, network=replace(editor_settings.network, blocks=0))
     key = calibration_key(bench.loaded.digest, bench.trunk, plain, settings, known, words, general)
     path = cache_folder() / "calibrations" / f"{key}.safetensors"
-    return _kept(
+    return kept(
         path,
         load_calibration,
         lambda: calibrate(
             bench.trunk, bench.encoder, plain, known, words, settings, progress, general
         ),
         save_calibration,
+        MOST_KEPT,
     )
 
 
@@ -185,7 +187,7 @@ def completed(editor: Editor, bench: Workbench, progress: Progress = silent) -> 
         bench.loaded.digest, bench.trunk, editor.settings, settings, known, words, general
     )
     path = cache_folder() / "moments" / f"{key}.safetensors"
-    moments = _kept(
+    moments = kept(
         path,
         load_moments,
         lambda: key_moments(
@@ -198,7 +200,8 @@ def completed(editor: Editor, bench: Workbench, progress: Progress = silent) -> 
             general,
             progress,
         ),
-        save_moments,
+        _save_float32,
+        MOST_KEPT,
     )
     editor.take_moments(moments)
     return editor
@@ -236,23 +239,9 @@ def _calibration_data(
     return known, words, general[:count]
 
 
-def _kept(
-    path: Path,
-    load: Callable[[Path], Kept],
-    make: Callable[[], Kept],
-    save: Callable[[Kept, Path], None],
-) -> Kept:
-    """What a file of the cache folder holds; where it is not there or damaged, it is made."""
-    if path.is_file():
-        try:
-            return load(path)
-        except Exception:  # a damaged copy is only made again
-            path.unlink(missing_ok=True)
-    found = make()
-    with suppress(OSError, MalmendError):  # the cache cannot be written: only slower next time
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save(found, path)
-    return found
+def _save_float32(moments: Mapping[str, Sequence[Tensor]], path: Path) -> None:
+    """As an editor takes them in (:meth:`Editor.take_moments`), in half the room."""
+    save_moments({term: [one.float() for one in found] for term, found in moments.items()}, path)
 
 
 def shipped_editor(base: str) -> Path | None:
