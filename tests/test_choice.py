@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,14 +15,22 @@ import malmend
 from command_support import make_facts
 from malmend import workbench
 from malmend.commands.choice import choose
+from malmend.editors.calibration import CalibrationSettings
 from malmend.editors.checkpoint import load_editor, save_editor, seen_in_training
 from malmend.editors.network import NetworkSettings
 from malmend.editors.settings import EditorSettings, training_free
 from malmend.errors import EditorError, MalmendError
-from malmend.facts.fact import subject_hash
+from malmend.facts.fact import Question, subject_hash
 from malmend.facts.readers import read_facts
 from malmend.models.sites import find_sites
-from malmend.workbench import calibrated, completed, lay_out, shipped
+from malmend.workbench import (
+    calibrated,
+    calibration_data,
+    completed,
+    lay_out,
+    moments_digest,
+    shipped,
+)
 
 tiny = command_support.tiny
 cache = command_support.cache
@@ -120,6 +129,56 @@ def test_moments_are_kept_and_a_damaged_copy_is_made_again(tiny, carried, tmp_pa
     again = completed(load_editor(carried[2]).editor, carried[1])
     assert torch.equal(again.prior_text_0, slim.prior_text_0)
     assert path.stat().st_size > 100
+
+
+def test_an_editor_that_was_trained_with_other_moments_is_refused(tiny, carried, monkeypatch):
+    """Else changed facts of the package would be paired with weights that never saw them."""
+    editor, bench, folder = carried
+    data = calibration_data(bench, None, None, CalibrationSettings().moment_facts)
+    digest = moments_digest(SETTINGS, CalibrationSettings(), *data)
+    about = json.loads((folder / "editor.json").read_text())
+    wanted = malmend.edit(tiny.loaded, FEW).patch
+    (folder / "editor.json").write_text(json.dumps({**about, "moments": digest}))
+    found = malmend.edit(tiny.loaded, FEW).patch
+    assert all(torch.equal(found.shift(name), wanted.shift(name)) for name in wanted.factors)
+    monkeypatch.setattr(workbench, "read_text", lambda path: data[1] + "\nOne more line of text.")
+    with pytest.raises(EditorError, match=f"trained with other calibration .*{digest}"):
+        malmend.edit(tiny.loaded, FEW)
+    save_editor(editor, {**about, "moments": digest}, folder)  # with its moments nothing is made
+    malmend.edit(tiny.loaded, FEW)
+
+
+@pytest.mark.parametrize("what", ["terms", "end", "facts", "others", "text", "tokens", "general"])
+def test_moments_are_told_apart_by_all_they_are_taken_over(what):
+    settings, sizes = SETTINGS, CalibrationSettings()
+    facts, text, general = FEW, "some text", [Question("Who?", "Nobody")]
+    first = moments_digest(settings, sizes, facts, text, general)
+    if what == "terms":
+        settings = replace(settings, prior="text")
+    elif what == "end":
+        settings = replace(settings, end_of_answer="none")
+    elif what == "facts":
+        facts = FEW[:2]
+    elif what == "others":
+        facts = [replace(FEW[0], neighbours=(Question("Where?", "Here"),)), *FEW[1:]]
+    elif what == "text":
+        text = "other text"
+    elif what == "tokens":
+        sizes = replace(sizes, text_tokens=7)
+    else:
+        general = []
+    assert moments_digest(settings, sizes, facts, text, general) != first
+
+
+def test_what_moments_do_not_depend_on_keeps_their_digest():
+    other = replace(SETTINGS, layers=3, eta=None, network=NetworkSettings(rank=9))
+    sizes = CalibrationSettings(etas=(1.0,), search_facts=3, ridge=0.5)
+    given = (FEW, "text", [])
+    assert moments_digest(SETTINGS, CalibrationSettings(), *given) == moments_digest(
+        other, sizes, *given
+    )
+    plain = replace(SETTINGS, prior="identity")
+    assert moments_digest(plain, CalibrationSettings(), *given) is None
 
 
 def test_subjects_are_known_whatever_their_case_and_blanks():

@@ -6,6 +6,7 @@ fingerprint of its weights.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,9 +25,9 @@ from malmend.editors.calibration import (
 )
 from malmend.editors.checkpoint import seen_in_training
 from malmend.editors.editor import Editor
-from malmend.editors.keymoments import key_moments, load_moments, save_moments
+from malmend.editors.keymoments import key_moments, load_moments, others_of, save_moments
 from malmend.editors.settings import EditorSettings
-from malmend.errors import FactsError, MalmendError
+from malmend.errors import EditorError, FactsError, MalmendError
 from malmend.facts.alternatives import towards_alternatives
 from malmend.facts.fact import Fact, FactSet, Question
 from malmend.facts.readers import given_facts, read_facts, read_questions, read_text
@@ -158,7 +159,7 @@ def calibrated(
         settings: sizes and candidates.
         progress: called with stage and share done.
     """
-    known, words, general = _calibration_data(bench, facts, text, settings.moment_facts)
+    known, words, general = calibration_data(bench, facts, text, settings.moment_facts)
     # The network's size changes nothing that is calibrated.
     plain = replace(editor_settings, network=replace(editor_settings.network, blocks=0))
     key = calibration_key(bench.loaded.digest, bench.trunk, plain, settings, known, words, general)
@@ -174,15 +175,33 @@ def calibrated(
     )
 
 
-def completed(editor: Editor, bench: Workbench, progress: Progress = silent) -> Editor:
+def completed(
+    editor: Editor, bench: Workbench, progress: Progress = silent, made_with: str | None = None
+) -> Editor:
     """A shipped editor with the moments of its prior, which are not shipped but made again.
 
     They come from the project's own calibration facts and text, and are kept in the cache folder.
+
+    Args:
+        editor: as it was loaded; moments that it lacks are put into it.
+        bench: the model.
+        progress: called with stage and share done.
+        made_with: :func:`moments_digest` of the moments that it was trained with, where known.
+
+    Raises:
+        EditorError: it was trained with other moments than are made here.
     """
     if not editor.lacks_moments:
         return editor
     settings = CalibrationSettings()
-    known, words, general = _calibration_data(bench, None, None, settings.moment_facts)
+    known, words, general = calibration_data(bench, None, None, settings.moment_facts)
+    found = moments_digest(editor.settings, settings, known, words, general)
+    if made_with not in (None, found):
+        raise EditorError(
+            "The editor was trained with other calibration facts, questions or text (moments "
+            f"{made_with}) than this version of malmend has ({found}); use the version that the "
+            "editor came with, or the editor in the folder that it was trained in."
+        )
     key = calibration_key(
         bench.loaded.digest, bench.trunk, editor.settings, settings, known, words, general
     )
@@ -207,7 +226,7 @@ def completed(editor: Editor, bench: Workbench, progress: Progress = silent) -> 
     return editor
 
 
-def _calibration_data(
+def calibration_data(
     bench: Workbench, facts: str | Path | None, text: str | Path | None, count: int
 ) -> tuple[list[Fact], str, list[Question]]:
     """Calibration facts, evenly over their file, text, and general questions.
@@ -237,6 +256,33 @@ def _calibration_data(
     general = [q for q in asked if not encoder.faults([Fact("", q.prompt, q.answer or "")])]
     words = read_text(shipped("text.txt") if text is None else text)
     return known, words, general[:count]
+
+
+def moments_digest(
+    editor_settings: EditorSettings,
+    settings: CalibrationSettings,
+    facts: Sequence[Fact],
+    text: str,
+    general: Sequence[Question],
+) -> str | None:
+    """What the moments of a prior are taken over; None where the prior has none.
+
+    The model is left out: it is known by its fingerprint, which is the same in every dtype.
+    """
+    if not editor_settings.terms:
+        return None
+    what = {
+        "terms": editor_settings.terms,
+        "end": editor_settings.end_of_answer,
+        "facts": [
+            (f.prompt, f.answer, f.paraphrases, [(q.prompt, q.answer) for q in others_of(f)])
+            for f in facts
+        ],
+        "general": [(q.prompt, q.answer) for q in general],
+        "text": text,
+        "text_tokens": settings.text_tokens,
+    }
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:24]
 
 
 def _save_float32(moments: Mapping[str, Sequence[Tensor]], path: Path) -> None:

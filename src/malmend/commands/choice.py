@@ -72,14 +72,15 @@ class Choice:
         """The editor, ready for the model on the bench; without a network it is calibrated first.
 
         Raises:
-            EditorError: the editor is for other layers.
+            EditorError: the editor is for other layers, or was trained with other moments.
         """
         ready = self.in_hand if self.saved is None else self.saved.editor
         if ready is None:
             found = calibrated(bench, self.settings, calibrate, text, calibration, progress)
             return found.editor(self.settings, bench.trunk)
         ready.check_fits(bench.trunk.sites)
-        return completed(ready, bench, progress)
+        made_with = None if self.saved is None else self.saved.about.get("moments")
+        return completed(ready, bench, progress, made_with)
 
 
 def choose(
