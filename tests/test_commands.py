@@ -91,7 +91,11 @@ def test_a_model_given_by_name_is_edited_like_a_loaded_one(tiny, tmp_path):
     assert residuals[0] == pytest.approx(residuals[1], rel=1e-6)
     assert {**named.provenance, "mean_residual": 0} == {**given.provenance, "mean_residual": 0}
     for name in named.factors:
-        torch.testing.assert_close(named.shift(name), given.shift(name), rtol=1e-4, atol=1e-7)
+        # Of the largest entry, not of each: rounding in float32 leaves the same error in all.
+        shift = given.shift(name)
+        torch.testing.assert_close(
+            named.shift(name), shift, rtol=0, atol=1e-5 * shift.abs().max().item()
+        )
 
 
 def test_the_same_edit_gives_the_same_bytes_with_an_empty_cache_and_a_full_one(

@@ -53,6 +53,14 @@ class Choice:
             )
         return self
 
+    def said(self) -> str:
+        """Which editor it is, in a line for a person."""
+        if self.name == "none":
+            return "Editor: none; the model is edited without training."
+        facts = None if self.saved is None else self.saved.about.get("facts")
+        learned = f", trained on {facts:,} facts" if isinstance(facts, int) else ""
+        return f"Editor: {self.name}{learned}."
+
     def provenance(self, facts: Sequence[Fact]) -> dict[str, Any]:
         """What a patch says of the editor that made it: its identity, and what it had seen."""
         if self.saved is None:
@@ -91,10 +99,11 @@ def choose(
     Args:
         editor: "auto", "none", an editor's folder, or an editor.
         settings: of an editor without a network; with them "auto" is "none".
-        own_data: whether calibration facts or text were given, which make "auto" "none" too.
+        own_data: whether calibration facts, text or settings of calibration were given, which
+            make "auto" "none" too.
 
     Raises:
-        MalmendError: settings beside an editor that brings its own, or no editor in the folder.
+        MalmendError: settings or data beside an editor that brings its own, or no editor there.
     """
     if isinstance(editor, str) and editor in ("auto", "none"):
         free = Choice("none", settings or training_free())
@@ -103,6 +112,11 @@ def choose(
     if settings is not None:
         raise MalmendError(
             "An editor brings its own settings; give an editor or settings, not both."
+        )
+    if own_data:
+        raise MalmendError(
+            "A trained editor brings its own calibration; leave out --calibrate and --text (and "
+            "calibration, in Python), which serve only the editor `none`."
         )
     if isinstance(editor, Editor):
         return Choice("in memory", editor.settings, in_hand=editor)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -78,6 +78,7 @@ def edit(
     trunk: TrunkSettings = TrunkSettings(),
     dtype: str = "float32",
     progress: Progress = silent,
+    told: Callable[[str], None] = lambda line: None,
 ) -> EditResult:
     """Edits all facts at once and writes the patch.
 
@@ -96,17 +97,19 @@ def edit(
         text: calibration text in place of the project's own.
         report: a folder for a report as an HTML page; asks everything about the facts before and
             after, 200 of them free-running too.
-        calibration: how the model is calibrated.
+        calibration: how the model is calibrated; as facts and text only without a trained editor.
         trunk: grouping of questions and the disk budget for trunk activations.
         dtype: the model is loaded in.
         progress: called with stage and share done.
+        told: called with a line about the editor, once it is known and before the work.
 
     Raises:
         MalmendError: any bad input, in one sentence.
     """
     if out is not None:
         writable(out, facts, calibrate, text, model)
-    choice = choose(editor, settings, own_data=calibrate is not None or text is not None)
+    own_data = (calibrate, text, calibration) != (None, None, CalibrationSettings())
+    choice = choose(editor, settings, own_data)
     end = choice.settings.end_of_answer
     encoder = encoder_for(model, end)
     known = checked_facts(facts, encoder, limit, strict, alternative)
@@ -115,6 +118,7 @@ def edit(
         page_folder(report, facts, calibrate, text, out)
     loaded = opened(model, dtype)
     choice = choice.on(loaded)
+    told(choice.said())
     sites = find_sites(loaded.model, choice.settings.layers, choice.settings.sites)
     bench = lay_out(loaded, sites, choice.settings.end_of_answer, trunk=trunk)
     ready = choice.editor(bench, calibrate, text, calibration, progress)
