@@ -22,6 +22,7 @@ from malmend.editors.settings import EditorSettings, published, training_free
 from malmend.editors.training import StepRecord, TrainSettings
 from malmend.errors import FactsError, MalmendError, PatchError
 from malmend.facts.fact import Fact, Question
+from malmend.facts.readers import given_facts
 from malmend.models.load import prepared
 
 tiny = command_support.tiny
@@ -263,6 +264,19 @@ def test_facts_from_python_are_not_edited_twice(tiny):
             f"facts: fact 'other': contradiction of fact 'f1': prompt {FEW[1].prompt!r} has answer "
             f"'Kalo' here and {FEW[1].answer!r} there; keep one of the two",
         )
+
+
+def test_the_same_object_twice_is_a_duplicate(tiny):
+    known = given_facts([FEW[0], FEW[1], FEW[0]])
+    assert known.facts == tuple(FEW[:2])
+    assert [(one.kind, one.fact, one.earlier) for one in known.skipped] == [
+        ("duplicate", FEW[0], FEW[0])
+    ]
+    with pytest.raises(FactsError, match="cannot be used: 1 fault") as caught:
+        malmend.eval(tiny.loaded, [FEW[0], FEW[0]], strict=True)
+    assert caught.value.faults == (
+        f"facts: fact 'f0': duplicate of fact 'f0': prompt {FEW[0].prompt!r}; keep one of the two",
+    )
 
 
 def test_facts_that_were_read_keep_their_source_and_what_was_skipped(tiny, tmp_path):
