@@ -3,7 +3,9 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,24 @@ def eager(tiny: Tiny) -> dict:
     return own(tiny) | {"calibration": EAGER}
 
 
+@pytest.fixture
+def stopped_clock(monkeypatch) -> None:
+    """The only part of a patch that is another one each time."""
+    monkeypatch.setattr(edit_module, "now", lambda: "2025-01-31T12:00:00Z")
+
+
+def test_a_patch_says_when_it_was_made_and_towards_what(tiny, tmp_path):
+    before = datetime.now(UTC).replace(microsecond=0)
+    facts = with_alternatives(FEW)
+    malmend.edit(tiny.loaded, facts, tmp_path / "patch", alternative=True, **own(tiny))
+    after = datetime.now(UTC)
+    said = malmend.load_patch(tmp_path / "patch").provenance
+    assert said["alternative"] is True
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", said["created"])
+    assert before <= datetime.fromisoformat(said["created"]) <= after
+    assert malmend.edit(tiny.loaded, FEW, **own(tiny)).patch.provenance["alternative"] is False
+
+
 def test_edit_to_evaluation_to_answer(tiny, tmp_path):
     before = weights_digest(tiny.loaded)
     path = tmp_path / "patch.safetensors"
@@ -84,7 +104,7 @@ def test_edit_to_evaluation_to_answer(tiny, tmp_path):
     assert len(shown.entries["shifts"]) == 1
 
 
-def test_a_model_given_by_name_is_edited_like_a_loaded_one(tiny, tmp_path):
+def test_a_model_given_by_name_is_edited_like_a_loaded_one(tiny, tmp_path, stopped_clock):
     named = malmend.edit(tiny.model, tiny.facts, **own(tiny)).patch
     given = malmend.edit(tiny.loaded, tiny.facts, **own(tiny)).patch
     # Their configurations name other things, so their caches are apart, and batches round apart.
@@ -100,7 +120,7 @@ def test_a_model_given_by_name_is_edited_like_a_loaded_one(tiny, tmp_path):
 
 
 def test_the_same_edit_gives_the_same_bytes_with_an_empty_cache_and_a_full_one(
-    tiny, tmp_path, monkeypatch
+    tiny, tmp_path, monkeypatch, stopped_clock
 ):
     monkeypatch.setenv("MALMEND_CACHE", str(tmp_path / "cache"))
     written = []
@@ -383,7 +403,9 @@ def test_what_an_evaluation_holds(tiny, tmp_path):
     assert spoken == [3, 3, *[0] * 10]  # a prompt and two paraphrases each
 
 
-def test_an_edit_with_a_report_is_the_edit_and_its_evaluation(tiny, tmp_path, monkeypatch):
+def test_an_edit_with_a_report_is_the_edit_and_its_evaluation(
+    tiny, tmp_path, monkeypatch, stopped_clock
+):
     monkeypatch.setattr(edit_module, "DECODED", 1)
     facts = tmp_path / "facts.jsonl"
     rows = [json.loads(line) | {"alternative": "Ka"} for line in as_lines(FEW).splitlines()]

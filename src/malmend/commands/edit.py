@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,8 @@ def edit(
     ready = choice.editor(bench, calibrate, text, calibration, progress)
     start = time.perf_counter()
     patch = make_edit(bench, ready, known, choice.name, progress)
-    patch = Patch(patch.factors, {**patch.provenance, **choice.provenance(known)})
+    said = {"alternative": alternative, "created": now(), **choice.provenance(known)}
+    patch = Patch(patch.factors, {**patch.provenance, **said})
     done = _finished(bench, patch, known, out, start, progress)
     if report is None:
         return done
@@ -141,6 +143,11 @@ def edit(
         progress=progress,
     )
     return replace(done, page=Path(report) / PAGE)
+
+
+def now() -> str:
+    """The time in UTC, to the second, as ISO 8601."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def make_edit(
