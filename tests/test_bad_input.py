@@ -67,7 +67,7 @@ class Place:
 
     def edit(self, *more: object, model: object = None, facts: object = None) -> Arguments:
         start = ["edit", model or self.model, facts or self.facts, "--out", self.good]
-        return [*start, *self.fast, *more]
+        return [*start, *([] if "--editor" in more else self.fast), *more]
 
     def train(self, *more: object, out: object = None) -> Arguments:
         out = out or self.folder / "editor"
@@ -98,7 +98,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def messages(capsys: pytest.CaptureFixture[str]) -> list[str]:
     """The lines of standard error but for progress."""
-    progress = re.compile(r"$|.*━|step +\d+/|\d+ steps of ")
+    progress = re.compile(r"$|.*━|step +\d+/|\d+ steps of |Editor: ")
     return [line for line in capsys.readouterr().err.splitlines() if not progress.match(line)]
 
 

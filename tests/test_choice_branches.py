@@ -15,7 +15,6 @@ import malmend
 from command_support import CALIBRATION, make_facts, make_model
 from command_support import malmend as command
 from malmend import workbench
-from malmend.commands import evaluate as evaluate_module
 from malmend.commands.choice import choose
 from malmend.editors.checkpoint import load_editor, save_editor
 from malmend.editors.network import NetworkSettings
@@ -56,10 +55,9 @@ def save_slim(editor, folder: Path, base: str) -> Path:
 def package(tmp_path, monkeypatch) -> Path:
     """Where the package's editors lie; none is there yet."""
     real, place = workbench.shipped, tmp_path / "package"
-    for module in (workbench, evaluate_module):
-        monkeypatch.setattr(
-            module, "shipped", lambda name: place if name == "editors" else real(name)
-        )
+    monkeypatch.setattr(
+        workbench, "shipped", lambda name: place if name == "editors" else real(name)
+    )
     return place
 
 
@@ -83,13 +81,22 @@ def test_only_auto_without_anything_else_looks_for_an_editor(word, settings, own
 
 def test_a_choice_of_a_folder_or_an_editor_is_that(editor, carried):
     for place in (carried, str(carried)):
-        choice = choose(place, own_data=True)
+        choice = choose(place)
         assert (choice.name, choice.may_ship) == (str(carried), False)
         assert choice.settings == choice.saved.editor.settings == SETTINGS
     choice = choose(editor)
     assert (choice.name, choice.may_ship, choice.saved) == ("in memory", False, None)
     assert choice.in_hand is editor
     assert choice.settings == SETTINGS
+
+
+@pytest.mark.parametrize("what", ["calibrate", "text", "calibration"])
+def test_data_beside_a_trained_editor_are_refused(tiny, editor, carried, what):
+    """They would be ignored: it is calibrated already."""
+    given = {"calibrate": tiny.calibrate, "text": tiny.text, "calibration": CALIBRATION}[what]
+    for trained in (carried, str(carried), editor):
+        with pytest.raises(MalmendError, match="brings its own calibration; leave out --calibrate"):
+            malmend.edit(tiny.loaded, FEW, editor=trained, **{what: given})
 
 
 def test_a_word_that_is_neither_is_a_folder():
@@ -128,7 +135,9 @@ def test_a_package_without_editors_gives_none(tiny, package):
     assert choose("auto").on(tiny.loaded).name == "none"
 
 
-@pytest.mark.parametrize("what", ["nothing", "none", "settings", "calibrate", "text"])
+@pytest.mark.parametrize(
+    "what", ["nothing", "none", "settings", "calibrate", "text", "calibration"]
+)
 def test_each_of_them_alone_decides(tiny, carried, what):
     given = {
         "nothing": {},
@@ -136,14 +145,19 @@ def test_each_of_them_alone_decides(tiny, carried, what):
         "settings": {"settings": FREE},
         "calibrate": {"calibrate": tiny.calibrate},
         "text": {"text": tiny.text},
+        "calibration": {"calibration": CALIBRATION},
     }[what]
-    said = malmend.edit(tiny.loaded, FEW, calibration=CALIBRATION, **given).patch.provenance
+    told = []
+    done = malmend.edit(tiny.loaded, FEW, told=told.append, **given)
+    said = done.patch.provenance
     if what == "nothing":
         assert (said["editor"], said["trained_on"]) == ("shipped:mine", 2)
+        assert told == ["Editor: shipped:mine."]
         assert said["settings"]["network"]["blocks"] > 0
     else:
         assert said["editor"] == "none"
         assert "trained_on" not in said
+        assert told == ["Editor: none; the model is edited without training."]
         assert said["settings"]["network"]["blocks"] == 0
         assert len(said["eta"]) == (FREE if what == "settings" else training_free()).layers
 
@@ -226,7 +240,9 @@ def test_the_command_line_says_which(tiny, carried, tmp_path, capsys):
     for options in ((), ("--editor", "auto")):
         said = edited(tiny, out, *options)
         assert (said["editor"], said["trained_on"], said["facts"]) == ("shipped:mine", 2, 3)
-        told = " ".join(capsys.readouterr().out.split())
+        shown = capsys.readouterr()
+        assert "Editor: shipped:mine." in shown.err
+        told = " ".join(shown.out.split())
         assert "trained on the subjects of 2 of these 3 facts" in told
     said = edited(tiny, out, "--editor", carried)
     assert (said["editor"], said["trained_on"]) == (str(carried), 2)
@@ -239,7 +255,9 @@ def test_the_command_line_says_which(tiny, carried, tmp_path, capsys):
         said = edited(tiny, out, *options)
         assert said["editor"] == "none"
         assert "trained_on" not in said
-        assert "trained on" not in capsys.readouterr().out
+        shown = capsys.readouterr()
+        assert "Editor: none;" in shown.err
+        assert "trained on" not in shown.out
 
 
 def test_the_command_line_refuses_settings_beside_a_folder(tiny, carried, tmp_path, capsys):

@@ -70,8 +70,8 @@ def test_seen_counts_facts_by_subject_and_else_by_prompt():
     ]
     assert editor.seen(facts) == 3
     assert editor.seen([]) == 0
-    for about in ({}, {"subjects": ""}):
-        assert SavedEditor(None, about).seen(facts) == 0
+    assert SavedEditor(None, {"subjects": ""}).seen(facts) == 0
+    assert SavedEditor(None, {}).seen(facts) is None, "not known is not none"
 
 
 def test_seen_knows_whole_hashes_only():
@@ -104,8 +104,9 @@ def test_a_trained_editor_says_which_subjects_it_saw(tiny, tmp_path):
     assert [found[at : at + 10] for at in range(0, len(found), 10)] == sorted(wanted)
     others = make_facts(4, seed=3)
     for mixed, count in ((facts, 6), (others, 0), ([*others, facts[0], facts[5]], 2)):
-        assert load_editor(tmp_path / "editor").seen(mixed) == count
-        assert seen_in_training(tmp_path / "editor", mixed) == count
+        saved = load_editor(tmp_path / "editor")
+        assert saved.seen(mixed) == count
+        assert seen_in_training(tmp_path / "editor", saved.identity, mixed) == count
     done = malmend.edit(tiny.loaded, [*others, facts[0]], editor=tmp_path / "editor")
     assert done.patch.provenance["trained_on"] == 1
 
@@ -113,7 +114,18 @@ def test_a_trained_editor_says_which_subjects_it_saw(tiny, tmp_path):
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff", b"null"])
 def test_what_a_damaged_folder_saw_is_not_known(tmp_path, content):
     (tmp_path / "editor.json").write_bytes(content)
-    assert seen_in_training(tmp_path, FACTS) is None
+    assert seen_in_training(tmp_path, "0" * 24, FACTS) is None
+
+
+@pytest.mark.parametrize("weights", ["../w", "/dev/null", "nowhere", "", None, 3])
+def test_weights_outside_or_missing_tell_nothing(tmp_path, weights):
+    (tmp_path / "w").write_bytes(b"weights")
+    folder = tmp_path / "editor"
+    folder.mkdir()
+    (folder / "editor.json").write_text(json.dumps({"weights": weights, "subjects": ""}))
+    for content in (b"weights", b""):
+        identity = hashlib.sha256(content).hexdigest()[:24]
+        assert seen_in_training(folder, identity, FACTS) is None
 
 
 @pytest.mark.parametrize("count", [2, 12])

@@ -83,7 +83,7 @@ def _edit(arguments: list[str]) -> None:
     parser = _parser("edit")
     parser.add_argument("model", type=str, help="name, folder or GGUF file")
     parser.add_argument("facts", type=str, help="facts file")
-    _derive(parser, edit, {"model", "facts", "out", "editor", "settings"})
+    _derive(parser, edit, {"model", "facts", "out", "editor", "settings", "told"})
     parser.add_argument("--out", type=str, required=True, help="path of the patch to write")
     parser.add_argument(
         "--editor",
@@ -101,7 +101,12 @@ def _edit(arguments: list[str]) -> None:
             "and the other settings of editors."
         )
     with show.bars() as bars:
-        result = edit(**given, settings=None if untouched else settings, progress=bars)
+        result = edit(
+            **given,
+            settings=None if untouched else settings,
+            progress=bars,
+            told=show.status,
+        )
     show.edited(result)
 
 

@@ -6,13 +6,14 @@ fingerprint of its weights.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import TypeVar
+
+from torch import Tensor
 
 from malmend.editors.calibration import (
     Calibration,
@@ -22,14 +23,16 @@ from malmend.editors.calibration import (
     load_calibration,
     save_calibration,
 )
+from malmend.editors.checkpoint import seen_in_training
 from malmend.editors.editor import Editor
-from malmend.editors.keymoments import key_moments, load_moments, save_moments
+from malmend.editors.keymoments import key_moments, load_moments, others_of, save_moments
 from malmend.editors.settings import EditorSettings
-from malmend.errors import FactsError, MalmendError
+from malmend.errors import EditorError, FactsError, MalmendError
 from malmend.facts.alternatives import towards_alternatives
 from malmend.facts.fact import Fact, FactSet, Question
 from malmend.facts.readers import given_facts, read_facts, read_questions, read_text
 from malmend.facts.tokens import Encoder, EndOfAnswer
+from malmend.files import kept
 from malmend.models.load import (
     LoadedModel,
     cache_folder,
@@ -39,12 +42,12 @@ from malmend.models.load import (
 )
 from malmend.models.sites import Site
 from malmend.models.trunk import Trunk, TrunkSettings
-from malmend.patch import check_bare
+from malmend.patch import Patch, check_bare
 
 LONGEST = 512  # tokens of a question, answer and end token included
+MOST_KEPT = 2_000_000_000  # bytes of calibrations in the cache folder, and as many of moments
 
 Progress = Callable[[str, float], None]
-Kept = TypeVar("Kept")
 SHIPPED = "shipped:"  # in front of the name of an editor that the package carries
 
 
@@ -156,35 +159,54 @@ def calibrated(
         settings: sizes and candidates.
         progress: called with stage and share done.
     """
-    known, words, general = _calibration_data(bench, facts, text, settings.moment_facts)
+    known, words, general = calibration_data(bench, facts, text, settings.moment_facts)
     # The network's size changes nothing that is calibrated.
     plain = replace(editor_settings, network=replace(editor_settings.network, blocks=0))
     key = calibration_key(bench.loaded.digest, bench.trunk, plain, settings, known, words, general)
     path = cache_folder() / "calibrations" / f"{key}.safetensors"
-    return _kept(
+    return kept(
         path,
         load_calibration,
         lambda: calibrate(
             bench.trunk, bench.encoder, plain, known, words, settings, progress, general
         ),
         save_calibration,
+        MOST_KEPT,
     )
 
 
-def completed(editor: Editor, bench: Workbench, progress: Progress = silent) -> Editor:
+def completed(
+    editor: Editor, bench: Workbench, progress: Progress = silent, made_with: str | None = None
+) -> Editor:
     """A shipped editor with the moments of its prior, which are not shipped but made again.
 
     They come from the project's own calibration facts and text, and are kept in the cache folder.
+
+    Args:
+        editor: as it was loaded; moments that it lacks are put into it.
+        bench: the model.
+        progress: called with stage and share done.
+        made_with: :func:`moments_digest` of the moments that it was trained with, where known.
+
+    Raises:
+        EditorError: it was trained with other moments than are made here.
     """
     if not editor.lacks_moments:
         return editor
     settings = CalibrationSettings()
-    known, words, general = _calibration_data(bench, None, None, settings.moment_facts)
+    known, words, general = calibration_data(bench, None, None, settings.moment_facts)
+    found = moments_digest(editor.settings, settings, known, words, general)
+    if made_with not in (None, found):
+        raise EditorError(
+            "The editor was trained with other calibration facts, questions or text (moments "
+            f"{made_with}) than this version of malmend has ({found}); use the version that the "
+            "editor came with, or the editor in the folder that it was trained in."
+        )
     key = calibration_key(
         bench.loaded.digest, bench.trunk, editor.settings, settings, known, words, general
     )
     path = cache_folder() / "moments" / f"{key}.safetensors"
-    moments = _kept(
+    moments = kept(
         path,
         load_moments,
         lambda: key_moments(
@@ -197,13 +219,14 @@ def completed(editor: Editor, bench: Workbench, progress: Progress = silent) -> 
             general,
             progress,
         ),
-        save_moments,
+        _save_float32,
+        MOST_KEPT,
     )
     editor.take_moments(moments)
     return editor
 
 
-def _calibration_data(
+def calibration_data(
     bench: Workbench, facts: str | Path | None, text: str | Path | None, count: int
 ) -> tuple[list[Fact], str, list[Question]]:
     """Calibration facts, evenly over their file, text, and general questions.
@@ -235,23 +258,36 @@ def _calibration_data(
     return known, words, general[:count]
 
 
-def _kept(
-    path: Path,
-    load: Callable[[Path], Kept],
-    make: Callable[[], Kept],
-    save: Callable[[Kept, Path], None],
-) -> Kept:
-    """What a file of the cache folder holds; where it is not there or damaged, it is made."""
-    if path.is_file():
-        try:
-            return load(path)
-        except Exception:  # a damaged copy is only made again
-            path.unlink(missing_ok=True)
-    found = make()
-    with suppress(OSError, MalmendError):  # the cache cannot be written: only slower next time
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save(found, path)
-    return found
+def moments_digest(
+    editor_settings: EditorSettings,
+    settings: CalibrationSettings,
+    facts: Sequence[Fact],
+    text: str,
+    general: Sequence[Question],
+) -> str | None:
+    """What the moments of a prior are taken over; None where the prior has none.
+
+    The model is left out: it is known by its fingerprint, which is the same in every dtype.
+    """
+    if not editor_settings.terms:
+        return None
+    what = {
+        "terms": editor_settings.terms,
+        "end": editor_settings.end_of_answer,
+        "facts": [
+            (f.prompt, f.answer, f.paraphrases, [(q.prompt, q.answer) for q in others_of(f)])
+            for f in facts
+        ],
+        "general": [(q.prompt, q.answer) for q in general],
+        "text": text,
+        "text_tokens": settings.text_tokens,
+    }
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:24]
+
+
+def _save_float32(moments: Mapping[str, Sequence[Tensor]], path: Path) -> None:
+    """As an editor takes them in (:meth:`Editor.take_moments`), in half the room."""
+    save_moments({term: [one.float() for one in found] for term, found in moments.items()}, path)
 
 
 def shipped_editor(base: str) -> Path | None:
@@ -260,6 +296,22 @@ def shipped_editor(base: str) -> Path | None:
         if json.loads(about.read_text(encoding="utf-8"))["base"] == base:
             return about.parent
     return None
+
+
+def trained_on(patch: Patch, facts: Sequence[Fact]) -> int | None:
+    """How many of the facts the patch's editor learned from; None where that is not known.
+
+    The editor is known by its identity: under its name another one may lie by now, and the name of
+    a patch's header is never taken for a path inside the package.
+    """
+    name, identity = (patch.provenance.get(entry) for entry in ("editor", "editor_id"))
+    if not isinstance(name, str) or not isinstance(identity, str):
+        return None
+    carried = shipped("editors").glob("*/editor.json")
+    is_shipped = name.startswith(SHIPPED)
+    folders = [about.parent for about in carried] if is_shipped else [Path(name)]
+    counts = (seen_in_training(folder, identity, facts) for folder in folders)
+    return next((count for count in counts if count is not None), None)
 
 
 def spread(facts: Sequence[Fact], count: int) -> list[Fact]:

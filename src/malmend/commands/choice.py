@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from malmend.editors.calibration import CalibrationSettings
 from malmend.editors.checkpoint import SavedEditor, load_editor
 from malmend.editors.editor import Editor
 from malmend.editors.settings import EditorSettings, training_free
 from malmend.errors import EditorError, MalmendError
+from malmend.facts.fact import Fact
 from malmend.models.load import LoadedModel
 from malmend.workbench import SHIPPED, Progress, Workbench, calibrated, completed, shipped_editor
 
@@ -50,6 +53,22 @@ class Choice:
             )
         return self
 
+    def said(self) -> str:
+        """Which editor it is, in a line for a person."""
+        if self.name == "none":
+            return "Editor: none; the model is edited without training."
+        facts = None if self.saved is None else self.saved.about.get("facts")
+        learned = f", trained on {facts:,} facts" if isinstance(facts, int) else ""
+        return f"Editor: {self.name}{learned}."
+
+    def provenance(self, facts: Sequence[Fact]) -> dict[str, Any]:
+        """What a patch says of the editor that made it: its identity, and what it had seen."""
+        if self.saved is None:
+            return {}
+        seen = self.saved.seen(facts)
+        known = {} if seen is None else {"trained_on": seen}
+        return {"editor_id": self.saved.identity, **known}
+
     def editor(
         self,
         bench: Workbench,
@@ -61,14 +80,15 @@ class Choice:
         """The editor, ready for the model on the bench; without a network it is calibrated first.
 
         Raises:
-            EditorError: the editor is for other layers.
+            EditorError: the editor is for other layers, or was trained with other moments.
         """
         ready = self.in_hand if self.saved is None else self.saved.editor
         if ready is None:
             found = calibrated(bench, self.settings, calibrate, text, calibration, progress)
             return found.editor(self.settings, bench.trunk)
         ready.check_fits(bench.trunk.sites)
-        return completed(ready, bench, progress)
+        made_with = None if self.saved is None else self.saved.about.get("moments")
+        return completed(ready, bench, progress, made_with)
 
 
 def choose(
@@ -79,10 +99,11 @@ def choose(
     Args:
         editor: "auto", "none", an editor's folder, or an editor.
         settings: of an editor without a network; with them "auto" is "none".
-        own_data: whether calibration facts or text were given, which make "auto" "none" too.
+        own_data: whether calibration facts, text or settings of calibration were given, which
+            make "auto" "none" too.
 
     Raises:
-        MalmendError: settings beside an editor that brings its own, or no editor in the folder.
+        MalmendError: settings or data beside an editor that brings its own, or no editor there.
     """
     if isinstance(editor, str) and editor in ("auto", "none"):
         free = Choice("none", settings or training_free())
@@ -91,6 +112,11 @@ def choose(
     if settings is not None:
         raise MalmendError(
             "An editor brings its own settings; give an editor or settings, not both."
+        )
+    if own_data:
+        raise MalmendError(
+            "A trained editor brings its own calibration; leave out --calibrate and --text (and "
+            "calibration, in Python), which serve only the editor `none`."
         )
     if isinstance(editor, Editor):
         return Choice("in memory", editor.settings, in_hand=editor)

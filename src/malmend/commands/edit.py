@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,7 @@ def edit(
     trunk: TrunkSettings = TrunkSettings(),
     dtype: str = "float32",
     progress: Progress = silent,
+    told: Callable[[str], None] = lambda line: None,
 ) -> EditResult:
     """Edits all facts at once and writes the patch.
 
@@ -96,17 +98,19 @@ def edit(
         text: calibration text in place of the project's own.
         report: a folder for a report as an HTML page; asks everything about the facts before and
             after, 200 of them free-running too.
-        calibration: how the model is calibrated.
+        calibration: how the model is calibrated; as facts and text only without a trained editor.
         trunk: grouping of questions and the disk budget for trunk activations.
         dtype: the model is loaded in.
         progress: called with stage and share done.
+        told: called with a line about the editor, once it is known and before the work.
 
     Raises:
         MalmendError: any bad input, in one sentence.
     """
     if out is not None:
         writable(out, facts, calibrate, text, model)
-    choice = choose(editor, settings, own_data=calibrate is not None or text is not None)
+    own_data = (calibrate, text, calibration) != (None, None, CalibrationSettings())
+    choice = choose(editor, settings, own_data)
     end = choice.settings.end_of_answer
     encoder = encoder_for(model, end)
     known = checked_facts(facts, encoder, limit, strict, alternative)
@@ -115,13 +119,14 @@ def edit(
         page_folder(report, facts, calibrate, text, out)
     loaded = opened(model, dtype)
     choice = choice.on(loaded)
+    told(choice.said())
     sites = find_sites(loaded.model, choice.settings.layers, choice.settings.sites)
     bench = lay_out(loaded, sites, choice.settings.end_of_answer, trunk=trunk)
     ready = choice.editor(bench, calibrate, text, calibration, progress)
     start = time.perf_counter()
     patch = make_edit(bench, ready, known, choice.name, progress)
-    if choice.saved is not None:
-        patch = Patch(patch.factors, {**patch.provenance, "trained_on": choice.saved.seen(known)})
+    said = {"alternative": alternative, "created": now(), **choice.provenance(known)}
+    patch = Patch(patch.factors, {**patch.provenance, **said})
     done = _finished(bench, patch, known, out, start, progress)
     if report is None:
         return done
@@ -138,6 +143,11 @@ def edit(
         progress=progress,
     )
     return replace(done, page=Path(report) / PAGE)
+
+
+def now() -> str:
+    """The time in UTC, to the second, as ISO 8601."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def make_edit(

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from malmend.editors.calibration import CalibrationSettings
-from malmend.editors.checkpoint import seen_in_training
 from malmend.errors import FactsError, MalmendError
 from malmend.evaluation.examiner import Examiner
 from malmend.evaluation.page import page_folder, write_page
@@ -24,14 +23,13 @@ from malmend.models.sites import Site, find_blocks, find_sites
 from malmend.models.trunk import TrunkSettings
 from malmend.patch import Patch, applied, check_base, load_patch, sites_of
 from malmend.workbench import (
-    SHIPPED,
     Progress,
     checked_facts,
     encoder_for,
     lay_out,
     opened,
-    shipped,
     silent,
+    trained_on,
 )
 
 
@@ -170,19 +168,9 @@ def _about(loaded: LoadedModel, facts: FactSet, patch: Patch | None) -> dict[str
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "facts_source": facts.source,
         "skipped": len(facts.skipped),
-        "trained_on": None if patch is None else _trained_on(patch, facts),
+        "trained_on": None if patch is None else trained_on(patch, facts),
         "patch": dict(patch.provenance) if patch else None,
     }
-
-
-def _trained_on(patch: Patch, facts: FactSet) -> int | None:
-    """How many of the facts the patch's editor learned from; None where that is not known."""
-    name = str(patch.provenance.get("editor", "none"))
-    if name in ("none", "in memory"):
-        return None
-    is_shipped = name.startswith(SHIPPED)
-    folder = shipped("editors") / name.removeprefix(SHIPPED) if is_shipped else Path(name)
-    return seen_in_training(folder, facts)
 
 
 def chat_encoder(plain: Encoder, facts: FactSet, decode_facts: int | None) -> Encoder | None:

@@ -7,6 +7,7 @@ holds what resuming needs and may be deleted.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import uuid
@@ -36,32 +37,59 @@ _MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RuntimeError)
 
 @dataclass(frozen=True, eq=False)
 class SavedEditor:
-    """An editor with what its folder says about it."""
+    """An editor with what its folder says about it.
+
+    ``identity`` tells its weights from any others', wherever the folder lies and whatever it is
+    called; empty of an editor that came from no folder.
+    """
 
     editor: Editor
     about: Mapping[str, Any]
+    identity: str = ""
 
     @property
     def base(self) -> str:
         """Fingerprint of the model that the editor was trained for."""
         return str(self.about.get("base", ""))
 
-    def seen(self, facts: Sequence[Fact]) -> int:
-        """How many of the facts are about a subject that the editor was trained on."""
+    def seen(self, facts: Sequence[Fact]) -> int | None:
+        """How many of the facts are about a subject that the editor was trained on.
+
+        None where the folder does not say what it was trained on, which is not the same as 0.
+        """
         return _seen(self.about, facts)
 
 
-def seen_in_training(folder: Path, facts: Sequence[Fact]) -> int | None:
-    """As :meth:`SavedEditor.seen`, of an editor's folder; None where that is no longer there."""
+def seen_in_training(folder: Path, identity: str, facts: Sequence[Fact]) -> int | None:
+    """As :meth:`SavedEditor.seen`, of a folder that may hold another editor by now, or none.
+
+    None where it is not the editor of this identity that lies there.
+    """
     try:
         about = json.loads((folder / "editor.json").read_text(encoding="utf-8"))
-        return _seen(about, facts)
-    except (OSError, *_MALFORMED):
+        return _seen(about, facts) if _identity(_weights(folder, about)) == identity else None
+    except (OSError, EditorError, *_MALFORMED):
         return None
 
 
-def _seen(about: Mapping[str, Any], facts: Sequence[Fact]) -> int:
-    joined, size = str(about.get("subjects", "")), len(subject_hash(""))
+def _weights(folder: Path, about: Mapping[str, Any]) -> Path:
+    """The weights' file, which must lie in the editor's own folder."""
+    name = Path(about["weights"])
+    if name.name != str(name):
+        raise EditorError(f"{folder} names weights outside its folder; it is damaged.")
+    return folder / name
+
+
+def _identity(weights: Path) -> str:
+    """The first 24 hexadecimal digits of the SHA-256 of the weights' file."""
+    with open(weights, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:24]
+
+
+def _seen(about: Mapping[str, Any], facts: Sequence[Fact]) -> int | None:
+    if "subjects" not in about:
+        return None
+    joined, size = str(about["subjects"]), len(subject_hash(""))
     known = {joined[start : start + size] for start in range(0, len(joined), size)}
     return sum(subject_hash(fact.subject or fact.prompt) in known for fact in facts)
 
@@ -119,19 +147,17 @@ def load_editor(folder: str | Path) -> SavedEditor:
                 f"{folder} has editor format {about['format']!r}, this version reads {FORMAT}; "
                 "use the malmend version that wrote it."
             )
-        weights = Path(about["weights"])
-        if weights.name != str(weights):
-            raise EditorError(f"{folder} names weights outside its folder; it is damaged.")
-        tensors = load_file(folder / weights)
+        weights = _weights(folder, about)
+        tensors = load_file(weights)
         settings = _settings(about["settings"])
         editor = _rebuilt(settings, about["sites"], tensors)
+        return SavedEditor(editor, about, _identity(weights))
     except EditorError:
         raise
     except (OSError, SafetensorError, *_MALFORMED) as error:
         raise EditorError(
             f"The editor in {folder} is damaged ({reason(error)}); train it again."
         ) from error
-    return SavedEditor(editor, about)
 
 
 def _rebuilt(

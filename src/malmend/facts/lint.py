@@ -164,9 +164,11 @@ def skip_repeats(facts: Iterable[Fact]) -> tuple[tuple[Fact, ...], tuple[Skipped
     first: dict[str, Fact] = {}
     skipped = []
     for fact in facts:
-        earlier = first.setdefault(same_prompt(fact.prompt), fact)
-        if earlier is not fact:
-            skipped.append(Skipped(fact, earlier))
+        prompt = same_prompt(fact.prompt)
+        if prompt in first:  # the same object given twice is a repeat too
+            skipped.append(Skipped(fact, first[prompt]))
+        else:
+            first[prompt] = fact
     return tuple(first.values()), tuple(skipped)
 
 

@@ -1,0 +1,118 @@
+"""Files that are kept: made again where they cannot be read, and bounded."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from malmend.files import kept, prune, written_beside
+
+MUCH = 10**6
+
+
+def save(value: str, path: Path) -> None:
+    with written_beside(path) as beside:
+        beside.write_text(value)
+
+
+def kept_in(path: Path, made: str = "made", most_bytes: int = MUCH) -> str:
+    return kept(path, Path.read_text, lambda: made, save, most_bytes)
+
+
+def test_it_is_made_once(tmp_path):
+    path = tmp_path / "new" / "folder" / "file"
+    assert kept_in(path) == "made"
+    assert kept_in(path, "again") == "made"
+    assert [one.name for one in path.parent.iterdir()] == ["file"]
+
+
+def test_a_damaged_one_is_made_again_and_written_over(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"\xff")
+    assert kept_in(path) == "made"
+    assert path.read_text() == "made"
+
+
+def denied(*_given: object, **_more: object) -> None:
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+
+@pytest.mark.parametrize("what", ["is_file", "unlink", "stat", "mkdir", "read_text", "glob"])
+@pytest.mark.parametrize("content", [None, b"good", b"\xff"])
+def test_a_folder_that_refuses_anything_is_no_error(tmp_path, monkeypatch, what, content):
+    path = tmp_path / "file"
+    if content is not None:
+        path.write_bytes(content)
+    monkeypatch.setattr(Path, what, denied)
+    assert kept(path, Path.read_text, lambda: "made", save, MUCH) in ("made", "good")
+
+
+@pytest.mark.parametrize("what", ["utime", "replace"])
+def test_a_folder_that_takes_nothing_is_no_error(tmp_path, monkeypatch, what):
+    (tmp_path / "good").write_text("good")
+    (tmp_path / "damaged").write_bytes(b"\xff")
+    monkeypatch.setattr(os, what, denied)
+    assert kept_in(tmp_path / "good") == "good"
+    assert kept_in(tmp_path / "damaged") == "made"
+    assert kept_in(tmp_path / "new") == "made"
+
+
+def test_a_folder_in_its_place_is_no_error(tmp_path):
+    (tmp_path / "file").mkdir()
+    (tmp_path / "file" / "inside").touch()
+    assert kept_in(tmp_path / "file") == "made"
+    (tmp_path / "plain").touch()
+    assert kept_in(tmp_path / "plain" / "file") == "made"
+
+
+def test_an_interruption_is_passed_on(tmp_path):
+    def stopped(_path: Path) -> str:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        kept(tmp_path / "file", stopped, lambda: "made", save, MUCH)
+
+
+def aged(folder: Path, *sizes: int) -> list[Path]:
+    """Files of these sizes, the oldest first."""
+    paths = [folder / f"file{index}" for index in range(len(sizes))]
+    for index, (path, size) in enumerate(zip(paths, sizes, strict=True)):
+        path.write_bytes(bytes(size))
+        os.utime(path, (index, index))
+    return paths
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("most_bytes", "left"),
+    [(60, {0, 1, 2}), (59, {1, 2}), (50, {1, 2}), (49, {2}), (0, {2})],
+)
+def test_the_oldest_go_and_the_newest_stays(tmp_path, most_bytes, left):
+    aged(tmp_path, 10, 20, 30)
+    prune(tmp_path, most_bytes)
+    assert names(tmp_path) == {f"file{index}" for index in left}
+
+
+def test_what_is_being_written_and_folders_are_left_alone(tmp_path):
+    aged(tmp_path, 10, 20)
+    (tmp_path / ".file.0123.part").write_bytes(bytes(100))
+    (tmp_path / "folder").mkdir()
+    prune(tmp_path, 0)
+    assert names(tmp_path) == {"file1", ".file.0123.part", "folder"}
+
+
+def test_writing_one_removes_what_was_used_longest_ago(tmp_path):
+    first, second, third = aged(tmp_path, 4, 4, 4)
+    first.write_text("used")
+    os.utime(first, (0, 0))
+    assert kept_in(first) == "used"
+    assert kept_in(tmp_path / "new", "new!", most_bytes=8) == "new!"
+    assert names(tmp_path) == {"file0", "new"}
+    assert not second.exists()
+    assert not third.exists()
