@@ -28,6 +28,7 @@ from malmend.workbench import (
     encoder_for,
     lay_out,
     opened,
+    shipped,
     silent,
     trained_on,
 )
