@@ -28,9 +28,9 @@ from malmend.editors.checkpoint import load_editor, save_editor
 from malmend.editors.settings import EditorSettings
 from malmend.editors.training import StepRecord, TrainSettings
 from malmend.facts.alternatives import towards_alternatives
-from malmend.facts.fact import Fact, FactSet, Question, subject_hash
+from malmend.facts.fact import Fact, FactSet, Question, spread, subject_hash
 from malmend.facts.readers import read_facts, read_questions
-from malmend.workbench import shipped, spread
+from malmend.workbench import shipped
 
 OUT = Path(__file__).resolve().parent / "out"
 BESIDE = OUT.parents[2] / "shared" / "data"

@@ -29,7 +29,7 @@ from malmend.editors.keymoments import key_moments, load_moments, others_of, sav
 from malmend.editors.settings import EditorSettings
 from malmend.errors import EditorError, FactsError, MalmendError
 from malmend.facts.alternatives import towards_alternatives
-from malmend.facts.fact import Fact, FactSet, Question
+from malmend.facts.fact import Fact, FactSet, Question, spread
 from malmend.facts.readers import given_facts, read_facts, read_questions, read_text
 from malmend.facts.tokens import Encoder, EndOfAnswer
 from malmend.files import kept
@@ -144,22 +144,25 @@ def tokenizer_of(model: str | LoadedModel) -> object:
 def calibrated(
     bench: Workbench,
     editor_settings: EditorSettings,
-    facts: str | Path | None = None,
+    facts: str | Path | Sequence[Fact] | None = None,
     text: str | Path | None = None,
     settings: CalibrationSettings = CalibrationSettings(),
     progress: Progress = silent,
+    questions: Sequence[Question] = (),
 ) -> Calibration:
     """The model's calibration, from the cache folder or made now.
 
     Args:
         bench: the model.
         editor_settings: what the editor is.
-        facts: a facts file in place of the project's own calibration facts.
+        facts: facts, or a file of some, in place of the project's own calibration facts.
         text: a text file in place of the project's own text.
         settings: sizes and candidates.
         progress: called with stage and share done.
+        questions: more questions whose answers must not move, beside the project's own.
     """
-    known, words, general = calibration_data(bench, facts, text, settings.moment_facts)
+    known, words, general = calibration_data(bench, facts, text, settings)
+    general = [*general, *questions]
     # The network's size changes nothing that is calibrated.
     plain = replace(editor_settings, network=replace(editor_settings.network, blocks=0))
     key = calibration_key(bench.loaded.digest, bench.trunk, plain, settings, known, words, general)
@@ -194,7 +197,7 @@ def completed(
     if not editor.lacks_moments:
         return editor
     settings = CalibrationSettings()
-    known, words, general = calibration_data(bench, None, None, settings.moment_facts)
+    known, words, general = calibration_data(bench, None, None, settings)
     found = moments_digest(editor.settings, settings, known, words, general)
     if made_with not in (None, found):
         raise EditorError(
@@ -227,7 +230,10 @@ def completed(
 
 
 def calibration_data(
-    bench: Workbench, facts: str | Path | None, text: str | Path | None, count: int
+    bench: Workbench,
+    facts: str | Path | Sequence[Fact] | None,
+    text: str | Path | None,
+    settings: CalibrationSettings,
 ) -> tuple[list[Fact], str, list[Question]]:
     """Calibration facts, evenly over their file, text, and general questions.
 
@@ -236,7 +242,7 @@ def calibration_data(
     Raises:
         MalmendError: the tokenizer can say none of the project's facts.
     """
-    encoder = bench.encoder
+    encoder, count = bench.encoder, max(settings.moment_facts, settings.prior_facts)
     if facts is None:
         # Only what this tokenizer can say; a user's own file is refused instead.  Twice as many as
         # are needed: a tokenizer that can say few words lacks some, and to ask about all is slow.
@@ -312,13 +318,6 @@ def trained_on(patch: Patch, facts: Sequence[Fact]) -> int | None:
     folders = [about.parent for about in carried] if is_shipped else [Path(name)]
     counts = (seen_in_training(folder, identity, facts) for folder in folders)
     return next((count for count in counts if count is not None), None)
-
-
-def spread(facts: Sequence[Fact], count: int) -> list[Fact]:
-    """``count`` facts, evenly over the list, in its order."""
-    if len(facts) <= count:
-        return list(facts)
-    return [facts[index * len(facts) // count] for index in range(count)]
 
 
 def shipped(name: str) -> Path:

@@ -68,7 +68,7 @@ def train(
     alternative: bool = False,
     calibrate: str | Path | None = None,
     text: str | Path | None = None,
-    calibration: CalibrationSettings = CalibrationSettings(),
+    calibration: CalibrationSettings = CalibrationSettings(prior_facts=1536),
     trunk: TrunkSettings = TrunkSettings(),
     dtype: str = "float32",
     progress: Progress = silent,
@@ -87,7 +87,7 @@ def train(
         limit: the first so many facts.
         strict: refuse duplicates and contradictions in place of skipping the later ones.
         alternative: train on each fact's alternative (a false answer) in place of its answer.
-        calibrate: calibration facts in place of the project's own.
+        calibrate: calibration facts in place of those that are trained on.
         text: calibration text in place of the project's own.
         calibration: how the model is calibrated.
         trunk: grouping of questions and the disk budget.
@@ -108,7 +108,8 @@ def train(
     loaded = opened(model, dtype)
     sites = find_sites(loaded.model, editor.layers, editor.sites)
     bench = lay_out(loaded, sites, editor.end_of_answer, trunk=trunk)
-    found = calibrated(bench, editor, calibrate, text, calibration, progress)
+    own = known if any(fact.paraphrases for fact in known) else None
+    found = calibrated(bench, editor, calibrate or own, text, calibration, progress, others)
     trainer = Trainer(
         found.editor(editor, bench.trunk, settings.seed),
         bench.trunk,
@@ -119,7 +120,7 @@ def train(
         _pairs_store(bench, editor, trunk),
     )
     about = _about(bench, known, others, settings)
-    data = calibration_data(bench, calibrate, text, calibration.moment_facts)
+    data = calibration_data(bench, calibrate or own, text, calibration)
     about["moments"] = moments_digest(editor, calibration, *data)
     records = _resumed(trainer, folder, about)
     starting(trainer, _seconds_left(trainer, records))

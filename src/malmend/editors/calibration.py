@@ -30,7 +30,7 @@ from malmend.editors.keymoments import key_moments, others_of, passages_of
 from malmend.editors.metaloss import Judged, meta_loss
 from malmend.editors.settings import EditorSettings
 from malmend.errors import MalmendError
-from malmend.facts.fact import Fact, Question
+from malmend.facts.fact import Fact, Question, spread
 from malmend.facts.tokens import Encoded, Encoder
 from malmend.files import written_beside
 from malmend.models.capture import Captured, capture
@@ -47,6 +47,7 @@ class CalibrationSettings:
 
     Attributes:
         moment_facts: facts whose keys and value gradients are averaged.
+        prior_facts: facts whose questions and paraphrases the prior's moments are taken of.
         search_facts: facts edited at once while eta and alpha are searched.
         text_tokens: tokens of general text that C is averaged over.
         etas: candidates; for the published form they span orders of magnitude.
@@ -62,6 +63,7 @@ class CalibrationSettings:
     """
 
     moment_facts: int = 256
+    prior_facts: int = 256
     search_facts: int = 192
     text_tokens: int = 16_000
     etas: tuple[float, ...] = (1.0, 1.25, 1.5, 1.8, 2.2)
@@ -126,7 +128,7 @@ def calibrate(
         )
     passages = passages_of(encoder, text)
     terms = editor_settings.terms
-    moment_facts = usable[: settings.moment_facts]
+    moment_facts = spread(usable, settings.moment_facts)
     captured = capture(
         trunk,
         encoder.encode_all(fact.question for fact in moment_facts),
@@ -135,7 +137,14 @@ def calibrate(
         _counted(progress, "value gradients of calibration facts", len(moment_facts)),
     )
     moments = key_moments(
-        trunk, encoder, terms, moment_facts, text, settings.text_tokens, general, progress
+        trunk,
+        encoder,
+        terms,
+        spread(usable, settings.prior_facts),
+        text,
+        settings.text_tokens,
+        general,
+        progress,
     )
     statistics = {}
     for index, (site, pair) in enumerate(zip(trunk.sites, captured, strict=True)):

@@ -29,6 +29,8 @@ from malmend.files import written_beside
 from malmend.models.capture import tracing
 from malmend.models.trunk import Batch, Trunk
 
+WORDINGS = 3  # paraphrases of a fact: some have dozens, which say little more
+
 
 def key_moments(
     trunk: Trunk,
@@ -110,7 +112,7 @@ def asked_moment(trunk: Trunk, questions: Sequence[Encoded]) -> list[Tensor]:
 
 @torch.no_grad()
 def wording_moment(trunk: Trunk, encoder: Encoder, facts: Sequence[Fact]) -> list[Tensor]:
-    """C_wording of every site: the mean of e e^T over every paraphrase's answer tokens.
+    """C_wording of every site: the mean of e e^T over the answer tokens of three paraphrases.
 
     A paraphrase in which the answer has another number of tokens is left out.
     """
@@ -118,7 +120,7 @@ def wording_moment(trunk: Trunk, encoder: Encoder, facts: Sequence[Fact]) -> lis
         (plain, other)
         for fact in facts
         for plain in [encoder.encode(fact.question)]
-        for other in encoder.encode_all(fact.equivalents)
+        for other in encoder.encode_all(fact.equivalents[:WORDINGS])
         if len(other.sources) == len(plain.sources)
     ]
     distinct = list(dict.fromkeys(one for pair in pairs for one in pair))

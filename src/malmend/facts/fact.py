@@ -95,3 +95,10 @@ def subject_hash(subject: str) -> str:
     """
     plain = " ".join(subject.casefold().split())
     return hashlib.sha256(plain.encode()).hexdigest()[:10]
+
+
+def spread(facts: Sequence[Fact], count: int) -> list[Fact]:
+    """``count`` facts, evenly over the list, in its order."""
+    if len(facts) <= count:
+        return list(facts)
+    return [facts[index * len(facts) // count] for index in range(count)]
