@@ -166,8 +166,8 @@ CASES: dict[str, tuple[Callable[[Place], Arguments], str]] = {
     # the command line
     "unknown command": (lambda p: ["edti"], "no command 'edti'; did you mean 'edit'?"),
     "unknown command, nothing near": (lambda p: ["zzz"], "no command 'zzz'. Expected one of edit"),
-    "no arguments": (lambda p: ["edit"], "required: model"),
-    "no out": (lambda p: ["edit", p.model, p.facts], "required: out"),
+    "no arguments": (lambda p: ["edit"], "MODEL, FACTS, --out must be given"),
+    "no out": (lambda p: ["edit", p.model, p.facts], "malmend: --out must be given; see"),
     "unknown option": (
         lambda p: p.edit("--limt", 3),
         "'--limt' of malmend edit; did you mean '--limit'?",
@@ -206,6 +206,8 @@ CASES: dict[str, tuple[Callable[[Place], Arguments], str]] = {
         "99 layers were to be edited, expected 1 to 6",
     ),
     "no such site": (lambda p: p.edit("--sites", "*.nix"), "No linear layer is named '*.nix'"),
+    "near beyond one": (lambda p: p.train("--near", 2), "near is 2.0, expected a share from 0"),
+    "end weight zero": (lambda p: p.train("--end-weight", 0), "end_weight is 0, expected a number"),
     "rank zero": (lambda p: p.train("--network.rank", 0), "rank 0"),
     # models
     "missing model": (lambda p: p.edit(model="nothing"), "There is no model 'nothing'"),
@@ -315,6 +317,10 @@ CASES: dict[str, tuple[Callable[[Place], Arguments], str]] = {
             cut(p.copied("good") / "editor.json"), p.edit("--editor", p.folder / "good")
         ),
         "is damaged",
+    ),
+    "editor and calibration facts": (
+        lambda p: p.edit("--editor", p.made / "good", "--calibrate", p.facts),
+        "brings its own calibration; leave out --calibrate",
     ),
     "editor and settings": (
         lambda p: p.edit("--editor", p.made / "good", "--layers", 2),

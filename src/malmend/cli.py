@@ -314,6 +314,11 @@ def _usage_error(command: str, message: str, parser: Any) -> str:
     text = " ".join(message.split())
     options = [option for action in parser._actions for option in action.option_strings]
     options = [option.replace("_", "-") for option in options if option.startswith("--")]
+    missing = re.match(r"the following arguments are required: (.*)", text)
+    if missing is not None:  # the parser leaves the hyphens of options out
+        names = [name.replace("_", "-") for name in missing[1].split(", ")]
+        named = [f"--{name}" if f"--{name}" in options else name.upper() for name in names]
+        return f"{', '.join(named)} must be given; see malmend {command} --help."
     wrong = re.search(r"[Uu]nrecognized arguments: (\S+)", text)
     if wrong is None:
         return f"{_bad_value(text) or text.rstrip('.')}; see malmend {command} --help."

@@ -29,17 +29,23 @@ from malmend.editors.metaloss import Judged, meta_loss
 from malmend.editors.network import NetworkSettings
 from malmend.editors.settings import published, training_free
 from malmend.errors import MalmendError
-from malmend.facts.fact import Question
+from malmend.facts.fact import Question, spread
 from malmend.facts.tokens import Encoded
 from malmend.models.capture import Descent
 from malmend.patch import shifted
 
 SMALL = CalibrationSettings(
-    moment_facts=8, search_facts=5, text_tokens=60, etas=(0.3, 1.0), alphas=(1.0, 10.0, 100.0)
+    moment_facts=8,
+    prior_facts=8,
+    search_facts=5,
+    text_tokens=60,
+    etas=(0.3, 1.0),
+    alphas=(1.0, 10.0, 100.0),
 )
 SMALL = replace(SMALL, asked=2.0, wording=0.2)
 EDITOR = replace(training_free(), layers=2, descent=Descent(steps=3))
 FACTS = random_facts(10, seed=20, neighbours=1)
+USED = spread(FACTS, 8)  # as many as SMALL's statistics are of
 TEXT = random_text(25)
 
 
@@ -50,9 +56,9 @@ def test_calibration_knows_the_text_and_the_facts(prior):
     text = "w1\n\n  \n" + TEXT.replace("\n", "\n\nw2\n", 3)
     settings, editor = replace(SMALL, text_tokens=10_000), replace(EDITOR, prior=prior)
     found = calibrate(trunk, encoder(), editor, FACTS, text, settings)
-    captured = captured_of(trunk, FACTS[:8], EDITOR)
+    captured = captured_of(trunk, USED, EDITOR)
     # Moments have tests of their own; here only what they are taken over.
-    wanted = key_moments(trunk, encoder(), TERMS[prior], FACTS[:8], TEXT, 10_000)
+    wanted = key_moments(trunk, encoder(), TERMS[prior], USED, TEXT, 10_000)
     assert list(found.statistics) == [site.name for site in trunk.sites]
     for index, (known, pair) in enumerate(zip(found.statistics.values(), captured, strict=True)):
         assert tuple(known.priors_KK) == TERMS[prior]
@@ -64,8 +70,8 @@ def test_calibration_knows_the_text_and_the_facts(prior):
         ):
             assert moments.count == len(rows)
             torch.testing.assert_close(moments.mean_F, rows.mean(0), rtol=1e-10, atol=1e-12)
-            spread = (moments.m2_F / len(rows)).sqrt()
-            torch.testing.assert_close(spread, rows.std(0, correction=0), rtol=1e-9, atol=1e-12)
+            std_F = (moments.m2_F / len(rows)).sqrt()
+            torch.testing.assert_close(std_F, rows.std(0, correction=0), rtol=1e-9, atol=1e-12)
 
 
 def test_text_without_a_line_of_two_tokens_is_refused():
@@ -107,7 +113,7 @@ def test_the_search_scores_the_edit_of_its_facts(tokens, neighbours):
     """One row of ``tried``, done by hand: the first nine facts edited, then asked."""
     trunk, settings = tiny_trunk(tiny_model()), replace(EDITOR, tokens=tokens)
     facts = FACTS if neighbours else [replace(fact, neighbours=()) for fact in FACTS]
-    sizes = replace(SMALL, moment_facts=10, search_facts=9)
+    sizes = replace(SMALL, moment_facts=10, prior_facts=10, search_facts=9)
     found = calibrate(trunk, encoder(), settings, facts, TEXT, sizes)
     row = found.tried[2]
     weights = (row["alpha"], 2.0 * row["alpha"], 0.2)
@@ -134,7 +140,7 @@ def test_general_questions_are_the_far_ones_of_the_search():
     """In their order and round again; every eighth stays the fact's own, and near."""
     trunk = tiny_trunk(tiny_model())
     general = tuple(Question(f"w{index} w1", f"w{index + 9} w2") for index in range(3))
-    sizes = replace(SMALL, moment_facts=10, search_facts=9, etas=(1.0,), alphas=(10.0,))
+    sizes = replace(SMALL, moment_facts=10, prior_facts=10, search_facts=9, etas=(1.0,), alphas=(10.0,))
     found = calibrate(trunk, encoder(), EDITOR, FACTS, TEXT, sizes, general=general)
     (row,) = found.tried
     editor = found.editor(EDITOR, trunk)

@@ -62,12 +62,12 @@ class Choice:
         return f"Editor: {self.name}{learned}."
 
     def provenance(self, facts: Sequence[Fact]) -> dict[str, Any]:
-        """What a patch says of the editor that made it: its identity, and what it had seen."""
+        """What a patch says of the editor that made it: name, identity, and what it had seen."""
         if self.saved is None:
-            return {}
+            return {"editor": self.name}
         seen = self.saved.seen(facts)
         known = {} if seen is None else {"trained_on": seen}
-        return {"editor_id": self.saved.identity, **known}
+        return {"editor": self.name, "editor_id": self.saved.identity, **known}
 
     def editor(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -111,8 +111,7 @@ def edit(
         writable(out, facts, calibrate, text, model)
     own_data = (calibrate, text, calibration) != (None, None, CalibrationSettings())
     choice = choose(editor, settings, own_data)
-    end = choice.settings.end_of_answer
-    encoder = encoder_for(model, end)
+    encoder = encoder_for(model, choice.settings.end_of_answer)
     known = checked_facts(facts, encoder, limit, strict, alternative)
     if report is not None:  # whatever would stop it is found before the work
         chat_encoder(encoder, known, DECODED)
@@ -123,11 +122,8 @@ def edit(
     sites = find_sites(loaded.model, choice.settings.layers, choice.settings.sites)
     bench = lay_out(loaded, sites, choice.settings.end_of_answer, trunk=trunk)
     ready = choice.editor(bench, calibrate, text, calibration, progress)
-    start = time.perf_counter()
-    patch = make_edit(bench, ready, known, choice.name, progress)
-    said = {"alternative": alternative, "created": now(), **choice.provenance(known)}
-    patch = Patch(patch.factors, {**patch.provenance, **said})
-    done = _finished(bench, patch, known, out, start, progress)
+    said = {**choice.provenance(known), "alternative": alternative, "created": now()}
+    done = _edited(bench, ready, known, said, out, progress)
     if report is None:
         return done
     evaluate(
@@ -151,9 +147,24 @@ def now() -> str:
 
 
 def make_edit(
-    bench: Workbench, editor: Editor, facts: FactSet, editor_name: str, progress: Progress = silent
+    bench: Workbench,
+    editor: Editor,
+    facts: FactSet,
+    said: Mapping[str, Any],
+    progress: Progress = silent,
 ) -> Patch:
-    """Algorithm 1: capture, transform, aggregate."""
+    """Algorithm 1: capture, transform, aggregate.
+
+    Args:
+        bench: the model.
+        editor: with everything it needs.
+        facts: to be edited.
+        said: entries of the patch's header that the editing does not know.
+        progress: called with stage and share done.
+
+    Raises:
+        EditorError: a shift holds NaN or infinity.
+    """
     questions = bench.encoder.encode_all(fact.question for fact in facts)
     done = 0
 
@@ -163,11 +174,12 @@ def make_edit(
         progress("keys and value gradients", done / len(questions))
 
     settings = editor.settings
+    stage = "least squares" if settings.method == "malmen" else "sum of shifts"
     captured = capture(bench.trunk, questions, settings.tokens, settings.descent, count)
-    progress("least squares" if settings.method == "malmen" else "sum of shifts", 0.0)
+    progress(stage, 0.0)
     aggregations = editor.aggregate(captured)
     shifts = {name: one.shift() for name, one in zip(editor.names, aggregations, strict=True)}
-    progress("least squares" if settings.method == "malmen" else "sum of shifts", 1.0)
+    progress(stage, 1.0)
     broken = next((n for n, shift_VK in shifts.items() if not shift_VK.isfinite().all()), None)
     if broken is not None:
         raise EditorError(
@@ -175,14 +187,26 @@ def make_edit(
             f"that the weights of {bench.loaded.name} are whole."
         )
     tokens = len(captured[0].keys_NK)
-    provenance: dict[str, Any] = {
+    provenance = {**_provenance(bench, editor, facts), **said, "tokens": tokens}
+    if settings.method == "malmen":
+        residuals = [
+            mean_residual(shifts[name], pair.keys_NK, one.diffs_NV)  # type: ignore[attr-defined]
+            for name, pair, one in zip(editor.names, captured, aggregations, strict=True)
+        ]
+        provenance["mean_residual"] = sum(residuals) / len(residuals)
+    return make_patch(shifts, tokens, provenance)
+
+
+def _provenance(bench: Workbench, editor: Editor, facts: FactSet) -> dict[str, Any]:
+    """What a patch's header says of model, editor and facts."""
+    settings = editor.settings
+    return {
         "malmend": version("malmend"),
         "torch": version("torch"),
         "transformers": version("transformers"),
         "model": bench.loaded.name,
         "base": bench.loaded.fingerprint,
         "method": settings.method,
-        "editor": editor_name,
         "settings": asdict(settings),
         "eta": editor.log_eta_S.exp().tolist(),
         "prior": {
@@ -195,26 +219,20 @@ def make_edit(
         "skipped": len(facts.skipped),
         "facts_source": facts.source,
         "facts_sha256": _digest(facts),
-        "tokens": tokens,
     }
-    if settings.method == "malmen":
-        residuals = [
-            mean_residual(shifts[name], pair.keys_NK, one.diffs_NV)  # type: ignore[attr-defined]
-            for name, pair, one in zip(editor.names, captured, aggregations, strict=True)
-        ]
-        provenance["mean_residual"] = sum(residuals) / len(residuals)
-    return make_patch(shifts, tokens, provenance)
 
 
-def _finished(
+def _edited(
     bench: Workbench,
-    patch: Patch,
+    editor: Editor,
     facts: FactSet,
+    said: Mapping[str, Any],
     out: str | Path | None,
-    start: float,
     progress: Progress,
 ) -> EditResult:
-    """Writes the patch, reads it back, and measures the edit prompts on what was read."""
+    """Makes the patch, writes it, reads it back, and measures the edit prompts on what was read."""
+    start = time.perf_counter()
+    patch = make_edit(bench, editor, facts, said, progress)
     if out is not None:
         save_patch(patch, out)
         patch = load_patch(out)

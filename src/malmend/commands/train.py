@@ -110,15 +110,9 @@ def train(
     bench = lay_out(loaded, sites, editor.end_of_answer, trunk=trunk)
     own = known if any(fact.paraphrases for fact in known) else None
     found = calibrated(bench, editor, calibrate or own, text, calibration, progress, others)
-    trainer = Trainer(
-        found.editor(editor, bench.trunk, settings.seed),
-        bench.trunk,
-        bench.encoder,
-        known,
-        others,
-        settings,
-        _pairs_store(bench, editor, trunk),
-    )
+    start = found.editor(editor, bench.trunk, settings.seed)
+    store = _pairs_store(bench, editor, trunk)
+    trainer = Trainer(start, bench.trunk, bench.encoder, known, others, settings, store)
     about = _about(bench, known, others, settings)
     data = calibration_data(bench, calibrate or own, text, calibration)
     about["moments"] = moments_digest(editor, calibration, *data)
@@ -128,11 +122,14 @@ def train(
         records.append(record)
         stepped(record)
         if record.step % settings.save_every == 0 or record.step == settings.steps:
-            curve = [asdict(one) for one in records]
-            # The editor first: if only it is written, resuming takes the steps again.
-            save_editor(trainer.editor, {**about, "step": record.step, "curve": curve}, folder)
-            trainer.save(folder, {**about, "curve": curve})
+            _save(trainer, {**about, "curve": [asdict(one) for one in records]}, folder)
     return TrainResult(load_editor(folder), folder, tuple(records), tuple(leaks(known, others)))
+
+
+def _save(trainer: Trainer, about: dict[str, Any], folder: Path) -> None:
+    """Both of a folder's files; the editor first: without the other, its steps are taken again."""
+    save_editor(trainer.editor, {**about, "step": trainer.step}, folder)
+    trainer.save(folder, about)
 
 
 def _check(folder: Path, facts: int, settings: TrainSettings) -> None:
