@@ -134,7 +134,7 @@ def test_moments_are_kept_and_a_damaged_copy_is_made_again(tiny, carried, tmp_pa
 def test_an_editor_that_was_trained_with_other_moments_is_refused(tiny, carried, monkeypatch):
     """Else changed facts of the package would be paired with weights that never saw them."""
     editor, bench, folder = carried
-    data = calibration_data(bench, None, None, CalibrationSettings().moment_facts)
+    data = calibration_data(bench, None, None, CalibrationSettings())
     digest = moments_digest(SETTINGS, CalibrationSettings(), *data)
     about = json.loads((folder / "editor.json").read_text())
     wanted = malmend.edit(tiny.loaded, FEW).patch
