@@ -65,6 +65,7 @@ OPTIONS = {
         "--network.placement",
         "--network.start",
         "--facts-per-step",
+        "--halvings",
         "--steps",
         "--locality-weight",
         "--near",
