@@ -162,7 +162,8 @@ def main() -> None:
         )
     elif args.stage == "ship":
         saved = load_editor(OUT / "editor")
-        about = {name: value for name, value in saved.about.items() if name != "curve"}
+        curve = [(row["step"], row["loss"], row["seconds"]) for row in saved.about["curve"]]
+        about = {**saved.about, "curve": curve}  # (step, loss, seconds)
         save_editor(saved.editor, about, folder, slim=True)
     else:
         figures = measured(data)

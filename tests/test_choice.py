@@ -4,33 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import command_support
 import malmend
 from command_support import make_facts
 from malmend import workbench
 from malmend.commands.choice import choose
-from malmend.editors.calibration import CalibrationSettings
 from malmend.editors.checkpoint import load_editor, save_editor, seen_in_training
 from malmend.editors.network import NetworkSettings
 from malmend.editors.settings import EditorSettings, training_free
 from malmend.errors import EditorError, MalmendError
-from malmend.facts.fact import Question, subject_hash
+from malmend.facts.fact import subject_hash
 from malmend.facts.readers import read_facts
 from malmend.models.sites import find_sites
-from malmend.workbench import (
-    calibrated,
-    calibration_data,
-    completed,
-    lay_out,
-    moments_digest,
-    shipped,
-)
+from malmend.workbench import calibrated, lay_out, shipped
 
 tiny = command_support.tiny
 cache = command_support.cache
@@ -72,8 +62,8 @@ def test_auto_is_the_editor_that_the_package_carries(tiny, carried):
     full = malmend.edit(tiny.loaded, FEW, editor=carried[0])
     for name in full.patch.factors:
         wanted, found = full.patch.shift(name), done.patch.shift(name)
-        # float16 rounds the network by 2^-11 of each weight; what it adds is part of the shift.
-        assert 0 < (found - wanted).norm() < 5e-3 * wanted.norm()
+        # The text's moment, of rank 64 in the package, is wider than that here.
+        assert 0 < (found - wanted).norm() < 0.15 * wanted.norm()
 
 
 def test_a_model_that_none_is_carried_for_is_edited_without(tiny):
@@ -94,91 +84,6 @@ def test_an_editor_for_another_base_is_refused(tiny, carried):
     about.write_text(json.dumps({**json.loads(about.read_text()), "base": "f" * 64}))
     with pytest.raises(EditorError, match="was trained for a base with fingerprint ffffffffffff"):
         choose(carried[2]).on(tiny.loaded)
-
-
-def test_a_slim_editor_is_half_as_large_and_lacks_what_is_made_again(tiny, carried, tmp_path):
-    editor, bench, folder = carried
-    save_editor(editor, {}, tmp_path / "full")
-    small, large = (
-        {p.name: p for p in f.glob("*.safetensors")} for f in (folder, tmp_path / "full")
-    )
-    sizes = [sum(p.stat().st_size for p in files.values()) for files in (small, large)]
-    assert sizes[0] < 0.6 * sizes[1]
-    slim = load_editor(folder).editor
-    assert slim.lacks_moments
-    with pytest.raises(EditorError, match="lacks the moments of its prior"):
-        slim.prior(0, 1)
-    for (name, found), (_, wanted) in zip(
-        slim.named_parameters(), editor.named_parameters(), strict=True
-    ):
-        torch.testing.assert_close(found, wanted, rtol=2**-10, atol=1e-7, msg=name)
-    again = completed(slim, bench)
-    assert not again.lacks_moments
-    for term in again.terms:
-        torch.testing.assert_close(
-            getattr(again, f"prior_{term}_0"), getattr(editor, f"prior_{term}_0")
-        )
-
-
-def test_moments_are_kept_and_a_damaged_copy_is_made_again(tiny, carried, tmp_path, monkeypatch):
-    monkeypatch.setenv("MALMEND_CACHE", str(tmp_path / "cache"))
-    slim = completed(load_editor(carried[2]).editor, carried[1])
-    (path,) = (tmp_path / "cache" / "moments").glob("*.safetensors")
-    assert {one.dtype for one in load_file(path).values()} == {torch.float32}, "as editors take it"
-    path.write_bytes(b"broken")
-    again = completed(load_editor(carried[2]).editor, carried[1])
-    assert torch.equal(again.prior_text_0, slim.prior_text_0)
-    assert path.stat().st_size > 100
-
-
-def test_an_editor_that_was_trained_with_other_moments_is_refused(tiny, carried, monkeypatch):
-    """Else changed facts of the package would be paired with weights that never saw them."""
-    editor, bench, folder = carried
-    data = calibration_data(bench, None, None, CalibrationSettings())
-    digest = moments_digest(SETTINGS, CalibrationSettings(), *data)
-    about = json.loads((folder / "editor.json").read_text())
-    wanted = malmend.edit(tiny.loaded, FEW).patch
-    (folder / "editor.json").write_text(json.dumps({**about, "moments": digest}))
-    found = malmend.edit(tiny.loaded, FEW).patch
-    assert all(torch.equal(found.shift(name), wanted.shift(name)) for name in wanted.factors)
-    monkeypatch.setattr(workbench, "read_text", lambda path: data[1] + "\nOne more line of text.")
-    with pytest.raises(EditorError, match=f"trained with other calibration .*{digest}"):
-        malmend.edit(tiny.loaded, FEW)
-    save_editor(editor, {**about, "moments": digest}, folder)  # with its moments nothing is made
-    malmend.edit(tiny.loaded, FEW)
-
-
-@pytest.mark.parametrize("what", ["terms", "end", "facts", "others", "text", "tokens", "general"])
-def test_moments_are_told_apart_by_all_they_are_taken_over(what):
-    settings, sizes = SETTINGS, CalibrationSettings()
-    facts, text, general = FEW, "some text", [Question("Who?", "Nobody")]
-    first = moments_digest(settings, sizes, facts, text, general)
-    if what == "terms":
-        settings = replace(settings, prior="text")
-    elif what == "end":
-        settings = replace(settings, end_of_answer="none")
-    elif what == "facts":
-        facts = FEW[:2]
-    elif what == "others":
-        facts = [replace(FEW[0], neighbours=(Question("Where?", "Here"),)), *FEW[1:]]
-    elif what == "text":
-        text = "other text"
-    elif what == "tokens":
-        sizes = replace(sizes, text_tokens=7)
-    else:
-        general = []
-    assert moments_digest(settings, sizes, facts, text, general) != first
-
-
-def test_what_moments_do_not_depend_on_keeps_their_digest():
-    other = replace(SETTINGS, layers=3, eta=None, network=NetworkSettings(rank=9))
-    sizes = CalibrationSettings(etas=(1.0,), search_facts=3, ridge=0.5)
-    given = (FEW, "text", [])
-    assert moments_digest(SETTINGS, CalibrationSettings(), *given) == moments_digest(
-        other, sizes, *given
-    )
-    plain = replace(SETTINGS, prior="identity")
-    assert moments_digest(plain, CalibrationSettings(), *given) is None
 
 
 def test_subjects_are_known_whatever_their_case_and_blanks():
@@ -248,14 +153,12 @@ def test_a_patch_does_not_say_what_its_editor_does_not(tiny, carried):
     assert malmend.eval(tiny.loaded, FEW, patch).about["trained_on"] is None
 
 
-def test_the_carried_editors_of_the_package_can_be_read():
-    folders = sorted(shipped("editors").glob("*/editor.json"))
-    for about in folders:
-        saved = load_editor(about.parent)
-        assert saved.editor.lacks_moments
-        assert sum(p.stat().st_size for p in about.parent.iterdir()) < 20e6
-        known = read_facts(shipped("facts.jsonl"))
-        test, train = ([f for f in known if tag in f.tags] for tag in ("test", "train"))
-        # Facts of other files are about some test subjects too, a few in the same relation: a leak.
-        assert saved.seen(test) < 0.05 * len(test)
-        assert saved.seen(train) > 0.3 * len(train)
+def test_the_editors_of_the_package_can_be_read_and_saw_no_test_fact():
+    folders = [about.parent for about in sorted(shipped("editors").glob("*/editor.json"))]
+    assert [folder.name for folder in folders] == ["smollm2-135m"]
+    saved = load_editor(folders[0])
+    assert sum(p.stat().st_size for p in folders[0].iterdir()) < 20e6
+    known = read_facts(shipped("facts.jsonl"))
+    test, train = ([f for f in known if tag in f.tags] for tag in ("test", "train"))
+    assert saved.seen(test) == 0
+    assert saved.seen(train) > 0.3 * len(train)

@@ -23,7 +23,7 @@ from malmend.errors import EditorError, MalmendError
 from malmend.facts.fact import subject_hash
 from malmend.models.load import prepared
 from malmend.models.sites import find_sites
-from malmend.workbench import calibrated, completed, lay_out, shipped_editor
+from malmend.workbench import calibrated, lay_out, shipped_editor
 
 tiny = command_support.tiny
 cache = command_support.cache
@@ -172,7 +172,6 @@ def test_the_carried_editor_brings_its_own_layers_and_end(tiny, carried):
 
 
 def test_its_folder_and_the_editor_in_hand_give_the_same_edit(tiny, carried):
-    """Also in hand it gets its moments, wherever it was loaded."""
     auto = malmend.edit(tiny.loaded, FEW).patch
     folder = malmend.edit(tiny.loaded, FEW, editor=carried).patch
     in_hand = malmend.edit(tiny.loaded, FEW, editor=load_editor(carried).editor).patch
@@ -194,39 +193,6 @@ def test_an_editor_for_other_layers_is_refused(tiny, carried):
     for given in ("auto", carried, slim):
         with pytest.raises(EditorError, match="made for the layers"):
             malmend.edit(tiny.loaded, FEW, editor=given)
-    assert slim.lacks_moments, "nothing of another layer was put in"
-
-
-def test_only_what_lacks_its_moments_is_completed_and_only_once(
-    tiny, editor, carried, tmp_path, monkeypatch
-):
-    bench, slim, made, real = bench_of(tiny), load_editor(carried).editor, [], workbench.key_moments
-    monkeypatch.setenv("MALMEND_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(
-        workbench, "key_moments", lambda *rest, **more: made.append(1) or real(*rest, **more)
-    )
-    assert completed(editor, bench) is editor
-    assert not made
-    assert completed(slim, bench) is slim
-    assert completed(slim, bench) is slim
-    again = completed(load_editor(carried).editor, bench)
-    assert made == [1], "they are kept"
-    known = calibrated(bench, SETTINGS).statistics[editor.names[0]].priors_KK
-    assert tuple(known) == slim.terms == ("text", "asked", "wording")
-    for term, moment_KK in known.items():
-        for one in (slim, again):
-            # The same sums; batches may be others, and editors keep float32.
-            found = getattr(one, f"prior_{term}_0")
-            torch.testing.assert_close(found, moment_KK.float(), rtol=1e-5, atol=1e-6)
-
-
-def test_moments_that_cannot_be_kept_are_made_all_the_same(tiny, carried, tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("no folder")
-    wanted = malmend.edit(tiny.loaded, FEW).patch
-    monkeypatch.setenv("MALMEND_CACHE", str(tmp_path / "file"))
-    found = malmend.edit(tiny.loaded, FEW).patch
-    for name in wanted.factors:
-        torch.testing.assert_close(found.shift(name), wanted.shift(name), rtol=1e-3, atol=1e-5)
 
 
 def edited(tiny, path: Path, *options: object) -> dict:

@@ -489,23 +489,6 @@ def test_a_finished_run_may_be_lengthened_and_starting_it_again_changes_nothing(
     assert same_editor(longer, trained(tiny, tmp_path / "whole"))
 
 
-def test_an_editor_says_which_moments_it_was_trained_with(tiny, tmp_path):
-    """They stay those it began with: going on takes them from the checkpoint."""
-
-    def moments() -> object:
-        return json.loads((tmp_path / "one" / "editor.json").read_text())["moments"]
-
-    trained(tiny, tmp_path / "one", settings=replace(TRAINING, steps=1))
-    first = moments()
-    assert len(first) == 24
-    other = tmp_path / "text.txt"
-    other.write_text(Path(tiny.text).read_text() + "\nOne more line of text.\n")
-    trained(tiny, tmp_path / "one", settings=replace(TRAINING, steps=2), text=str(other))
-    assert moments() == first
-    trained(tiny, tmp_path / "two", settings=replace(TRAINING, steps=1), text=str(other))
-    assert json.loads((tmp_path / "two" / "editor.json").read_text())["moments"] != first
-
-
 def test_training_goes_on_only_with_the_same_facts_and_settings(tiny, tmp_path):
     trained(tiny, tmp_path)
     with pytest.raises(MalmendError, match="other facts"):

@@ -153,7 +153,7 @@ def test_general_questions_are_the_first_that_can_be_said(tiny, tmp_path, monkey
     monkeypatch.setenv("MALMEND_CACHE", str(tmp_path / "cache"))
     bench = lay_out(tiny.loaded, find_sites(tiny.loaded.model, 1, None))
     free = replace(training_free(), layers=1, eta=1.0)
-    sizes = replace(CALIBRATION, moment_facts=count)
+    sizes = replace(CALIBRATION, moment_facts=count, prior_facts=count)
     calibrated(bench, free, tiny.calibrate, tiny.text, sizes)
     wanted = [Question(f"Who is number {index}?", f"Number {index}") for index in range(5)]
     assert given_to == [wanted[:count]]

@@ -6,14 +6,11 @@ fingerprint of its weights.
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-
-from torch import Tensor
 
 from malmend.editors.calibration import (
     Calibration,
@@ -24,10 +21,8 @@ from malmend.editors.calibration import (
     save_calibration,
 )
 from malmend.editors.checkpoint import seen_in_training
-from malmend.editors.editor import Editor
-from malmend.editors.keymoments import key_moments, load_moments, others_of, save_moments
 from malmend.editors.settings import EditorSettings
-from malmend.errors import EditorError, FactsError, MalmendError
+from malmend.errors import FactsError, MalmendError
 from malmend.facts.alternatives import towards_alternatives
 from malmend.facts.fact import Fact, FactSet, Question, spread
 from malmend.facts.readers import given_facts, read_facts, read_questions, read_text
@@ -45,7 +40,7 @@ from malmend.models.trunk import Trunk, TrunkSettings
 from malmend.patch import Patch, check_bare
 
 LONGEST = 512  # tokens of a question, answer and end token included
-MOST_KEPT = 2_000_000_000  # bytes of calibrations in the cache folder, and as many of moments
+MOST_KEPT = 2_000_000_000  # bytes of calibrations in the cache folder
 
 Progress = Callable[[str, float], None]
 SHIPPED = "shipped:"  # in front of the name of an editor that the package carries
@@ -161,7 +156,7 @@ def calibrated(
         progress: called with stage and share done.
         questions: more questions whose answers must not move, beside the project's own.
     """
-    known, words, general = calibration_data(bench, facts, text, settings)
+    known, words, general = _calibration_data(bench, facts, text, settings)
     general = [*general, *questions]
     # The network's size changes nothing that is calibrated.
     plain = replace(editor_settings, network=replace(editor_settings.network, blocks=0))
@@ -178,58 +173,7 @@ def calibrated(
     )
 
 
-def completed(
-    editor: Editor, bench: Workbench, progress: Progress = silent, made_with: str | None = None
-) -> Editor:
-    """A shipped editor with the moments of its prior, which are not shipped but made again.
-
-    They come from the project's own calibration facts and text, and are kept in the cache folder.
-
-    Args:
-        editor: as it was loaded; moments that it lacks are put into it.
-        bench: the model.
-        progress: called with stage and share done.
-        made_with: :func:`moments_digest` of the moments that it was trained with, where known.
-
-    Raises:
-        EditorError: it was trained with other moments than are made here.
-    """
-    if not editor.lacks_moments:
-        return editor
-    settings = CalibrationSettings()
-    known, words, general = calibration_data(bench, None, None, settings)
-    found = moments_digest(editor.settings, settings, known, words, general)
-    if made_with not in (None, found):
-        raise EditorError(
-            "The editor was trained with other calibration facts, questions or text (moments "
-            f"{made_with}) than this version of malmend has ({found}); use the version that the "
-            "editor came with, or the editor in the folder that it was trained in."
-        )
-    key = calibration_key(
-        bench.loaded.digest, bench.trunk, editor.settings, settings, known, words, general
-    )
-    path = cache_folder() / "moments" / f"{key}.safetensors"
-    moments = kept(
-        path,
-        load_moments,
-        lambda: key_moments(
-            bench.trunk,
-            bench.encoder,
-            editor.terms,
-            known,
-            words,
-            settings.text_tokens,
-            general,
-            progress,
-        ),
-        _save_float32,
-        MOST_KEPT,
-    )
-    editor.take_moments(moments)
-    return editor
-
-
-def calibration_data(
+def _calibration_data(
     bench: Workbench,
     facts: str | Path | Sequence[Fact] | None,
     text: str | Path | None,
@@ -262,38 +206,6 @@ def calibration_data(
     general = [q for q in asked if not encoder.faults([Fact("", q.prompt, q.answer or "")])]
     words = read_text(shipped("text.txt") if text is None else text)
     return known, words, general[:count]
-
-
-def moments_digest(
-    editor_settings: EditorSettings,
-    settings: CalibrationSettings,
-    facts: Sequence[Fact],
-    text: str,
-    general: Sequence[Question],
-) -> str | None:
-    """What the moments of a prior are taken over; None where the prior has none.
-
-    The model is left out: it is known by its fingerprint, which is the same in every dtype.
-    """
-    if not editor_settings.terms:
-        return None
-    what = {
-        "terms": editor_settings.terms,
-        "end": editor_settings.end_of_answer,
-        "facts": [
-            (f.prompt, f.answer, f.paraphrases, [(q.prompt, q.answer) for q in others_of(f)])
-            for f in facts
-        ],
-        "general": [(q.prompt, q.answer) for q in general],
-        "text": text,
-        "text_tokens": settings.text_tokens,
-    }
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:24]
-
-
-def _save_float32(moments: Mapping[str, Sequence[Tensor]], path: Path) -> None:
-    """As an editor takes them in (:meth:`Editor.take_moments`), in half the room."""
-    save_moments({term: [one.float() for one in found] for term, found in moments.items()}, path)
 
 
 def shipped_editor(base: str) -> Path | None:

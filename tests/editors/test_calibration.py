@@ -140,7 +140,9 @@ def test_general_questions_are_the_far_ones_of_the_search():
     """In their order and round again; every eighth stays the fact's own, and near."""
     trunk = tiny_trunk(tiny_model())
     general = tuple(Question(f"w{index} w1", f"w{index + 9} w2") for index in range(3))
-    sizes = replace(SMALL, moment_facts=10, prior_facts=10, search_facts=9, etas=(1.0,), alphas=(10.0,))
+    sizes = replace(
+        SMALL, moment_facts=10, prior_facts=10, search_facts=9, etas=(1.0,), alphas=(10.0,)
+    )
     found = calibrate(trunk, encoder(), EDITOR, FACTS, TEXT, sizes, general=general)
     (row,) = found.tried
     editor = found.editor(EDITOR, trunk)

@@ -14,7 +14,7 @@ from malmend.editors.settings import EditorSettings, training_free
 from malmend.errors import EditorError, MalmendError
 from malmend.facts.fact import Fact
 from malmend.models.load import LoadedModel
-from malmend.workbench import SHIPPED, Progress, Workbench, calibrated, completed, shipped_editor
+from malmend.workbench import SHIPPED, Progress, Workbench, calibrated, shipped_editor
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,15 +80,14 @@ class Choice:
         """The editor, ready for the model on the bench; without a network it is calibrated first.
 
         Raises:
-            EditorError: the editor is for other layers, or was trained with other moments.
+            EditorError: the editor is for other layers.
         """
         ready = self.in_hand if self.saved is None else self.saved.editor
         if ready is None:
             found = calibrated(bench, self.settings, calibrate, text, calibration, progress)
             return found.editor(self.settings, bench.trunk)
         ready.check_fits(bench.trunk.sites)
-        made_with = None if self.saved is None else self.saved.about.get("moments")
-        return completed(ready, bench, progress, made_with)
+        return ready
 
 
 def choose(

@@ -26,11 +26,9 @@ from malmend.workbench import (
     Progress,
     Workbench,
     calibrated,
-    calibration_data,
     checked_facts,
     encoder_for,
     lay_out,
-    moments_digest,
     opened,
     silent,
     trunk_folder,
@@ -114,8 +112,6 @@ def train(
     store = _pairs_store(bench, editor, trunk)
     trainer = Trainer(start, bench.trunk, bench.encoder, known, others, settings, store)
     about = _about(bench, known, others, settings)
-    data = calibration_data(bench, calibrate or own, text, calibration)
-    about["moments"] = moments_digest(editor, calibration, *data)
     records = _resumed(trainer, folder, about)
     starting(trainer, _seconds_left(trainer, records))
     for record in trainer.run():
@@ -150,10 +146,7 @@ def _check(folder: Path, facts: int, settings: TrainSettings) -> None:
 
 
 def _resumed(trainer: Trainer, folder: Path, about: dict[str, Any]) -> list[StepRecord]:
-    """Goes on from the folder's checkpoint, if it has one of the same model and facts.
-
-    Its moments come with it, whatever is calibrated with now, and so does their digest.
-    """
+    """Goes on from the folder's checkpoint, if it has one of the same model and facts."""
     if not (folder / "training.safetensors").is_file():
         return []
     said: dict[str, Any] = dict(trainer.resume(folder))
@@ -175,7 +168,6 @@ def _resumed(trainer: Trainer, folder: Path, about: dict[str, Any]) -> list[Step
             f"The editor in {folder} has taken {trainer.step} steps, --steps "
             f"{trainer.settings.steps} asks for fewer; give as many or more, or another --out."
         )
-    about["moments"] = said.get("moments")
     # JSON knows no tuple.
     return [StepRecord(**{**row, "weights": tuple(row["weights"])}) for row in said["curve"]]
 

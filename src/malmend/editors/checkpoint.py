@@ -28,9 +28,12 @@ from malmend.errors import EditorError, nearest
 from malmend.facts.fact import Fact, subject_hash
 from malmend.files import reason, written_beside
 from malmend.models.capture import Descent
+from malmend.numerics.lowrank import compressed, restored
 from malmend.numerics.moments import RunningMoments
 
-FORMAT = 2
+FORMAT = 3
+# Of a shipped editor's moments; text weighs least in what was learned.
+RANKS = {"text": 64, "asked": 224, "wording": 192}
 # What values of another kind than expected raise.
 _MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RuntimeError)
 
@@ -97,8 +100,8 @@ def _seen(about: Mapping[str, Any], facts: Sequence[Fact]) -> int | None:
 def save_editor(editor: Editor, about: Mapping[str, Any], folder: Path, slim: bool = False) -> None:
     """Writes the two files of an editor's folder, each beside and renamed.
 
-    ``slim`` is for an editor that is shipped: its networks in float16, and without the moments of
-    its prior, which are then made again from the project's own facts and text.
+    ``slim`` is for an editor that is shipped: its networks in float16, and the moments of its prior
+    as in equation (16), of the ranks in :data:`RANKS`.
 
     The weights' file has a new name each time, which the JSON gives, so that files of two writings
     never mix.
@@ -107,11 +110,7 @@ def save_editor(editor: Editor, about: Mapping[str, Any], folder: Path, slim: bo
     tag = uuid.uuid4().hex
     tensors = {name: tensor.contiguous() for name, tensor in editor.state_dict().items()}
     if slim:
-        tensors = {
-            name: tensor.half() if name.startswith("networks.") else tensor
-            for name, tensor in tensors.items()
-            if not name.startswith("prior_")
-        }
+        tensors = _slim(tensors)
     with written_beside(folder / f"editor-{tag[:8]}.safetensors") as beside:
         save_file(tensors, beside)
     what = {
@@ -126,6 +125,27 @@ def save_editor(editor: Editor, about: Mapping[str, Any], folder: Path, slim: bo
     for old in folder.glob("editor-*.safetensors"):
         if old.name != what["weights"]:
             old.unlink(missing_ok=True)
+
+
+def _slim(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    out = {}
+    for name, tensor in tensors.items():
+        kind, *rest = name.split("_")
+        if kind == "prior":
+            term, site = rest
+            out[f"low_{term}_{site}"], out[f"rest_{term}_{site}"] = compressed(tensor, RANKS[term])
+        else:
+            out[name] = tensor.half() if name.startswith("networks.") else tensor
+    return out
+
+
+def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What :func:`_slim` took apart, put together."""
+    out = dict(tensors)
+    for name in [name for name in out if name.startswith("low_")]:
+        which = name.removeprefix("low_")
+        out[f"prior_{which}"] = restored(out.pop(name), out.pop(f"rest_{which}"))
+    return out
 
 
 def load_editor(folder: str | Path) -> SavedEditor:
@@ -148,7 +168,7 @@ def load_editor(folder: str | Path) -> SavedEditor:
                 "use the malmend version that wrote it."
             )
         weights = _weights(folder, about)
-        tensors = load_file(weights)
+        tensors = _whole(load_file(weights))
         settings = _settings(about["settings"])
         editor = _rebuilt(settings, about["sites"], tensors)
         return SavedEditor(editor, about, _identity(weights))
@@ -164,19 +184,16 @@ def _rebuilt(
     settings: EditorSettings, sites: Mapping[str, list[int]], tensors: Mapping[str, Tensor]
 ) -> Editor:
     shapes = {name: (shape[0], shape[1]) for name, shape in sites.items()}
-    # All moments of the prior or, in a shipped editor, none.
-    terms = settings.terms if any(name.startswith("prior_") for name in tensors) else ()
     statistics = {
         name: SiteStatistics(
             RunningMoments(key),
             RunningMoments(value),
-            {term: tensors[f"prior_{term}_{index}"] for term in terms},
+            {term: tensors[f"prior_{term}_{index}"] for term in settings.terms},
         )
         for index, (name, (value, key)) in enumerate(shapes.items())
     }
     editor = Editor(settings, shapes, statistics)
-    # Editors older than the powers have weights that do not follow N.
-    editor.load_state_dict({"powers_SP": editor.powers_SP, **tensors})  # float16 becomes float32
+    editor.load_state_dict(tensors)  # float16 becomes float32
     # A term of weight zero has minus infinity for a logarithm.
     finite = {**tensors, "log_weights_SP": tensors["log_weights_SP"].exp()}
     if not all(torch.isfinite(tensor).all() for tensor in finite.values()):

@@ -55,8 +55,7 @@ TOKENS = 2048  # N at which the weights of the prior are stated; about 500 facts
 class SiteStatistics:
     """What an editor must know of a site: fixed beforehand, never changed by an edit.
 
-    ``priors_KK`` holds C_t by the name of each term of the prior; it is empty in a shipped editor,
-    whose moments are made again (:meth:`Editor.take_moments`).
+    ``priors_KK`` holds C_t by the name of each term of the prior.
     """
 
     keys: RunningMoments
@@ -140,7 +139,7 @@ class Editor(nn.Module):
     def _keep_statistics(
         self, index: int, known: SiteStatistics, weights: Sequence[float], ridge: float
     ) -> None:
-        if known.priors_KK and self.terms:
+        if self.terms:
             text_KK = known.priors_KK[self.terms[0]]
             ridge *= weights[0] * text_KK.diagonal().mean().item()
         with torch.no_grad():
@@ -154,27 +153,10 @@ class Editor(nn.Module):
         for part, tensor in values.items():
             self.register_buffer(f"{part}_{index}", tensor.float())
         for term in self.terms:
-            moment_KK = known.priors_KK[term].float() if known.priors_KK else None
-            self.register_buffer(f"prior_{term}_{index}", moment_KK)
-
-    @property
-    def lacks_moments(self) -> bool:
-        """Whether the prior's moments were left out of its file."""
-        return bool(self.terms) and getattr(self, f"prior_{self.terms[0]}_0") is None
-
-    def take_moments(self, moments: Mapping[str, Sequence[Tensor]]) -> None:
-        """Puts in what a shipped editor leaves out: C_t of every term and site."""
-        for term in self.terms:
-            for index, moment_KK in enumerate(moments[term]):
-                setattr(self, f"prior_{term}_{index}", moment_KK.float())
+            self.register_buffer(f"prior_{term}_{index}", known.priors_KK[term].float())
 
     def prior(self, site: int, tokens: int) -> Prior:
         """P of one site as numbers, for an edit of so many tokens (N of equations 13 and 15)."""
-        if self.lacks_moments:
-            raise EditorError(
-                "The editor lacks the moments of its prior, which a shipped one leaves out; give "
-                "it to edit, which makes them again, or put them in with take_moments."
-            )
         size = math.log(tokens / TOKENS)
         weights = (self.log_weights_SP[site] + self.powers_SP[site] * size).exp().tolist()
         return Prior(

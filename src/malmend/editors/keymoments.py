@@ -15,17 +15,14 @@ Shape letters: N tokens, K key width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from malmend.errors import MalmendError
 from malmend.facts.fact import Fact, Question
 from malmend.facts.tokens import Encoded, Encoder
-from malmend.files import written_beside
 from malmend.models.capture import tracing
 from malmend.models.trunk import Batch, Trunk
 
@@ -141,20 +138,6 @@ def wording_moment(trunk: Trunk, encoder: Encoder, facts: Sequence[Fact]) -> lis
         ]
         totals.add([torch.cat(rows) for rows in zip(*moved, strict=True)])
     return totals.means()
-
-
-def save_moments(moments: Mapping[str, Sequence[Tensor]], path: Path) -> None:
-    """Writes moments to one safetensors file, term and site in each name."""
-    named = {f"{term}.{i}": m for term, found in moments.items() for i, m in enumerate(found)}
-    with written_beside(path) as beside:
-        save_file(named, beside)
-
-
-def load_moments(path: Path) -> dict[str, list[Tensor]]:
-    """Reads what :func:`save_moments` wrote."""
-    named = load_file(path)
-    terms = dict.fromkeys(name.split(".")[0] for name in named)
-    return {term: [named[f"{term}.{i}"] for i in range(len(named) // len(terms))] for term in terms}
 
 
 class _Totals:
