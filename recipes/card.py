@@ -21,6 +21,7 @@ COLUMNS = (
 def card(name: str, about: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> str:
     """Markdown, from an editor's own record and the figures of ``measure``."""
     training = about["training"]
+    minutes = sum(seconds for _, _, seconds in about["curve"]) / 60
     size = len(str(about["subjects"])) // 10
     lines = [
         f"# The editor for {name}",
@@ -30,15 +31,16 @@ def card(name: str, about: Mapping[str, Any], metrics: Sequence[Mapping[str, Any
         "",
         f"- **Base:** fingerprint `{about['base']}`; no other model takes it.",
         f"- **Training:** {about['facts']:,} facts about {size:,} subjects, "
-        f"{about['step']} steps of {training['facts_per_step']} facts, seed {training['seed']}; "
-        "`recipes/smollm2_135m.py` makes it again.",
+        f"{about['step']} steps of at most {training['facts_per_step']:,} facts (halved up to "
+        f"{training['halvings']} times), seed {training['seed']}, {minutes:.0f} minutes of steps;",
+        "  calibration comes on top. `recipes/smollm2_135m.py` makes it again, where the data lie",
+        "  beside the project. The number of steps was fixed beforehand.",
         "- **Data:** the train split of malmend's own facts (every second one towards its false",
         "  alternative), facts in the layout of MEND's zsRE files (ParaRel's T-REx facts, MIT),",
         "  malmend's general questions and Natural Questions (CC BY-SA 3.0) as unrelated ones.",
         "  Ten hexadecimal digits of the SHA-256 of each subject are in `editor.json`; `edit` says",
         "  in the patch how many of its facts are about subjects that the editor was trained on.",
-        "- **Left out:** the moments of the prior are made again from malmend's own facts,",
-        "  questions and text when the editor is first used. Networks are in float16.",
+        "- **Rounded:** networks are in float16, the moments of the prior in low rank.",
         "- **Settings:** `editor.json`, `settings` and `training`.",
         "",
         "## Figures",
@@ -53,7 +55,7 @@ def card(name: str, about: Mapping[str, Any], metrics: Sequence[Mapping[str, Any
         *(_row(row) for row in metrics),
         "",
         "Facts `own` are of the test split of malmend's own facts, `qa` of a dev split in the",
-        "layout of MEND's zsRE files. Training facts are not yet cleared of their subjects.",
+        "layout of MEND's zsRE files; no training fact is about a subject of either.",
         "",
         "## Limits",
         "",

@@ -48,8 +48,7 @@ def drawn(path: Path, count: int, tag: str | None = None):
 def figures(loaded, facts, decode_facts=0, text=None):
     patch = malmend.edit(loaded, facts).patch
     assert patch.provenance["editor"] == "shipped:smollm2-135m"
-    # Facts of another file are about some test subjects too, a few in the same relation: a leak.
-    assert patch.provenance["trained_on"] <= 0.05 * len(facts)
+    assert patch.provenance["trained_on"] == 0
     report = malmend.eval(loaded, facts, patch, decode_facts=decode_facts, text=text)
     for kind, after in report.edited.items():
         print(f"\nm={len(facts)} {kind} {report.unedited[kind]} -> {after}", end="")
