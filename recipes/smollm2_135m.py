@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from card import card
 
 from malmend import edit, evaluate, load_model, train
@@ -39,6 +40,10 @@ SIZES = (1, 64, 256, 1024, 4096)
 OWN_FACTS, QA_FACTS, QUESTIONS = 2560, 3072, 300
 SETTINGS = TrainSettings(facts_per_step=1024, halvings=2, steps=40)
 EDITOR = EditorSettings()
+# Added to every power of N when the editor is shipped.  On 256 zsRE facts of the train split that
+# were not trained on, 0 gives ES 1.000, GS 0.724, retention 0.848, and -0.6 gives 0.992, 0.720,
+# 0.878; on 1,024 of them -0.6 gives 0.945, 0.647, 0.808.  This is between.
+POWER = -0.25
 
 
 @dataclass(frozen=True)
@@ -162,6 +167,8 @@ def main() -> None:
         )
     elif args.stage == "ship":
         saved = load_editor(OUT / "editor")
+        with torch.no_grad():
+            saved.editor.powers_SP.add_(POWER)
         curve = [(row["step"], row["loss"], row["seconds"]) for row in saved.about["curve"]]
         about = {**saved.about, "curve": curve}  # (step, loss, seconds)
         save_editor(saved.editor, about, folder, slim=True)
