@@ -59,6 +59,7 @@ def card(name: str, about: Mapping[str, Any], metrics: Sequence[Mapping[str, Any
         "",
         "## Limits",
         "",
+        "- Asked through the chat template, almost no edited fact is answered right.",
         "- English facts with answers of a few tokens. What the model says in other languages, in",
         "  long texts or after several turns was not measured.",
         "- The reversed prompt does not follow from an edit (column *reversed*).",
