@@ -37,6 +37,7 @@ OUT = Path(__file__).resolve().parent / "out"
 BESIDE = OUT.parents[2] / "shared" / "data"
 NAME = "smollm2-135m"
 SIZES = (1, 64, 256, 1024, 4096)
+DECODED, PERPLEXITY_AT, TEXT_CHARACTERS = 128, 1024, 160_000
 OWN_FACTS, QA_FACTS, QUESTIONS = 2560, 3072, 300
 SETTINGS = TrainSettings(facts_per_step=1024, halvings=2, steps=40)
 EDITOR = EditorSettings()
@@ -113,6 +114,15 @@ def said(record: StepRecord) -> None:
     )
 
 
+def head_of(file: Path | None) -> Path | str:
+    """The first lines of a text as a file: all of WikiText's takes a quarter of an hour."""
+    if file is None:
+        return "none"
+    head = OUT / "text.txt"
+    head.write_text(file.read_text("utf-8")[:TEXT_CHARACTERS].rsplit("\n", 1)[0], "utf-8")
+    return head
+
+
 def measured(data: Data) -> list[dict[str, Any]]:
     """One row per size and set of facts, unedited beside edited."""
     loaded = load_model(NAME)
@@ -124,14 +134,15 @@ def measured(data: Data) -> list[dict[str, Any]]:
     ]
     dev = data.file("qa/dev.json")
     sets += [("own" if dev is None else "qa", test_facts(dev, size)) for size in SIZES]
+    text = head_of(data.file("wikitext/valid.txt"))
     for name, facts in sets:
         done = edit(loaded, facts)
         report = evaluate(
             loaded,
             facts,
             done.patch,
-            decode_facts=min(256, len(facts)),
-            text=data.file("wikitext/valid.txt"),
+            decode_facts=min(DECODED, len(facts)),
+            text=text if len(facts) == PERPLEXITY_AT else "none",
         )
         row = {
             "facts": name,
