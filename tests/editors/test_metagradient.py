@@ -301,9 +301,9 @@ def _shift(editor: Editor, index: int, pair: Captured) -> Tensor:
     for place, term in enumerate(TERMS[settings.prior]):
         # Equation (13): the wording's spread counts once for each token of the edit.
         times = len(u) if term == "wording" else 1
-        # Equation (15): the weight follows a learned power of the edit's size.
+        # Equation (15): the weight follows a learned power of the edit's size, from 512 tokens on.
         weight = editor.log_weights_SP[index, place].exp()
-        weight = weight * (len(u) / 2048) ** editor.powers_SP[index, place]
+        weight = weight * (512 / 2048) ** editor.powers_SP[index, place]
         prior = prior + times * weight * buffers[f"prior_{term}_{index}"]
     # Equation (14): one diagonal of weights, the end tokens' alike and learned.
     weights = torch.ones(len(u), dtype=torch.float64)
@@ -311,6 +311,22 @@ def _shift(editor: Editor, index: int, pair: Captured) -> Tensor:
         weights = torch.where(pair.ends_N, editor.log_end_weight_S[index].exp(), weights)
     weighted = weights.diag() @ u
     return torch.linalg.solve(u.T @ weighted + prior, weighted.T @ diffs).T
+
+
+@pytest.mark.parametrize("tokens", [1, 512, 700, 2048, 4096, 9000])
+def test_weights_follow_the_size_of_an_edit_within_bounds(tokens):
+    settings = EditorSettings(layers=2, network=NetworkSettings(rank=3))
+    trunk = tiny_trunk(tiny_model())
+    editor = random_editor(settings, trunk, captured_of(trunk, random_facts(4), settings))
+    with torch.no_grad():
+        editor.powers_SP[1] = torch.tensor([0.5, -0.7, -1.2])
+    n = sorted((512, tokens, 4096))[1]
+    wanted = [
+        w * (n / 2048) ** b
+        for w, b in zip(editor.log_weights_SP[1].exp().tolist(), (0.5, -0.7, -1.2), strict=True)
+    ]
+    wanted[2] *= tokens
+    assert editor.prior(1, tokens).weights == pytest.approx(wanted, rel=1e-5)
 
 
 def _network(editor: Editor, prefix: str, site: int, x: Tensor) -> Tensor:

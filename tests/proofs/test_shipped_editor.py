@@ -86,3 +86,12 @@ def test_facts_of_our_own(loaded, counterfactual):
 def test_long_answers(loaded):
     facts = [replace(fact, unrelated=()) for fact in drawn(DATA / "nq" / "dev.jsonl", 512)]
     assert figures(loaded, facts, 512).edited["ES"].generated >= 0.85
+
+
+@pytest.mark.parametrize(("count", "draws"), [(1, 12), (16, 4)])
+def test_few_facts_hold_too(loaded, count, draws):
+    """A prior that follows the size of an edit without bound once held single facts down."""
+    facts = drawn(shipped("facts.jsonl"), count * draws, "test")
+    for start in range(0, len(facts), count):
+        done = malmend.edit(loaded, facts[start : start + count])
+        assert done.edited == 1.0, [fact.prompt for fact in facts[start : start + count]]

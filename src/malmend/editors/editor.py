@@ -21,7 +21,9 @@ e e^T over e = (key of a paraphrase) - (key of the edit prompt), times N:
 to the second order, so the shift is fitted to keys as they are *and* as another wording moves them.
 How heavy a prior should be depends on how much is edited, so each weight follows a learned power:
 
-    w_t(N) = w_t (N / 2048)^b_t,    b_t = 0 at the start                                   (15)
+    w_t(N) = w_t (n / 2048)^b_t,    b_t = 0 at the start, n = N held between 512 and 4096  (15)
+
+so that outside of what training sees, a single fact above all, the prior stays as it is there.
 
 eta, the weights w_t, lambda and the weight of end-of-answer tokens live in log space, one of each
 per site.
@@ -49,6 +51,7 @@ from malmend.numerics.moments import RunningMoments
 from malmend.numerics.ridge import Prior
 
 TOKENS = 2048  # N at which the weights of the prior are stated; about 500 facts
+FEWEST, MOST = 512, 4096  # tokens between which the weights follow N
 
 
 @dataclass
@@ -157,7 +160,7 @@ class Editor(nn.Module):
 
     def prior(self, site: int, tokens: int) -> Prior:
         """P of one site as numbers, for an edit of so many tokens (N of equations 13 and 15)."""
-        size = math.log(tokens / TOKENS)
+        size = log_size(tokens)
         weights = (self.log_weights_SP[site] + self.powers_SP[site] * size).exp().tolist()
         return Prior(
             ridge=self.log_ridge_S[site].exp().item(),
@@ -248,7 +251,7 @@ class Editor(nn.Module):
                 by_end = by_weight_N[pair.ends_N].sum() * self.log_end_weight_S[site].exp()
                 _add_grad(self.log_end_weight_S, (site,), by_end.item())
             # dL/dlog w = w dL/dw, whatever N stands in the weight.
-            size = math.log(len(pair.keys_NK) / TOKENS)
+            size = log_size(len(pair.keys_NK))
             for term, (by, weight) in enumerate(
                 zip(prior_grads.weights, prior.weights, strict=True)
             ):
@@ -268,6 +271,11 @@ class Editor(nn.Module):
                 f"The editor was made for the layers {_listed(wanted)}, this model offers "
                 f"{_listed(found)}; train or calibrate an editor for this model."
             )
+
+
+def log_size(tokens: int) -> float:
+    """log(n / 2048) of equation (15)."""
+    return math.log(min(max(tokens, FEWEST), MOST) / TOKENS)
 
 
 def chunks(count: int, size: int) -> Iterator[slice]:
