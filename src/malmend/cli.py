@@ -286,6 +286,7 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
 
 def _parse(parser: Any, arguments: list[str]) -> dict[str, Any]:
     """Options as plain values; ``--facts-per-step`` and ``--facts_per_step`` are the same."""
+    from malmend.editors.refine import RefineSettings
     from malmend.models.trunk import TrunkSettings
 
     spelt = [
@@ -304,8 +305,9 @@ def _parse(parser: Any, arguments: list[str]) -> dict[str, Any]:
             f"The --config file is not UTF-8 text ({error.reason} at {error.start}); "
             "give a YAML file."
         ) from error
-    if "trunk" in given:
-        given["trunk"] = TrunkSettings(**given["trunk"])
+    for name, kind in (("trunk", TrunkSettings), ("refine", RefineSettings)):
+        if name in given:
+            given[name] = kind(**given[name])
     return given
 
 

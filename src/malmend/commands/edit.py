@@ -11,17 +11,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from malmend.commands.choice import choose
 from malmend.commands.evaluate import chat_encoder, evaluate
 from malmend.editors.calibration import CalibrationSettings
-from malmend.editors.editor import Editor
+from malmend.editors.editor import Aggregation, Editor
+from malmend.editors.refine import RefineSettings, framed, further
 from malmend.editors.settings import EditorSettings
 from malmend.errors import EditorError
 from malmend.evaluation.examiner import Examiner
 from malmend.evaluation.page import PAGE, page_folder
 from malmend.facts.fact import Fact, FactSet
 from malmend.files import writable
-from malmend.models.capture import capture
+from malmend.models.capture import Captured, capture
 from malmend.models.load import LoadedModel
 from malmend.models.sites import find_sites
 from malmend.models.trunk import TrunkSettings
@@ -76,6 +79,7 @@ def edit(
     text: str | Path | None = None,
     report: str | Path | None = None,
     calibration: CalibrationSettings = CalibrationSettings(),
+    refine: RefineSettings = RefineSettings(),
     trunk: TrunkSettings = TrunkSettings(),
     dtype: str = "float32",
     progress: Progress = silent,
@@ -99,6 +103,8 @@ def edit(
         report: a folder for a report as an HTML page; asks everything about the facts before and
             after, 200 of them free-running too.
         calibration: how the model is calibrated; as facts and text only without a trained editor.
+        refine: how often the edit is solved, and in which frames; an editor that sums, or takes
+            plain gradients, solves once.
         trunk: grouping of questions and the disk budget for trunk activations.
         dtype: the model is loaded in.
         progress: called with stage and share done.
@@ -123,7 +129,7 @@ def edit(
     bench = lay_out(loaded, sites, choice.settings.end_of_answer, trunk=trunk)
     ready = choice.editor(bench, calibrate, text, calibration, progress)
     said = {**choice.provenance(known), "alternative": alternative, "created": now()}
-    done = _edited(bench, ready, known, said, out, progress)
+    done = _edited(bench, ready, known, said, out, refine, progress)
     if report is None:
         return done
     evaluate(
@@ -151,33 +157,67 @@ def make_edit(
     editor: Editor,
     facts: FactSet,
     said: Mapping[str, Any],
+    refine: RefineSettings = RefineSettings(),
     progress: Progress = silent,
 ) -> Patch:
-    """Algorithm 1: capture, transform, aggregate.
+    """Algorithm 1: capture, transform, aggregate; then the further passes of equation (18).
 
     Args:
         bench: the model.
         editor: with everything it needs.
         facts: to be edited.
         said: entries of the patch's header that the editing does not know.
+        refine: further passes.
         progress: called with stage and share done.
 
     Raises:
-        EditorError: a shift holds NaN or infinity.
+        EditorError: a shift holds NaN or infinity, or a frame does not suit the model.
     """
+    settings = editor.settings
     questions = bench.encoder.encode_all(fact.question for fact in facts)
+    refinable = settings.method == "malmen" and settings.descent is not None
+    passes = refine.passes if refinable else 1
+    others = []
+    if passes > 1:
+        others = framed(bench.encoder, [fact.question for fact in facts], refine.frames)
+    count = _counter(progress, "keys and value gradients", len(questions))
+    captured = capture(bench.trunk, questions, settings.tokens, settings.descent, count)
+    aggregations = editor.aggregate(captured)
+    shifts = _shifts(bench, editor, aggregations, progress)
+    for number in range(2, passes + 1):
+        count = _counter(
+            progress, f"keys and value gradients, pass {number}", len(questions) + len(others)
+        )
+        captured, aggregations = further(
+            editor, bench.trunk, shifts, questions, others, refine.gain, count
+        )
+        shifts = _shifts(bench, editor, aggregations, progress)
+    tokens = len(captured[0].keys_NK)
+    made = {"passes": passes, "frames": list(refine.frames) if passes > 1 else []}
+    provenance = {**_provenance(bench, editor, facts), **made, **said, "tokens": tokens}
+    if settings.method == "malmen":
+        provenance["mean_residual"] = _mean_residual(editor, captured, aggregations, shifts)
+    return make_patch(shifts, tokens, provenance)
+
+
+def _counter(progress: Progress, stage: str, total: int) -> Callable[[int], None]:
+    """Reports the share of questions done."""
     done = 0
 
     def count(more: int) -> None:
         nonlocal done
         done += more
-        progress("keys and value gradients", done / len(questions))
+        progress(stage, done / total)
 
-    settings = editor.settings
-    stage = "least squares" if settings.method == "malmen" else "sum of shifts"
-    captured = capture(bench.trunk, questions, settings.tokens, settings.descent, count)
+    return count
+
+
+def _shifts(
+    bench: Workbench, editor: Editor, aggregations: Sequence[Aggregation], progress: Progress
+) -> dict[str, Tensor]:
+    """One finite shift per site."""
+    stage = "least squares" if editor.settings.method == "malmen" else "sum of shifts"
     progress(stage, 0.0)
-    aggregations = editor.aggregate(captured)
     shifts = {name: one.shift() for name, one in zip(editor.names, aggregations, strict=True)}
     progress(stage, 1.0)
     broken = next((n for n, shift_VK in shifts.items() if not shift_VK.isfinite().all()), None)
@@ -186,15 +226,21 @@ def make_edit(
             f"The shift of {broken} holds NaN or infinity, so nothing was written; check --eta and "
             f"that the weights of {bench.loaded.name} are whole."
         )
-    tokens = len(captured[0].keys_NK)
-    provenance = {**_provenance(bench, editor, facts), **said, "tokens": tokens}
-    if settings.method == "malmen":
-        residuals = [
-            mean_residual(shifts[name], pair.keys_NK, one.diffs_NV)  # type: ignore[attr-defined]
-            for name, pair, one in zip(editor.names, captured, aggregations, strict=True)
-        ]
-        provenance["mean_residual"] = sum(residuals) / len(residuals)
-    return make_patch(shifts, tokens, provenance)
+    return shifts
+
+
+def _mean_residual(
+    editor: Editor,
+    captured: Sequence[Captured],
+    aggregations: Sequence[Aggregation],
+    shifts: Mapping[str, Tensor],
+) -> float:
+    """MALMEN, section 5.2, of the last solve."""
+    residuals = [
+        mean_residual(shifts[name], pair.keys_NK, one.diffs_NV)  # type: ignore[attr-defined]
+        for name, pair, one in zip(editor.names, captured, aggregations, strict=True)
+    ]
+    return sum(residuals) / len(residuals)
 
 
 def _provenance(bench: Workbench, editor: Editor, facts: FactSet) -> dict[str, Any]:
@@ -228,11 +274,12 @@ def _edited(
     facts: FactSet,
     said: Mapping[str, Any],
     out: str | Path | None,
+    refine: RefineSettings,
     progress: Progress,
 ) -> EditResult:
     """Makes the patch, writes it, reads it back, and measures the edit prompts on what was read."""
     start = time.perf_counter()
-    patch = make_edit(bench, editor, facts, said, progress)
+    patch = make_edit(bench, editor, facts, said, refine, progress)
     if out is not None:
         save_patch(patch, out)
         patch = load_patch(out)

@@ -1,0 +1,145 @@
+"""What follows an edit's first solve: the same tokens again, with the shift on, and in other frames.
+
+One solve asks each value to move by what its own fact needs.  It does not know what the shifts of
+lower sites do to the keys of upper ones, and the ridge gives less than was asked.  So the facts are
+captured again on the edited model: keys u' as the shift S_p leaves them, descended value gradients
+g' of what is still missing there.  The next shift is one ridge solution with the same prior,
+
+    d_j = S_p u'_j - gain * g'_j,    S_(p+1) = the solution of (14) for the rows (u'_j, d_j)     (18)
+
+so what holds is asked to stay, what is missing is asked for on top, and the prior is paid once,
+for the whole shift.  Where the shift no longer changes, S P = -gain * sum of w_j g'_j u'_j^T: what
+the prior pulls back is just what is missing.  It is a Bregman iteration towards the cheapest shift
+under which every fact holds.
+
+Frames are other settings that a prompt is put in during the later passes, each with rows of its
+own; a fact that holds in several holds better in words that nobody gave.
+
+Not in MALMEN, which solves once; ``passes: 1`` is the published form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from malmend.editors.editor import Aggregation, Editor
+from malmend.editors.malmen import Malmen
+from malmend.errors import EditorError, MalmendError
+from malmend.facts.fact import Question
+from malmend.facts.tokens import Encoded, Encoder
+from malmend.models.capture import Captured, capture
+from malmend.models.trunk import Trunk
+from malmend.patch import shifted
+
+PROMPT = "{prompt}"
+CHAT = "chat"
+
+
+@dataclass(frozen=True)
+class RefineSettings:
+    """How often an edit is solved, and what the later solves see.
+
+    Attributes:
+        passes: solves; 1 is the published form, and all that the sum of shifts can do.
+        frames: settings beside the plain prompt from the second pass on: a text that holds
+            "{prompt}", or "chat" for the model's chat template.  None of them with ``frames: []``.
+        gain: how much of a still missing move a later pass asks for (equation 18).
+    """
+
+    passes: int = 2
+    frames: tuple[str, ...] = ("This is well known. {prompt}", "{prompt} (in one word):")
+    gain: float = 1.6
+
+    def __post_init__(self) -> None:
+        if self.passes < 1 or not self.gain > 0:
+            raise EditorError(
+                f"passes is {self.passes} and gain {self.gain:g}, expected 1 or more and a number "
+                "above 0; give 1 pass for a single solve."
+            )
+        for frame in self.frames:
+            if frame != CHAT and PROMPT not in frame:
+                raise EditorError(
+                    f"The frame {frame!r} has no place for the prompt, expected a text with "
+                    f"{PROMPT!r} in it, or {CHAT!r}."
+                )
+
+
+def framed(encoder: Encoder, questions: Sequence[Question], frames: Sequence[str]) -> list[Encoded]:
+    """The questions in every frame in turn; one that is too long in a frame is left out of it.
+
+    Raises:
+        EditorError: the frame "chat" for a tokenizer without a chat template.
+    """
+    found = []
+    for frame in frames:
+        if frame == CHAT and not getattr(encoder.tokenizer, "chat_template", None):
+            raise EditorError(
+                "The tokenizer has no chat template, so the frame 'chat' cannot be used; leave it "
+                "out."
+            )
+        used = encoder
+        if frame == CHAT:
+            used = Encoder(encoder.tokenizer, encoder.end_of_answer, encoder.max_tokens, chat=True)
+        for question in questions:
+            prompt = question.prompt
+            if frame != CHAT:
+                prompt = frame.replace(PROMPT, prompt)
+            try:
+                found.append(used.encode(Question(prompt, question.answer)))
+            except MalmendError:  # too long in this frame, or its answer read otherwise
+                continue
+    return found
+
+
+def further(
+    editor: Editor,
+    trunk: Trunk,
+    shifts: Mapping[str, Tensor],
+    questions: Sequence[Encoded],
+    others: Sequence[Encoded],
+    gain: float,
+    progress: Callable[[int], None] = lambda count: None,
+) -> tuple[list[Captured], list[Aggregation]]:
+    """Equation (18): one more pass.
+
+    Args:
+        editor: of the method "malmen"; its network is not asked again.
+        trunk: the cut model, unedited.
+        shifts: S_p by site, V x K.
+        questions: the edits as they are.
+        others: the same in frames.
+        gain: of (18).
+        progress: called with the number of questions just finished.
+
+    Returns:
+        What was captured per site, plain tokens first, and the aggregations that hold S_(p+1).
+        The factor N of the prior's wording is the number of plain tokens.
+    """
+    settings = editor.settings
+    with shifted(list(trunk.sites), shifts):
+        captured = capture(
+            trunk, [*questions, *others], settings.tokens, settings.descent, progress
+        )
+    plain = captured_tokens(questions, settings.tokens)
+    found: list[Aggregation] = []
+    for site, (name, pair) in enumerate(zip(editor.names, captured, strict=True)):
+        one = Malmen(
+            pair.keys_NK,
+            pair.value_grads_NV.shape[1],
+            editor.prior(site, plain),
+            editor.row_weights(site, pair),
+        )
+        kept_NV = pair.keys_NK.double() @ shifts[name].double().T
+        one.diffs_NV.copy_(kept_NV - gain * pair.value_grads_NV.double())
+        found.append(one)
+    return captured, found
+
+
+def captured_tokens(questions: Sequence[Encoded], tokens: str) -> int:
+    """How many tokens a capture of the questions has."""
+    if tokens == "answer":
+        return sum(len(question.sources) for question in questions)
+    return sum(len(question.ids) - 1 for question in questions)

@@ -1,0 +1,163 @@
+"""Equation (18): further passes, by least squares written out in float64 on a model edited by hand.
+
+Shape letters: N tokens, K key width, V value width.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from support import (
+    WORDS,
+    captured_of,
+    encoder,
+    random_editor,
+    random_facts,
+    statistics_of,
+    tiny_model,
+    tiny_trunk,
+)
+
+import helpers
+from malmend.editors.editor import Editor
+from malmend.editors.network import NetworkSettings
+from malmend.editors.refine import RefineSettings, framed, further
+from malmend.editors.settings import EditorSettings
+from malmend.errors import EditorError
+from malmend.facts.fact import Question
+from malmend.facts.tokens import Encoder
+from malmend.models.capture import capture
+
+SETTINGS = EditorSettings(layers=2, network=NetworkSettings(blocks=0), end_weight=0.3)
+FACTS = random_facts(6, seed=3)
+QUESTIONS = encoder().encode_all(fact.question for fact in FACTS)
+OTHERS = encoder().encode_all(Question(f"{WORDS[0]} {fact.prompt}", fact.answer) for fact in FACTS)
+
+
+def heavy_editor(trunk, captured, weight: float) -> Editor:
+    """An editor without a network whose prior holds it back."""
+    return Editor(
+        SETTINGS,
+        {s.name: s.shape_VK for s in trunk.sites},
+        statistics_of(trunk, captured),
+        weights=[weight, weight, 0.01],
+    )
+
+
+def nll(model, questions) -> float:
+    """Of the answers, through the model's own forward."""
+    total = 0.0
+    for one in questions:
+        logits = model(torch.tensor([one.ids])).logits[0].log_softmax(-1)
+        at = range(one.answer_start - 1, one.answer_end - 1)
+        total -= sum(logits[i, one.ids[i + 1]].item() for i in at)
+    return total / len(questions)
+
+
+def edited(model, trunk, shifts):
+    """A copy of the model with W + S written into its weights."""
+    other = copy.deepcopy(model)
+    modules = dict(other.named_modules())
+    for site in trunk.sites:
+        modules[site.name].weight.data += shifts[site.name]
+    return other
+
+
+def test_a_further_pass_is_least_squares_on_the_keys_of_the_edited_model():
+    model = tiny_model()
+    trunk = tiny_trunk(model)
+    captured = captured_of(trunk, FACTS, SETTINGS)
+    editor = random_editor(SETTINGS, trunk, captured)
+    shifts = editor.shifts(captured)
+    _, found = further(editor, trunk, shifts, QUESTIONS, OTHERS, gain=1.3)
+    cut = tiny_trunk(edited(model, trunk, shifts))
+    pairs = capture(cut, [*QUESTIONS, *OTHERS], "answer", SETTINGS.descent)
+    tokens = sum(len(one.sources) for one in QUESTIONS)
+    for site, (name, pair) in enumerate(zip(editor.names, pairs, strict=True)):
+        prior = editor.prior(site, tokens)
+        width = pair.keys_NK.shape[1]
+        P = prior.ridge * torch.eye(width, dtype=torch.float64)
+        for weight, matrix in zip(prior.weights, prior.matrices_KK, strict=True):
+            P = P + weight * matrix.double()
+        root = torch.where(pair.ends_N, editor.log_end_weight_S[site].double().exp(), 1.0).sqrt()
+        asked = pair.keys_NK @ shifts[name].T - 1.3 * pair.value_grads_NV
+        rows = torch.cat([root[:, None] * pair.keys_NK, torch.linalg.cholesky(P).T])
+        wanted = torch.cat([root[:, None] * asked, torch.zeros(width, asked.shape[1]).double()])
+        expected = torch.linalg.lstsq(rows, wanted).solution.T
+        torch.testing.assert_close(found[site].shift(), expected, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("weight", [0.3, 1.0, 3.0, 10.0])
+def test_a_second_pass_brings_back_what_the_prior_holds_down(weight):
+    """The loss of the answers, of a model that has the shift in its weights.
+
+    One layer: on random models of 16 dimensions two layers and later passes overshoot.
+    """
+    model = tiny_model()
+    trunk = tiny_trunk(model, layers=1)
+    captured = captured_of(trunk, FACTS, SETTINGS)
+    editor = heavy_editor(trunk, captured, weight)
+    once = editor.shifts(captured)
+    _, found = further(editor, trunk, once, QUESTIONS, (), gain=1.0)
+    twice = {name: one.shift() for name, one in zip(editor.names, found, strict=True)}
+    before, first, second = (
+        nll(one, QUESTIONS)
+        for one in (model, edited(model, trunk, once), edited(model, trunk, twice))
+    )
+    assert second < first < before
+
+
+def test_a_further_pass_leaves_the_weights_as_they_were():
+    model = tiny_model()
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    trunk = tiny_trunk(model)
+    captured = captured_of(trunk, FACTS, SETTINGS)
+    editor = heavy_editor(trunk, captured, weight=1.0)
+    further(editor, trunk, editor.shifts(captured), QUESTIONS, OTHERS, gain=1.0)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+
+
+def test_frames_hold_the_prompt_and_the_answer():
+    said = encoder()
+    question = Question("w1 w2", "w3 w4")
+    (found,) = framed(said, [question], ["w9 {prompt} w8"])
+    assert found == said.encode(Question("w9 w1 w2 w8", "w3 w4"))
+
+
+def test_a_question_too_long_in_a_frame_is_left_out_of_that_frame_alone():
+    short, long = Question("w1", "w2"), Question(" ".join(["w3"] * 61), "w4")
+    frames = ["w9 {prompt} w8", "{prompt}"]
+    found = framed(encoder(), [short, long], frames)
+    said = encoder()
+    assert found == [said.encode(Question("w9 w1 w8", "w2")), *said.encode_all([short, long])]
+
+
+def test_the_chat_template_is_a_frame():
+    tokenizer = helpers.words(WORDS)
+    tokenizer.chat_template = "w7 {{ messages[0]['content'] }} w6 "
+    said = Encoder(tokenizer, "eos", 64)
+    chat = Encoder(tokenizer, "eos", 64, chat=True)
+    question = Question("w1", "w2")
+    assert framed(said, [question], ["chat"]) == [chat.encode(question)]
+    assert chat.encode(question) != said.encode(question)
+
+
+def test_chat_without_a_template_is_refused():
+    with pytest.raises(EditorError, match="no chat template"):
+        framed(encoder(), [Question("w1", "w2")], ["chat"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"passes": 0}, "passes is 0"),
+        ({"gain": 0.0}, "gain 0"),
+        ({"gain": float("nan")}, "gain nan"),
+        ({"frames": ("no place",)}, "'no place' has no place for the prompt"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(wrong, said):
+    with pytest.raises(EditorError, match=said):
+        RefineSettings(**wrong)
