@@ -15,6 +15,7 @@ from malmend import workbench
 from malmend.commands.choice import choose
 from malmend.editors.checkpoint import load_editor, save_editor, seen_in_training
 from malmend.editors.network import NetworkSettings
+from malmend.editors.refine import RefineSettings
 from malmend.editors.settings import EditorSettings, training_free
 from malmend.errors import EditorError, MalmendError
 from malmend.facts.fact import subject_hash
@@ -27,6 +28,8 @@ cache = command_support.cache
 
 SETTINGS = EditorSettings(layers=1, eta=1.0, network=NetworkSettings(rank=3))
 FEW = make_facts(3)
+
+ONCE = RefineSettings(passes=1)
 
 
 def trained(tiny, seed: int = 0):
@@ -56,10 +59,10 @@ def carried(tiny, tmp_path, monkeypatch):
 
 
 def test_auto_is_the_editor_that_the_package_carries(tiny, carried):
-    done = malmend.edit(tiny.loaded, FEW)
+    done = malmend.edit(tiny.loaded, FEW, refine=ONCE)
     assert done.patch.provenance["editor"] == "shipped:tiny-1"
     assert done.patch.provenance["trained_on"] == 1
-    full = malmend.edit(tiny.loaded, FEW, editor=carried[0])
+    full = malmend.edit(tiny.loaded, FEW, editor=carried[0], refine=ONCE)
     for name in full.patch.factors:
         wanted, found = full.patch.shift(name), done.patch.shift(name)
         # The text's moment, of rank 64 in the package, is wider than that here.

@@ -18,6 +18,7 @@ from malmend import workbench
 from malmend.commands.choice import choose
 from malmend.editors.checkpoint import load_editor, save_editor
 from malmend.editors.network import NetworkSettings
+from malmend.editors.refine import RefineSettings
 from malmend.editors.settings import EditorSettings, training_free
 from malmend.errors import EditorError, MalmendError
 from malmend.facts.fact import subject_hash
@@ -163,7 +164,7 @@ def test_each_of_them_alone_decides(tiny, carried, what):
 
 
 def test_the_carried_editor_brings_its_own_layers_and_end(tiny, carried):
-    done = malmend.edit(tiny.loaded, FEW)
+    done = malmend.edit(tiny.loaded, FEW, refine=RefineSettings(passes=1))
     assert len(done.patch.factors) == 1
     assert done.patch.provenance["settings"]["end_of_answer"] == "none"
     tokenizer = helpers.byte_level()

@@ -48,7 +48,20 @@ EDITOR = {
 }
 # The whole public surface: a change here is a change for users.
 OPTIONS = {
-    "edit": MODEL | FACTS | TRUNK | CALIBRATION | EDITOR | {"--out", "--editor", "--report"},
+    "edit": MODEL
+    | FACTS
+    | TRUNK
+    | CALIBRATION
+    | EDITOR
+    | {
+        "--out",
+        "--editor",
+        "--report",
+        "--refine",
+        "--refine.passes",
+        "--refine.frames",
+        "--refine.gain",
+    },
     "train": MODEL
     | FACTS
     | TRUNK

@@ -17,7 +17,7 @@ from malmend.commands.choice import choose
 from malmend.commands.evaluate import chat_encoder, evaluate
 from malmend.editors.calibration import CalibrationSettings
 from malmend.editors.editor import Aggregation, Editor
-from malmend.editors.refine import RefineSettings, framed, further
+from malmend.editors.refine import RefineSettings, framed, further, missed
 from malmend.editors.settings import EditorSettings
 from malmend.errors import EditorError
 from malmend.evaluation.examiner import Examiner
@@ -173,7 +173,7 @@ def make_edit(
     Raises:
         EditorError: a shift holds NaN or infinity, or a frame does not suit the model.
     """
-    settings = editor.settings
+    settings, trunk = editor.settings, bench.trunk
     questions = bench.encoder.encode_all(fact.question for fact in facts)
     refinable = settings.method == "malmen" and settings.descent is not None
     passes = refine.passes if refinable else 1
@@ -181,23 +181,32 @@ def make_edit(
     if passes > 1:
         others = framed(bench.encoder, [fact.question for fact in facts], refine.frames)
     count = _counter(progress, "keys and value gradients", len(questions))
-    captured = capture(bench.trunk, questions, settings.tokens, settings.descent, count)
-    aggregations = editor.aggregate(captured)
-    shifts = _shifts(bench, editor, aggregations, progress)
+    captured = capture(trunk, questions, settings.tokens, settings.descent, count)
+    solved = _Solved.of(editor, captured, editor.aggregate(captured), progress)
+    if solved.broken is not None:
+        raise EditorError(
+            f"The shift of {solved.broken} holds NaN or infinity, so nothing was written; check "
+            f"--eta and that the weights of {bench.loaded.name} are whole."
+        )
+    kept = 1
     for number in range(2, passes + 1):
-        count = _counter(
-            progress, f"keys and value gradients, pass {number}", len(questions) + len(others)
+        left = missed(trunk, questions, solved.shifts)
+        stage = f"keys and value gradients, pass {number}"
+        count = _counter(progress, stage, len(questions) + len(others))
+        again = _Solved.of(
+            editor,
+            *further(editor, trunk, solved.shifts, questions, others, refine.gain, count),
+            progress,
         )
-        captured, aggregations = further(
-            editor, bench.trunk, shifts, questions, others, refine.gain, count
-        )
-        shifts = _shifts(bench, editor, aggregations, progress)
-    tokens = len(captured[0].keys_NK)
-    made = {"passes": passes, "frames": list(refine.frames) if passes > 1 else []}
+        if again.broken or missed(trunk, questions, again.shifts) > left:
+            break
+        solved, kept = again, number
+    tokens = len(solved.captured[0].keys_NK)
+    made = {"passes": kept, "frames": list(refine.frames) if kept > 1 else []}
     provenance = {**_provenance(bench, editor, facts), **made, **said, "tokens": tokens}
     if settings.method == "malmen":
-        provenance["mean_residual"] = _mean_residual(editor, captured, aggregations, shifts)
-    return make_patch(shifts, tokens, provenance)
+        provenance["mean_residual"] = solved.mean_residual()
+    return make_patch(solved.shifts, tokens, provenance)
 
 
 def _counter(progress: Progress, stage: str, total: int) -> Callable[[int], None]:
@@ -212,35 +221,44 @@ def _counter(progress: Progress, stage: str, total: int) -> Callable[[int], None
     return count
 
 
-def _shifts(
-    bench: Workbench, editor: Editor, aggregations: Sequence[Aggregation], progress: Progress
-) -> dict[str, Tensor]:
-    """One finite shift per site."""
-    stage = "least squares" if editor.settings.method == "malmen" else "sum of shifts"
-    progress(stage, 0.0)
-    shifts = {name: one.shift() for name, one in zip(editor.names, aggregations, strict=True)}
-    progress(stage, 1.0)
-    broken = next((n for n, shift_VK in shifts.items() if not shift_VK.isfinite().all()), None)
-    if broken is not None:
-        raise EditorError(
-            f"The shift of {broken} holds NaN or infinity, so nothing was written; check --eta and "
-            f"that the weights of {bench.loaded.name} are whole."
+@dataclass(frozen=True, eq=False)
+class _Solved:
+    """One solve: what it read, what it asked for, and one shift per site."""
+
+    captured: Sequence[Captured]
+    aggregations: Sequence[Aggregation]
+    shifts: dict[str, Tensor]
+
+    @classmethod
+    def of(
+        cls,
+        editor: Editor,
+        captured: Sequence[Captured],
+        aggregations: Sequence[Aggregation],
+        progress: Progress,
+    ) -> _Solved:
+        """Solves at every site."""
+        stage = "least squares" if editor.settings.method == "malmen" else "sum of shifts"
+        shifts = {name: one.shift() for name, one in zip(editor.names, aggregations, strict=True)}
+        progress(stage, 1.0)
+        return cls(captured, aggregations, shifts)
+
+    @property
+    def broken(self) -> str | None:
+        """A site whose shift holds NaN or infinity."""
+        return next(
+            (n for n, shift_VK in self.shifts.items() if not shift_VK.isfinite().all()), None
         )
-    return shifts
 
-
-def _mean_residual(
-    editor: Editor,
-    captured: Sequence[Captured],
-    aggregations: Sequence[Aggregation],
-    shifts: Mapping[str, Tensor],
-) -> float:
-    """MALMEN, section 5.2, of the last solve."""
-    residuals = [
-        mean_residual(shifts[name], pair.keys_NK, one.diffs_NV)  # type: ignore[attr-defined]
-        for name, pair, one in zip(editor.names, captured, aggregations, strict=True)
-    ]
-    return sum(residuals) / len(residuals)
+    def mean_residual(self) -> float:
+        """MALMEN, section 5.2."""
+        residuals = [
+            mean_residual(shift_VK, pair.keys_NK, one.diffs_NV)  # type: ignore[attr-defined]
+            for shift_VK, pair, one in zip(
+                self.shifts.values(), self.captured, self.aggregations, strict=True
+            )
+        ]
+        return sum(residuals) / len(residuals)
 
 
 def _provenance(bench: Workbench, editor: Editor, facts: FactSet) -> dict[str, Any]:

@@ -1,16 +1,17 @@
-"""What follows an edit's first solve: the same tokens again, with the shift on, and in other frames.
+"""What follows an edit's first solve: the facts again, with the shift on, and in other frames.
 
 One solve asks each value to move by what its own fact needs.  It does not know what the shifts of
 lower sites do to the keys of upper ones, and the ridge gives less than was asked.  So the facts are
 captured again on the edited model: keys u' as the shift S_p leaves them, descended value gradients
 g' of what is still missing there.  The next shift is one ridge solution with the same prior,
 
-    d_j = S_p u'_j - gain * g'_j,    S_(p+1) = the solution of (14) for the rows (u'_j, d_j)     (18)
+    d_j = S_p u'_j - gain * g'_j,   S_(p+1) = the solution of (14) for the rows (u'_j, d_j)   (18)
 
 so what holds is asked to stay, what is missing is asked for on top, and the prior is paid once,
 for the whole shift.  Where the shift no longer changes, S P = -gain * sum of w_j g'_j u'_j^T: what
 the prior pulls back is just what is missing.  It is a Bregman iteration towards the cheapest shift
-under which every fact holds.
+under which every fact holds.  It is not sure to get there: a pass after which more of the plain
+prompts' tokens are missed than before is taken back (:func:`missed`), and is the last.
 
 Frames are other settings that a prompt is put in during the later passes, each with rows of its
 own; a fact that holds in several holds better in words that nobody gave.
@@ -23,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from malmend.editors.editor import Aggregation, Editor
@@ -136,6 +138,17 @@ def further(
         one.diffs_NV.copy_(kept_NV - gain * pair.value_grads_NV.double())
         found.append(one)
     return captured, found
+
+
+@torch.no_grad()
+def missed(trunk: Trunk, questions: Sequence[Encoded], shifts: Mapping[str, Tensor]) -> int:
+    """How many answer and end tokens are not the first choice of the model with the shift on."""
+    count = 0
+    with shifted(list(trunk.sites), shifts):
+        for _, batch in trunk.batches(questions):
+            top_A = trunk.logits(batch).argmax(-1).cpu()
+            count += int((top_A != batch.tokens.labels_A).sum())
+    return count
 
 
 def captured_tokens(questions: Sequence[Encoded], tokens: str) -> int:
