@@ -23,7 +23,7 @@ from support import (
 import helpers
 from malmend.editors.editor import Editor
 from malmend.editors.network import NetworkSettings
-from malmend.editors.refine import RefineSettings, framed, further
+from malmend.editors.refine import RefineSettings, framed, further, missed
 from malmend.editors.settings import EditorSettings
 from malmend.errors import EditorError
 from malmend.facts.fact import Question
@@ -117,6 +117,21 @@ def test_a_further_pass_leaves_the_weights_as_they_were():
     editor = heavy_editor(trunk, captured, weight=1.0)
     further(editor, trunk, editor.shifts(captured), QUESTIONS, OTHERS, gain=1.0)
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+
+
+def test_missed_counts_answer_and_end_tokens_that_are_not_top():
+    model = tiny_model()
+    trunk = tiny_trunk(model)
+    captured = captured_of(trunk, FACTS, SETTINGS)
+    editor = heavy_editor(trunk, captured, weight=3.0)
+    shifts = editor.shifts(captured)
+    other = edited(model, trunk, shifts)
+    expected = 0
+    for one in QUESTIONS:
+        top = other(torch.tensor([one.ids])).logits[0].argmax(-1)
+        expected += sum(int(top[at] != one.ids[at + 1]) for at in one.sources)
+    assert 0 < expected < sum(len(one.sources) for one in QUESTIONS)
+    assert missed(trunk, QUESTIONS, shifts) == expected
 
 
 def test_frames_hold_the_prompt_and_the_answer():
