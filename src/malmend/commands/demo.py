@@ -44,7 +44,7 @@ class DemoResult:
 def demo(
     out: str | Path = "demo-out",
     model: str = "smollm2-135m",
-    facts: int = 400,
+    facts: int = 250,
     spoken: int = 100,
     progress: Progress = silent,
     told: Callable[[str], None] = lambda line: None,
