@@ -17,7 +17,7 @@ from malmend.commands.choice import choose
 from malmend.commands.evaluate import chat_encoder, evaluate
 from malmend.editors.calibration import CalibrationSettings
 from malmend.editors.editor import Aggregation, Editor
-from malmend.editors.refine import RefineSettings, framed, further, missed
+from malmend.editors.refine import RefineSettings, framed, framing, further, missed
 from malmend.editors.settings import EditorSettings
 from malmend.errors import EditorError
 from malmend.evaluation.examiner import Examiner
@@ -119,6 +119,8 @@ def edit(
     choice = choose(editor, settings, own_data)
     encoder = encoder_for(model, choice.settings.end_of_answer)
     known = checked_facts(facts, encoder, limit, strict, alternative)
+    for frame in refine.frames:
+        framing(encoder, frame)
     if report is not None:  # whatever would stop it is found before the work
         chat_encoder(encoder, known, DECODED)
         page_folder(report, facts, calibrate, text, out)
@@ -188,19 +190,19 @@ def make_edit(
             f"The shift of {solved.broken} holds NaN or infinity, so nothing was written; check "
             f"--eta and that the weights of {bench.loaded.name} are whole."
         )
-    kept = 1
+    kept, left = 1, missed(trunk, questions, solved.shifts) if passes > 1 else 0
     for number in range(2, passes + 1):
-        left = missed(trunk, questions, solved.shifts)
         stage = f"keys and value gradients, pass {number}"
         count = _counter(progress, stage, len(questions) + len(others))
         again = _Solved.of(
             editor,
             *further(editor, trunk, solved.shifts, questions, others, refine.gain, count),
             progress,
+            f", pass {number}",
         )
-        if again.broken or missed(trunk, questions, again.shifts) > left:
+        if again.broken or (now_left := missed(trunk, questions, again.shifts)) > left:
             break
-        solved, kept = again, number
+        solved, kept, left = again, number, now_left
     tokens = len(solved.captured[0].keys_NK)
     made = {"passes": kept, "frames": list(refine.frames) if kept > 1 else []}
     provenance = {**_provenance(bench, editor, facts), **made, **said, "tokens": tokens}
@@ -236,11 +238,13 @@ class _Solved:
         captured: Sequence[Captured],
         aggregations: Sequence[Aggregation],
         progress: Progress,
+        which: str = "",
     ) -> _Solved:
-        """Solves at every site."""
+        """Solves at every site; ``which`` is said after the stage's name."""
         stage = "least squares" if editor.settings.method == "malmen" else "sum of shifts"
+        progress(stage + which, 0.0)
         shifts = {name: one.shift() for name, one in zip(editor.names, aggregations, strict=True)}
-        progress(stage, 1.0)
+        progress(stage + which, 1.0)
         return cls(captured, aggregations, shifts)
 
     @property

@@ -9,9 +9,9 @@ g' of what is still missing there.  The next shift is one ridge solution with th
 
 so what holds is asked to stay, what is missing is asked for on top, and the prior is paid once,
 for the whole shift.  Where the shift no longer changes, S P = -gain * sum of w_j g'_j u'_j^T: what
-the prior pulls back is just what is missing.  It is a Bregman iteration towards the cheapest shift
-under which every fact holds.  It is not sure to get there: a pass after which more of the plain
-prompts' tokens are missed than before is taken back (:func:`missed`), and is the last.
+the prior pulls back is just what is missing.  It is not sure to get there, so a pass after which
+more of the plain prompts' tokens are missed than before (:func:`missed`) is taken back by the
+caller, and is the last.
 
 Frames are other settings that a prompt is put in during the later passes, each with rows of its
 own; a fact that holds in several holds better in words that nobody gave.
@@ -69,26 +69,33 @@ class RefineSettings:
                 )
 
 
+def framing(encoder: Encoder, frame: str) -> Encoder:
+    """The encoder of a frame: the chat template's for "chat", else the same.
+
+    Raises:
+        EditorError: "chat" for a tokenizer without a chat template.
+    """
+    if frame != CHAT:
+        return encoder
+    if not getattr(encoder.tokenizer, "chat_template", None):
+        raise EditorError(
+            "The tokenizer has no chat template, so the frame 'chat' cannot be used; leave it out "
+            "of --refine.frames."
+        )
+    return Encoder(encoder.tokenizer, encoder.end_of_answer, encoder.max_tokens, chat=True)
+
+
 def framed(encoder: Encoder, questions: Sequence[Question], frames: Sequence[str]) -> list[Encoded]:
     """The questions in every frame in turn; one that is too long in a frame is left out of it.
 
     Raises:
-        EditorError: the frame "chat" for a tokenizer without a chat template.
+        EditorError: as :func:`framing`.
     """
     found = []
     for frame in frames:
-        if frame == CHAT and not getattr(encoder.tokenizer, "chat_template", None):
-            raise EditorError(
-                "The tokenizer has no chat template, so the frame 'chat' cannot be used; leave it "
-                "out."
-            )
-        used = encoder
-        if frame == CHAT:
-            used = Encoder(encoder.tokenizer, encoder.end_of_answer, encoder.max_tokens, chat=True)
+        used = framing(encoder, frame)
         for question in questions:
-            prompt = question.prompt
-            if frame != CHAT:
-                prompt = frame.replace(PROMPT, prompt)
+            prompt = question.prompt if frame == CHAT else frame.replace(PROMPT, question.prompt)
             try:
                 found.append(used.encode(Question(prompt, question.answer)))
             except MalmendError:  # too long in this frame, or its answer read otherwise

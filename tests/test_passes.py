@@ -1,0 +1,69 @@
+"""What `edit` makes of further passes: which are kept, who has them, what is refused early."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+import command_support
+import malmend
+from command_support import CALIBRATION, make_facts
+from malmend.editors.refine import RefineSettings
+from malmend.editors.settings import training_free
+from malmend.errors import EditorError
+
+tiny = command_support.tiny
+cache = command_support.cache
+
+FEW = make_facts(3)
+ONCE = RefineSettings(passes=1)
+FRAMES = ("Well: {prompt}",)
+
+
+def own(tiny) -> dict:
+    return {"calibrate": tiny.calibrate, "text": tiny.text, "calibration": CALIBRATION}
+
+
+def counting(monkeypatch, *counts: int) -> None:
+    """Lets the solves miss so many tokens, in turn."""
+    left = list(counts)
+    module = sys.modules["malmend.commands.edit"]  # the package calls the function by its name
+    monkeypatch.setattr(module, "missed", lambda *_args: left.pop(0))
+
+
+def same(one, other) -> bool:
+    return all(torch.equal(one.shift(name), other.shift(name)) for name in one.factors)
+
+
+def test_a_pass_that_misses_more_is_taken_back(tiny, monkeypatch):
+    once = malmend.edit(tiny.loaded, FEW, refine=ONCE, **own(tiny)).patch
+    counting(monkeypatch, 2, 3)
+    refine = RefineSettings(passes=3, frames=FRAMES)
+    found = malmend.edit(tiny.loaded, FEW, refine=refine, **own(tiny)).patch
+    assert same(found, once)
+    assert (found.provenance["passes"], found.provenance["frames"]) == (1, [])
+    assert found.provenance["tokens"] == once.provenance["tokens"]
+
+
+def test_passes_that_miss_no_more_are_kept_and_said(tiny, monkeypatch):
+    once = malmend.edit(tiny.loaded, FEW, refine=ONCE, **own(tiny)).patch
+    counting(monkeypatch, 2, 2, 1)
+    refine = RefineSettings(passes=3, frames=FRAMES)
+    found = malmend.edit(tiny.loaded, FEW, refine=refine, **own(tiny)).patch
+    assert not same(found, once)
+    assert (found.provenance["passes"], found.provenance["frames"]) == (3, list(FRAMES))
+
+
+def test_a_sum_solves_once(tiny):
+    chosen = own(tiny) | {"settings": training_free("mend")}
+    found = malmend.edit(tiny.loaded, FEW, refine=RefineSettings(passes=3), **chosen).patch
+    assert found.provenance["passes"] == 1
+    assert same(found, malmend.edit(tiny.loaded, FEW, refine=ONCE, **chosen).patch)
+
+
+def test_chat_without_a_template_is_refused_before_the_model_is_read(tiny, monkeypatch):
+    monkeypatch.setattr("malmend.workbench.load_model", None)
+    with pytest.raises(EditorError, match="no chat template"):
+        malmend.edit(tiny.model, FEW, refine=RefineSettings(frames=("chat",)), **own(tiny))
