@@ -190,6 +190,19 @@ CASES: dict[str, tuple[Callable[[Place], Arguments], str]] = {
         lambda p: p.eval("--chat=maybe"),
         "--chat is 'maybe', expected true or false",
     ),
+    "frame that is no list": (
+        lambda p: p.edit("--refine.frames", "chat"),
+        "--refine.frames is 'chat', expected a list such as",
+    ),
+    "frame without a place": (
+        lambda p: p.edit('--refine.frames=["{promt}"]'),
+        "The frame '{promt}' has no place for the prompt",
+    ),
+    "no pass": (lambda p: p.edit("--refine.passes", 0), "give --refine.passes 1"),
+    "unknown part of refine": (
+        lambda p: p.edit("--refine.pases", 1),
+        "did you mean '--refine.passes'?",
+    ),
     "limit zero": (lambda p: p.edit("--limit", 0), "limit is 0"),
     "limit below zero": (lambda p: p.edit("--limit=-3"), "limit is -3"),
     "decode fewer than none": (lambda p: p.eval("--decode-facts=-1"), "decode_facts is -1"),

@@ -337,6 +337,7 @@ def _bad_value(text: str) -> str | None:
     if found is None or not kinds:
         return None
     names = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+    names["tuple"] = """a list such as '["one", "two"]'"""
     wanted = [names.get(kind, kind) or choices for kind, choices in kinds if kind != "NoneType"]
     option = found[1].replace("_", "-")
     return f"--{option} is {found[3].rstrip('.')!r}, expected {' or '.join(wanted)}"

@@ -168,8 +168,9 @@ def test_chat_without_a_template_is_refused():
     ("wrong", "said"),
     [
         ({"passes": 0}, "passes is 0"),
-        ({"gain": 0.0}, "gain 0"),
-        ({"gain": float("nan")}, "gain nan"),
+        ({"gain": 0.0}, "gain is 0"),
+        ({"gain": float("nan")}, "gain is nan"),
+        ({"gain": float("inf")}, "gain is inf"),
         ({"frames": ("no place",)}, "'no place' has no place for the prompt"),
     ],
 )

@@ -21,6 +21,7 @@ Not in MALMEN, which solves once; ``passes: 1`` is the published form.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -56,16 +57,20 @@ class RefineSettings:
     gain: float = 1.6
 
     def __post_init__(self) -> None:
-        if self.passes < 1 or not self.gain > 0:
+        if self.passes < 1:
             raise EditorError(
-                f"passes is {self.passes} and gain {self.gain:g}, expected 1 or more and a number "
-                "above 0; give 1 pass for a single solve."
+                f"passes is {self.passes}, expected 1 or more; give --refine.passes 1 for a single "
+                "solve."
+            )
+        if not 0 < self.gain < math.inf:
+            raise EditorError(
+                f"gain is {self.gain:g}, expected a number above 0; change --refine.gain."
             )
         for frame in self.frames:
             if frame != CHAT and PROMPT not in frame:
                 raise EditorError(
                     f"The frame {frame!r} has no place for the prompt, expected a text with "
-                    f"{PROMPT!r} in it, or {CHAT!r}."
+                    f"{PROMPT!r} in it, or {CHAT!r}; change --refine.frames."
                 )
 
 
