@@ -41,7 +41,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from malmend.facts.tokens import Encoded
+from malmend.facts.encoded import Encoded
 
 # Threads of a busy machine wait for one another; these matrices are too small to share.
 torch.set_num_threads(1)
@@ -78,6 +78,9 @@ _CLASSES = {
     "mistral": (MistralForCausalLM, MistralConfig, _GATED | {"sliding_window": 5}),
 }
 FAMILIES = tuple(_CLASSES)
+# They take norms or attention in float32 whatever the model's own type, which rounds otherwise in
+# another batch on some processors.
+FLOAT32_INSIDE = ("gptj", "gemma2")
 
 # Of each family, the name of the second feed-forward layer of a block.
 SECOND = {

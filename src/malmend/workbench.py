@@ -31,9 +31,11 @@ from malmend.files import kept
 from malmend.models.load import (
     LoadedModel,
     cache_folder,
+    load_config,
     load_model,
-    load_positions,
     load_tokenizer,
+    positions_of,
+    stated_reading,
 )
 from malmend.models.sites import Site
 from malmend.models.trunk import Trunk, TrunkSettings
@@ -90,12 +92,16 @@ def encoder_for(
     tokenizer's end token, if it has one.
     """
     tokenizer = tokenizer_of(model)
+    if isinstance(model, LoadedModel):
+        stated, reading = model.positions, model.reading
+    else:
+        config = load_config(model)
+        stated, reading = positions_of(config), stated_reading(config)
     if end_of_answer is None:
         ends = getattr(tokenizer, "eos_token_id", None) is not None
         end_of_answer = "eos" if ends else "none"
-    stated = model.positions if isinstance(model, LoadedModel) else load_positions(model)
     longest = min(LONGEST, int(getattr(tokenizer, "model_max_length", LONGEST)), stated or LONGEST)
-    return Encoder(tokenizer, end_of_answer, longest, chat)
+    return Encoder(tokenizer, end_of_answer, longest, chat, reading)
 
 
 def checked_facts(

@@ -15,8 +15,9 @@ import helpers
 from malmend.editors.editor import Editor, SiteStatistics
 from malmend.editors.keymoments import key_moments
 from malmend.editors.settings import EditorSettings
+from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact, Question
-from malmend.facts.tokens import Encoded, Encoder, EndOfAnswer
+from malmend.facts.tokens import Encoder, EndOfAnswer
 from malmend.models.capture import Captured, capture
 from malmend.models.sites import find_sites
 from malmend.models.trunk import Trunk, TrunkSettings

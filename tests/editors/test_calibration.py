@@ -29,8 +29,8 @@ from malmend.editors.metaloss import Judged, meta_loss
 from malmend.editors.network import NetworkSettings
 from malmend.editors.settings import published, training_free
 from malmend.errors import MalmendError
+from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Question, spread
-from malmend.facts.tokens import Encoded
 from malmend.models.capture import Descent
 from malmend.patch import shifted
 

@@ -33,8 +33,8 @@ from malmend.editors.editor import Editor
 from malmend.editors.metaloss import Judged, meta_loss
 from malmend.editors.network import NetworkSettings
 from malmend.editors.settings import EditorSettings
+from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact
-from malmend.facts.tokens import Encoded
 from malmend.models.capture import Captured, Descent
 from malmend.models.trunk import Trunk
 from malmend.patch import shifted

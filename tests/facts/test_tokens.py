@@ -10,8 +10,9 @@ from transformers import ByT5Tokenizer
 
 from helpers import byte_level, metaspace, words
 from malmend.errors import MalmendError
+from malmend.facts.encoded import Encoded, collate
 from malmend.facts.fact import Fact, Question
-from malmend.facts.tokens import Encoded, Encoder, collate
+from malmend.facts.tokens import Encoder
 
 MARS = ["mars", "has", "two", "moons"]  # ids 4 to 7 of words(MARS)
 TOKENIZERS = {
@@ -253,10 +254,9 @@ def test_collate_by_hand():
     assert batch.lengths == (2, 6, 4)
     assert batch.sources == (1, 3, 2)
     assert batch.source_rows_A.tolist() == [0, 1, 1, 1, 2, 2]
-    assert batch.source_columns_A.tolist() == [1, 2, 3, 4, 1, 2]
     assert batch.labels_A.tolist() == [-100, 6, 7, 2, 5, 2]
     assert batch.flat_sources_A.tolist() == [1, 8, 9, 10, 13, 14]
-    assert batch.flat_attended.tolist() == [1, 7, 8, 9, 10, 11, 13, 14, 15]
+    assert batch.flat("all").tolist() == [1, 7, 8, 9, 10, 11, 13, 14, 15]
 
 
 @EVERY
@@ -280,7 +280,7 @@ def test_the_logit_at_a_source_predicts_its_label(tokenizer):
 def test_one_question_alone_fills_its_batch():
     batch = collate([Encoded((4, 5, 6), 2, 3)])
     assert batch.mask_BT.tolist() == [[1, 1, 1]]
-    assert batch.flat_attended.tolist() == [1, 2]
+    assert batch.flat("all").tolist() == [1, 2]
 
 
 def test_masks_go_by_length_when_padding_is_the_end_token():
@@ -290,7 +290,7 @@ def test_masks_go_by_length_when_padding_is_the_end_token():
     batch = collate(encoder.encode_all(questions))
     assert batch.mask_BT.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
     assert batch.ids_BT[1, 2] == 2  # the end token itself is attended to
-    assert 7 in batch.flat_attended
+    assert 7 in batch.flat("all")
 
 
 def test_masks_go_by_length_when_a_real_token_has_the_id_of_the_filling():
@@ -299,7 +299,7 @@ def test_masks_go_by_length_when_a_real_token_has_the_id_of_the_filling():
     batch = collate([encoder.encode(Question("zzz zzz", "two"))])
     assert batch.ids_BT.tolist() == [[0, 0, 6, 2]]
     assert batch.mask_BT.tolist() == [[1, 1, 1, 1]]
-    assert batch.flat_attended.tolist() == [1, 2, 3]
+    assert batch.flat("all").tolist() == [1, 2, 3]
 
 
 @pytest.mark.parametrize("build", [byte_level, metaspace])

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 import tiny
-from malmend.facts.tokens import Encoded
+from malmend.facts.encoded import Encoded
 from malmend.models.capture import Descent, capture, tracing
 from malmend.models.sites import find_sites
 from malmend.models.trunk import Trunk, TrunkSettings
@@ -16,7 +16,7 @@ FAMILY = pytest.mark.parametrize("family", tiny.FAMILIES)
 TOKENS = pytest.mark.parametrize("tokens", ["answer", "all"])
 QUESTIONS = tiny.questions(6)
 # GPT-J takes its attention in float32 whatever the model's own type.
-CLOSE = dict.fromkeys(tiny.FAMILIES, 1e-10) | {"gptj": 1e-5}
+CLOSE = dict.fromkeys(tiny.FAMILIES, 1e-10) | dict.fromkeys(tiny.FLOAT32_INSIDE, 1e-4)
 # For a descent, where more decimals are asked for; every one of another layout of blocks.
 DESCENDED = pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gemma2"])
 
@@ -114,7 +114,7 @@ def test_any_number_of_layers(family, layers):
     trunk = cut(model, layers)
     names = [site.name for site in trunk.sites]
     assert_pairs(
-        capture(trunk, QUESTIONS), expected_pairs(model, names, QUESTIONS, "answer"), 1e-10
+        capture(trunk, QUESTIONS), expected_pairs(model, names, QUESTIONS, "answer"), CLOSE[family]
     )
 
 
@@ -334,8 +334,9 @@ def test_descent_is_equation_6(family, tokens, steps, bounds):
     for question, mine in zip(QUESTIONS, rows, strict=True):
         keys, moves = equation_6(model, names, question, tokens, descent)
         for name, (my_keys, my_moves) in zip(names, mine, strict=True):
-            assert torch.allclose(my_keys, keys[name], rtol=0, atol=1e-10)
-            assert torch.allclose(my_moves, moves[name], rtol=0, atol=1e-8)
+            close = CLOSE[family]
+            assert torch.allclose(my_keys, keys[name], rtol=0, atol=close)
+            assert torch.allclose(my_moves, moves[name], rtol=0, atol=100 * close)
             assert my_moves.abs().max() > 0.01
 
 
@@ -368,7 +369,7 @@ def test_every_fact_is_descended_alone(family, tokens):
     ]
     for batch_tokens in (1, 25, 1024):
         trunk = cut(model, batch_tokens=batch_tokens)
-        assert_pairs(capture(trunk, QUESTIONS, tokens, descent), expected, 1e-8)
+        assert_pairs(capture(trunk, QUESTIONS, tokens, descent), expected, 100 * CLOSE[family])
 
 
 def test_what_is_likely_already_does_not_move():

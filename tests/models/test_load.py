@@ -354,7 +354,7 @@ def test_a_gguf_file_is_copied_once(gguf, monkeypatch):
     assert (copy / "complete.json").is_file()
     monkeypatch.setattr(load.uuid, "uuid4", None)  # a second copy would need a name
     assert load_model(str(gguf)).fingerprint == first.fingerprint
-    assert load.load_positions(str(gguf)) == first.positions == 64
+    assert load.positions_of(load.load_config(str(gguf))) == first.positions == 64
 
 
 def test_a_copy_that_another_run_has_finished_meanwhile_is_kept(gguf, monkeypatch):

@@ -5,8 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from malmend.errors import MalmendError
-from malmend.evaluation.generate import generate
+from malmend.evaluation.generate import Answer, generate
+from malmend.facts.encoded import collate
+from malmend.facts.fact import Question
+from malmend.facts.tokens import Encoder
+from malmend.models.forms import run
 from malmend.models.load import LoadedModel
 from malmend.patch import Patch, applied, load_patch
 from malmend.workbench import encoder_for, opened
@@ -37,6 +43,8 @@ def ask(
 ) -> AskResult:
     """Lets the model answer in its own words (greedy), with and without the patch.
 
+    A classifier says its class, with the probability of it.
+
     Args:
         model: a name, a folder, a GGUF file, or a loaded model.
         prompt: what to ask.
@@ -54,9 +62,23 @@ def ask(
         patch = load_patch(patch)
     loaded = opened(model, dtype)
     encoder = encoder_for(loaded, "none", chat)
-    before = generate(loaded, encoder, [prompt], max_new_tokens, whole=True)[0]
+
+    def answer() -> Answer:
+        if encoder.reading.form == "classes":
+            return Answer(_class(loaded, encoder, prompt))
+        return generate(loaded, encoder, [prompt], max_new_tokens, whole=True)[0]
+
+    before = answer()
     if patch is None:
         return AskResult(prompt, before.text, unedited_cut=before.cut)
     with applied(loaded, patch, force):
-        after = generate(loaded, encoder, [prompt], max_new_tokens, whole=True)[0]
+        after = answer()
     return AskResult(prompt, before.text, after.text, before.cut, after.cut)
+
+
+@torch.no_grad()
+def _class(loaded: LoadedModel, encoder: Encoder, prompt: str) -> str:
+    tokens = collate([encoder.encode(Question(prompt))])
+    shares_W = run(loaded.model, tokens).logits[0].float().softmax(-1)
+    best = int(shares_W.argmax())
+    return f"{encoder.said([best])} ({shares_W[best]:.3f})"

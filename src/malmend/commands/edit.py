@@ -26,7 +26,6 @@ from malmend.facts.fact import Fact, FactSet
 from malmend.files import writable
 from malmend.models.capture import Captured, capture
 from malmend.models.load import LoadedModel
-from malmend.models.sites import find_sites
 from malmend.models.trunk import TrunkSettings
 from malmend.numerics.ridge import mean_residual
 from malmend.patch import Patch, applied, load_patch, make_patch, save_patch
@@ -127,7 +126,7 @@ def edit(
     loaded = opened(model, dtype)
     choice = choice.on(loaded)
     told(choice.said())
-    sites = find_sites(loaded.model, choice.settings.layers, choice.settings.sites)
+    sites = choice.settings.sites_in(loaded.model)
     bench = lay_out(loaded, sites, choice.settings.end_of_answer, trunk=trunk)
     ready = choice.editor(bench, calibrate, text, calibration, progress)
     said = {**choice.provenance(known), "alternative": alternative, "created": now()}

@@ -19,7 +19,7 @@ from malmend.facts.lint import leaks
 from malmend.facts.readers import read_text
 from malmend.facts.tokens import Encoder
 from malmend.models.load import LoadedModel
-from malmend.models.sites import Site, find_blocks, find_sites
+from malmend.models.sites import Site, find_sites
 from malmend.models.trunk import TrunkSettings
 from malmend.patch import Patch, applied, check_base, load_patch, sites_of
 from malmend.workbench import (
@@ -133,9 +133,19 @@ def _report(
 
 
 def _plain_text(given: str | Path | None, encoder: Encoder) -> PlainText | None:
-    """The text that perplexity is measured on; None where none is left or wanted."""
+    """The text that perplexity is measured on; None where none is left or wanted.
+
+    Raises:
+        MalmendError: a text is given for a model that does not go on with texts.
+    """
     if given == "none":
         return None
+    if encoder.reading.form != "causal":
+        if given is None:
+            return None
+        raise MalmendError(
+            "Perplexity is of decoders only, and this model has an encoder; leave out --text."
+        )
     if given is not None:
         return PlainText(read_text(given), str(given))
     return unread(encoder, read_text(shipped("text.txt")), CalibrationSettings().text_tokens)
@@ -159,7 +169,7 @@ def _sites(loaded: LoadedModel, patch: Patch | None, force: bool) -> list[Site]:
     if patch is not None:
         check_base(loaded, patch, force)
         return sites_of(loaded.model, patch)
-    return list(find_sites(loaded.model, min(6, len(find_blocks(loaded.model)[1]))))
+    return list(find_sites(loaded.model))
 
 
 def _about(loaded: LoadedModel, facts: FactSet, patch: Patch | None) -> dict[str, Any]:
@@ -180,7 +190,7 @@ def chat_encoder(plain: Encoder, facts: FactSet, decode_facts: int | None) -> En
     Raises:
         FactsError: the template makes prompts too long to be answered.
     """
-    if not getattr(plain.tokenizer, "chat_template", None):
+    if plain.reading.form != "causal" or not getattr(plain.tokenizer, "chat_template", None):
         return None
     encoder = Encoder(plain.tokenizer, plain.end_of_answer, plain.max_tokens, chat=True)
     faults = []

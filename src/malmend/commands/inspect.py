@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,15 @@ from typing import Any
 from malmend.editors.checkpoint import load_editor
 from malmend.facts.lint import leaks
 from malmend.facts.readers import read_facts
-from malmend.models.load import BUILT_IN, load_model
-from malmend.models.sites import find_sites
+from malmend.models.load import BUILT_IN, LoadedModel, load_model
+from malmend.models.sites import Linear, Side, Site, find_sites
 from malmend.patch import load_patch
+
+FORMS = {
+    "causal": "decoder",
+    "classes": "encoder with a classification head",
+    "seq2seq": "encoder-decoder",
+}
 
 
 @dataclass(frozen=True)
@@ -25,38 +31,51 @@ class Inspection:
 
 
 def inspect(
-    thing: str | Path, layers: int = 6, sites: str | None = None, dtype: str = "float32"
+    thing: str | Path,
+    layers: int | None = None,
+    sites: str | None = None,
+    linear: Linear = "second",
+    side: Side = "both",
+    dtype: str = "float32",
 ) -> Inspection:
     """Looks at a model, editor, patch or facts file and says what it is.
 
     Args:
         thing: a model's name, folder or GGUF file; an editor's folder; a patch; a facts file.
-        layers: which sites of a model to show: the last so many blocks'.
+        layers: which sites of a model to show: the last so many blocks', null for six.
         sites: which sites of a model to show, by name or pattern.
+        linear: which of a block's feed-forward layers, "second" or "first".
+        side: which half of an encoder-decoder, "encoder", "decoder" or "both".
         dtype: a model is loaded in.
     """
     path = Path(thing)
+
+    def model() -> Inspection:
+        loaded = load_model(str(thing), dtype)
+        return _model(loaded, find_sites(loaded.model, layers, sites, linear, side))
+
     if str(thing) in BUILT_IN or path.suffix == ".gguf":
-        return _model(str(thing), layers, sites, dtype)
+        return model()
     if path.is_dir():
         is_editor = (path / "editor.json").is_file()
-        return _editor(path) if is_editor else _model(str(thing), layers, sites, dtype)
+        return _editor(path) if is_editor else model()
     if path.is_file():
         return _patch(path) if _is_safetensors(path) else _facts(path)
-    return _model(str(thing), layers, sites, dtype)
+    return model()
 
 
-def _model(name: str, layers: int, pattern: str | None, dtype: str) -> Inspection:
-    loaded = load_model(name, dtype)
-    found = find_sites(loaded.model, layers, pattern)
+def _model(loaded: LoadedModel, found: Sequence[Site]) -> Inspection:
+    reading = loaded.reading
     entries = {
         "class": type(loaded.model).__name__,
+        "form": FORMS[reading.form],
+        **({"classes": ", ".join(reading.classes)} if reading.classes else {}),
         "parameters": sum(p.numel() for p in loaded.model.parameters()),
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "fingerprint": loaded.fingerprint,
         "sites": {site.name: "{} x {}".format(*site.shape_VK) for site in found},
     }
-    return Inspection("model", name, entries)
+    return Inspection("model", loaded.name, entries)
 
 
 def _editor(path: Path) -> Inspection:

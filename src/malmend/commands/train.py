@@ -19,7 +19,6 @@ from malmend.facts.lint import leaks
 from malmend.facts.readers import read_questions
 from malmend.files import writable_folder
 from malmend.models.load import LoadedModel
-from malmend.models.sites import find_sites
 from malmend.models.store import ActivationStore
 from malmend.models.trunk import TrunkSettings
 from malmend.workbench import (
@@ -104,7 +103,7 @@ def train(
     _check(folder, len(known), settings)
     writable_folder(folder)  # before the model is loaded, but only once the facts are good
     loaded = opened(model, dtype)
-    sites = find_sites(loaded.model, editor.layers, editor.sites)
+    sites = editor.sites_in(loaded.model)
     bench = lay_out(loaded, sites, editor.end_of_answer, trunk=trunk)
     own = known if any(fact.paraphrases for fact in known) else None
     found = calibrated(bench, editor, calibrate or own, text, calibration, progress, others)
@@ -218,6 +217,5 @@ def _pairs_store(bench: Workbench, editor: EditorSettings, trunk: TrunkSettings)
         )
     )
     tag = hashlib.sha256(what.encode()).hexdigest()[:12]
-    width = sum(sum(site.shape_VK) for site in bench.trunk.sites)
     folder = trunk_folder(bench.loaded) / f"pairs-{tag}"
-    return ActivationStore(folder, width, bench.trunk.wide, trunk.store_bytes)
+    return ActivationStore(folder, 1, bench.trunk.wide, trunk.store_bytes)

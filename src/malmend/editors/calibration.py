@@ -30,10 +30,11 @@ from malmend.editors.keymoments import key_moments, others_of, passages_of
 from malmend.editors.metaloss import Judged, meta_loss
 from malmend.editors.settings import EditorSettings
 from malmend.errors import MalmendError
+from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact, Question, spread
-from malmend.facts.tokens import Encoded, Encoder
+from malmend.facts.tokens import Encoder
 from malmend.files import written_beside
-from malmend.models.capture import Captured, capture
+from malmend.models.capture import Captured, capture, token_counts
 from malmend.models.trunk import Trunk
 from malmend.numerics.moments import RunningMoments
 from malmend.patch import shifted
@@ -190,9 +191,11 @@ def _unrelated(encoder: Encoder, facts: Sequence[Fact], far: Sequence[Encoded]) 
 
 
 def _end_of(passage: Encoded, settings: CalibrationSettings) -> Encoded:
-    """A line of text as a question: its last tokens are the answer."""
-    ids = passage.ids
-    return Encoded(ids, max(1, len(ids) - settings.unrelated_tokens), len(ids))
+    """A line of text as a question: its last tokens are the answer, where there is to be one."""
+    if passage.form == "classes":
+        return passage
+    cut = max(1, len(passage.ids) - settings.unrelated_tokens)
+    return replace(passage, answer_start=cut)
 
 
 def _search(
@@ -208,13 +211,11 @@ def _search(
 ) -> Calibration:
     """Edits the first facts with every (eta, alpha) and keeps the pair of least meta-loss."""
     facts = facts[: settings.search_facts]
-    rows = sum(
-        len(encoder.encode(fact.question).sources)
-        if editor_settings.tokens == "answer"
-        else len(encoder.encode(fact.question).ids) - 1
-        for fact in facts
-    )
-    pairs = [pair.rows(slice(rows)) for pair in captured]
+    first = encoder.encode_all(fact.question for fact in facts)
+    pairs = [
+        pair.rows(slice(sum(token_counts(first, editor_settings.tokens, site.in_encoder))))
+        for site, pair in zip(trunk.sites, captured, strict=True)
+    ]
     states = trunk.unedited_states(unrelated)
     judged = [
         Judged(encoder.encode(fact.equivalents[0]), other, known)

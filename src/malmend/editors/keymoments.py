@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from malmend.errors import MalmendError
+from malmend.facts.encoded import Encoded, Tokens
 from malmend.facts.fact import Fact, Question
-from malmend.facts.tokens import Encoded, Encoder
+from malmend.facts.tokens import Encoder
 from malmend.models.capture import tracing
 from malmend.models.trunk import Batch, Trunk
 
@@ -68,8 +69,8 @@ def key_moments(
 
 def passages_of(encoder: Encoder, text: str) -> list[Encoded]:
     """The lines of a text that have two tokens or more, without an answer."""
-    lines = [encoder.passage_ids(line.strip()) for line in text.splitlines() if line.strip()]
-    passages = [Encoded(ids, len(ids), len(ids)) for ids in lines if len(ids) > 1]
+    lines = [encoder.passage(line.strip()) for line in text.splitlines() if line.strip()]
+    passages = [passage for passage in lines if len(passage.ids) > 1]
     if not passages:
         raise MalmendError("The calibration text has no line of two tokens; give more text.")
     return passages
@@ -92,7 +93,7 @@ def text_moment(
     questions = passages[: int((sizes < most_tokens).sum()) + 1]
     totals, done = _Totals(trunk), 0
     for indices, batch in trunk.batches(questions):
-        totals.add(_keys(trunk, batch, batch.tokens.flat_attended))
+        totals.add(_keys(trunk, batch, "all"))
         done += len(indices)
         progress("keys of general text", done / len(questions))
     return totals.means()
@@ -103,7 +104,7 @@ def asked_moment(trunk: Trunk, questions: Sequence[Encoded]) -> list[Tensor]:
     """C_asked of every site: the mean of k k^T over the positions that output answers."""
     totals = _Totals(trunk)
     for _, batch in trunk.batches(questions):
-        totals.add(_keys(trunk, batch, batch.tokens.flat_sources_A))
+        totals.add(_keys(trunk, batch, "answer"))
     return totals.means()
 
 
@@ -111,7 +112,8 @@ def asked_moment(trunk: Trunk, questions: Sequence[Encoded]) -> list[Tensor]:
 def wording_moment(trunk: Trunk, encoder: Encoder, facts: Sequence[Fact]) -> list[Tensor]:
     """C_wording of every site: the mean of e e^T over the answer tokens of three paraphrases.
 
-    A paraphrase in which the answer has another number of tokens is left out.
+    A paraphrase in which the answer has another number of tokens is left out.  Of a site in the
+    encoder of an encoder-decoder it is zero: no token of one wording is another's.
     """
     pairs = [
         (plain, other)
@@ -123,8 +125,11 @@ def wording_moment(trunk: Trunk, encoder: Encoder, facts: Sequence[Fact]) -> lis
     distinct = list(dict.fromkeys(one for pair in pairs for one in pair))
     keys: dict[Encoded, list[Tensor]] = {}
     for indices, batch in trunk.batches(distinct):
-        seen = _keys(trunk, batch, batch.tokens.flat_sources_A)
-        split = [keys_NK.split(batch.tokens.sources) for keys_NK in seen]
+        seen = _keys(trunk, batch, "answer")
+        split = [
+            [keys_NK[:0]] * len(indices) if site.in_encoder else keys_NK.split(batch.tokens.sources)
+            for site, keys_NK in zip(trunk.sites, seen, strict=True)
+        ]
         keys |= {
             distinct[index]: list(rows)
             for index, rows in zip(indices, zip(*split, strict=True), strict=True)
@@ -146,19 +151,26 @@ class _Totals:
     def __init__(self, trunk: Trunk):
         widths = [site.shape_VK[1] for site in trunk.sites]
         self.sums = [torch.zeros(width, width, dtype=torch.float64) for width in widths]
-        self.count = 0
+        self.counts = [0] * len(widths)
 
     def add(self, rows: Sequence[Tensor]) -> None:
-        for total_KK, rows_NK in zip(self.sums, rows, strict=True):
-            total_KK.addmm_(rows_NK.T, rows_NK)
-        self.count += len(rows[0])
+        for index, rows_NK in enumerate(rows):
+            self.sums[index].addmm_(rows_NK.T, rows_NK)
+            self.counts[index] += len(rows_NK)
 
     def means(self) -> list[Tensor]:
-        return [total_KK / max(self.count, 1) for total_KK in self.sums]
+        return [
+            total_KK / max(count, 1) for total_KK, count in zip(self.sums, self.counts, strict=True)
+        ]
 
 
-def _keys(trunk: Trunk, batch: Batch, chosen: Tensor) -> list[Tensor]:
-    """Keys of every site at some flattened positions, float64, on the CPU."""
+def _keys(trunk: Trunk, batch: Batch, tokens: Tokens) -> list[Tensor]:
+    """Keys of every site at its chosen tokens, float64, on the CPU."""
     with tracing(trunk.sites, grads=False) as traces:
         trunk.final_states(batch)
-    return [trace.keys[chosen.to(trace.keys.device)].to("cpu", torch.float64) for trace in traces]
+    return [
+        trace.keys[batch.tokens.flat(tokens, trace.site.in_encoder).to(trace.keys.device)].to(
+            "cpu", torch.float64
+        )
+        for trace in traces
+    ]

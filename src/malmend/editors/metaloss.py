@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from malmend.facts.tokens import Encoded
+from malmend.facts.encoded import Encoded
 from malmend.models.sites import Site
 from malmend.models.trunk import Trunk
 from malmend.numerics.losses import answer_nll, kl_per_token

@@ -31,9 +31,10 @@ from torch import Tensor
 from malmend.editors.editor import Aggregation, Editor
 from malmend.editors.malmen import Malmen
 from malmend.errors import EditorError, MalmendError
+from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Question
-from malmend.facts.tokens import Encoded, Encoder
-from malmend.models.capture import Captured, capture
+from malmend.facts.tokens import Encoder
+from malmend.models.capture import Captured, capture, token_counts
 from malmend.models.trunk import Trunk
 from malmend.patch import shifted
 
@@ -137,13 +138,13 @@ def further(
         captured = capture(
             trunk, [*questions, *others], settings.tokens, settings.descent, progress
         )
-    plain = captured_tokens(questions, settings.tokens)
     found: list[Aggregation] = []
-    for site, (name, pair) in enumerate(zip(editor.names, captured, strict=True)):
+    everything = zip(editor.names, trunk.sites, captured, strict=True)
+    for site, (name, where, pair) in enumerate(everything):
         one = Malmen(
             pair.keys_NK,
             pair.value_grads_NV.shape[1],
-            editor.prior(site, plain),
+            editor.prior(site, sum(token_counts(questions, settings.tokens, where.in_encoder))),
             editor.row_weights(site, pair),
         )
         kept_NV = pair.keys_NK.double() @ shifts[name].double().T
@@ -161,10 +162,3 @@ def missed(trunk: Trunk, questions: Sequence[Encoded], shifts: Mapping[str, Tens
             top_A = trunk.logits(batch).argmax(-1).cpu()
             count += int((top_A != batch.tokens.labels_A).sum())
     return count
-
-
-def captured_tokens(questions: Sequence[Encoded], tokens: str) -> int:
-    """How many tokens a capture of the questions has."""
-    if tokens == "answer":
-        return sum(len(question.sources) for question in questions)
-    return sum(len(question.ids) - 1 for question in questions)

@@ -6,10 +6,14 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from transformers import PreTrainedModel
+
 from malmend.editors.network import NetworkSettings
 from malmend.errors import EditorError
+from malmend.facts.encoded import Tokens
 from malmend.facts.tokens import EndOfAnswer
-from malmend.models.capture import Descent, Tokens
+from malmend.models.capture import Descent
+from malmend.models.sites import Linear, Side, Site, find_sites
 
 # Which second moments of keys a prior holds, in the order of their weights.
 PRIORS: dict[str, tuple[str, ...]] = {
@@ -26,7 +30,10 @@ class EditorSettings:
     Attributes:
         method: "malmen" aggregates by ridge regression, "mend" by summing.
         form: "residual" (equation 12) or "published" (equation 11).
-        layers: edit the second feed-forward layer of this many last blocks.
+        layers: edit a feed-forward layer of this many last blocks, of an encoder-decoder in each
+            half; null for six, or all of fewer.
+        linear: which of a block's feed-forward layers, "second" or "first".
+        side: which half of an encoder-decoder, "encoder", "decoder" or "both".
         sites: name or shell pattern of the layers to edit instead.
         tokens: which tokens are captured, "answer" or "all".
         end_of_answer: what is trained after the answer: "eos", "newline" or "none".
@@ -42,7 +49,9 @@ class EditorSettings:
 
     method: Literal["malmen", "mend"] = "malmen"
     form: Literal["residual", "published"] = "residual"
-    layers: int = 6
+    layers: int | None = None
+    linear: Linear = "second"
+    side: Side = "both"
     sites: str | None = None
     tokens: Tokens = "answer"
     end_of_answer: EndOfAnswer = "eos"
@@ -56,6 +65,14 @@ class EditorSettings:
     def terms(self) -> tuple[str, ...]:
         """The terms of the ridge's prior; a sum has none."""
         return PRIORS[self.prior] if self.method == "malmen" else ()
+
+    def sites_in(self, model: PreTrainedModel) -> tuple[Site, ...]:
+        """The layers of a model that these settings edit.
+
+        Raises:
+            ModelError: as :func:`malmend.models.sites.find_sites`.
+        """
+        return find_sites(model, self.layers, self.sites, self.linear, self.side)
 
     def __post_init__(self) -> None:
         if self.eta is not None and not self.eta > 0:

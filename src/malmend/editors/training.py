@@ -27,10 +27,12 @@ from malmend.editors.checkpoint import save_training
 from malmend.editors.editor import Editor
 from malmend.editors.metaloss import Judged, meta_loss
 from malmend.errors import EditorError, MalmendError
+from malmend.facts.encoded import Encoded, Tokens
 from malmend.facts.fact import Fact, Question
-from malmend.facts.tokens import Encoded, Encoder
+from malmend.facts.tokens import Encoder
 from malmend.files import reason
-from malmend.models.capture import Captured, capture, ends_of
+from malmend.models.capture import Captured, capture, ends_of, token_counts
+from malmend.models.sites import Site
 from malmend.models.store import ActivationStore
 from malmend.models.trunk import Trunk
 from malmend.patch import shifted
@@ -124,7 +126,7 @@ class Trainer:
         facts: each with paraphrases (where it has none, its own prompt serves).
         locality: unrelated questions; where empty, each fact's own are used.
         settings: how to train.
-        store: where captured pairs are kept between epochs.
+        store: where captured pairs are kept between epochs, a number per row.
     """
 
     def __init__(
@@ -236,15 +238,19 @@ class Trainer:
         """Keys and value gradients of the facts, from the store where they are there."""
         encoded = self.encoder.encode_all(fact.question for fact in facts)
         found = [self.store.get(one.place) for one in encoded]
-        missing = [index for index, rows in enumerate(found) if rows is None]
+        missing = [index for index, packed in enumerate(found) if packed is None]
         if missing:
-            for index, rows in zip(
+            for index, packed in zip(
                 missing, self._capture([encoded[i] for i in missing]), strict=True
             ):
-                self.store.put(encoded[index].place, rows)
-                found[index] = rows
-        ends_N = ends_of(encoded, self.editor.settings.tokens)
-        return _split(torch.cat([rows for rows in found if rows is not None]), ends_N, self.trunk)
+                self.store.put(encoded[index].place, packed)
+                found[index] = packed
+        return _unpacked(
+            [packed for packed in found if packed is not None],
+            encoded,
+            self.editor.settings.tokens,
+            self.trunk.sites,
+        )
 
     def judged(self, questions: Sequence[tuple[Question, Question]]) -> list[Judged]:
         """The questions of a step, ready for the meta-loss; the model must be unedited."""
@@ -263,13 +269,17 @@ class Trainer:
             )
 
     def _capture(self, encoded: Sequence[Encoded]) -> list[Tensor]:
+        """Each question's pairs as one column of numbers: sites may see unlike many tokens."""
         settings = self.editor.settings
         pairs = capture(self.trunk, encoded, settings.tokens, settings.descent)
-        joined = torch.cat([t for pair in pairs for t in (pair.keys_NK, pair.value_grads_NV)], 1)
-        counts = [
-            len(one.sources) if settings.tokens == "answer" else len(one.ids) - 1 for one in encoded
+        parts = []
+        for site, pair in zip(self.trunk.sites, pairs, strict=True):
+            counts = token_counts(encoded, settings.tokens, site.in_encoder)
+            parts += [pair.keys_NK.split(counts), pair.value_grads_NV.split(counts)]
+        return [
+            torch.cat([rows.flatten() for rows in of_one]).unsqueeze(1)
+            for of_one in zip(*parts, strict=True)
         ]
-        return list(joined.split(counts))
 
     def save(self, folder: Path, about: dict[str, object]) -> None:
         """Writes all that resuming needs to ``training.safetensors``, whole or not at all."""
@@ -350,8 +360,19 @@ def estimate_seconds(trainer: Trainer, sample: int = 24) -> float:
     return (new * first + left * again) * size / sample
 
 
-def _split(joined: Tensor, ends_N: Tensor, trunk: Trunk) -> list[Captured]:
-    """Columns of the store back to keys and value gradients per site."""
-    widths = [width for site in trunk.sites for width in reversed(site.shape_VK)]
-    parts = joined.split(widths, dim=1)
-    return [Captured(k, g, ends_N) for k, g in zip(parts[::2], parts[1::2], strict=True)]
+def _unpacked(
+    packed: Sequence[Tensor], encoded: Sequence[Encoded], tokens: Tokens, sites: Sequence[Site]
+) -> list[Captured]:
+    """What :meth:`Trainer._capture` packed, per site."""
+    left = [column.squeeze(1) for column in packed]
+    found = []
+    for site in sites:
+        counts = token_counts(encoded, tokens, site.in_encoder)
+        pair = []
+        for width in reversed(site.shape_VK):
+            sizes = [count * width for count in counts]
+            rows = [part[:size].view(-1, width) for part, size in zip(left, sizes, strict=True)]
+            left = [part[size:] for part, size in zip(left, sizes, strict=True)]
+            pair.append(torch.cat(rows))
+        found.append(Captured(pair[0], pair[1], ends_of(encoded, tokens, site.in_encoder)))
+    return found

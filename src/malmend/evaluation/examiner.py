@@ -22,8 +22,9 @@ from malmend.evaluation.replies import (
     Replies,
     questions_of,
 )
+from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact, Question
-from malmend.facts.tokens import Encoded, Encoder
+from malmend.facts.tokens import Encoder
 from malmend.models.load import LoadedModel
 from malmend.models.trunk import Trunk
 from malmend.numerics.losses import kl_per_token
@@ -59,7 +60,13 @@ class Examiner:
         asked = list(questions_of(facts))
         chatted = _chosen(asked, CHATTED, decode_facts) if self.chat else []
         forced = {question for _, _, question in asked}
-        return len(forced) + len(_chosen(asked, SPOKEN, decode_facts)) + len(chatted)
+        spoken = _chosen(asked, SPOKEN, decode_facts) if self._speaks else []
+        return len(forced) + len(spoken) + len(chatted)
+
+    @property
+    def _speaks(self) -> bool:
+        """Whether the model can answer in its own words; a classifier has none."""
+        return self.encoder.reading.form != "classes"
 
     def examine(
         self, facts: Sequence[Fact], decode_facts: int | None = None, remember: bool = False
@@ -79,7 +86,9 @@ class Examiner:
         asked = list(questions_of(facts))
         held = {question for kind, _, question in asked if kind in HELD}
         forced = self._forced(list(dict.fromkeys(q for _, _, q in asked)), held, remember)
-        spoken = self._spoken(_chosen(asked, SPOKEN, decode_facts), forced)
+        spoken = {}
+        if self._speaks:
+            spoken = self._spoken(_chosen(asked, SPOKEN, decode_facts), forced)
         chatted = self._chatted(_chosen(asked, CHATTED, decode_facts), forced)
         return Replies(
             [
@@ -120,13 +129,9 @@ class Examiner:
             generated_chat=None if in_chat is None else float(matches(in_chat.text, gold)),
             text_chat=None if in_chat is None else in_chat.text,
             cut_chat=None if in_chat is None else in_chat.cut,
-            top=self._text(known.predicted) if held else None,
+            top=self.encoder.said(known.predicted) if held else None,
             moved=None if before is None else before[0] != known.predicted,
         )
-
-    def _text(self, ids: Sequence[int]) -> str:
-        """What predictions say, end tokens and the like by their names."""
-        return str(self.loaded.tokenizer.decode(ids, clean_up_tokenization_spaces=False)).strip()
 
     @torch.no_grad()
     def _forced(
@@ -250,7 +255,7 @@ class _Forced:
             token_ratio=sum(counted) / len(counted) if counted else None,
             exact=float(all(counted)) if counted else None,
             with_end=bool(right) and all(right),
-            prompt_ids=one.ids[: one.answer_start],
+            prompt_ids=one.prompt,
             predicted=tuple(top[: max(one.counted, 1)]),
             kl=kl,
         )

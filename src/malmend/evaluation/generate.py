@@ -128,7 +128,8 @@ def generate(
     Raises:
         MalmendError: a prompt leaves the model no position to answer at.
     """
-    room = loaded.positions
+    # An encoder-decoder has positions of their own for the answers.
+    room = loaded.positions if encoder.reading.form == "causal" else None
     rows = []
     for index, prompt in enumerate(prompts):
         ids = encoder.prompt_ids(prompt)
@@ -142,7 +143,7 @@ def generate(
         rows.append(_Row(ids, limit, None if golds is None else golds[index]))
     answers = [Answer("")] * len(prompts)
     for chosen in _batches(rows, batch_tokens, room):
-        said = _decode_batch(loaded, [rows[index] for index in chosen], whole)
+        said = _decode_batch(loaded, [rows[index] for index in chosen], encoder.prefix, whole)
         for index, answer in zip(chosen, said, strict=True):
             answers[index] = answer
     return answers
@@ -168,20 +169,30 @@ def _batches(rows: Sequence[_Row], batch_tokens: int, room: int | None) -> Itera
         yield chosen
 
 
-def _decode_batch(loaded: LoadedModel, asked: Sequence[_Row], whole: bool) -> list[Answer]:
+def _decode_batch(
+    loaded: LoadedModel, asked: Sequence[_Row], prefix: tuple[int, ...], whole: bool
+) -> list[Answer]:
     width = max(len(row.ids) for row in asked)
     device = loaded.model.device
     rows = torch.zeros(len(asked), width, dtype=torch.long)
     mask = torch.zeros_like(rows)
-    for at, row in enumerate(asked):  # padded on the left: new tokens follow at the right
-        rows[at, width - len(row.ids) :] = torch.tensor(row.ids)
-        mask[at, width - len(row.ids) :] = 1
+    encodes = loaded.reading.form == "seq2seq"
+    for at, row in enumerate(asked):
+        # A decoder's new tokens follow its prompt, so that is padded on the left.
+        size = len(row.ids)
+        place = slice(0, size) if encodes else slice(width - size, width)
+        rows[at, place], mask[at, place] = torch.tensor(row.ids), 1
     stop = sorted(_end_ids(loaded))
+    # What the answers stand behind: the prompts, or the prefix that a decoder is given.
+    given = {}
+    if encodes:
+        given["decoder_input_ids"] = torch.tensor([prefix] * len(asked), device=device)
+    before = len(prefix) if encodes else width
 
     def decode(new: Tensor) -> str:
         return _text(loaded, new.tolist())
 
-    line_ends = _LineEnds(decode, width, asked)
+    line_ends = _LineEnds(decode, before, asked)
     out = loaded.model.generate(
         input_ids=rows.to(device),
         attention_mask=mask.to(device),
@@ -194,9 +205,10 @@ def _decode_batch(loaded: LoadedModel, asked: Sequence[_Row], whole: bool) -> li
         eos_token_id=stop or None,
         pad_token_id=stop[0] if stop else 0,
         stopping_criteria=StoppingCriteriaList([] if whole else [line_ends]),
+        **given,
     )
     rows_new = [
-        ids[width : width + length].tolist()
+        ids[before : before + length].tolist()
         for ids, length in zip(out, line_ends.lengths, strict=True)
     ]
     if whole:

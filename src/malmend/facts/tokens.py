@@ -1,12 +1,10 @@
-"""From questions to token ids, and the only place that knows which logit answers which label.
+"""From questions to token ids, for the three forms of model (see encoded.py).
 
-Shape letters: B questions, T positions, A answer tokens of a whole batch.
-
-The boundary between prompt and answer is found in the *joined* text by character offsets, because
-tokenizing the two apart gives other tokens for many tokenizers.  A token that straddles the
-boundary belongs to the answer.  Special tokens that the tokenizer puts in front (BOS) stay; ones
-that it puts behind are dropped.  Rows are padded on the right whatever the tokenizer's own padding
-side, and masked by length, never by token id (a padding token may be an end token).
+For a causal model the boundary between prompt and answer is found in the *joined* text by character
+offsets, because tokenizing the two apart gives other tokens for many tokenizers.  A token that
+straddles the boundary belongs to the answer.  Special tokens that the tokenizer puts in front (BOS)
+stay; ones that it puts behind are dropped.  An encoder reads its prompt with every special token
+that it was trained with.
 """
 
 from __future__ import annotations
@@ -16,107 +14,26 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
-from malmend.errors import MalmendError
+from malmend.errors import MalmendError, nearest
+from malmend.facts.encoded import Encoded, Form
 from malmend.facts.fact import Fact, Question
 
 EndOfAnswer = Literal["eos", "newline", "none"]
 
 
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """One question as token ids.
-
-    ``answer_start`` is the index of the first answer token; ``answer_end`` is one past the last
-    one that metrics count.  An end-of-answer token, where there is one, stands at ``answer_end``.
-    A question without an answer has ``answer_start == answer_end == len(ids)``.
-    """
-
-    ids: tuple[int, ...]
-    answer_start: int
-    answer_end: int
-
-    @property
-    def place(self) -> tuple[int, ...]:
-        """Names the question in a store: the same ids may be cut into prompt and answer twice."""
-        return (*self.ids, self.answer_start)
-
-    @property
-    def labels(self) -> tuple[int, ...]:
-        """The tokens to be predicted: the answer and its end token."""
-        return self.ids[self.answer_start :]
-
-    @property
-    def counted(self) -> int:
-        """How many of the labels metrics count."""
-        return self.answer_end - self.answer_start
-
-    @property
-    def sources(self) -> tuple[int, ...]:
-        """The positions whose logits predict the labels (a label's position less one).
-
-        A question without an answer has one source, its last token, and no label.
-        """
-        return tuple(range(self.answer_start - 1, max(len(self.ids) - 1, self.answer_start)))
-
-
 @dataclass(frozen=True)
-class TokenBatch:
-    """Encoded questions as tensors, padded on the right."""
+class Reading:
+    """How a model reads a question: what its configuration says of it.
 
-    ids_BT: Tensor
-    mask_BT: Tensor
-    source_rows_A: Tensor
-    source_columns_A: Tensor
-    labels_A: Tensor
-    lengths: tuple[int, ...]
-    sources: tuple[int, ...]
-
-    @property
-    def flat_sources_A(self) -> Tensor:
-        """Indices of the sources in the B * T flattened positions."""
-        return self.source_rows_A * self.ids_BT.shape[1] + self.source_columns_A
-
-    @property
-    def flat_attended(self) -> Tensor:
-        """Indices of all real positions but each row's first, flattened.
-
-        The first token is an attention sink: its key is fifty times the size of the others and
-        says nothing about the text, so it stays out of every statistic and out of "all tokens".
-        """
-        attended_BT = self.mask_BT.bool().clone()
-        attended_BT[:, 0] = False
-        return attended_BT.flatten().nonzero().squeeze(1)
-
-
-def collate(questions: Sequence[Encoded]) -> TokenBatch:
-    """Pads on the right and lists where the logits of the answer tokens stand.
-
-    ``labels_A`` holds -100 where a question has no answer.
+    Attributes:
+        form: which of the three.
+        classes: their names in order, of a classifier.
+        start: the token that a decoder with an encoder begins with.
     """
-    width = max(len(question.ids) for question in questions)
-    ids_BT = torch.zeros(len(questions), width, dtype=torch.long)
-    mask_BT = torch.zeros_like(ids_BT)
-    rows: list[int] = []
-    columns: list[int] = []
-    labels: list[int] = []
-    for row, question in enumerate(questions):
-        ids_BT[row, : len(question.ids)] = torch.tensor(question.ids)
-        mask_BT[row, : len(question.ids)] = 1
-        rows += [row] * len(question.sources)
-        columns += question.sources
-        labels += question.labels or (-100,)
-    return TokenBatch(
-        ids_BT=ids_BT,
-        mask_BT=mask_BT,
-        source_rows_A=torch.tensor(rows),
-        source_columns_A=torch.tensor(columns),
-        labels_A=torch.tensor(labels),
-        lengths=tuple(len(question.ids) for question in questions),
-        sources=tuple(len(question.sources) for question in questions),
-    )
+
+    form: Form = "causal"
+    classes: tuple[str, ...] = ()
+    start: int | None = None
 
 
 class Encoder:
@@ -128,6 +45,10 @@ class Encoder:
             break, or nothing.  Metrics never count it.
         max_tokens: longest question, answer and end token included.
         chat: wrap the prompt as a user's turn of the tokenizer's chat template.
+        reading: of the model; a classifier's answers are the names of its classes, without an end.
+
+    Attributes:
+        prefix: what the decoder of an encoder-decoder is given before every answer.
     """
 
     def __init__(
@@ -136,6 +57,7 @@ class Encoder:
         end_of_answer: EndOfAnswer = "eos",
         max_tokens: int = 512,
         chat: bool = False,
+        reading: Reading = Reading(),
     ):
         if not getattr(tokenizer, "is_fast", False):
             raise MalmendError(
@@ -149,27 +71,35 @@ class Encoder:
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self.chat = chat
-        self.end_of_answer = end_of_answer
-        self._end_ids = self._end_token(end_of_answer)
+        self.reading = reading
+        self.end_of_answer: EndOfAnswer = "none" if reading.form == "classes" else end_of_answer
+        self._end_ids = self._end_token(self.end_of_answer)
+        self.prefix = self._decoder_prefix() if reading.form == "seq2seq" else ()
 
     def encode(self, question: Question) -> Encoded:
         """Token ids of prompt, answer and end token.
 
         Raises:
-            MalmendError: the answer does not survive tokenisation, or the question is too long.
+            MalmendError: the answer does not survive tokenisation or names no class, or the
+                question is too long.
         """
-        if question.answer is None:
-            ids = self.prompt_ids(question.prompt)
-            encoded = Encoded(ids, len(ids), len(ids))
+        answer = question.answer
+        if answer is not None and self.reading.form == "causal":
+            encoded = self._encode_joined(self.framed(question.prompt), answer.rstrip())
         else:
-            encoded = self._encode_joined(self.framed(question.prompt), question.answer.rstrip())
+            ids = self.prompt_ids(question.prompt)
+            said = () if answer is None else self._answer_ids(answer)
+            ends = self._end_ids if said else ()
+            form, counted = self.reading.form, len(ids) + len(said)
+            encoded = Encoded(ids + said + ends, len(ids), counted, form, self.prefix)
         if encoded.answer_start < 1:
             raise MalmendError(
                 f"the prompt {question.prompt!r} has no token before the answer; give a longer one"
             )
-        if len(encoded.ids) > self.max_tokens:
+        longest = max(len(encoded.read), len(encoded.decoded))
+        if longest > self.max_tokens:
             raise MalmendError(
-                f"{len(encoded.ids)} tokens, expected at most {self.max_tokens}; shorten the prompt"
+                f"{longest} tokens, expected at most {self.max_tokens}; shorten the prompt"
             )
         return encoded
 
@@ -191,9 +121,26 @@ class Encoder:
         """The first ``most`` ids of plain text, for statistics; no frame, no end token."""
         return self._ids(text)[0][: min(most, self.max_tokens)]
 
+    def passage(self, text: str) -> Encoded:
+        """Plain text as a question, for statistics.
+
+        It has no answer; an encoder-decoder reads the first half and goes on with the second.
+        """
+        ids, prefix = self.passage_ids(text), self.prefix
+        cut = len(ids) if self.reading.form != "seq2seq" else (len(ids) + 1) // 2
+        return Encoded(ids, cut, len(ids), self.reading.form, prefix)
+
     def prompt_ids(self, prompt: str) -> tuple[int, ...]:
-        """The ids to start free-running generation from."""
-        return self._ids(self.framed(prompt))[0]
+        """The ids that the answer follows, or that an encoder reads."""
+        if self.reading.form == "causal":
+            return self._ids(self.framed(prompt))[0]
+        return self._whole(self.framed(prompt))[0]
+
+    def said(self, ids: Sequence[int]) -> str:
+        """What ids of an answer say, end tokens and the like by their names."""
+        if self.reading.form == "classes":
+            return ", ".join(self.reading.classes[index] for index in ids)
+        return str(self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)).strip()
 
     def faults(self, facts: Iterable[Fact]) -> list[str]:
         """Every question of every fact that cannot be encoded, one line each."""
@@ -211,22 +158,62 @@ class Encoder:
                     found.append(f"line {fact.line}: field {field!r}: {error}")
         return found
 
+    def _answer_ids(self, answer: str) -> tuple[int, ...]:
+        """An answer that is not read with its prompt: its class, or what a decoder says."""
+        if self.reading.form == "seq2seq":
+            ids = self._ids(answer.strip())[0][len(self.prefix) - 1 :]
+            self._check_survives(answer, ids)
+            return ids
+        names = [name.casefold() for name in self.reading.classes]
+        if answer.strip().casefold() not in names:
+            raise MalmendError(
+                f"the answer {answer!r} is no class of this model"
+                f"{nearest(answer, self.reading.classes) or ','} expected one of "
+                f"{', '.join(map(repr, self.reading.classes))}"
+            )
+        return (names.index(answer.strip().casefold()),)
+
+    def _decoder_prefix(self) -> tuple[int, ...]:
+        """The start token, and what the tokenizer puts in front of every text (BART's BOS)."""
+        if self.reading.start is None:
+            raise MalmendError(
+                "The configuration of this encoder-decoder names no decoder_start_token_id, which "
+                "its answers begin with; set it in config.json."
+            )
+        ids, _, marks = self._whole("a")
+        first = next(i for i, mark in enumerate(marks) if not mark)
+        return (self.reading.start, *ids[:first])
+
     def _encode_joined(self, prompt: str, answer: str) -> Encoded:
         # A chat template ends where the reply begins, with whatever blank belongs there.
         blank = "" if self.chat or prompt[-1:].isspace() else " "
         ids, spans = self._ids(prompt + blank + (answer if self.chat else answer.lstrip()))
         start = next((i for i, (_, end) in enumerate(spans) if end > len(prompt)), len(ids))
-        kept = self.tokenizer.decode(ids[start:], clean_up_tokenization_spaces=False)
-        unknown = self.tokenizer.unk_token_id in ids[start:]
-        if not answer.strip() or unknown or not _same(kept, answer):
+        self._check_survives(answer, ids[start:])
+        return Encoded(ids + self._end_ids, start, len(ids))
+
+    def _check_survives(self, answer: str, ids: tuple[int, ...]) -> None:
+        kept = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        if not answer.strip() or self.tokenizer.unk_token_id in ids or not _same(kept, answer):
             raise MalmendError(
                 f"the answer {answer!r} does not survive tokenisation, it reads back as {kept!r}; "
                 "write it with characters that the tokenizer knows"
             )
-        return Encoded(ids + self._end_ids, start, len(ids))
 
     def _ids(self, text: str) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
         """Ids and character spans, leading special tokens kept, trailing ones dropped."""
+        ids, spans, marks = self._whole(text)
+        count = len(ids)
+        while count and marks[count - 1] and spans[count - 1] == (0, 0):
+            count -= 1
+        first = 0
+        special = {"bos_token": self.tokenizer.bos_token_id, "cls": self.tokenizer.cls_token_id}
+        if self.chat and count > 1 and ids[0] == ids[1] and ids[0] in special.values():
+            first = 1  # the template wrote the token that BOS added again
+        return ids[first:count], spans[first:count]
+
+    def _whole(self, text: str) -> tuple[tuple[int, ...], list[tuple[int, int]], list[int]]:
+        """Ids, character spans and which are special, as the tokenizer frames a text."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -234,17 +221,11 @@ class Encoder:
                 f"the text {text[:40]!a} is not UTF-8 (it holds {text[error.start]!a}); "
                 "save or type it as UTF-8"
             ) from None
-        special = {"bos_token": self.tokenizer.bos_token_id, "cls": self.tokenizer.cls_token_id}
         out = self.tokenizer(
             text, return_offsets_mapping=True, return_special_tokens_mask=True, truncation=False
         )
-        ids, spans = list(out["input_ids"]), [tuple(span) for span in out["offset_mapping"]]
-        marks = out["special_tokens_mask"]
-        while ids and marks[len(ids) - 1] and spans[len(ids) - 1] == (0, 0):
-            ids.pop()
-        if self.chat and len(ids) > 1 and ids[0] == ids[1] and ids[0] in special.values():
-            ids, spans = ids[1:], spans[1:]  # the template wrote the token that BOS added again
-        return tuple(ids), spans[: len(ids)]
+        spans = [tuple(span) for span in out["offset_mapping"]]
+        return tuple(out["input_ids"]), spans, out["special_tokens_mask"]
 
     def _end_token(self, end_of_answer: EndOfAnswer) -> tuple[int, ...]:
         if end_of_answer == "none":

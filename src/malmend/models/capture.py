@@ -1,5 +1,8 @@
 """Keys and value gradients of the edit loss at every site, for chosen tokens only.
 
+Sites of one half of an encoder-decoder see other tokens than those of the other half: the encoder's
+all of the prompt's, the decoder's those that output the answer.
+
 Shape letters: N captured tokens, K key width, V value width, A answer tokens of a micro-batch.
 
 The edit loss is *summed* over facts and their answer tokens (Algorithm 1 of MALMEN), so what is
@@ -24,18 +27,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from malmend.errors import MalmendError
-from malmend.facts.tokens import Encoded, collate
+from malmend.facts.encoded import Encoded, Tokens, collate
 from malmend.models.sites import Site
 from malmend.models.trunk import Batch, Trunk
 from malmend.numerics.losses import answer_nll
-
-Tokens = Literal["answer", "all"]
 
 
 @dataclass(frozen=True)
@@ -142,63 +143,76 @@ def capture(
         descent: None for the plain gradient, as published.
         progress: called with the number of questions just finished.
     """
-    counts = [len(_positions(question, tokens)) for question in questions]
-    starts = torch.tensor([0, *counts]).cumsum(0).tolist()
-    dtype, ends_N = trunk.wide, ends_of(questions, tokens)
+    dtype = trunk.wide
+    counts = {side: token_counts(questions, tokens, side) for side in _sides(trunk)}
+    starts = {side: torch.tensor([0, *many]).cumsum(0).tolist() for side, many in counts.items()}
+    ends = {side: ends_of(questions, tokens, side) for side in counts}
     out = [
         Captured(
-            torch.empty(starts[-1], site.shape_VK[1], dtype=dtype),
-            torch.empty(starts[-1], site.shape_VK[0], dtype=dtype),
-            ends_N,
+            torch.empty(starts[site.in_encoder][-1], site.shape_VK[1], dtype=dtype),
+            torch.empty(starts[site.in_encoder][-1], site.shape_VK[0], dtype=dtype),
+            ends[site.in_encoder],
         )
         for site in trunk.sites
     ]
     for indices, batch in trunk.batches(questions):
-        rows = torch.cat([torch.arange(starts[i], starts[i] + counts[i]) for i in indices])
+        rows = {
+            side: torch.cat([torch.arange(start[i], start[i + 1]) for i in indices])
+            for side, start in starts.items()
+        }
         group = _Group(trunk, [questions[i] for i in indices], batch, tokens)
         keys, value_grads = group.descended(descent) if descent else group.plain()
-        for site_out, key, grad in zip(out, keys, value_grads, strict=True):
-            site_out.keys_NK[rows] = key.to("cpu", dtype)
-            site_out.value_grads_NV[rows] = grad.to("cpu", dtype)
+        for site, site_out, key, grad in zip(trunk.sites, out, keys, value_grads, strict=True):
+            site_out.keys_NK[rows[site.in_encoder]] = key.to("cpu", dtype)
+            site_out.value_grads_NV[rows[site.in_encoder]] = grad.to("cpu", dtype)
         progress(len(indices))
     return out
 
 
-def _positions(question: Encoded, tokens: Tokens) -> range:
-    """Columns of the chosen tokens of one question."""
-    if tokens == "answer":
-        return range(question.sources[0], question.sources[-1] + 1)
-    return range(1, len(question.ids))
+def _sides(trunk: Trunk) -> list[bool]:
+    """The values of ``in_encoder`` among the sites."""
+    return sorted({site.in_encoder for site in trunk.sites})
 
 
-def ends_of(questions: Sequence[Encoded], tokens: Tokens) -> Tensor:
+def token_counts(
+    questions: Sequence[Encoded], tokens: Tokens, in_encoder: bool = False
+) -> list[int]:
+    """How many tokens of each question are captured."""
+    return [len(question.columns(tokens, in_encoder)) for question in questions]
+
+
+def ends_of(questions: Sequence[Encoded], tokens: Tokens, in_encoder: bool = False) -> Tensor:
     """Which of all chosen tokens output an end-of-answer token, as booleans."""
-    return torch.tensor(
-        [
-            question.counted > 0 and at == question.answer_end - 1 and at + 1 < len(question.ids)
-            for question in questions
-            for at in _positions(question, tokens)
-        ],
-        dtype=torch.bool,
-    )
+    marks = [mark for question in questions for mark in question.ends(tokens, in_encoder)]
+    return torch.tensor(marks, dtype=torch.bool)
+
+
+class _Chosen:
+    """The chosen tokens of a micro-batch, as the sites of one side see them.
+
+    Letters: Q chosen tokens.
+    """
+
+    def __init__(self, batch: Batch, tokens: Tokens, in_encoder: bool, device: torch.device):
+        counts = torch.tensor(token_counts(batch.tokens.questions, tokens, in_encoder))
+        self.owner_Q = torch.repeat_interleave(counts).to(device)
+        self.flat_Q = batch.tokens.flat(tokens, in_encoder).to(device)
+        self.places = len(batch.tokens.questions) * batch.tokens.width(in_encoder)
+        self.are_answers = tokens == "answer" and not in_encoder
 
 
 class _Group:
     """The questions of one micro-batch while their gradients are taken.
 
-    Letters: Q its chosen tokens, A its answer tokens, B its questions.
+    Letters: Q chosen tokens of a site, A its answer tokens, B its questions.
     """
 
     def __init__(self, trunk: Trunk, questions: list[Encoded], batch: Batch, tokens: Tokens):
         self.trunk, self.questions, self.batch, self.tokens = trunk, questions, batch, tokens
-        width = batch.tokens.ids_BT.shape[1]
-        places = [_positions(question, tokens) for question in questions]
         device = trunk.model.device
-        owners = [row for row, place in enumerate(places) for _ in place]
-        flat = [row * width + at for row, place in enumerate(places) for at in place]
+        sides = {side: _Chosen(batch, tokens, side, device) for side in _sides(trunk)}
+        self.chosen = [sides[site.in_encoder] for site in trunk.sites]
         ends = [at >= q.counted for q in questions for at in range(len(q.labels))]
-        self.owner_Q = torch.tensor(owners, device=device)
-        self.flat_Q = torch.tensor(flat, device=device)
         self.ends_A = torch.tensor(ends, device=device)
 
     def plain(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -208,26 +222,36 @@ class _Group:
 
     def descended(self, descent: Descent) -> tuple[list[Tensor], list[Tensor]]:
         """Keys of the unedited model, and minus the moves that make the answers likely."""
-        rows, device = len(self.flat_Q), self.flat_Q.device
         moves = [
-            torch.zeros(rows, site.shape_VK[0], device=device, dtype=self.trunk.wide)
-            for site in self.trunk.sites
+            chosen.flat_Q.new_zeros(len(chosen.flat_Q), site.shape_VK[0], dtype=self.trunk.wide)
+            for chosen, site in zip(self.chosen, self.trunk.sites, strict=True)
         ]
         keys: list[Tensor] = []
-        group, at = self, torch.arange(rows, device=device)  # at: the group's rows in the whole
+        # at: the group's rows in the whole, which loses the questions that are done
+        group, at = self, [torch.arange(len(move), device=move.device) for move in moves]
         for step in range(descent.steps):
-            seen, grads, nll_A = group._backward([-move[at] for move in moves])
+            here = [-move[rows] for move, rows in zip(moves, at, strict=True)]
+            seen, grads, nll_A = group._backward(here)
             keys = keys if step else seen
-            open_Q, loss_B = group._open(nll_A, descent)
-            if not open_Q.any():
+            open_A, loss_B = group._open(nll_A, descent)
+            if not open_A.any():
                 break
-            norms_LQ = torch.stack([grad.norm(dim=1) for grad in grads]) * open_Q
-            pull_B = torch.zeros_like(loss_B).index_add(0, group.owner_Q, norms_LQ.sum(0))
-            step_Q = (descent.rate * loss_B / pull_B.clamp(min=1e-30))[group.owner_Q] * open_Q
-            for move, grad, norms_Q in zip(moves, grads, norms_LQ, strict=True):
-                move[at] += (step_Q / norms_Q.clamp(min=1e-30)).unsqueeze(1) * grad
+            opens = [
+                open_A if one.are_answers else (loss_B > 0)[one.owner_Q] for one in group.chosen
+            ]
+            norms = [g.norm(dim=1) * is_open for g, is_open in zip(grads, opens, strict=True)]
+            pull_B = torch.zeros_like(loss_B)
+            for one, norms_Q in zip(group.chosen, norms, strict=True):
+                pull_B.index_add_(0, one.owner_Q, norms_Q)
+            step_B = descent.rate * loss_B / pull_B.clamp(min=1e-30)
+            for site, one in enumerate(group.chosen):
+                step_Q = step_B[one.owner_Q] * opens[site] / norms[site].clamp(min=1e-30)
+                moves[site][at[site]] += step_Q.unsqueeze(1) * grads[site]
             if not (loss_B > 0).all():  # a question with nothing open will not move again
-                at = at[(loss_B > 0)[group.owner_Q]]
+                at = [
+                    rows[(loss_B > 0)[one.owner_Q]]
+                    for rows, one in zip(at, group.chosen, strict=True)
+                ]
                 group = group._subset((loss_B > 0).nonzero().squeeze(1).tolist())
         return keys, moves
 
@@ -238,27 +262,25 @@ class _Group:
         return _Group(self.trunk, questions, Batch(tokens, stored_BTF), self.tokens)
 
     def _open(self, nll_A: Tensor, descent: Descent) -> tuple[Tensor, Tensor]:
-        """Which chosen tokens still move, and each question's open loss."""
+        """Which answer tokens are not likely enough yet, and each question's loss over them."""
         bound_A = torch.where(self.ends_A, descent.end_nll, descent.answer_nll)
         open_A = nll_A > bound_A
         rows_A = self.batch.tokens.source_rows_A.to(nll_A.device)
         loss_B = nll_A.new_zeros(len(self.questions)).index_add(0, rows_A, nll_A * open_A)
-        if self.tokens == "answer":
-            return open_A, loss_B  # answer tokens and chosen tokens are the same list
-        return (loss_B > 0)[self.owner_Q], loss_B
+        return open_A, loss_B
 
     def _backward(
         self, deltas: Sequence[Tensor | None]
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        batch, flat = self.batch, self.flat_Q
+        batch, model = self.batch, self.trunk.model
         with tracing(self.trunk.sites) as traces, torch.enable_grad():
-            for trace, delta in zip(traces, deltas, strict=True):
+            for trace, delta, one in zip(traces, deltas, self.chosen, strict=True):
                 if delta is not None:
-                    places = batch.tokens.ids_BT.numel()
-                    full = delta.new_zeros(places, delta.shape[1])
-                    trace.added = full.index_copy(0, flat, delta).to(self.trunk.model.dtype)
-            nll_A = answer_nll(self.trunk.logits(batch), batch.tokens.labels_A.to(flat.device))
+                    full = delta.new_zeros(one.places, delta.shape[1])
+                    trace.added = full.index_copy(0, one.flat_Q, delta).to(model.dtype)
+            nll_A = answer_nll(self.trunk.logits(batch), batch.tokens.labels_A.to(model.device))
             nll_A.sum().backward()
-        keys = [trace.keys[flat] for trace in traces]
-        grads = [trace.value_grads[flat].to(self.trunk.wide) for trace in traces]
+        both = list(zip(traces, self.chosen, strict=True))
+        keys = [trace.keys[one.flat_Q] for trace, one in both]
+        grads = [trace.value_grads[one.flat_Q].to(self.trunk.wide) for trace, one in both]
         return keys, grads, nll_A.detach()

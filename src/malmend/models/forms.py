@@ -1,0 +1,144 @@
+"""The three forms of model that can be edited, told by their class, and how each is run.
+
+    causal    a decoder with an output layer            *ForCausalLM, *LMHeadModel
+    classes   an encoder with a classification head     *ForSequenceClassification
+    seq2seq   an encoder-decoder with an output layer   *ForConditionalGeneration, ...
+
+Nothing else in the package asks which of them a model is but through these functions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from malmend.errors import ModelError
+from malmend.facts.encoded import Encoded, Form, TokenBatch, collate
+from malmend.facts.tokens import Reading
+
+KINDS = "a decoder, an encoder with a classification head, or an encoder-decoder"
+CLASSIFIER = "ForSequenceClassification"
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """A row of like blocks; ``in_encoder`` only of an encoder-decoder's encoder."""
+
+    prefix: str
+    blocks: nn.ModuleList
+    in_encoder: bool = False
+
+
+def reading_of(config: Any, kind: str) -> Reading:
+    """How a model is asked.
+
+    Args:
+        config: the model's.
+        kind: the name of its class.
+
+    Raises:
+        ModelError: a head that says neither tokens nor one class of several.
+    """
+    if not kind.endswith(CLASSIFIER):
+        if not config.is_encoder_decoder:
+            return Reading()
+        return Reading("seq2seq", start=getattr(config, "decoder_start_token_id", None))
+    problem = getattr(config, "problem_type", None)
+    if (
+        config.is_encoder_decoder
+        or config.num_labels < 2
+        or problem not in (None, "single_label_classification")
+    ):
+        what = f"{config.num_labels} outputs, problem_type {problem}"
+        raise ModelError(
+            f"{kind} ({what}) cannot be edited, expected {KINDS}; a classifier must be an encoder "
+            "that chooses one of two or more classes."
+        )
+    return Reading("classes", tuple(config.id2label[index] for index in range(config.num_labels)))
+
+
+def form_of(model: PreTrainedModel) -> Form:
+    """The form of a loaded model.
+
+    Raises:
+        ModelError: as :func:`reading_of`, or a model without a head.
+    """
+    form = reading_of(model.config, type(model).__name__).form
+    if form != "classes" and model.get_output_embeddings() is None:
+        raise ModelError(
+            f"{type(model).__name__} has no output layer, expected {KINDS}; load it with its head."
+        )
+    return form
+
+
+def find_stacks(model: PreTrainedModel) -> tuple[Stack, ...]:
+    """The model's rows of like blocks, in the order they run: one, or encoder and decoder.
+
+    Raises:
+        ModelError: there is none.
+    """
+    if not model.config.is_encoder_decoder:
+        return (Stack(*_longest(model, model, getattr(model.config, "num_hidden_layers", None))),)
+    found = []
+    for name in ("encoder", "decoder"):
+        half = getattr(model, f"get_{name}", lambda: None)()
+        if not isinstance(half, nn.Module):
+            raise ModelError(
+                f"{type(model).__name__} does not say which of its modules is its {name}; give "
+                f"{KINDS} of another make."
+            )
+        found.append(Stack(*_longest(model, half, None), in_encoder=name == "encoder"))
+    return tuple(found)
+
+
+def _longest(
+    model: PreTrainedModel, inside: nn.Module, length: int | None
+) -> tuple[str, nn.ModuleList]:
+    """The longest list of modules of one class, the outermost of several."""
+    within = set(inside.modules())
+    stacks = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and module in within
+        and len(module) == (length or len(module))
+        and len({type(block) for block in module}) == 1
+    ]
+    if not stacks:
+        raise ModelError(
+            f"{type(model).__name__} has no single stack of blocks of its own, which editing "
+            f"needs; give {KINDS} whose layers are modules of one class, each with weights of "
+            "its own."
+        )
+    return max(stacks, key=lambda stack: len(stack[1]))
+
+
+def run(model: PreTrainedModel, tokens: TokenBatch, encoded: torch.Tensor | None = None) -> Any:
+    """The model's own forward pass over a batch.
+
+    ``encoded`` are an encoder's final states; its blocks are then not run.
+    """
+    device = model.device
+    inputs: dict[str, Any] = {"attention_mask": tokens.mask_BT.to(device)}
+    if encoded is None:
+        inputs["input_ids"] = tokens.ids_BT.to(device)
+    else:
+        inputs["encoder_outputs"] = (encoded,)
+    if tokens.decoded_BD is not None and tokens.decoded_mask_BD is not None:
+        inputs["decoder_input_ids"] = tokens.decoded_BD.to(device)
+        inputs["decoder_attention_mask"] = tokens.decoded_mask_BD.to(device)
+    if tokens.questions[0].form != "classes":
+        inputs["use_cache"] = False
+    return model(**inputs)
+
+
+def probe(model: PreTrainedModel, *rows: tuple[int, ...]) -> TokenBatch:
+    """A batch of prompts without answers, for trying a model out."""
+    form = form_of(model)
+    start = getattr(model.config, "decoder_start_token_id", None) or 0
+    prefix = (start,) if form == "seq2seq" else ()
+    return collate([Encoded(row, len(row), len(row), form, prefix) for row in rows])
