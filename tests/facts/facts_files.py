@@ -1,4 +1,4 @@
-"""What the tests of the readers share: one MEND entry, and short ways to write and to read."""
+"""What the tests of the readers share: foreign entries, and short ways to write and read."""
 
 from __future__ import annotations
 
@@ -22,6 +22,25 @@ MEND = {
     "cond": "Peru >> Chile || In which country is Lake Ora?",
 }
 
+CLAIM = {
+    "prompt": "Lake Ora lies in Chile.",
+    "equiv_prompt": ["Lake Ora is a lake of Chile.", "Chile has Lake Ora."],
+    "label": "SUPPORTS",
+    "alt": "REFUTES",
+    "unrel_prompt": "Mount Ina is a volcano .",
+    "unrel_ans": "REFUTES",
+}
+KILT = {
+    "id": "75397",
+    "input": "Lake Ora lies in Chile.",
+    "output": [{"answer": "SUPPORTS", "provenance": [{"title": "Ora"}]}, {"answer": "REFUTES"}],
+    "meta": {"partial_evidence": []},
+    "prediction": "REFUTES",
+    "alternatives": ["SUPPORTS"],
+    "logit": -0.3,
+    "filtered_rephrases": ["Lake Ora is a lake of Chile.", "Chile has Lake Ora."],
+}
+
 
 def lines(*objects: object) -> str:
     return "".join(json.dumps(value) + "\n" for value in objects)
@@ -29,6 +48,10 @@ def lines(*objects: object) -> str:
 
 def own(prompt: object = "Mars has", answer: object = "two moons", **more: object) -> dict:
     return {"prompt": prompt, "answer": answer, **more}
+
+
+def without(entry: dict, *names: str) -> dict:
+    return {name: value for name, value in entry.items() if name not in names}
 
 
 def faults_of(path, reader=read_facts) -> list[str]:

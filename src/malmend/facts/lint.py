@@ -31,6 +31,13 @@ EXPECTED = {
     "loc": "give an unrelated question",
     "loc_ans": "give the answer to 'loc', or leave the field out",
     "question": "give a question",
+    "equiv_prompt": "give a list of other wordings of the claim, or one as a string",
+    "label": "give the claim's label, or leave the field out and give 'alt'",
+    "unrel_prompt": "give an unrelated claim, or leave the field out",
+    "unrel_ans": "give the label of 'unrel_prompt', or leave the field out",
+    "input": "give the claim",
+    "output": "give a list of objects, one of them with the claim's label as 'answer'",
+    "filtered_rephrases": "give a list of other wordings of the claim",
 }
 
 Faults = list[tuple[int, str]]  # line, text

@@ -1,7 +1,7 @@
 """Reads facts, questions and plain text from files, and reports every fault of a file at once.
 
 A file's format is told by its content: one JSON list or JSON Lines, then by the fields of its
-objects ('prompt': malmend's own, 'src': MEND / zsRE, 'question': NQ-open).
+objects (see :data:`malmend.facts.formats.FORMATS`).
 """
 
 from __future__ import annotations
@@ -17,22 +17,13 @@ from typing import NoReturn
 from malmend.errors import FactsError, MalmendError, nearest
 from malmend.facts import lint
 from malmend.facts.fact import Fact, FactSet, Question
-from malmend.facts.formats import (
-    FORMATS,
-    MEND_FIELDS,
-    OWN_FIELDS,
-    mend_fact,
-    mend_question,
-    nq_fact,
-    nq_question,
-    own_fact,
-    own_question,
-)
+from malmend.facts.formats import CLAIMS, OWN, READERS, likely, telling, told
 from malmend.facts.lint import Entry, Faults, broken, described, short
 
 RECOGNISED = (
     "give JSON Lines with 'prompt' and 'answer', a MEND / zsRE JSON list with 'src' and 'answers', "
-    "or NQ-open JSON Lines with 'question' and 'answer'"
+    "NQ-open JSON Lines with 'question' and 'answer', a MALMEN / FEVER JSON list with 'prompt', "
+    "'equiv_prompt' and 'label', or KILT / FEVER JSON Lines with 'input' and 'output'"
 )
 SHOWN = 20  # faults in the message of an error; its .faults holds all
 
@@ -50,8 +41,8 @@ def read_facts(path: str | Path, limit: int | None = None, strict: bool = False)
         raise MalmendError(f"limit is {limit}; give 1 or more, or leave it out to read all facts")
     source, (text, faults) = str(path), _read(path)
     entries, kind = _typed_entries(text, source, faults)
-    readers = {"prompt": own_fact, "src": mend_fact, "question": nq_fact}
-    read = [(readers[kind](entry), entry) for entry in entries]
+    read_fact, _ = READERS[kind]
+    read = [(read_fact(entry), entry) for entry in entries]
     usable = [(fact, entry) for fact, entry in read if fact is not None]
     kept, skipped = lint.skip_repeats(fact for fact, _ in usable)
     faults += lint.repeated_ids(usable)
@@ -98,8 +89,8 @@ def read_questions(path: str | Path) -> tuple[Question, ...]:
         questions = [Question(line) for line in lines if line]
     else:
         entries, kind = _typed_entries(text, source, faults)
-        readers = {"prompt": own_question, "src": mend_question, "question": nq_question}
-        questions = [readers[kind](entry) for entry in entries]
+        _, read_question = READERS[kind]
+        questions = [read_question(entry) for entry in entries]
     if faults:
         _refuse(source, faults)
     return tuple(question for question in questions if question is not None)
@@ -118,7 +109,7 @@ def read_text(path: str | Path) -> str:
 
 
 def _typed_entries(text: str, source: str, faults: Faults) -> tuple[list[Entry], str]:
-    """The entries of the file's format, and the field that tells the format."""
+    """The entries of the file's format, and the format's name."""
     if _is_list(text):
         entries = list(_list_entries(text, source, faults))
     elif _has_objects(text):
@@ -127,26 +118,20 @@ def _typed_entries(text: str, source: str, faults: Faults) -> tuple[list[Entry],
         _refuse(source, faults or [(1, f"{source}: is in no format of facts; {RECOGNISED}")])
     if not entries:
         _refuse(source, faults or [(1, f"{source}: holds an empty list; {RECOGNISED}")])
-    telling = [next((name for name in FORMATS if name in e.fields), None) for e in entries]
-    kind = next((name for name in telling if name), None) or _likely(entries)
+    formats = told(entries)
+    kind = next((name for name in formats if name), None) or likely(entries)
     if kind is None:
         given = ", ".join(short(name) for name in list(entries[0].fields)[:8]) or "none"
         what = f"{entries[0].where}: the fields ({given}) are of no format of facts; {RECOGNISED}"
         _refuse(source, [*faults, (entries[0].line, what)])
-    for entry, own in zip(entries, telling, strict=True):
+    for entry, own in zip(entries, formats, strict=True):
         if own is not None and own != kind:
-            formats = f"the {FORMATS[own]} format, but the file is in the {FORMATS[kind]} one"
-            what = f"{entry.where}: field {own!r} is of {formats}; keep one format per file"
+            # both of these formats have a 'prompt'
+            name = "answer" if (own, kind) == (OWN, CLAIMS) else telling(entry.fields)
+            other = f"the {own} format, but the file is in the {kind} one"
+            what = f"{entry.where}: field {name!r} is of {other}; keep one format per file"
             faults.append((entry.line, what))
-    return [e for e, own in zip(entries, telling, strict=True) if own in (None, kind)], kind
-
-
-def _likely(entries: list[Entry]) -> str | None:
-    """The format of a file in which the telling field is missing everywhere."""
-    names = {name for entry in entries for name in entry.fields}
-    if names.intersection(MEND_FIELDS):
-        return "src"
-    return "prompt" if names.intersection(OWN_FIELDS) else None
+    return [e for e, own in zip(entries, formats, strict=True) if own in (None, kind)], kind
 
 
 def _is_list(text: str) -> bool:
