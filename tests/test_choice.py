@@ -20,8 +20,9 @@ from malmend.editors.settings import EditorSettings, training_free
 from malmend.errors import EditorError, MalmendError
 from malmend.facts.fact import subject_hash
 from malmend.facts.readers import read_facts
+from malmend.material import calibrated
 from malmend.models.sites import find_sites
-from malmend.workbench import calibrated, lay_out, shipped
+from malmend.workbench import lay_out, shipped
 
 tiny = command_support.tiny
 cache = command_support.cache

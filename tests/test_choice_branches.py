@@ -22,9 +22,10 @@ from malmend.editors.refine import RefineSettings
 from malmend.editors.settings import EditorSettings, training_free
 from malmend.errors import EditorError, MalmendError
 from malmend.facts.fact import subject_hash
+from malmend.material import calibrated
 from malmend.models.load import prepared
-from malmend.models.sites import find_sites
-from malmend.workbench import calibrated, lay_out, shipped_editor
+from malmend.models.sites import LAYERS, find_sites
+from malmend.workbench import lay_out, shipped_editor
 
 tiny = command_support.tiny
 cache = command_support.cache
@@ -160,7 +161,7 @@ def test_each_of_them_alone_decides(tiny, carried, what):
         assert "trained_on" not in said
         assert told == ["Editor: none; the model is edited without training."]
         assert said["settings"]["network"]["blocks"] == 0
-        assert len(said["eta"]) == (FREE if what == "settings" else training_free()).layers
+        assert len(said["eta"]) == (FREE.layers if what == "settings" else LAYERS)
 
 
 def test_the_carried_editor_brings_its_own_layers_and_end(tiny, carried):

@@ -31,12 +31,14 @@ SMALL = ["--layers", 2, "--network.rank", 4, "--facts-per-step", 4, "--steps", 2
 
 TRUNK = {"--trunk", "--trunk.batch-tokens", "--trunk.store-bytes"}
 MODEL = {"-h", "--help", "--dtype"}
-FACTS = {"--limit", "--strict", "--alternative"}
+FACTS = {"--limit", "--strict", "--alternative", "--away"}
 CALIBRATION = {"--calibrate", "--text"}
 EDITOR = {
     "--method",
     "--form",
     "--layers",
+    "--linear",
+    "--side",
     "--sites",
     "--tokens",
     "--end-of-answer",
@@ -94,7 +96,11 @@ OPTIONS = {
     | TRUNK
     | {"--patch", "--chat", "--decode-facts", "--text", "--report", "--force", "--json"},
     "ask": MODEL | {"--patch", "--chat", "--max-new-tokens", "--force"},
-    "inspect": MODEL | {"--layers", "--sites"},
+    "finetune": {
+        *("-h", "--help", "--out", "--asked", "--end-of-answer", "--limit", "--rate", "--batch"),
+        *("--epochs", "--validation", "--patience", "--until", "--seed"),
+    },
+    "inspect": MODEL | {"--layers", "--linear", "--side", "--sites"},
     "demo": {"-h", "--help", "--out", "--model", "--facts", "--spoken"},
 }
 

@@ -20,8 +20,9 @@ from malmend.editors.network import NetworkSettings
 from malmend.editors.settings import EditorSettings, training_free
 from malmend.editors.training import TrainSettings
 from malmend.facts.fact import Fact, Question, subject_hash
+from malmend.material import calibrated
 from malmend.models.sites import find_sites
-from malmend.workbench import calibrated, lay_out
+from malmend.workbench import lay_out
 
 tiny = command_support.tiny
 cache = command_support.cache

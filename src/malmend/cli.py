@@ -22,6 +22,7 @@ COMMANDS = {
     "train": "train an editor (MALMEN or MEND); run again to resume",
     "eval": "how well a model, edited or not, answers",
     "ask": "let a model answer one prompt, with and without a patch",
+    "finetune": "fine-tune a model on facts, so that it knows what is to be edited",
     "inspect": "what is in a model, an editor, a patch or a facts file",
     "demo": "the main job on a real model, start to finish",
 }
@@ -40,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"malmend: {error.strerror or error}{what}.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        hint = " Run the same command again to resume." if arguments[:1] == ["train"] else ""
+        resumes = arguments[:1] in (["train"], ["finetune"])
+        hint = " Run the same command again to resume." if resumes else ""
         print(f"\nmalmend: interrupted; nothing half-written was left.{hint}", file=sys.stderr)
         return 128 + signal.SIGINT
 
@@ -68,6 +70,7 @@ def _run(arguments: list[str]) -> int:
         "train": _train,
         "eval": _eval,
         "ask": _ask,
+        "finetune": _finetune,
         "inspect": _inspect,
         "demo": _demo,
     }
@@ -197,6 +200,26 @@ def _ask(arguments: list[str]) -> None:
     parser.add_argument("--patch", type=str, help="a patch; the answer is then shown with it too")
     _derive(parser, ask, {"model", "prompt", "patch"})
     show.asked(ask(**_parse(parser, arguments)))
+
+
+def _finetune(arguments: list[str]) -> None:
+    from malmend import show
+    from malmend.commands.finetune import finetune
+    from malmend.models.finetune import FinetuneSettings
+
+    parser = _parser("finetune")
+    parser.add_argument("model", type=str, help="name or folder")
+    parser.add_argument("facts", type=str, nargs="+", help="facts files; of claims for an encoder")
+    parser.add_argument("--out", type=str, required=True, help="the fine-tuned model's folder")
+    _derive(parser, finetune, {"model", "facts", "out", "settings", "stepped"})
+    parser.add_class_arguments(FinetuneSettings)
+    given = _parse(parser, arguments)
+    settings = FinetuneSettings(
+        **{name: given.pop(name) for name in FinetuneSettings.__dataclass_fields__}
+    )
+    with show.bars() as bars:
+        result = finetune(**given, settings=settings, progress=bars, stepped=show.epoch)
+    show.finetuned(result)
 
 
 def _inspect(arguments: list[str]) -> None:

@@ -15,6 +15,7 @@ from rich.table import Table
 from malmend.commands.ask import AskResult
 from malmend.commands.demo import DemoResult
 from malmend.commands.edit import EditResult
+from malmend.commands.finetune import FinetuneResult
 from malmend.commands.inspect import Inspection
 from malmend.commands.train import TrainResult
 from malmend.editors.training import StepRecord
@@ -24,6 +25,7 @@ from malmend.evaluation.replies import KINDS
 from malmend.evaluation.report import Report
 from malmend.evaluation.view import QUESTIONS
 from malmend.facts.fact import FactSet
+from malmend.models.finetune import EpochRecord
 
 # What a model says is text: ":smile:" stays as it is.
 OUT = Console(emoji=False)
@@ -259,6 +261,26 @@ def trained(result: TrainResult) -> None:
     OUT.print(
         f"Trained {last.step} steps: meta-loss {first.loss:.3f} at the first, "
         f"{last.loss:.3f} at the last.  Editor: {escape(str(result.folder))}"
+    )
+
+
+def epoch(record: EpochRecord) -> None:
+    """One line per epoch of fine-tuning."""
+    judged = "held out" if record.phase == "choice" else "learned"
+    ERR.print(
+        f"epoch {record.epoch:>3}  loss {record.loss:.4f}  right of what is {judged} "
+        f"{record.accuracy:.3f}  {record.seconds:.0f} s",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def finetuned(result: FinetuneResult) -> None:
+    """Where the model lies and how much it knows."""
+    last = result.records[-1]
+    OUT.print(
+        f"Fine-tuned on {result.questions:,} questions in {last.epoch} epochs, of which the model "
+        f"now answers {last.accuracy:.1%}.  Model: {escape(str(result.folder))}"
     )
 
 

@@ -1,4 +1,4 @@
-"""A model on the bench: cut at the layers to be edited, with an encoder that fits, and calibrated.
+"""A model on the bench: cut at the layers to be edited, with an encoder that fits.
 
 What is found of a model (trunk activations, calibrations) is kept in the cache folder by the
 fingerprint of its weights.
@@ -8,26 +8,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from malmend.editors.calibration import (
-    Calibration,
-    CalibrationSettings,
-    calibrate,
-    calibration_key,
-    load_calibration,
-    save_calibration,
-)
 from malmend.editors.checkpoint import seen_in_training
-from malmend.editors.settings import EditorSettings
 from malmend.errors import FactsError, MalmendError
+from malmend.evaluation.classes import away as away_from_said
 from malmend.facts.alternatives import towards_alternatives
-from malmend.facts.fact import Fact, FactSet, Question, spread
-from malmend.facts.readers import given_facts, read_facts, read_questions, read_text
+from malmend.facts.fact import Fact, FactSet
+from malmend.facts.readers import given_facts, read_facts
 from malmend.facts.tokens import Encoder, EndOfAnswer
-from malmend.files import kept
 from malmend.models.load import (
     LoadedModel,
     cache_folder,
@@ -42,7 +33,6 @@ from malmend.models.trunk import Trunk, TrunkSettings
 from malmend.patch import Patch, check_bare
 
 LONGEST = 512  # tokens of a question, answer and end token included
-MOST_KEPT = 2_000_000_000  # bytes of calibrations in the cache folder
 
 Progress = Callable[[str, float], None]
 SHIPPED = "shipped:"  # in front of the name of an editor that the package carries
@@ -110,13 +100,22 @@ def checked_facts(
     limit: int | None = None,
     strict: bool = False,
     alternative: bool = False,
+    away: bool = False,
 ) -> FactSet:
     """Reads facts and checks that every question can be encoded; needs no model.
 
     Raises:
         FactsError: with every fault of the file, or every question that the tokenizer breaks, or
             every fact without an alternative where ``alternative`` asks for it.
+        MalmendError: ``away``, which :func:`aimed` sees to, where it makes no sense.
     """
+    if away and encoder.reading.form != "classes":
+        raise MalmendError(
+            "--away is for classifiers, whose answers are classes; leave it out, or give "
+            "--alternative to edit towards false answers."
+        )
+    if away and alternative:
+        raise MalmendError("--away and --alternative aim at different answers; give one of them.")
     if isinstance(facts, str | Path):
         known = read_facts(facts, limit, strict)
     else:
@@ -132,6 +131,15 @@ def checked_facts(
     return known
 
 
+def aimed(bench: Workbench, facts: FactSet, away: bool) -> FactSet:
+    """The facts as they are, or each aiming at what the unedited model does not say.
+
+    Raises:
+        FactsError: as :func:`malmend.facts.alternatives.away_from`.
+    """
+    return away_from_said(bench.trunk, bench.encoder, facts) if away else facts
+
+
 def opened(model: str | LoadedModel, dtype: str = "float32") -> LoadedModel:
     """A model by name, or one that is loaded already."""
     return model if isinstance(model, LoadedModel) else load_model(model, dtype)
@@ -140,78 +148,6 @@ def opened(model: str | LoadedModel, dtype: str = "float32") -> LoadedModel:
 def tokenizer_of(model: str | LoadedModel) -> object:
     """The tokenizer of a model by name, without its weights."""
     return model.tokenizer if isinstance(model, LoadedModel) else load_tokenizer(model)
-
-
-def calibrated(
-    bench: Workbench,
-    editor_settings: EditorSettings,
-    facts: str | Path | Sequence[Fact] | None = None,
-    text: str | Path | None = None,
-    settings: CalibrationSettings = CalibrationSettings(),
-    progress: Progress = silent,
-    questions: Sequence[Question] = (),
-) -> Calibration:
-    """The model's calibration, from the cache folder or made now.
-
-    Args:
-        bench: the model.
-        editor_settings: what the editor is.
-        facts: facts, or a file of some, in place of the project's own calibration facts.
-        text: a text file in place of the project's own text.
-        settings: sizes and candidates.
-        progress: called with stage and share done.
-        questions: more questions whose answers must not move, beside the project's own.
-    """
-    known, words, general = _calibration_data(bench, facts, text, settings)
-    general = [*general, *questions]
-    # The network's size changes nothing that is calibrated.
-    plain = replace(editor_settings, network=replace(editor_settings.network, blocks=0))
-    key = calibration_key(bench.loaded.digest, bench.trunk, plain, settings, known, words, general)
-    path = cache_folder() / "calibrations" / f"{key}.safetensors"
-    return kept(
-        path,
-        load_calibration,
-        lambda: calibrate(
-            bench.trunk, bench.encoder, plain, known, words, settings, progress, general
-        ),
-        save_calibration,
-        MOST_KEPT,
-    )
-
-
-def _calibration_data(
-    bench: Workbench,
-    facts: str | Path | Sequence[Fact] | None,
-    text: str | Path | None,
-    settings: CalibrationSettings,
-) -> tuple[list[Fact], str, list[Question]]:
-    """Calibration facts, evenly over their file, text, and general questions.
-
-    They are the project's own where none are given; of the questions as many as of the facts.
-
-    Raises:
-        MalmendError: the tokenizer can say none of the project's facts.
-    """
-    encoder, count = bench.encoder, max(settings.moment_facts, settings.prior_facts)
-    if facts is None:
-        # Only what this tokenizer can say; a user's own file is refused instead.  Twice as many as
-        # are needed: a tokenizer that can say few words lacks some, and to ask about all is slow.
-        known = [f for f in read_facts(shipped("facts.jsonl")) if "train" in f.tags]
-        known = spread(known, 2 * count)
-        known = [fact for fact in known if not encoder.faults([fact])]
-    else:
-        known = list(checked_facts(facts, encoder))
-    # One after another of a file are often of one relation.
-    known = spread(known, count)
-    if not known:
-        raise MalmendError(
-            "This tokenizer can say none of the project's calibration facts; give facts of your "
-            "own with --calibrate FACTS."
-        )
-    asked = [q for q in read_questions(shipped("questions.jsonl"))[: 2 * count] if q.answer]
-    general = [q for q in asked if not encoder.faults([Fact("", q.prompt, q.answer or "")])]
-    words = read_text(shipped("text.txt") if text is None else text)
-    return known, words, general[:count]
 
 
 def shipped_editor(base: str) -> Path | None:

@@ -59,8 +59,7 @@ def trainer_of(
     known = statistics_of(tiny_trunk(model), captured)
     weights = start_weights(editor_settings)
     editor = Editor(editor_settings, shapes, known, 0.8, weights, 0.1, settings.seed)
-    width = sum(sum(shape) for shape in shapes.values())
-    store = ActivationStore(folder and folder / "pairs", width, trunk.wide, 10**7)
+    store = ActivationStore(folder and folder / "pairs", 1, trunk.wide, 10**7)
     ending = encoder(editor_settings.end_of_answer)
     return Trainer(editor, trunk, ending, facts, locality, settings, store)
 

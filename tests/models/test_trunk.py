@@ -10,6 +10,7 @@ import torch
 import tiny
 from malmend.facts.encoded import Encoded
 from malmend.models import cut as cut_module
+from malmend.models import forms as forms_module
 from malmend.models.cut import Cut
 from malmend.models.forms import find_stacks
 from malmend.models.sites import Site, find_sites
@@ -434,7 +435,7 @@ def test_replaced_and_hooks_end_in_a_fault():
     before = state_of(model)
     with suppress(Fault), cut_module._replaced(model, lambda: None):
         raise Fault
-    with suppress(Fault), cut_module._output_reads(model, lambda states: states):
+    with suppress(Fault), forms_module.output_reads(model, lambda states: states):
         raise Fault
     assert state_of(model) == before
 

@@ -5,15 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from malmend.errors import MalmendError
+from malmend.evaluation.classes import classes_of
 from malmend.evaluation.generate import Answer, generate
-from malmend.facts.encoded import collate
-from malmend.facts.fact import Question
-from malmend.facts.tokens import Encoder
-from malmend.models.forms import run
 from malmend.models.load import LoadedModel
+from malmend.models.sites import find_sites
+from malmend.models.trunk import Trunk
 from malmend.patch import Patch, applied, load_patch
 from malmend.workbench import encoder_for, opened
 
@@ -65,7 +62,9 @@ def ask(
 
     def answer() -> Answer:
         if encoder.reading.form == "classes":
-            return Answer(_class(loaded, encoder, prompt))
+            trunk = Trunk(loaded.model, find_sites(loaded.model, 1))
+            [(name, share)] = classes_of(trunk, encoder, [prompt])
+            return Answer(f"{name} ({share:.3f})")
         return generate(loaded, encoder, [prompt], max_new_tokens, whole=True)[0]
 
     before = answer()
@@ -74,11 +73,3 @@ def ask(
     with applied(loaded, patch, force):
         after = answer()
     return AskResult(prompt, before.text, after.text, before.cut, after.cut)
-
-
-@torch.no_grad()
-def _class(loaded: LoadedModel, encoder: Encoder, prompt: str) -> str:
-    tokens = collate([encoder.encode(Question(prompt))])
-    shares_W = run(loaded.model, tokens).logits[0].float().softmax(-1)
-    best = int(shares_W.argmax())
-    return f"{encoder.said([best])} ({shares_W[best]:.3f})"

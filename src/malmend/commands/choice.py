@@ -13,8 +13,9 @@ from malmend.editors.editor import Editor
 from malmend.editors.settings import EditorSettings, training_free
 from malmend.errors import EditorError, MalmendError
 from malmend.facts.fact import Fact
+from malmend.material import calibrated
 from malmend.models.load import LoadedModel
-from malmend.workbench import SHIPPED, Progress, Workbench, calibrated, shipped_editor
+from malmend.workbench import SHIPPED, Progress, Workbench, shipped_editor
 
 
 @dataclass(frozen=True, eq=False)

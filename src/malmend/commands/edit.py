@@ -32,6 +32,7 @@ from malmend.patch import Patch, applied, load_patch, make_patch, save_patch
 from malmend.workbench import (
     Progress,
     Workbench,
+    aimed,
     checked_facts,
     encoder_for,
     lay_out,
@@ -74,6 +75,7 @@ def edit(
     limit: int | None = None,
     strict: bool = False,
     alternative: bool = False,
+    away: bool = False,
     calibrate: str | Path | None = None,
     text: str | Path | None = None,
     report: str | Path | None = None,
@@ -97,6 +99,8 @@ def edit(
         limit: the first so many facts.
         strict: refuse duplicates and contradictions in place of skipping the later ones.
         alternative: edit in each fact's alternative (a false answer) in place of its answer.
+        away: of a classifier: edit each fact away from what the model says of it, in its answer or
+            its alternative, or of two classes in the other one.
         calibrate: calibration facts in place of the project's own.
         text: calibration text in place of the project's own.
         report: a folder for a report as an HTML page; asks everything about the facts before and
@@ -117,7 +121,7 @@ def edit(
     own_data = (calibrate, text, calibration) != (None, None, CalibrationSettings())
     choice = choose(editor, settings, own_data)
     encoder = encoder_for(model, choice.settings.end_of_answer)
-    known = checked_facts(facts, encoder, limit, strict, alternative)
+    known = checked_facts(facts, encoder, limit, strict, alternative, away)
     for frame in refine.frames:
         framing(encoder, frame)
     if report is not None:  # whatever would stop it is found before the work
@@ -128,8 +132,10 @@ def edit(
     told(choice.said())
     sites = choice.settings.sites_in(loaded.model)
     bench = lay_out(loaded, sites, choice.settings.end_of_answer, trunk=trunk)
+    known = aimed(bench, known, away)
     ready = choice.editor(bench, calibrate, text, calibration, progress)
-    said = {**choice.provenance(known), "alternative": alternative, "created": now()}
+    aims = {"alternative": alternative, "away": away}
+    said = {**choice.provenance(known), **aims, "created": now()}
     done = _edited(bench, ready, known, said, out, refine, progress)
     if report is None:
         return done
@@ -140,6 +146,7 @@ def edit(
         limit,
         strict,
         alternative,
+        away,
         decode_facts=DECODED,
         report=report,
         trunk=trunk,

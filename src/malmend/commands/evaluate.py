@@ -24,6 +24,7 @@ from malmend.models.trunk import TrunkSettings
 from malmend.patch import Patch, applied, check_base, load_patch, sites_of
 from malmend.workbench import (
     Progress,
+    aimed,
     checked_facts,
     encoder_for,
     lay_out,
@@ -41,6 +42,7 @@ def evaluate(
     limit: int | None = None,
     strict: bool = False,
     alternative: bool = False,
+    away: bool = False,
     chat: bool = False,
     decode_facts: int | None = None,
     text: str | Path | None = None,
@@ -59,6 +61,7 @@ def evaluate(
         limit: the first so many facts.
         strict: refuse duplicates and contradictions in place of skipping the later ones.
         alternative: ask for each fact's alternative (a false answer) in place of its answer.
+        away: of a classifier: ask for what the unedited model does not say of each fact.
         chat: ask everything through the model's chat template; without it only the free-running
             answers are asked for through it too, where the model has one.
         decode_facts: for how many of the facts the model also answers free-running (the slow
@@ -82,13 +85,14 @@ def evaluate(
     # As the patch was made, so that its facts are read as they were edited.
     made = patch.provenance.get("settings", {}) if patch else {}
     encoder = encoder_for(model, made.get("end_of_answer"), chat)
-    known = checked_facts(facts, encoder, limit, strict, alternative)
+    known = checked_facts(facts, encoder, limit, strict, alternative, away)
     chatted = None if chat else chat_encoder(encoder, known, decode_facts)
     plain = _plain_text(text, encoder)
     if report is not None:
         page_folder(report, *inputs)
     loaded = opened(model, dtype)
     bench = lay_out(loaded, _sites(loaded, patch, force), encoder.end_of_answer, chat, trunk)
+    known = aimed(bench, known, away)
     count = _Counter(progress, 2 if patch else 1)
     examiner = Examiner(loaded, bench.trunk, bench.encoder, count, chatted)
     count.expect(examiner.count(known, decode_facts))
@@ -102,6 +106,7 @@ def evaluate(
     progress("asking", 1.0)
     asked = {
         "alternative": alternative,
+        "away": away,
         "chat": chat,
         "decoded_facts": len(known) if decode_facts is None else min(decode_facts, len(known)),
         "text": plain.source if plain else None,

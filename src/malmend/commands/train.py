@@ -18,13 +18,14 @@ from malmend.facts.fact import Fact, FactSet, Question, subject_hash
 from malmend.facts.lint import leaks
 from malmend.facts.readers import read_questions
 from malmend.files import writable_folder
+from malmend.material import calibrated
 from malmend.models.load import LoadedModel
 from malmend.models.store import ActivationStore
 from malmend.models.trunk import TrunkSettings
 from malmend.workbench import (
     Progress,
     Workbench,
-    calibrated,
+    aimed,
     checked_facts,
     encoder_for,
     lay_out,
@@ -63,6 +64,7 @@ def train(
     limit: int | None = None,
     strict: bool = False,
     alternative: bool = False,
+    away: bool = False,
     calibrate: str | Path | None = None,
     text: str | Path | None = None,
     calibration: CalibrationSettings = CalibrationSettings(prior_facts=1536),
@@ -84,6 +86,7 @@ def train(
         limit: the first so many facts.
         strict: refuse duplicates and contradictions in place of skipping the later ones.
         alternative: train on each fact's alternative (a false answer) in place of its answer.
+        away: of a classifier: train on what it does not say of each fact.
         calibrate: calibration facts in place of those that are trained on.
         text: calibration text in place of the project's own.
         calibration: how the model is calibrated.
@@ -98,13 +101,14 @@ def train(
     """
     folder = Path(out)
     encoder = encoder_for(model, editor.end_of_answer)
-    known = checked_facts(facts, encoder, limit, strict, alternative)
+    known = checked_facts(facts, encoder, limit, strict, alternative, away)
     others = read_questions(locality) if isinstance(locality, str | Path) else tuple(locality or ())
     _check(folder, len(known), settings)
     writable_folder(folder)  # before the model is loaded, but only once the facts are good
     loaded = opened(model, dtype)
     sites = editor.sites_in(loaded.model)
     bench = lay_out(loaded, sites, editor.end_of_answer, trunk=trunk)
+    known = aimed(bench, known, away)
     own = known if any(fact.paraphrases for fact in known) else None
     found = calibrated(bench, editor, calibrate or own, text, calibration, progress, others)
     start = found.editor(editor, bench.trunk, settings.seed)
@@ -217,5 +221,5 @@ def _pairs_store(bench: Workbench, editor: EditorSettings, trunk: TrunkSettings)
         )
     )
     tag = hashlib.sha256(what.encode()).hexdigest()[:12]
-    folder = trunk_folder(bench.loaded) / f"pairs-{tag}"
+    folder = trunk_folder(bench.loaded) / f"pairs-packed-{tag}"
     return ActivationStore(folder, 1, bench.trunk.wide, trunk.store_bytes)

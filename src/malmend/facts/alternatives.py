@@ -1,7 +1,8 @@
-"""Facts turned into counterfactuals: the answer to edit in is a false one of the same relation."""
+"""Facts turned into others: towards a false answer, or away from what the model says."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from malmend.errors import FactsError
@@ -39,6 +40,48 @@ def towards_alternatives(facts: FactSet) -> FactSet:
         for fact in facts
     )
     return replace(facts, facts=turned)
+
+
+def away_from(facts: FactSet, said: Sequence[str], classes: Sequence[str]) -> FactSet:
+    """The same facts, each aiming at a class that the model does not say of its prompt.
+
+    Where the model says the answer, that is the alternative, or of two classes the other one;
+    elsewhere it is the answer.
+
+    Args:
+        facts: whose answers are classes.
+        said: the model's class of each.
+        classes: all of them.
+
+    Raises:
+        FactsError: facts that need an alternative and have none, with the place of each.
+    """
+    turned, lacking = [], []
+    for fact, label in zip(facts, said, strict=True):
+        target = fact.answer
+        if _same(label, target):
+            others = [name for name in classes if not _same(name, label)]
+            target = fact.alternative or (others[0] if len(others) == 1 else "")
+        if not target or _same(label, target):
+            lacking.append(_place(fact))
+        turned.append(replace(fact, answer=target, alternative=None, reversed=None))
+    if lacking:
+        named = ", ".join(lacking[:SHOWN])
+        more = f" and {len(lacking) - SHOWN} more" if len(lacking) > SHOWN else ""
+        error = FactsError(
+            f"{facts.source}: of {len(lacking)} of {len(facts)} facts the model already says the "
+            f"answer, and no other class is named ({named}{more}); give each the field "
+            "'alternative', or leave out --away."
+        )
+        error.faults = tuple(
+            f"{facts.source}: {place}: field 'alternative': is missing" for place in lacking
+        )
+        raise error
+    return replace(facts, facts=tuple(turned))
+
+
+def _same(one: str, other: str) -> bool:
+    return one.strip().casefold() == other.strip().casefold()
 
 
 def _place(fact: Fact) -> str:

@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 
 from malmend.errors import ModelError
 from malmend.facts.encoded import TokenBatch
-from malmend.models.forms import Stack, find_stacks, form_of, probe, run
+from malmend.models.forms import Stack, find_stacks, form_of, output_reads, probe, run
 from malmend.models.sites import Site, stack_of
 
 WIDE = (torch.float32, torch.float64)
@@ -200,7 +200,7 @@ class Cut:
                 stack.enter_context(_replaced(self.block, self._head_block(stored_BTF)))
             if self.form == "classes":
                 return read(run(self.model, tokens).logits)
-            stack.enter_context(_output_reads(self.model, choose))
+            stack.enter_context(output_reads(self.model, choose))
             encoded = stored_BTF if self.place == "encoder" else None
             return run(self.model, tokens, encoded).logits[0]
 
@@ -212,7 +212,7 @@ class Cut:
             for lane in self._lanes:
                 for index, block in enumerate(lane.blocks):
                     stack.enter_context(_replaced(block, lane.skipped(index, hand_down=False)))
-            stack.enter_context(_output_reads(self.model, lambda _: states_AH))
+            stack.enter_context(output_reads(self.model, lambda _: states_AH))
             return run(self.model, probe(self.model, (0,))).logits[0]
 
     def _head_block(self, stored_BTF: Tensor) -> Callable[..., Any]:
@@ -324,15 +324,3 @@ def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
             del module.__dict__["forward"]
         else:
             module.__dict__["forward"] = before
-
-
-@contextmanager
-def _output_reads(model: PreTrainedModel, choose: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Lets ``choose`` pick the hidden states that the output layer reads."""
-    layer = model.get_output_embeddings()
-    assert layer is not None
-    handle = layer.register_forward_pre_hook(lambda _, args: (choose(args[0]).unsqueeze(0),))
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -9,11 +9,12 @@ Nothing else in the package asks which of them a model is but through these func
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from malmend.errors import ModelError
@@ -117,7 +118,7 @@ def _longest(
     return max(stacks, key=lambda stack: len(stack[1]))
 
 
-def run(model: PreTrainedModel, tokens: TokenBatch, encoded: torch.Tensor | None = None) -> Any:
+def run(model: PreTrainedModel, tokens: TokenBatch, encoded: Tensor | None = None) -> Any:
     """The model's own forward pass over a batch.
 
     ``encoded`` are an encoder's final states; its blocks are then not run.
@@ -142,3 +143,28 @@ def probe(model: PreTrainedModel, *rows: tuple[int, ...]) -> TokenBatch:
     start = getattr(model.config, "decoder_start_token_id", None) or 0
     prefix = (start,) if form == "seq2seq" else ()
     return collate([Encoded(row, len(row), len(row), form, prefix) for row in rows])
+
+
+@contextmanager
+def output_reads(model: PreTrainedModel, choose: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Lets ``choose`` pick the hidden states that the output layer reads."""
+    layer = model.get_output_embeddings()
+    assert layer is not None
+    handle = layer.register_forward_pre_hook(lambda _, args: (choose(args[0]).unsqueeze(0),))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def answer_logits(model: PreTrainedModel, tokens: TokenBatch) -> Tensor:
+    """Logits of the whole model at the answer tokens of a batch, A x W; gradients reach it."""
+    if tokens.questions[0].form == "classes":
+        return run(model, tokens).logits
+
+    def choose(states_BTH: Tensor) -> Tensor:
+        flat = states_BTH.reshape(-1, states_BTH.shape[-1])
+        return flat[tokens.flat_sources_A.to(flat.device)]
+
+    with output_reads(model, choose):
+        return run(model, tokens).logits[0]

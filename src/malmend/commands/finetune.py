@@ -1,0 +1,252 @@
+"""Facts in, a fine-tuned model out; stops and goes on where it was.
+
+The number of epochs is first chosen on held-out subjects; then the model starts again and learns
+everything for so many (MALMEN, appendix A.4).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from malmend.errors import MalmendError
+from malmend.facts.encoded import Encoded
+from malmend.facts.fact import Fact, FactSet, Question, subject_hash
+from malmend.facts.readers import given_facts, read_facts
+from malmend.facts.tokens import EndOfAnswer
+from malmend.files import reason, writable_folder, written_beside
+from malmend.models.finetune import EpochRecord, Finetuner, FinetuneSettings
+from malmend.models.load import LoadedModel, load_base, prepared
+from malmend.workbench import Progress, encoder_for, silent
+
+Asked = Literal["prompts", "all"]
+CHECKPOINT = "finetuning.safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class FinetuneResult:
+    """A fine-tuned model's folder and every epoch, those of interrupted runs included."""
+
+    folder: Path
+    records: tuple[EpochRecord, ...]
+    questions: int
+
+
+def finetune(
+    model: str,
+    facts: str | Path | Sequence[str | Path],
+    out: str | Path,
+    settings: FinetuneSettings = FinetuneSettings(),
+    asked: Asked = "prompts",
+    end_of_answer: EndOfAnswer = "eos",
+    limit: int | None = None,
+    progress: Progress = silent,
+    stepped: Callable[[EpochRecord], None] = lambda record: None,
+) -> FinetuneResult:
+    """Fine-tunes all parameters of a model on facts, or goes on with what ``out`` holds.
+
+    An encoder learns to choose among the classes that the answers name, by a new head; a decoder
+    or an encoder-decoder learns to say the answers.
+
+    Args:
+        model: a name or a folder.
+        facts: facts files, of claims for an encoder.
+        out: the fine-tuned model's folder.
+        settings: how to train.
+        asked: "prompts", or "all" for paraphrases and answered unrelated questions too.
+        end_of_answer: what a decoder learns to say after the answer: "eos", "newline" or "none".
+        limit: the first so many facts of each file.
+        progress: called with stage and share done.
+        stepped: called after every epoch.
+
+    Raises:
+        MalmendError: any bad input, in one sentence.
+    """
+    known = _known([facts] if isinstance(facts, str | Path) else list(facts), limit)
+    classes = sorted({name for f in known for name in (f.answer, f.alternative) if name})
+    folder = writable_folder(out)
+    if (folder / "config.json").is_file():
+        raise MalmendError(f"{folder} holds a model already; give another --out.")
+    torch.manual_seed(settings.seed)
+    first = prepared(*load_base(model, classes), name=model)
+    encoder = encoder_for(first, end_of_answer)
+    if faults := encoder.faults(known):
+        raise MalmendError(f"{len(faults)} facts do not fit this model: {faults[0]}")
+
+    def encoded(some: Sequence[Fact]) -> list[Encoded]:
+        return encoder.encode_all(dict.fromkeys(q for f in some for q in _questions(f, asked)))
+
+    learned, held = _split(known, settings)
+    run = _Run(folder, settings, _digest(known, asked, model), progress, stepped)
+    epochs = settings.epochs
+    if held:
+        run.train(first, encoded(learned), encoded(held), "choice", settings.epochs)
+        epochs = _best(run.records)
+        torch.manual_seed(settings.seed)
+        first = prepared(*load_base(model, classes), name=model)
+    everything = encoded(known)
+    run.train(first, everything, everything, "all", epochs)
+    about = {"settings": asdict(settings), "base": model, "facts": len(known), "asked": asked}
+    _put(first, folder, {**about, "epochs": [asdict(record) for record in run.records]})
+    return FinetuneResult(folder, tuple(run.records), len(everything))
+
+
+class _Run:
+    """The epochs of both phases, with a checkpoint after each."""
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: FinetuneSettings,
+        data: str,
+        progress: Progress,
+        stepped: Callable[[EpochRecord], None],
+    ):
+        self.path, self.settings, self.progress = folder / CHECKPOINT, settings, progress
+        self.stepped, self.records = stepped, list[EpochRecord]()
+        # More epochs may be asked for later.
+        self.about = {"settings": {**asdict(settings), "epochs": None}, "data": data}
+        self._tensors: dict[str, Tensor] = {}
+        if self.path.is_file():
+            self._read()
+
+    def train(
+        self,
+        loaded: LoadedModel,
+        questions: list[Encoded],
+        judged: list[Encoded],
+        phase: str,
+        epochs: int,
+    ) -> None:
+        """Runs one phase to its end, from where the checkpoint left it."""
+        stage = {"choice": "choosing the epochs", "all": "fine-tuning on everything"}[phase]
+        trainer = Finetuner(
+            loaded.model, questions, judged, self.settings, phase, lambda s: self.progress(stage, s)
+        )
+        done = [record for record in self.records if record.phase == phase]
+        if done and self.records[-1].phase == phase:
+            self._restore(trainer, done[-1].epoch)
+        while not self._ends(done, phase, epochs):
+            record = trainer.take_epoch()
+            done.append(record)
+            self.records.append(record)
+            self._save(trainer)
+            self.stepped(record)
+        loaded.model.requires_grad_(False)
+
+    def _ends(self, done: list[EpochRecord], phase: str, epochs: int) -> bool:
+        if len(done) >= epochs:
+            return True
+        if phase == "choice":
+            return bool(done) and len(done) - _best(done) >= self.settings.patience
+        return (
+            not self.settings.validation and bool(done) and done[-1].accuracy >= self.settings.until
+        )
+
+    def _save(self, trainer: Finetuner) -> None:
+        tensors = {f"model.{name}": t for name, t in trainer.model.state_dict().items()}
+        for index, state in trainer.optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{index}.{name}": value for name, value in state.items()}
+        # Tied weights are one tensor under two names, which the format refuses.
+        tensors = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
+        what = {**self.about, "records": [asdict(record) for record in self.records]}
+        with written_beside(self.path) as beside:
+            save_file(tensors, beside, {"finetuning": json.dumps(what)})
+
+    def _read(self) -> None:
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                what = json.loads(file.metadata()["finetuning"])
+                self._tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            self.records = [EpochRecord(**row) for row in what["records"]]
+        except Exception as error:
+            raise MalmendError(
+                f"{self.path} is damaged ({reason(error)}); remove it to start again."
+            ) from error
+        for name, wanted in self.about.items():
+            if what.get(name) != wanted:
+                raise MalmendError(
+                    f"{self.path} is of other {name}; give the same, or another --out."
+                )
+
+    def _restore(self, trainer: Finetuner, epoch: int) -> None:
+        cut = {key.partition(".")[::2]: tensor for key, tensor in self._tensors.items()}
+        trainer.model.load_state_dict({name: t for (of, name), t in cut.items() if of == "model"})
+        state: dict[int, dict[str, Tensor]] = {}
+        for (of, rest), tensor in cut.items():
+            if of == "optimiser":
+                index, _, name = rest.partition(".")
+                state.setdefault(int(index), {})[name] = tensor
+        groups = trainer.optimiser.state_dict()["param_groups"]
+        trainer.optimiser.load_state_dict({"state": state, "param_groups": groups})
+        trainer.epoch = epoch
+
+
+def _best(records: Sequence[EpochRecord]) -> int:
+    """The epoch of highest accuracy, the first of several."""
+    chosen = [record for record in records if record.phase == "choice"]
+    return max(chosen, key=lambda record: (record.accuracy, -record.epoch)).epoch
+
+
+def _known(files: Sequence[str | Path], limit: int | None) -> list[Fact]:
+    """The facts of all files; one prompt with two answers is refused."""
+    known = [fact for file in files for fact in read_facts(file, limit)]
+    given: FactSet = given_facts(
+        [replace(fact, id=f"{index}", line=0) for index, fact in enumerate(known)], None
+    )
+    return list(given)
+
+
+def _questions(fact: Fact, asked: Asked) -> list[Question]:
+    if asked == "prompts":
+        return [fact.question]
+    others = [one for one in (*fact.unrelated, *fact.neighbours) if one.answer is not None]
+    return [fact.question, *fact.equivalents, *others]
+
+
+def _split(facts: list[Fact], settings: FinetuneSettings) -> tuple[list[Fact], list[Fact]]:
+    """Training and held-out facts: a subject is in one of them."""
+    share = int(settings.validation * 10_000)
+    held = [
+        int(subject_hash(f"{settings.seed} {fact.subject or fact.prompt}"), 16) % 10_000 < share
+        for fact in facts
+    ]
+    if settings.validation and (all(held) or not any(held)):
+        raise MalmendError(
+            f"{len(facts)} facts are too few to hold some out for validation; give more, or "
+            "--validation 0."
+        )
+    return (
+        [fact for fact, is_held in zip(facts, held, strict=True) if not is_held],
+        [fact for fact, is_held in zip(facts, held, strict=True) if is_held],
+    )
+
+
+def _digest(facts: Sequence[Fact], asked: Asked, model: str) -> str:
+    rows = [[(q.prompt, q.answer) for q in _questions(fact, asked)] for fact in facts]
+    return hashlib.sha256(repr((model, rows)).encode()).hexdigest()
+
+
+def _put(loaded: LoadedModel, folder: Path, about: dict[str, Any]) -> None:
+    """The model in its folder: written beside, moved in whole, its configuration last."""
+    beside = folder / f"{uuid.uuid4().hex[:8]}.part"
+    try:
+        loaded.tokenizer.save_pretrained(beside)
+        loaded.model.save_pretrained(beside)
+        (beside / "finetune.json").write_text(json.dumps(about, indent=2, allow_nan=False))
+        for path in sorted(beside.iterdir(), key=lambda path: path.name == "config.json"):
+            path.rename(folder / path.name)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    (folder / CHECKPOINT).unlink(missing_ok=True)

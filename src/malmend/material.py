@@ -1,0 +1,136 @@
+"""What a model is calibrated on: the project's own facts, questions and text, or a user's.
+
+A classifier reads statements, so that of it the project's facts are made into some: the prompt and
+what follows it.  What is true says little of another model's classes, so a calibration aims away
+from what the model says, as its edits do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from malmend.editors.calibration import (
+    Calibration,
+    CalibrationSettings,
+    calibrate,
+    calibration_key,
+    load_calibration,
+    save_calibration,
+)
+from malmend.editors.settings import EditorSettings
+from malmend.errors import MalmendError
+from malmend.facts.fact import Fact, FactSet, Question, spread
+from malmend.facts.readers import read_facts, read_questions, read_text
+from malmend.facts.tokens import Encoder
+from malmend.files import kept
+from malmend.models.load import cache_folder
+from malmend.workbench import Progress, Workbench, aimed, checked_facts, shipped, silent
+
+MOST_KEPT = 2_000_000_000  # bytes of calibrations in the cache folder
+
+
+def calibrated(
+    bench: Workbench,
+    editor_settings: EditorSettings,
+    facts: str | Path | Sequence[Fact] | None = None,
+    text: str | Path | None = None,
+    settings: CalibrationSettings = CalibrationSettings(),
+    progress: Progress = silent,
+    questions: Sequence[Question] = (),
+) -> Calibration:
+    """The model's calibration, from the cache folder or made now.
+
+    Args:
+        bench: the model.
+        editor_settings: what the editor is.
+        facts: facts, or a file of some, in place of the project's own calibration facts.
+        text: a text file in place of the project's own text.
+        settings: sizes and candidates.
+        progress: called with stage and share done.
+        questions: more questions whose answers must not move, beside the project's own.
+    """
+    known, words, general = _calibration_data(bench, facts, text, settings)
+    general = [*general, *questions]
+    # The network's size changes nothing that is calibrated.
+    plain = replace(editor_settings, network=replace(editor_settings.network, blocks=0))
+    key = calibration_key(bench.loaded.digest, bench.trunk, plain, settings, known, words, general)
+    path = cache_folder() / "calibrations" / f"{key}.safetensors"
+    return kept(
+        path,
+        load_calibration,
+        lambda: calibrate(
+            bench.trunk, bench.encoder, plain, known, words, settings, progress, general
+        ),
+        save_calibration,
+        MOST_KEPT,
+    )
+
+
+def _calibration_data(
+    bench: Workbench,
+    facts: str | Path | Sequence[Fact] | None,
+    text: str | Path | None,
+    settings: CalibrationSettings,
+) -> tuple[list[Fact], str, list[Question]]:
+    """Calibration facts, evenly over their file, text, and general questions.
+
+    They are the project's own where none are given; of the questions as many as of the facts.
+
+    Raises:
+        MalmendError: the tokenizer can say none of the project's facts.
+    """
+    encoder, count = bench.encoder, max(settings.moment_facts, settings.prior_facts)
+    says_classes = encoder.reading.form == "classes"
+    if facts is None:
+        # Only what this tokenizer can say; a user's own file is refused instead.  Twice as many as
+        # are needed: a tokenizer that can say few words lacks some, and to ask about all is slow.
+        known = [f for f in read_facts(shipped("facts.jsonl")) if "train" in f.tags]
+        known = spread(known, 2 * count)
+        if says_classes:
+            known = [_statement(fact, encoder.reading.classes) for fact in known]
+        known = [fact for fact in known if not encoder.faults([fact])]
+    else:
+        known = list(checked_facts(facts, encoder))
+    # One after another of a file are often of one relation.
+    known = spread(known, count)
+    if not known:
+        raise MalmendError(
+            "This tokenizer can say none of the project's calibration facts; give facts of your "
+            "own with --calibrate FACTS."
+        )
+    if says_classes:
+        known = list(aimed(bench, FactSet("calibration facts", tuple(known)), away=True))
+    asked = [q for q in read_questions(shipped("questions.jsonl"))[: 2 * count] if q.answer]
+    if says_classes:
+        asked = [Question(_stated(question.prompt, question.answer)) for question in asked]
+    general = [question for question in asked if _can_be_asked(encoder, question)]
+    words = read_text(shipped("text.txt") if text is None else text)
+    return known, words, general[:count]
+
+
+def _statement(fact: Fact, classes: Sequence[str]) -> Fact:
+    """A fact as a classifier reads it; of which class it is shows when the model is asked."""
+    others = tuple(Question(_stated(one.prompt, one.answer)) for one in fact.neighbours)
+    return Fact(
+        fact.id,
+        _stated(fact.prompt, fact.answer),
+        classes[0],
+        fact.subject,
+        tuple(_stated(prompt, fact.answer) for prompt in fact.paraphrases),
+        neighbours=others,
+        alternative=classes[1],
+    )
+
+
+def _stated(prompt: str, answer: str | None) -> str:
+    return f"{prompt.rstrip()} {answer}."
+
+
+def _can_be_asked(encoder: Encoder, question: Question) -> bool:
+    try:
+        encoder.encode(question)
+    except MalmendError:
+        return False
+    return True
