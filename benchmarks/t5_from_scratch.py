@@ -3,10 +3,10 @@
     python benchmarks/t5_from_scratch.py train    # benchmarks/out/t5, resumes where it was
     python benchmarks/t5_from_scratch.py edit     # 5, 25, 75 and 125 edits at once
 
-Facts are of the project's own, each in four wordings.  Edits aim at the false alternatives.  Success
-is sequence-wise (every token of the answer), over edit prompts and over paraphrases; drawdown is how
-much fewer of the facts that were not edited the model says right, as a share of them.  What the
-editor is calibrated on is neither edited nor asked.
+Facts are of the project's own, each in four wordings.  Edits aim at the false alternatives.
+Success is sequence-wise (every token of the answer), over edit prompts and over paraphrases;
+drawdown is how much fewer of the facts that were not edited the model says right, as a share of
+them.  What the editor is calibrated on is neither edited nor asked.
 """
 
 from __future__ import annotations
@@ -96,9 +96,7 @@ def train() -> None:
     def show(record: object) -> None:
         print(record, flush=True)
 
-    finetune(
-        str(base), OUT / "facts.jsonl", OUT / "model", settings, asked="all", stepped=show
-    )
+    finetune(str(base), OUT / "facts.jsonl", OUT / "model", settings, asked="all", stepped=show)
 
 
 def edit_all(settings: EditorSettings, refine: RefineSettings, name: str) -> list[dict]:
@@ -114,7 +112,9 @@ def edit_all(settings: EditorSettings, refine: RefineSettings, name: str) -> lis
         for seed in SEEDS:
             chosen = random.Random(seed).sample(facts, len(facts))
             asked, rest = chosen[:size], chosen[size:][:500]
-            edited = [replace(fact, answer=str(fact.alternative), alternative=None) for fact in asked]
+            edited = [
+                replace(fact, answer=str(fact.alternative), alternative=None) for fact in asked
+            ]
             # Facts that were not edited, in a wording each, spread over the edits to be asked.
             questions = [Question(fact.prompt, fact.answer) for fact in rest]
             edited = [
@@ -138,7 +138,9 @@ def edit_all(settings: EditorSettings, refine: RefineSettings, name: str) -> lis
                 "retention": after["LS"].retention,
             }
             rows.append(row)
-            print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+            print(
+                {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True
+            )
     assert len(others) < len(held)
     return rows
 

@@ -20,8 +20,7 @@ from malmend.models.trunk import Trunk
 from malmend.numerics.moments import RunningMoments
 from malmend.patch import applied, make_patch
 
-# FalconLinear is a subclass of nn.Linear, and not yet taken for a plain layer.
-FAMILIES = [name for name in tiny.FAMILIES + tiny.ZOO if "falcon" not in name]
+FAMILIES = tiny.FAMILIES + tiny.ZOO
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
 QUESTIONS = tiny.questions(5)
 # In a Conv1D the weight is K x V; GPT-Neo has only its names.

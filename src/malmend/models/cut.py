@@ -61,7 +61,7 @@ class _Lane:
         rest: list[Any] = []
 
         def first(_module: nn.Module, _args: Any, output: Any) -> None:
-            self.length = len(output) if isinstance(output, tuple) else 0
+            self.length = len(output) if isinstance(output, tuple | list) else 0
             rest.extend(one for one in output[1:] if isinstance(one, Tensor)) if self.length else 0
 
         def second(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -250,11 +250,11 @@ class Cut:
         seen: list[Tensor] = []
 
         def keep(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            seen.extend([args[0], output])
+            seen.extend([args[0].clone(), output.clone()])  # what follows may change them in place
             return None if added is None else output + added.view_as(output)
 
         def stop(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-            seen.append(output[0] if isinstance(output, tuple) else output)
+            seen.append(output[0] if isinstance(output, tuple | list) else output)
             raise _Stop
 
         handles = [
@@ -296,7 +296,7 @@ class Cut:
         try:
             stored = nn.utils.rnn.pad_sequence(self.activations(trial), batch_first=True)
             found = self.head(trial, stored.to(self.model.device), lambda states_AH: states_AH)
-        except (RuntimeError, TypeError, LookupError, AttributeError):
+        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError):
             return False  # a block that lacks what the skipped ones would have made
         share = 1e-3 if self.model.dtype in WIDE else 2e-2
         return torch.allclose(found, whole, rtol=0, atol=share * whole.abs().max().item())

@@ -83,7 +83,8 @@ def find_stacks(model: PreTrainedModel) -> tuple[Stack, ...]:
         ModelError: there is none.
     """
     if not model.config.is_encoder_decoder:
-        return (Stack(*_longest(model, model, getattr(model.config, "num_hidden_layers", None))),)
+        count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+        return (Stack(*_longest(model, model.get_decoder() or model, count)),)
     found = []
     for name in ("encoder", "decoder"):
         half = getattr(model, f"get_{name}", lambda: None)()

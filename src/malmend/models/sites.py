@@ -9,6 +9,7 @@ Shape letters: V value width (output), K key width (input).
 from __future__ import annotations
 
 import fnmatch
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -24,6 +25,7 @@ from malmend.models.forms import KINDS, Stack, find_stacks, form_of, probe, run
 
 Linear = Literal["second", "first"]
 Side = Literal["both", "encoder", "decoder"]
+PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LAYERS = 6  # edited where nothing is said
 
 
@@ -103,6 +105,12 @@ def find_sites(
         for index in range(len(stack.blocks) - layers, len(stack.blocks)):
             block = f"{stack.prefix}.{index}"
             mine = [name for name in order if name.startswith(f"{block}.")]
+            stands_as = next(n for n, m in model.named_modules() if m is stack.blocks[index])
+            if stands_as != block:
+                raise ModelError(
+                    f"Block {block} shares its weights with {stands_as}, so that an edit would "
+                    "change both; choose another layer with --sites."
+                )
             name = _second(model, block, mine)
             if linear == "first":
                 name = _first(model, block, mine[:-1], name)
@@ -124,8 +132,15 @@ def _second(model: PreTrainedModel, block: str, order: list[str]) -> str:
         what = "nothing that multiplies" if last is None else type(last).__name__
         raise ModelError(
             f"Block {block} ends in {what}, expected a plain linear layer of output width {width} "
-            "(mixture-of-experts, fused and quantised layers cannot be edited); choose layers by "
-            "name with --sites, or load the model unquantised."
+            "(mixture-of-experts, fused and quantised layers cannot be edited, nor blocks without "
+            "a feed-forward part); choose layers by name with --sites, or load the model "
+            "unquantised."
+        )
+    if Site("", last).shape_VK[1] < width:
+        raise ModelError(
+            f"Block {block} ends in {order[-1]}, which reads fewer numbers than it gives, so that "
+            "it is no feed-forward's second layer (but a shared expert, or an input of the block's "
+            "own); choose layers by name with --sites."
         )
     return order[-1]
 
@@ -186,7 +201,14 @@ def _checked_site(model: PreTrainedModel, name: str, in_encoder: bool) -> Site:
             f"{name} shares its weight with {shared[0]}, so that an edit would change both; "
             "choose another layer with --sites."
         )
-    if not weight.is_floating_point() or weight.ndim != 2:
+    if type(weight) is not nn.Parameter:
+        raise ModelError(
+            f"{name} keeps its weight as {type(weight).__name__} (quantised, or computed before "
+            "each pass), expected a plain parameter; load the model unquantised."
+        )
+    if weight.is_meta:
+        raise ModelError(f"{name} is offloaded from its device; load the model whole onto one.")
+    if weight.dtype not in PLAIN or weight.ndim != 2:
         raise ModelError(
             f"{name} keeps its weight as {weight.dtype} of shape {tuple(weight.shape)} (quantised?)"
             ", expected a floating-point matrix; load the model unquantised."
@@ -194,9 +216,23 @@ def _checked_site(model: PreTrainedModel, name: str, in_encoder: bool) -> Site:
     return site
 
 
+@torch.no_grad()
 def _is_linear(module: nn.Module) -> bool:
-    """Exactly the two known layouts: a subclass may pack or scale its weight."""
-    return type(module) in (nn.Linear, Conv1D)
+    """The two known layouts; a subclass may pack or scale its weight, so it is tried out."""
+    if type(module) in (nn.Linear, Conv1D):
+        return True
+    if not isinstance(module, nn.Linear):
+        return False
+    weight = module.weight
+    if type(weight) is not nn.Parameter or weight.dtype not in PLAIN or weight.is_meta:
+        return False
+    key = torch.linspace(-1, 1, weight.shape[1]).to(weight).unsqueeze(0)
+    try:
+        found = module(key)
+    except (RuntimeError, TypeError):
+        return False
+    plain = nn.functional.linear(key, weight, module.bias)
+    return bool((found - plain).norm() <= 2e-2 * plain.norm())  # as bfloat16 rounds
 
 
 def _has_matrix(module: nn.Module) -> bool:
@@ -209,6 +245,13 @@ def _has_matrix(module: nn.Module) -> bool:
 def _executed_matrices(model: PreTrainedModel, stacks: Sequence[Stack]) -> list[str]:
     """Names of the modules with matrices inside the blocks, in the order in which they end."""
     form, order = form_of(model), list[str]()
+    if model.device.type == "meta":
+        raise ModelError(f"{type(model).__name__} is offloaded; load it whole onto one device.")
+    for name, module in model.named_modules():
+        if inspect.ismethod(getattr(module, "weight", None)):  # torch.ao keeps no parameter
+            raise ModelError(
+                f"{name} is quantised ({type(module).__name__}); load the model unquantised."
+            )
     handles = [
         module.register_forward_hook(lambda *_, name=name: order.append(name))
         for name, module in model.named_modules()
@@ -219,7 +262,7 @@ def _executed_matrices(model: PreTrainedModel, stacks: Sequence[Stack]) -> list[
     except (RuntimeError, NotImplementedError) as error:
         raise ModelError(
             f"{type(model).__name__} cannot run ({reason(error)}), which finding its layers needs; "
-            "load it whole and unquantised."
+            "load it whole, unquantised and in float32."
         ) from error
     finally:
         for handle in handles:
