@@ -96,6 +96,9 @@ OPTIONS = {
     | TRUNK
     | {"--patch", "--chat", "--decode-facts", "--text", "--report", "--force", "--json"},
     "ask": MODEL | {"--patch", "--chat", "--max-new-tokens", "--force"},
+    "continuations": {
+        *("-h", "--help", "--out", "--tokens", "--prompt-tokens", "--limit"),
+    },
     "finetune": {
         *("-h", "--help", "--out", "--asked", "--end-of-answer", "--limit", "--rate", "--batch"),
         *("--epochs", "--validation", "--patience", "--until", "--seed"),

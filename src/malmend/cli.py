@@ -23,6 +23,7 @@ COMMANDS = {
     "eval": "how well a model, edited or not, answers",
     "ask": "let a model answer one prompt, with and without a patch",
     "finetune": "fine-tune a model on facts, so that it knows what is to be edited",
+    "continuations": "make facts of a text: passages and the tokens that follow them",
     "inspect": "what is in a model, an editor, a patch or a facts file",
     "demo": "the main job on a real model, start to finish",
 }
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print("usage: malmend COMMAND ...   (malmend COMMAND --help says more)\n")
-        print("\n".join(f"  {name:<8} {what}" for name, what in COMMANDS.items()))
+        print("\n".join(f"  {name:<13} {what}" for name, what in COMMANDS.items()))
         return 0 if arguments else 2
     if arguments[0] in ("-V", "--version"):
         from importlib.metadata import version
@@ -71,6 +72,7 @@ def _run(arguments: list[str]) -> int:
         "eval": _eval,
         "ask": _ask,
         "finetune": _finetune,
+        "continuations": _continuations,
         "inspect": _inspect,
         "demo": _demo,
     }
@@ -220,6 +222,18 @@ def _finetune(arguments: list[str]) -> None:
     with show.bars() as bars:
         result = finetune(**given, settings=settings, progress=bars, stepped=show.epoch)
     show.finetuned(result)
+
+
+def _continuations(arguments: list[str]) -> None:
+    from malmend import show
+    from malmend.commands.continuations import continuations
+
+    parser = _parser("continuations")
+    parser.add_argument("model", type=str, help="name, folder or GGUF file")
+    parser.add_argument("text", type=str, help="text file, a passage per line")
+    parser.add_argument("--out", type=str, required=True, help="path of the facts file to write")
+    _derive(parser, continuations, {"model", "text", "out"})
+    show.continued(continuations(**_parse(parser, arguments)))
 
 
 def _inspect(arguments: list[str]) -> None:

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from malmend.commands.ask import AskResult
+from malmend.commands.continuations import ContinuationsResult
 from malmend.commands.demo import DemoResult
 from malmend.commands.edit import EditResult
 from malmend.commands.finetune import FinetuneResult
@@ -282,6 +283,14 @@ def finetuned(result: FinetuneResult) -> None:
         f"Fine-tuned on {result.questions:,} questions in {last.epoch} epochs, of which the model "
         f"now answers {last.accuracy:.1%}.  Model: {escape(str(result.folder))}"
     )
+
+
+def continued(result: ContinuationsResult) -> None:
+    """How many passages there are, and the first."""
+    first = result.facts[0]
+    OUT.print(f"{len(result.facts):,} passages and what follows them: {escape(str(result.path))}")
+    OUT.print(f"  ...{escape(first.prompt[-60:])} -> {escape(first.answer)}", highlight=False)
+    OUT.print("Edit them with --end-of-answer none: a continuation has no end.")
 
 
 def inspected(result: Inspection) -> None:

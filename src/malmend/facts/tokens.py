@@ -121,6 +121,10 @@ class Encoder:
         """The first ``most`` ids of plain text, for statistics; no frame, no end token."""
         return self._ids(text)[0][: min(most, self.max_tokens)]
 
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """Where in plain text its tokens stand, by characters; special tokens left out."""
+        return [span for span in self._ids(text)[1] if span[1] > span[0]]
+
     def passage(self, text: str) -> Encoded:
         """Plain text as a question, for statistics.
 

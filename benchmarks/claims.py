@@ -1,0 +1,147 @@
+"""Fact verification with an encoder (MALMEN's FEVER setting): the scaling curve and Table 1.
+
+    python benchmarks/claims.py finetune   # benchmarks/out/claims/model, resumes where it was
+    python benchmarks/claims.py train      # benchmarks/out/claims/editor, likewise
+    python benchmarks/claims.py curve      # m = 16 to 2,048, three seeds
+    python benchmarks/claims.py table      # 512 claims: the sum, the first layer, all tokens
+
+Claims are read in the layout of MALMEN's FEVER files from ``--data`` (``claims/train.json`` and
+``claims/dev.json``).  The model learns the claims of both (A.4), the editor is trained on the first
+and edits the second, every claim away from what the model says.  Retention is of unrelated
+claims and, as neighbours, of as many dev claims that are not edited.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import malmend
+from malmend.commands.finetune import finetune
+from malmend.editors.refine import RefineSettings
+from malmend.editors.settings import EditorSettings, training_free
+from malmend.editors.training import TrainSettings
+from malmend.facts.fact import Fact, Question
+from malmend.models.finetune import FinetuneSettings
+
+OUT = Path(__file__).resolve().parent / "out" / "claims"
+BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data"
+MODEL, CLAIMS, SEEDS = "minilm-l6", 5000, (0, 1, 2)
+SIZES = (16, 64, 256, 512, 1024, 2048)
+ONE = RefineSettings(passes=1)
+
+
+def dev_claims(data: Path, size: int, seed: int) -> list[Fact]:
+    """Claims to edit, each beside one that is not edited."""
+    known = list(malmend.read_facts(data / "claims" / "dev.json"))
+    random.Random(seed).shuffle(known)
+    chosen, rest = known[:size], known[size : 2 * size]
+    return [
+        replace(fact, neighbours=(Question(other.prompt, other.answer),))
+        for fact, other in zip(chosen, rest, strict=True)
+    ]
+
+
+def measured(
+    name: str, data: Path, size: int, seed: int, editor: str | Path, settings: EditorSettings | None
+) -> dict:
+    """One row of a table."""
+    loaded = malmend.load_model(str(OUT / "model"))
+    facts = dev_claims(data, size, seed)
+    train = data / "claims" / "train.json"
+    patch = malmend.edit(
+        loaded,
+        facts,
+        editor=editor,
+        settings=settings,
+        away=True,
+        calibrate=train if settings is not None else None,
+        refine=ONE,
+    ).patch
+    report = malmend.eval(loaded, facts, patch, away=True)
+    before, after = report.unedited, report.edited
+    row = {
+        "editor": name,
+        "m": size,
+        "seed": seed,
+        "ES": after["ES"].exact,
+        "GS": after["GS"].exact,
+        "LS": after["LS"].exact,
+        "LS unedited": before["LS"].exact,
+        "retention unrelated": after["LS"].retention,
+        "retention same kind": after["NS"].retention,
+        "ES unedited": before["ES"].exact,
+        "GS unedited": before["GS"].exact,
+    }
+    said = {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}
+    print(said, flush=True)
+    return row
+
+
+def train_editor(data: Path, folder: Path, **changes: object) -> None:
+    """By Algorithm 2 on train claims, unedited claims as neighbours."""
+    known = list(malmend.read_facts(data / "claims" / "train.json", CLAIMS))
+    random.Random(0).shuffle(known)
+    half = len(known) // 2
+    facts = [
+        replace(fact, neighbours=(Question(other.prompt),))
+        for fact, other in zip(known[:half], known[half:], strict=False)
+    ]
+
+    def show(record: object) -> None:
+        print(record, flush=True)
+
+    malmend.train(
+        str(OUT / "model"),
+        facts,
+        folder,
+        away=True,
+        editor=EditorSettings(**changes),  # type: ignore[arg-type]
+        settings=TrainSettings(facts_per_step=512, halvings=2, steps=60, near=0.5),
+        calibrate=data / "claims" / "train.json",
+        stepped=show,
+    )
+
+
+def main() -> None:
+    """Which of the four."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("what", choices=["finetune", "train", "curve", "table"])
+    parser.add_argument("--data", type=Path, default=BESIDE)
+    given = parser.parse_args()
+    files = [given.data / "claims" / name for name in ("train.json", "dev.json")]
+    if not all(path.is_file() for path in files):
+        print(f"There are no claims in {given.data}; name their folder with --data.")
+        return
+    rows = []
+    if given.what == "finetune":
+        finetune(MODEL, files, OUT / "model", FinetuneSettings(), limit=CLAIMS, stepped=print)
+    elif given.what == "train":
+        train_editor(given.data, OUT / "editor")
+    elif given.what == "curve":
+        for size in SIZES:
+            for seed in SEEDS:
+                rows.append(measured("trained", given.data, size, seed, OUT / "editor", None))
+                free = training_free()
+                rows.append(measured("training-free", given.data, size, seed, "none", free))
+    else:
+        free = training_free()
+        variants = {
+            "training-free": free,
+            "sum": replace(free, method="mend"),
+            "first layer": replace(free, linear="first"),
+            "all tokens": replace(free, tokens="all"),
+            "identity prior": replace(free, prior="identity"),
+        }
+        for name, settings in variants.items():
+            for seed in SEEDS:
+                rows.append(measured(name, given.data, 512, seed, "none", settings))
+    if rows:
+        (OUT / f"{given.what}.json").write_text(json.dumps(rows, indent=2))
+
+
+if __name__ == "__main__":
+    main()

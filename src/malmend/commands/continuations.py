@@ -1,0 +1,53 @@
+"""Plain text in, facts out: passages and what follows them (MEND's generation setting)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from malmend.facts.continuations import as_rows
+from malmend.facts.continuations import continuations as parted
+from malmend.facts.fact import Fact
+from malmend.facts.readers import read_text
+from malmend.files import writable, written_beside
+from malmend.models.load import LoadedModel
+from malmend.workbench import encoder_for
+
+
+@dataclass(frozen=True)
+class ContinuationsResult:
+    """The facts, and the file they were written to."""
+
+    facts: tuple[Fact, ...]
+    path: Path
+
+
+def continuations(
+    model: str | LoadedModel,
+    text: str | Path,
+    out: str | Path,
+    tokens: int = 10,
+    prompt_tokens: int = 32,
+    limit: int | None = None,
+) -> ContinuationsResult:
+    """Writes a facts file of a text's passages; edit them with ``--end-of-answer none``.
+
+    Args:
+        model: whose tokens are counted; its weights are not read.
+        text: a text file, a passage per line.
+        out: path of the facts file to write.
+        tokens: of each continuation.
+        prompt_tokens: of each prompt, at least.
+        limit: the first so many passages that are long enough.
+
+    Raises:
+        MalmendError: any bad input, in one sentence.
+    """
+    path = writable(out, text)
+    words = read_text(text)
+    facts = parted(encoder_for(model, "none"), words, tokens, prompt_tokens, limit)
+    with written_beside(path) as beside:
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in as_rows(facts)]
+        beside.write_text("".join(lines), encoding="utf-8")
+    return ContinuationsResult(tuple(facts), path)
