@@ -122,7 +122,7 @@ def edit(
     choice = choose(editor, settings, own_data)
     encoder = encoder_for(model, choice.settings.end_of_answer)
     known = checked_facts(facts, encoder, limit, strict, alternative, away)
-    for frame in refine.frames:
+    for frame in refine.frames_for(encoder):
         framing(encoder, frame)
     if report is not None:  # whatever would stop it is found before the work
         chat_encoder(encoder, known, DECODED)
@@ -185,9 +185,8 @@ def make_edit(
     questions = bench.encoder.encode_all(fact.question for fact in facts)
     refinable = settings.method == "malmen" and settings.descent is not None
     passes = refine.passes if refinable else 1
-    others = []
-    if passes > 1:
-        others = framed(bench.encoder, [fact.question for fact in facts], refine.frames)
+    frames = refine.frames_for(bench.encoder) if passes > 1 else ()
+    others = framed(bench.encoder, [fact.question for fact in facts], frames)
     count = _counter(progress, "keys and value gradients", len(questions))
     captured = capture(trunk, questions, settings.tokens, settings.descent, count)
     solved = _Solved.of(editor, captured, editor.aggregate(captured), progress)
@@ -210,7 +209,7 @@ def make_edit(
             break
         solved, kept, left = again, number, now_left
     tokens = len(solved.captured[0].keys_NK)
-    made = {"passes": kept, "frames": list(refine.frames) if kept > 1 else []}
+    made = {"passes": kept, "frames": list(frames) if kept > 1 else []}
     provenance = {**_provenance(bench, editor, facts), **made, **said, "tokens": tokens}
     if settings.method == "malmen":
         provenance["mean_residual"] = solved.mean_residual()

@@ -40,6 +40,7 @@ from malmend.patch import shifted
 
 PROMPT = "{prompt}"
 CHAT = "chat"
+FRAMES = ("This is well known. {prompt}", "{prompt} (in one word):")
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,14 @@ class RefineSettings:
     Attributes:
         passes: solves; 1 is the published form, and all that the sum of shifts can do.
         frames: settings beside the plain prompt from the second pass on: a text that holds
-            "{prompt}", or "chat" for the model's chat template.  None of them with ``frames: []``.
+            "{prompt}", or "chat" for the model's chat template.  Null for two that suit a decoder,
+            and none for a model with an encoder, which has not learned to read them; ``frames: []``
+            for none of them.
         gain: how much of a still missing move a later pass asks for (equation 18).
     """
 
     passes: int = 2
-    frames: tuple[str, ...] = ("This is well known. {prompt}", "{prompt} (in one word):")
+    frames: tuple[str, ...] | None = None
     gain: float = 1.6
 
     def __post_init__(self) -> None:
@@ -67,12 +70,18 @@ class RefineSettings:
             raise EditorError(
                 f"gain is {self.gain:g}, expected a number above 0; change --refine.gain."
             )
-        for frame in self.frames:
+        for frame in self.frames or ():
             if frame != CHAT and PROMPT not in frame:
                 raise EditorError(
                     f"The frame {frame!r} has no place for the prompt, expected a text with "
                     f"{PROMPT!r} in it, or {CHAT!r}; change --refine.frames."
                 )
+
+    def frames_for(self, encoder: Encoder) -> tuple[str, ...]:
+        """The frames of a model."""
+        if self.frames is None:
+            return FRAMES if encoder.reading.form == "causal" else ()
+        return self.frames
 
 
 def framing(encoder: Encoder, frame: str) -> Encoder:
