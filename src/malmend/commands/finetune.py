@@ -27,7 +27,7 @@ from malmend.facts.readers import given_facts, read_facts
 from malmend.facts.tokens import EndOfAnswer
 from malmend.files import reason, writable_folder, written_beside
 from malmend.models.finetune import EpochRecord, Finetuner, FinetuneSettings
-from malmend.models.load import LoadedModel, load_base, prepared
+from malmend.models.load import LoadedModel, load_base, prepared, quiet
 from malmend.workbench import Progress, encoder_for, silent
 
 Asked = Literal["prompts", "all"]
@@ -242,8 +242,9 @@ def _put(loaded: LoadedModel, folder: Path, about: dict[str, Any]) -> None:
     """The model in its folder: written beside, moved in whole, its configuration last."""
     beside = folder / f"{uuid.uuid4().hex[:8]}.part"
     try:
-        loaded.tokenizer.save_pretrained(beside)
-        loaded.model.save_pretrained(beside)
+        with quiet():
+            loaded.tokenizer.save_pretrained(beside)
+            loaded.model.save_pretrained(beside)
         (beside / "finetune.json").write_text(json.dumps(about, indent=2, allow_nan=False))
         for path in sorted(beside.iterdir(), key=lambda path: path.name == "config.json"):
             path.rename(folder / path.name)

@@ -106,7 +106,7 @@ def load_tokenizer(name: str) -> Any:
     Raises:
         ModelError: there is no such model.
     """
-    with _quiet(), _explained(name):
+    with quiet(), _explained(name):
         folder, gguf = _locate(name)
         if gguf is not None:
             copy = _float_copy(folder, gguf)
@@ -120,7 +120,7 @@ def load_config(name: str) -> Any:
     Raises:
         ModelError: there is no such model.
     """
-    with _quiet(), _explained(name):
+    with quiet(), _explained(name):
         folder, gguf = _locate(name)
         source = folder if gguf is None else _float_copy(folder, gguf)
         return AutoConfig.from_pretrained(source)
@@ -143,7 +143,7 @@ def load_model(name: str, dtype: str = "float32") -> LoadedModel:
     """
     if dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r} is unknown, expected one of {', '.join(DTYPES)}.")
-    with _quiet(), _explained(name):
+    with quiet(), _explained(name):
         folder, gguf = _locate(name)
         source = _float_copy(folder, gguf) if gguf is not None else folder
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -173,7 +173,7 @@ def load_base(name: str, classes: Sequence[str]) -> tuple[PreTrainedModel, Any]:
     Raises:
         ModelError: not found, or not readable.
     """
-    with _quiet(), _explained(name):
+    with quiet(), _explained(name):
         folder, gguf = _locate(name)
         source = _float_copy(folder, gguf) if gguf is not None else folder
         config = AutoConfig.from_pretrained(source)
@@ -325,7 +325,7 @@ def _explained(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps the loaders' own progress bars and warnings off the terminal."""
     level = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
