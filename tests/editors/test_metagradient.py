@@ -358,10 +358,10 @@ def _captured_alone(
         outputs: dict[str, Tensor] = {}
 
         def keep(name, module, args, output, inputs=inputs, outputs=outputs):
-            inputs[name] = args[0].detach()[0]
+            inputs[name] = args[0].detach().reshape(-1, args[0].shape[-1])  # OPT flattens
             outputs[name] = output if output.requires_grad else output.requires_grad_()
             outputs[name].retain_grad()
-            return outputs[name]
+            return outputs[name].clone()  # Falcon adds to it in place
 
         handles = [
             model.get_submodule(name).register_forward_hook(
@@ -380,7 +380,8 @@ def _captured_alone(
         ends += [at == len(asked.ids) - 2 for at in range(start, stop)]
         for (keys, grads), name in zip(rows, names, strict=True):
             keys.append(inputs[name][start:stop])
-            grads.append(outputs[name].grad[0][start:stop])
+            grad = outputs[name].grad
+            grads.append(grad.reshape(-1, grad.shape[-1])[start:stop])
     marked = torch.tensor(ends)
     return [Captured(torch.cat(keys), torch.cat(grads), marked) for keys, grads in rows]
 
