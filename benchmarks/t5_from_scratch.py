@@ -1,12 +1,13 @@
 """A small T5 is trained from scratch on facts until it knows them, then edited (MEND, Table 3).
 
     python benchmarks/t5_from_scratch.py train    # benchmarks/out/t5, resumes where it was
+    python benchmarks/t5_from_scratch.py editor   # an editor for it, likewise
     python benchmarks/t5_from_scratch.py edit     # 5, 25, 75 and 125 edits at once
 
 Facts are of the project's own, each in two wordings.  Edits aim at the false alternatives.
 Success is sequence-wise (every token of the answer), over edit prompts and over paraphrases;
 drawdown is how much fewer of the facts that were not edited the model says right, as a share of
-them.  What the editor is calibrated on is neither edited nor asked.
+them.  What the editor is calibrated or trained on is neither edited nor asked.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ import malmend
 from malmend.commands.finetune import finetune
 from malmend.editors.refine import RefineSettings
 from malmend.editors.settings import EditorSettings, training_free
+from malmend.editors.training import TrainSettings
 from malmend.facts.fact import Fact, Question
 from malmend.models.finetune import FinetuneSettings
 from malmend.workbench import shipped
 
 OUT = Path(__file__).resolve().parent / "out" / "t5"
-FACTS, CALIBRATION, SIZES, SEEDS = 1500, 300, (5, 25, 75, 125), (0, 1, 2)
+FACTS, LEARNED, SIZES, SEEDS = 1500, 900, (5, 25, 75, 125), (0, 1, 2)
 SHAPE = {"d_model": 128, "d_kv": 32, "d_ff": 512, "num_layers": 3, "num_heads": 4}
 
 
@@ -58,6 +60,7 @@ def write_facts(facts: Sequence[Fact], path: Path) -> None:
             "answer": fact.answer,
             "alternative": fact.alternative,
             "paraphrases": fact.paraphrases,
+            "unrelated": [{"prompt": q.prompt, "answer": q.answer} for q in fact.unrelated],
         }
         for fact in facts
     ]
@@ -103,34 +106,64 @@ def train() -> None:
     finetune(str(base), OUT / "facts.jsonl", OUT / "model", settings, asked="all", stepped=show)
 
 
-def edit_all(settings: EditorSettings, refine: RefineSettings, name: str) -> list[dict]:
+def learned(facts: Sequence[Fact]) -> list[Fact]:
+    """What an editor may see: facts to edit towards their alternatives, each beside another one."""
+    half = len(facts) // 2
+    pairs = zip(facts[:half], facts[half:], strict=True)
+    return [replace(one, unrelated=(Question(two.prompt, two.answer),)) for one, two in pairs]
+
+
+def train_editor() -> None:
+    """Algorithm 2 on facts of which none is edited or asked later."""
+
+    def show(record: object) -> None:
+        print(record, flush=True)
+
+    malmend.train(
+        str(OUT / "model"),
+        learned(known_facts()[:LEARNED]),
+        OUT / "editor",
+        alternative=True,
+        editor=EditorSettings(layers=3),
+        settings=TrainSettings(facts_per_step=128, halvings=2, steps=80, near=0.0),
+        stepped=show,
+    )
+
+
+def edit_all(
+    name: str, editor: str | Path, settings: EditorSettings | None, refine: RefineSettings
+) -> list[dict]:
     """One row per size and seed."""
     loaded = malmend.load_model(str(OUT / "model"))
     facts = known_facts()
-    held, facts = facts[:CALIBRATION], facts[CALIBRATION:]
-    others = held[: CALIBRATION // 2]
     calibration = OUT / "calibration.jsonl"
-    write_facts(held, calibration)
-    rows = []
+    write_facts(learned(facts[:LEARNED]), calibration)
+    facts, rows = facts[LEARNED:], []
     for size in SIZES:
         for seed in SEEDS:
             chosen = random.Random(seed).sample(facts, len(facts))
-            asked, rest = chosen[:size], chosen[size:][:500]
+            asked, rest = chosen[:size], chosen[max(SIZES) :]
+            # Facts that were not edited, spread over the edits to be asked beside them.
+            others = [Question(fact.prompt, fact.answer) for fact in rest]
             edited = [
-                replace(fact, answer=str(fact.alternative), alternative=None) for fact in asked
-            ]
-            # Facts that were not edited, in a wording each, spread over the edits to be asked.
-            questions = [Question(fact.prompt, fact.answer) for fact in rest]
-            edited = [
-                replace(fact, unrelated=tuple(questions[index::size]))
-                for index, fact in enumerate(edited)
+                replace(
+                    fact,
+                    answer=str(fact.alternative),
+                    alternative=None,
+                    unrelated=tuple(others[index::size]),
+                )
+                for index, fact in enumerate(asked)
             ]
             patch = malmend.edit(
-                loaded, edited, settings=settings, calibrate=calibration, refine=refine
+                loaded,
+                edited,
+                editor=editor,
+                settings=settings,
+                calibrate=None if settings is None else calibration,
+                refine=refine,
             ).patch
             report = malmend.eval(loaded, edited, patch, decode_facts=0)
             before, after = report.unedited, report.edited
-            drawdown = before["LS"].exact - after["LS"].exact
             row = {
                 "method": name,
                 "edits": size,
@@ -138,31 +171,32 @@ def edit_all(settings: EditorSettings, refine: RefineSettings, name: str) -> lis
                 "success": after["ES"].exact,
                 "paraphrases": after["GS"].exact,
                 "known": before["LS"].exact,
-                "drawdown": drawdown,
+                "drawdown": before["LS"].exact - after["LS"].exact,
                 "retention": after["LS"].retention,
             }
             rows.append(row)
-            print(
-                {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True
-            )
-    assert len(others) < len(held)
+            said = {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}
+            print(said, flush=True)
     return rows
 
 
 def main() -> None:
-    """Which of the two."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["train", "edit"])
-    if parser.parse_args().what == "train":
-        train()
+    """Which of the three."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("what", choices=["train", "editor", "edit"])
+    what = parser.parse_args().what
+    if what != "edit":
+        (train if what == "train" else train_editor)()
         return
-    both = replace(training_free(), layers=3)
-    rows = edit_all(both, RefineSettings(frames=()), "malmen, two passes")
-    rows += edit_all(both, RefineSettings(passes=1), "malmen, one solve")
-    rows += edit_all(replace(both, method="mend"), RefineSettings(passes=1), "sum")
+    free, once = replace(training_free(), layers=3), RefineSettings(passes=1)
+    rows = []
+    if (OUT / "editor" / "editor.json").is_file():
+        rows += edit_all("malmen, trained", OUT / "editor", None, once)
+    rows += edit_all("malmen", "none", free, once)
+    rows += edit_all("malmen, two passes", "none", free, RefineSettings())
+    rows += edit_all("sum", "none", replace(free, method="mend"), once)
     for side in ("encoder", "decoder"):
-        settings = replace(both, side=side)
-        rows += edit_all(settings, RefineSettings(passes=1), f"malmen, {side} only")
+        rows += edit_all(f"malmen, {side} only", "none", replace(free, side=side), once)
     (OUT / "edits.json").write_text(json.dumps(rows, indent=2))
 
 
