@@ -33,7 +33,7 @@ from malmend.models.finetune import FinetuneSettings
 from malmend.workbench import shipped
 
 OUT = Path(__file__).resolve().parent / "out" / "t5"
-FACTS, LEARNED, SIZES, SEEDS = 1500, 900, (5, 25, 75, 125), (0, 1, 2)
+FACTS, LEARNED, SIZES, SEEDS = 1500, 1024, (5, 25, 75, 125), (0, 1, 2)
 SHAPE = {"d_model": 128, "d_kv": 32, "d_ff": 512, "num_layers": 3, "num_heads": 4}
 
 
@@ -107,10 +107,13 @@ def train() -> None:
 
 
 def learned(facts: Sequence[Fact]) -> list[Fact]:
-    """What an editor may see: facts to edit towards their alternatives, each beside another one."""
-    half = len(facts) // 2
-    pairs = zip(facts[:half], facts[half:], strict=True)
-    return [replace(one, unrelated=(Question(two.prompt, two.answer),)) for one, two in pairs]
+    """What an editor may see: facts to edit, each beside three others that must not move."""
+    questions = [Question(fact.prompt, fact.answer) for fact in facts]
+    count = len(facts)
+    return [
+        replace(fact, unrelated=tuple(questions[(index + step) % count] for step in (17, 171, 313)))
+        for index, fact in enumerate(facts)
+    ]
 
 
 def train_editor() -> None:
@@ -125,7 +128,9 @@ def train_editor() -> None:
         OUT / "editor",
         alternative=True,
         editor=EditorSettings(layers=3),
-        settings=TrainSettings(facts_per_step=128, halvings=2, steps=80, near=0.0),
+        settings=TrainSettings(
+            facts_per_step=128, halvings=2, steps=200, near=0.0, locality_weight=3.0
+        ),
         stepped=show,
     )
 
