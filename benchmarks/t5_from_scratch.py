@@ -129,7 +129,7 @@ def train_editor() -> None:
         alternative=True,
         editor=EditorSettings(layers=3),
         settings=TrainSettings(
-            facts_per_step=128, halvings=2, steps=200, near=0.0, locality_weight=3.0
+            facts_per_step=128, halvings=1, steps=300, near=0.0, locality_weight=1.5
         ),
         stepped=show,
     )
