@@ -130,11 +130,13 @@ def decoder_layer(name: str) -> str:
     return name.replace("encoder", "decoder").replace("layer.1.Dense", "layer.2.Dense")
 
 
-def model_of(family: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> PreTrainedModel:
+def model_of(
+    family: str, dtype: torch.dtype = torch.float64, seed: int = 0, **changes: object
+) -> PreTrainedModel:
     """A random model in evaluation mode, no parameter requiring a gradient."""
     kind, config, sizes = _MADE[family]
     torch.manual_seed(seed)
-    model = kind(config(**sizes))
+    model = kind(config(**(sizes | changes)))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
