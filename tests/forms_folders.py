@@ -34,7 +34,7 @@ import helpers
 from command_support import name_of
 from malmend.models.finetune import FinetuneSettings
 
-RATES = {"bert": 1e-2, "t5": 1e-2, "bart": 1e-2, "llama": 3e-3}
+RATES = {"bert": 1e-2, "t5": 1e-2, "bart": 3e-3, "llama": 3e-3}
 CLASSES = ("SUPPORTS", "REFUTES")
 COUNT = 12
 PLACES = [f"{one}{two}" for one in ("Ka", "Lo", "Mi", "Ru") for two in ("se", "to", "va", "ne")]
@@ -78,7 +78,8 @@ def save_base(family: str, folder: Path, seed: int = 0, classes: Sequence[str] =
         model = T5ForConditionalGeneration(T5Config(decoder_start_token_id=3, **_T5, **sizes))
     elif family == "bart":
         sizes |= {"decoder_start_token_id": 2, "forced_eos_token_id": None, "bos_token_id": 1}
-        config = BartConfig(d_model=32, max_position_embeddings=40, **_BART, **sizes)
+        sizes |= {"d_model": 32, "max_position_embeddings": 40, "init_std": 0.2}
+        config = BartConfig(**_BART, **sizes)
         model = BartForConditionalGeneration(config)
     else:
         sizes |= {"hidden_size": 32, "bos_token_id": 1, "max_position_embeddings": 64}
