@@ -6,7 +6,8 @@ in, for the tests of whole commands.
     bart    two tokens before the answer; the same facts
     llama   a decoder; the same facts
 
-Every word is a token, so a dozen facts are learned in seconds.
+Every word is a token, so a dozen facts are learned in seconds.  Initial weights are large where a
+norm follows a layer, or nothing that can be said or chosen is ever sure.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ import helpers
 from command_support import name_of
 from malmend.models.finetune import FinetuneSettings
 
-RATES = {"bert": 1e-2, "t5": 1e-2, "bart": 3e-3, "llama": 3e-3}
+RATES = {"bert": 1e-3, "t5": 1e-2, "bart": 3e-3, "llama": 3e-3}
 CLASSES = ("SUPPORTS", "REFUTES")
 COUNT = 12
 PLACES = [f"{one}{two}" for one in ("Ka", "Lo", "Mi", "Ru") for two in ("se", "to", "va", "ne")]
@@ -68,7 +69,7 @@ def save_base(family: str, folder: Path, seed: int = 0, classes: Sequence[str] =
     torch.manual_seed(seed)
     sizes = {"vocab_size": len(tokenizer), "pad_token_id": 3, "eos_token_id": 2}
     if family == "bert":
-        sizes |= {"hidden_size": 32, "max_position_embeddings": 40}
+        sizes |= {"hidden_size": 32, "max_position_embeddings": 40, "initializer_range": 0.2}
         if classes:
             sizes |= {"id2label": dict(enumerate(classes))}
             sizes |= {"label2id": {name: index for index, name in enumerate(classes)}}

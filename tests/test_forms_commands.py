@@ -119,6 +119,7 @@ def test_edit_changes_what_is_said_and_comes_off_again(family, learned, tmp_path
     success = patch.provenance["metrics"]["ES"]["token_ratio"]
     assert success["unedited"] < 0.1
     assert success["edited"] > 0.6
+    assert max(patch.shift(name).abs().max() for name in patch.factors) < 30  # weights are about 1
     loaded = load_model(have.model)
     digest = weights_digest(loaded)
     said = answers(loaded, have.known)
@@ -146,7 +147,7 @@ def test_away_aims_at_what_the_model_does_not_say(learned, tmp_path):
     before = answers(loaded, read_facts(facts))
     with applied(loaded, load_patch(path)):
         after = answers(loaded, read_facts(facts))
-    assert sum(a != b for a, b in zip(before, after, strict=True)) >= 10
+    assert sum(a != b for a, b in zip(before, after, strict=True)) >= 7
     # Labels are right of one half before; asked for what the model does not say, it is never right.
     for aim, share in ((["--away"], 0.0), ([], 0.5)):
         assert malmend("eval", have.model, facts, "--json", figures, *aim) == 0
@@ -162,8 +163,7 @@ def test_without_alternatives_two_classes_are_enough_and_three_are_not(learned, 
     facts.write_text(json.dumps([claim | {"alt": None} for claim in claims]))
     assert malmend("edit", have.model, facts, "--out", path, "--away", *have.fast) == 0
     three = folders.save_base("bert", tmp_path / "three", classes=("SUPPORTS", "REFUTES", "OPEN"))
-    said = answers(load_model(three), have.known)[0]  # an untrained head says one class of all
-    for claim in claims:
+    for claim, said in zip(claims, answers(load_model(three), have.known), strict=True):
         claim["label"], claim["alt"] = said, None
     facts.write_text(json.dumps(claims))
     line = refused(capsys, "edit", three, facts, "--out", path, "--away", *have.fast)
