@@ -63,8 +63,8 @@ def byte_level(
     )
 
 
-def metaspace(**keywords: Any) -> PreTrainedTokenizerFast:
-    """BPE over Metaspace with byte fallback and ``<s>`` put in front by the template."""
+def metaspace(template: str = "<s> $A", **keywords: Any) -> PreTrainedTokenizerFast:
+    """BPE over Metaspace with byte fallback; ``<s>`` in front as Llama, ``"$A </s>"`` as T5."""
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.Metaspace()
     trainer = trainers.BpeTrainer(vocab_size=100, show_progress=False)
@@ -90,7 +90,7 @@ def metaspace(**keywords: Any) -> PreTrainedTokenizerFast:
             decoders.Strip(" ", 1, 0),
         ]
     )
-    _frame(tokenizer, "<s> $A")
+    _frame(tokenizer, template)
     specials = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **(specials | keywords))
 

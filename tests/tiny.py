@@ -178,7 +178,7 @@ class _InFloat64(TorchFunctionMode):
         return func(*args, **named)
 
 
-def _in_float64(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def in_float64(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The class, by the same name, with a forward pass that is all in float64."""
 
     @functools.wraps(kind.forward)
@@ -213,7 +213,7 @@ def random_model(
 ) -> PreTrainedModel:
     """The same of any class and configuration."""
     if dtype == torch.float64:
-        kind = _in_float64(kind)
+        kind = in_float64(kind)
     torch.manual_seed(seed)
     model = kind(config)
     with torch.no_grad():

@@ -101,6 +101,7 @@ def _calibration_data(
             "own with --calibrate FACTS."
         )
     if says_classes:
+        known = [_with_another(fact, encoder.reading.classes) for fact in known]
         known = list(aimed(bench, FactSet("calibration facts", tuple(known)), away=True))
     asked = [q for q in read_questions(shipped("questions.jsonl"))[: 2 * count] if q.answer]
     if says_classes:
@@ -122,6 +123,13 @@ def _statement(fact: Fact, classes: Sequence[str]) -> Fact:
         neighbours=others,
         alternative=classes[1],
     )
+
+
+def _with_another(fact: Fact, classes: Sequence[str]) -> Fact:
+    """The fact with another class to be moved to, whether its file names one or not."""
+    known = fact.alternative is not None and fact.alternative in classes
+    others = [name for name in classes if name.casefold() != fact.answer.strip().casefold()]
+    return fact if known else replace(fact, alternative=others[0])
 
 
 def _stated(prompt: str, answer: str | None) -> str:

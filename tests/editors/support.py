@@ -138,12 +138,13 @@ def random_editor(
     eta: float = 1.0,
     ridge: float = 0.1,
     seed: int = 0,
+    statistics: Mapping[str, SiteStatistics] | None = None,
 ) -> Editor:
     """An editor away from its start: random network, other scalars at every site."""
     editor = Editor(
         settings,
         {site.name: site.shape_VK for site in trunk.sites},
-        statistics_of(trunk, captured),
+        statistics_of(trunk, captured) if statistics is None else statistics,
         eta,
         start_weights(settings),
         ridge,

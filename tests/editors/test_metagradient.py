@@ -1,18 +1,19 @@
 """The decoupled meta-gradient equals autograd through the whole edit.
 
-The reference shares no code with the pipeline: captures one question at a time through the whole
-model, writes the network out, solves the primal normal equations by LU, and runs the whole edited
-model on one unpadded question at a time.
+The reference (edit_reference.py) shares no code with the pipeline; it is given captures of one
+question at a time, and runs the whole edited model on one unpadded question at a time.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
 import torch
+from edit_reference import BATCHINGS, compare, decoupled, picked, through_the_edit
 from support import (
     TERMS,
     captured_of,
@@ -27,20 +28,14 @@ from support import (
 from torch import Tensor
 from torch.func import functional_call
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from malmend.editors.editor import Editor
-from malmend.editors.metaloss import Judged, meta_loss
 from malmend.editors.network import NetworkSettings
 from malmend.editors.settings import EditorSettings
 from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact
 from malmend.models.capture import Captured, Descent
 from malmend.models.trunk import Trunk
-from malmend.patch import shifted
-
-LOCALITY = 0.7
-BATCHINGS = [(1, 1), (30, 3), (4096, 4096)]  # trunk positions, network tokens at once
 
 
 @dataclass(frozen=True)
@@ -116,7 +111,7 @@ def test_metagradient_of_every_parameter(case):
     for batch_tokens, chunk in BATCHINGS:
         loss, found = _decoupled(editor, tiny_trunk(model, batch_tokens=batch_tokens), facts, chunk)
         assert loss == pytest.approx(wanted_loss, rel=1e-10)
-        _compare(found, wanted)
+        compare(found, wanted)
 
 
 @pytest.mark.parametrize("method", ["malmen", "mend"])
@@ -135,7 +130,7 @@ def test_metagradient_at_the_identity_start(method, placement):
             assert grad.norm() > 1e-6, name
     for batch_tokens, chunk in BATCHINGS:
         _, found = _decoupled(fresh, tiny_trunk(model, batch_tokens=batch_tokens), facts, chunk)
-        _compare(found, wanted)
+        compare(found, wanted)
 
 
 @pytest.mark.parametrize("method", ["malmen", "mend"])
@@ -156,7 +151,7 @@ def test_metagradient_with_two_shapes_and_several_sites_in_the_first_block(metho
         cut = tiny_trunk(model, pattern=pattern, batch_tokens=batch_tokens)
         loss, found = _decoupled(editor, cut, facts, chunk)
         assert loss == pytest.approx(wanted_loss, rel=1e-10)
-        _compare(found, wanted)
+        compare(found, wanted)
 
 
 @pytest.mark.parametrize("form", ["residual", "published"])
@@ -169,7 +164,7 @@ def test_metagradient_without_a_network(form):
     _, wanted = _through_the_edit(model, editor, captured, facts)
     assert set(wanted) >= {"log_eta_S", "log_weights_SP", "log_ridge_S"}
     assert not any(name.startswith("networks") for name in wanted)
-    _compare(_decoupled(editor, trunk, facts, 4)[1], wanted)
+    compare(_decoupled(editor, trunk, facts, 4)[1], wanted)
 
 
 def test_backward_adds_to_gradients_that_are_there():
@@ -206,113 +201,6 @@ def test_shift_depends_on_neither_batching_nor_order(method, tokens, descent):
                 assert (shift_VK - wanted[name]).norm() <= 1e-10 * wanted[name].norm()
 
 
-# --- the pipeline under test ---------------------------------------------------------------------
-
-
-def _decoupled(
-    editor: Editor, trunk: Trunk, facts: Sequence[Fact], chunk: int
-) -> tuple[float, dict[str, Tensor | None]]:
-    """L_meta and its gradients as training takes them."""
-    encode = encoder(editor.settings.end_of_answer).encode
-    captured = captured_of(trunk, facts, editor.settings)
-    unrelated = [encode(fact.unrelated[0]) for fact in facts]
-    states = trunk.unedited_states(unrelated)
-    judged = [
-        Judged(encode(fact.equivalents[0]), other, known)
-        for fact, other, known in zip(facts, unrelated, states, strict=True)
-    ]
-    for parameter in editor.parameters():
-        parameter.grad = None
-    aggregations = editor.aggregate(captured, chunk)
-    shifts = {name: one.shift() for name, one in _named(editor, aggregations)}
-    with shifted(list(trunk.sites), shifts):
-        loss = meta_loss(trunk, judged, LOCALITY)
-    editor.backward(captured, aggregations, loss.shift_grads, chunk)
-    return loss.total, {name: p.grad for name, p in editor.named_parameters()}
-
-
-def _named(editor: Editor, aggregations: Sequence) -> list:
-    return list(zip(editor.names, aggregations, strict=True))
-
-
-# --- the reference ------------------------------------------------------------------------------
-
-
-def _through_the_edit(
-    model: PreTrainedModel, editor: Editor, pairs: Sequence[Captured], facts: Sequence[Fact]
-) -> tuple[float, dict[str, Tensor]]:
-    """L_meta and its gradients by autograd, with the edit inside the graph."""
-    weights = {}
-    for index, (name, pair) in enumerate(zip(editor.names, pairs, strict=True)):
-        module = model.get_submodule(name)
-        shift_VK = _shift(editor, index, pair)
-        shift = shift_VK.T if isinstance(module, Conv1D) else shift_VK
-        weights[f"{name}.weight"] = module.weight + shift
-    encode = encoder(editor.settings.end_of_answer).encode
-    loss = torch.zeros((), dtype=torch.float64)
-    for fact in facts:
-        asked, other = encode(fact.equivalents[0]), encode(fact.unrelated[0])
-        loss = loss - _answer_logs(model, weights, asked)[_picked(asked)].sum() / len(facts)
-        before, after = (_answer_logs(model, w, other) for w in ({}, weights))
-        kl = torch.nn.functional.kl_div(after, before, log_target=True, reduction="sum")
-        loss = loss + LOCALITY * kl / len(facts)
-    names, parameters = zip(*editor.named_parameters(), strict=True)
-    grads = torch.autograd.grad(loss, parameters, allow_unused=True)
-    filled = [
-        torch.zeros_like(p) if grad is None else grad
-        for p, grad in zip(parameters, grads, strict=True)
-    ]
-    return loss.item(), dict(zip(names, filled, strict=True))
-
-
-def _answer_logs(model: PreTrainedModel, weights: dict[str, Tensor], asked: Encoded) -> Tensor:
-    """Log-probabilities at the positions before each answer token, one question, no padding."""
-    inputs = {"input_ids": torch.tensor([asked.ids]), "use_cache": False}
-    logits = functional_call(model, weights, (), inputs).logits[0]
-    return logits[asked.answer_start - 1 : len(asked.ids) - 1].log_softmax(-1)
-
-
-def _picked(asked: Encoded) -> tuple[Tensor, Tensor]:
-    labels = torch.tensor(asked.ids[asked.answer_start :])
-    return torch.arange(len(labels)), labels
-
-
-def _shift(editor: Editor, index: int, pair: Captured) -> Tensor:
-    settings, name = editor.settings, editor.names[index]
-    u, g = pair.keys_NK, pair.value_grads_NV
-    buffers = dict(editor.named_buffers())
-    mean_u, std_u = buffers[f"key_mean_{index}"], buffers[f"key_std_{index}"]
-    mean_g, std_g = buffers[f"grad_mean_{index}"], buffers[f"grad_std_{index}"]
-    x = torch.cat([(u - mean_u) / std_u, (g - mean_g) / std_g], 1)
-    alike = [other for other in editor.names if editor.shapes[other] == editor.shapes[name]]
-    value_width, key_width = editor.shapes[name]
-    y = _network(editor, f"networks.{value_width}x{key_width}", alike.index(name), x)
-    a, b = y[:, :key_width], y[:, key_width:]
-    eta = editor.log_eta_S[index].exp()
-    if settings.form == "published":
-        key, grad = a, eta * b
-    else:
-        key = (u + std_u * (a - x[:, :key_width])) / (u * u).sum(1)[:, None]
-        grad = eta * (g + std_g * (b - x[:, key_width:]))
-    if settings.method == "mend":
-        return -sum(torch.outer(g_j, u_j) for g_j, u_j in zip(grad, key, strict=True))
-    diffs = torch.stack([-(k @ u_j) * g_j for k, u_j, g_j in zip(key, u, grad, strict=True)])
-    prior = editor.log_ridge_S[index].exp() * torch.eye(key_width, dtype=torch.float64)
-    for place, term in enumerate(TERMS[settings.prior]):
-        # Equation (13): the wording's spread counts once for each token of the edit.
-        times = len(u) if term == "wording" else 1
-        # Equation (15): the weight follows a learned power of the edit's size, from 512 tokens on.
-        weight = editor.log_weights_SP[index, place].exp()
-        weight = weight * (512 / 2048) ** editor.powers_SP[index, place]
-        prior = prior + times * weight * buffers[f"prior_{term}_{index}"]
-    # Equation (14): one diagonal of weights, the end tokens' alike and learned.
-    weights = torch.ones(len(u), dtype=torch.float64)
-    if pair.ends_N is not None:
-        weights = torch.where(pair.ends_N, editor.log_end_weight_S[index].exp(), weights)
-    weighted = weights.diag() @ u
-    return torch.linalg.solve(u.T @ weighted + prior, weighted.T @ diffs).T
-
-
 @pytest.mark.parametrize("tokens", [1, 512, 700, 2048, 4096, 9000])
 def test_weights_follow_the_size_of_an_edit_within_bounds(tokens):
     settings = EditorSettings(layers=2, network=NetworkSettings(rank=3))
@@ -329,22 +217,37 @@ def test_weights_follow_the_size_of_an_edit_within_bounds(tokens):
     assert editor.prior(1, tokens).weights == pytest.approx(wanted, rel=1e-5)
 
 
-def _network(editor: Editor, prefix: str, site: int, x: Tensor) -> Tensor:
-    known = dict(editor.named_parameters())
-    for block in range(editor.settings.network.blocks):
-        start = f"{prefix}.blocks.{block}"
-        down, up, bias = (known[f"{start}.{part}"] for part in ("down_RF", "up_FR", "bias_F"))
-        scale, offset = known[f"{start}.scale_SF"][site], known[f"{start}.offset_SF"][site]
-        low = torch.einsum("fr,re,ne->nf", up, down, x) + bias
-        if editor.settings.network.placement == "before":
-            x = x + _sigma(scale * low + offset)
-        else:
-            x = x + scale * _sigma(low) + offset
-    return x
+# --- questions of these facts ---------------------------------------------------------------------
 
 
-def _sigma(x: Tensor) -> Tensor:
-    return torch.where(x >= 0, x, torch.zeros_like(x))
+def _asked(editor: Editor, facts: Sequence[Fact]) -> list[tuple[Encoded, Encoded]]:
+    encode = encoder(editor.settings.end_of_answer).encode
+    return [(encode(fact.equivalents[0]), encode(fact.unrelated[0])) for fact in facts]
+
+
+def _decoupled(
+    editor: Editor, trunk: Trunk, facts: Sequence[Fact], chunk: int
+) -> tuple[float, dict[str, Tensor | None]]:
+    edits = encoder(editor.settings.end_of_answer).encode_all(fact.question for fact in facts)
+    return decoupled(editor, trunk, edits, _asked(editor, facts), chunk)
+
+
+def _named(editor: Editor, aggregations: Sequence) -> list:
+    return list(zip(editor.names, aggregations, strict=True))
+
+
+def _through_the_edit(
+    model: PreTrainedModel, editor: Editor, pairs: Sequence[Captured], facts: Sequence[Fact]
+) -> tuple[float, dict[str, Tensor]]:
+    logs = functools.partial(_answer_logs, model)
+    return through_the_edit(model, editor, pairs, _asked(editor, facts), logs)
+
+
+def _answer_logs(model: PreTrainedModel, weights: dict[str, Tensor], asked: Encoded) -> Tensor:
+    """Log-probabilities at the positions before each answer token, one question, no padding."""
+    inputs = {"input_ids": torch.tensor([asked.ids]), "use_cache": False}
+    logits = functional_call(model, weights, (), inputs).logits[0]
+    return logits[asked.answer_start - 1 : len(asked.ids) - 1].log_softmax(-1)
 
 
 def _captured_alone(
@@ -373,7 +276,7 @@ def _captured_alone(
             logs = _answer_logs(model, {}, asked)
         for handle in handles:
             handle.remove()
-        (-logs[_picked(asked)].sum()).backward()
+        (-logs[picked(asked)].sum()).backward()
         start = asked.answer_start - 1 if tokens == "answer" else 1
         stop = len(asked.ids) - 1 if tokens == "answer" else len(asked.ids)
         # The token before the last id outputs the end of the answer, which is the last id.
@@ -384,13 +287,6 @@ def _captured_alone(
             grads.append(grad.reshape(-1, grad.shape[-1])[start:stop])
     marked = torch.tensor(ends)
     return [Captured(torch.cat(keys), torch.cat(grads), marked) for keys, grads in rows]
-
-
-def _compare(found: dict[str, Tensor | None], wanted: dict[str, Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    for name, reference in wanted.items():
-        got = torch.zeros_like(reference) if found[name] is None else found[name]
-        assert (got - reference).norm() <= 1e-8 * reference.norm(), name
 
 
 def _check_not_vacuous(case: Case, wanted: dict[str, Tensor]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import forms_support as forms
 import pytest
 import torch
 from torch import nn
@@ -16,6 +15,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+import forms_support as forms
 from malmend.errors import ModelError
 from malmend.models.capture import Descent, capture
 from malmend.models.forms import find_stacks, form_of
@@ -199,40 +199,6 @@ def test_the_model_is_left_as_it_was(family):
 # --- capture
 
 
-def alone(model, sites, question, deltas=None):
-    """Keys and gradients of the layers at all their positions, by plain autograd; and the loss."""
-    keys, values = {}, {}
-
-    def hook(site):
-        def moved(_module, args, output):
-            keys[site.name] = args[0].detach()[0]
-            output = output if deltas is None else output + deltas[site.name]
-            values[site.name] = output if output.requires_grad else output.requires_grad_(True)
-            return values[site.name]
-
-        return moved
-
-    handles = [site.module.register_forward_hook(hook(site)) for site in sites]
-    labels = torch.tensor(question.ids[question.answer_start :])
-    with torch.enable_grad():
-        logits = forms.logits_alone(model, [question])
-        nll = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-        grads = torch.autograd.grad(nll.sum(), [values[site.name] for site in sites])
-    for handle in handles:
-        handle.remove()
-    return [keys[site.name] for site in sites], [grad[0] for grad in grads], nll.detach()
-
-
-def places(site, question, tokens):
-    if site.in_encoder:
-        return list(range(question.answer_start))
-    if question.form == "classes":
-        return [0] if tokens == "answer" else list(range(question.answer_start))
-    first = len(question.prefix) - 1
-    count = len(question.ids) - question.answer_start
-    return list(range(first if tokens == "answer" else 0, first + count))
-
-
 @SIDE
 @LINEAR
 @pytest.mark.parametrize("tokens", ["answer", "all"])
@@ -241,9 +207,9 @@ def test_pairs_are_those_of_plain_autograd(family, side, linear, tokens):
     for batch_tokens in (1, 1024):
         trunk = cut(model, 2, linear, side, batch_tokens)
         captured = capture(trunk, asked, tokens)
-        found = [alone(model, trunk.sites, question) for question in asked]
+        found = [forms.pairs_alone(model, trunk.sites, question) for question in asked]
         for index, (site, pair) in enumerate(zip(trunk.sites, captured, strict=True)):
-            at = [places(site, question, tokens) for question in asked]
+            at = [forms.places(site, question, tokens) for question in asked]
             keys = [one[0][index][here] for one, here in zip(found, at, strict=True)]
             grads = [one[1][index][here] for one, here in zip(found, at, strict=True)]
             assert torch.allclose(pair.keys_NK, torch.cat(keys), rtol=0, atol=1e-10)
@@ -271,11 +237,11 @@ def test_descent_is_equation_6(family, side, tokens):
     starts = [0] * len(trunk.sites)
     moved = 0
     for question in asked:
-        at = [places(site, question, tokens) for site in trunk.sites]
-        keys, grads, _ = alone(model, trunk.sites, question)
+        at = [forms.places(site, question, tokens) for site in trunk.sites]
+        keys, grads, _ = forms.pairs_alone(model, trunk.sites, question)
         deltas = {s.name: torch.zeros_like(g) for s, g in zip(trunk.sites, grads, strict=True)}
         for _ in range(descent.steps):
-            _, grads, nll = alone(model, trunk.sites, question, deltas)
+            _, grads, nll = forms.pairs_alone(model, trunk.sites, question, deltas)
             bounds = torch.full_like(nll, descent.answer_nll)
             bounds[question.answer_end - question.answer_start :] = descent.end_nll
             is_open = nll > bounds

@@ -208,7 +208,7 @@ def make_edit(
         if again.broken or (now_left := missed(trunk, questions, again.shifts)) > left:
             break
         solved, kept, left = again, number, now_left
-    tokens = len(solved.captured[0].keys_NK)
+    tokens = max(len(pair.keys_NK) for pair in solved.captured)
     made = {"passes": kept, "frames": list(frames) if kept > 1 else []}
     provenance = {**_provenance(bench, editor, facts), **made, **said, "tokens": tokens}
     if settings.method == "malmen":

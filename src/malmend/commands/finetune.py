@@ -27,7 +27,7 @@ from malmend.facts.readers import given_facts, read_facts
 from malmend.facts.tokens import EndOfAnswer
 from malmend.files import reason, writable_folder, written_beside
 from malmend.models.finetune import EpochRecord, Finetuner, FinetuneSettings
-from malmend.models.load import LoadedModel, load_base, prepared, quiet
+from malmend.models.load import LoadedModel, load_base, prepared, save_model
 from malmend.workbench import Progress, encoder_for, silent
 
 Asked = Literal["prompts", "all"]
@@ -149,7 +149,8 @@ class _Run:
         if len(done) >= epochs:
             return True
         if phase == "choice":
-            return bool(done) and len(done) - _best(done) >= self.settings.patience
+            over = any(record.phase == "all" for record in self.records)  # it stays made
+            return over or (bool(done) and len(done) - _best(done) >= self.settings.patience)
         return (
             not self.settings.validation and bool(done) and done[-1].accuracy >= self.settings.until
         )
@@ -200,7 +201,7 @@ def _best(records: Sequence[EpochRecord]) -> int:
 
 
 def _known(files: Sequence[str | Path], limit: int | None) -> list[Fact]:
-    """The facts of all files; one prompt with two answers is refused."""
+    """The facts of all files; of one prompt the first answer counts."""
     known = [fact for file in files for fact in read_facts(file, limit)]
     given: FactSet = given_facts(
         [replace(fact, id=f"{index}", line=0) for index, fact in enumerate(known)], None
@@ -242,9 +243,7 @@ def _put(loaded: LoadedModel, folder: Path, about: dict[str, Any]) -> None:
     """The model in its folder: written beside, moved in whole, its configuration last."""
     beside = folder / f"{uuid.uuid4().hex[:8]}.part"
     try:
-        with quiet():
-            loaded.tokenizer.save_pretrained(beside)
-            loaded.model.save_pretrained(beside)
+        save_model(loaded, beside)
         (beside / "finetune.json").write_text(json.dumps(about, indent=2, allow_nan=False))
         for path in sorted(beside.iterdir(), key=lambda path: path.name == "config.json"):
             path.rename(folder / path.name)

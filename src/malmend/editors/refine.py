@@ -97,7 +97,8 @@ def framing(encoder: Encoder, frame: str) -> Encoder:
             "The tokenizer has no chat template, so the frame 'chat' cannot be used; leave it out "
             "of --refine.frames."
         )
-    return Encoder(encoder.tokenizer, encoder.end_of_answer, encoder.max_tokens, chat=True)
+    ends, most = encoder.end_of_answer, encoder.max_tokens
+    return Encoder(encoder.tokenizer, ends, most, chat=True, reading=encoder.reading)
 
 
 def framed(encoder: Encoder, questions: Sequence[Question], frames: Sequence[str]) -> list[Encoded]:

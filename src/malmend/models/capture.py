@@ -243,7 +243,7 @@ class _Group:
             pull_B = torch.zeros_like(loss_B)
             for one, norms_Q in zip(group.chosen, norms, strict=True):
                 pull_B.index_add_(0, one.owner_Q, norms_Q)
-            step_B = descent.rate * loss_B / pull_B.clamp(min=1e-30)
+            step_B = descent.rate * loss_B / pull_B.clamp(min=1e-30) * (pull_B > 0)
             for site, one in enumerate(group.chosen):
                 step_Q = step_B[one.owner_Q] * opens[site] / norms[site].clamp(min=1e-30)
                 moves[site][at[site]] += step_Q.unsqueeze(1) * grads[site]

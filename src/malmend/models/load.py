@@ -164,7 +164,8 @@ def load_base(name: str, classes: Sequence[str]) -> tuple[PreTrainedModel, Any]:
     """A model that is to be fine-tuned, in float32, and its tokenizer.
 
     An encoder gets a new classification head, made up at random from torch's generator, unless it
-    has one of the same classes; a decoder or an encoder-decoder comes as it is.
+    has one of as many classes, which keeps its order where they are the same; a decoder or an
+    encoder-decoder comes as it is.
 
     Args:
         name: as for :func:`load_model`.
@@ -185,11 +186,21 @@ def load_base(name: str, classes: Sequence[str]) -> tuple[PreTrainedModel, Any]:
         elif kind.endswith(("ForCausalLM", "LMHeadModel")):
             form = "causal"
         else:
+            known = [config.id2label[index] for index in range(config.num_labels)]
+            if {name.casefold() for name in known} == {name.casefold() for name in classes}:
+                classes = known
             keywords["id2label"] = dict(enumerate(classes))
             keywords["label2id"] = {label: index for index, label in enumerate(classes)}
             keywords["ignore_mismatched_sizes"] = True
         model = LOADERS[form].from_pretrained(source, **keywords)
         return model, AutoTokenizer.from_pretrained(source)
+
+
+def save_model(loaded: LoadedModel, folder: Path) -> None:
+    """Writes model and tokenizer as :func:`load_model` reads them."""
+    with quiet():
+        loaded.tokenizer.save_pretrained(folder)
+        loaded.model.save_pretrained(folder)
 
 
 def prepared(model: PreTrainedModel, tokenizer: Any, name: str = "model") -> LoadedModel:

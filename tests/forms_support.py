@@ -11,10 +11,11 @@ Initial weights are large, so that predictions are far from uniform, and no bias
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -30,6 +31,8 @@ from transformers import (
 )
 
 from malmend.facts.encoded import Encoded
+from malmend.models.sites import Site
+from tiny import in_float64
 
 VOCABULARY, HIDDEN, INNER, BLOCKS, CLASSES = 60, 16, 24, 3, 3
 
@@ -127,17 +130,22 @@ def decoder_layer(name: str) -> str:
     return name.replace("encoder", "decoder").replace("layer.1.Dense", "layer.2.Dense")
 
 
-def model_of(family: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> PreTrainedModel:
+def model_of(
+    family: str, dtype: torch.dtype = torch.float64, seed: int = 0, **changes: object
+) -> PreTrainedModel:
     """A random model in evaluation mode, no parameter requiring a gradient."""
     kind, config, sizes = _MADE[family]
     torch.manual_seed(seed)
-    model = kind(config(**sizes))
+    model = kind(config(**(sizes | changes)))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
                 parameter += 0.2 * torch.randn_like(parameter)
             if family.startswith("t5") and "relative_attention_bias" in name:
                 parameter += torch.randn_like(parameter)  # else the bias hardly matters
+    if family.startswith("t5") and dtype == torch.float64:
+        for half in (model.encoder, model.decoder):  # T5 takes norms and softmax in float32
+            half.__class__ = in_float64(type(half))
     return model.to(dtype).eval().requires_grad_(False)
 
 
@@ -158,19 +166,66 @@ def questions(family: str, count: int = 7, seed: int = 0) -> list[Encoded]:
     return list(found.values())
 
 
-def logits_alone(model: PreTrainedModel, asked: Sequence[Encoded]) -> Tensor:
+def logits_alone(
+    model: PreTrainedModel,
+    asked: Sequence[Encoded],
+    weights: Mapping[str, Tensor] | None = None,
+) -> Tensor:
     """Logits where each label is predicted, one question after another, unpadded.
 
-    The decoder's inputs are written out here from the labels, not taken from the question.
+    The decoder's inputs are written out here from the labels, not taken from the question.  Without
+    an answer the logits are those of the first token that would be said.  ``weights`` stand in for
+    the model's own.
     """
     rows = []
     for question in asked:
-        prompt = torch.tensor([question.ids[: question.answer_start]])
+        inputs = {"input_ids": torch.tensor([question.ids[: question.answer_start]])}
         if question.form == "classes":
-            rows.append(model(input_ids=prompt).logits)
+            rows.append(functional_call(model, dict(weights or {}), (), inputs).logits)
             continue
         labels = list(question.ids[question.answer_start :])
-        inputs = torch.tensor([[*question.prefix, *labels][:-1]])
-        logits = model(input_ids=prompt, decoder_input_ids=inputs, use_cache=False).logits[0]
-        rows.append(logits[-len(labels) :])
+        inputs["decoder_input_ids"] = torch.tensor([[*question.prefix, *labels[:-1]]])
+        inputs["use_cache"] = False
+        logits = functional_call(model, dict(weights or {}), (), inputs).logits[0]
+        rows.append(logits[-max(len(labels), 1) :])
     return torch.cat(rows)
+
+
+def pairs_alone(
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    question: Encoded,
+    deltas: Mapping[str, Tensor] | None = None,
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Keys and gradients of layers at all their positions, by plain autograd; and the loss."""
+    keys, values = {}, {}
+
+    def hook(site: Site):
+        def moved(_module, args, output):
+            keys[site.name] = args[0].detach()[0]
+            output = output if deltas is None else output + deltas[site.name]
+            values[site.name] = output if output.requires_grad else output.requires_grad_(True)
+            return values[site.name]
+
+        return moved
+
+    handles = [site.module.register_forward_hook(hook(site)) for site in sites]
+    labels = torch.tensor(question.ids[question.answer_start :])
+    with torch.enable_grad():
+        logits = logits_alone(model, [question])
+        nll = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+        grads = torch.autograd.grad(nll.sum(), [values[site.name] for site in sites])
+    for handle in handles:
+        handle.remove()
+    return [keys[site.name] for site in sites], [grad[0] for grad in grads], nll.detach()
+
+
+def places(site: Site, question: Encoded, tokens: str) -> list[int]:
+    """The positions of a site that are captured."""
+    if site.in_encoder:
+        return list(range(question.answer_start))
+    if question.form == "classes":
+        return [0] if tokens == "answer" else list(range(question.answer_start))
+    first = len(question.prefix) - 1
+    count = len(question.ids) - question.answer_start
+    return list(range(first if tokens == "answer" else 0, first + count))
