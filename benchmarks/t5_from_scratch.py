@@ -197,11 +197,12 @@ def main() -> None:
     rows = []
     if (OUT / "editor" / "editor.json").is_file():
         rows += edit_all("malmen, trained", OUT / "editor", None, once)
+        rows += edit_all("malmen, trained, two passes", OUT / "editor", None, RefineSettings())
     rows += edit_all("malmen", "none", free, once)
     rows += edit_all("malmen, two passes", "none", free, RefineSettings())
     rows += edit_all("sum", "none", replace(free, method="mend"), once)
     for side in ("encoder", "decoder"):
-        rows += edit_all(f"malmen, {side} only", "none", replace(free, side=side), once)
+        rows += edit_all(f"{side} only", "none", replace(free, side=side), RefineSettings())
     (OUT / "edits.json").write_text(json.dumps(rows, indent=2))
 
 

@@ -300,7 +300,7 @@ def equation_6(model, names, question, tokens, descent):
     """Minus the moves of one question, and the keys of the unedited model."""
     at = places(question, tokens)
     deltas = {name: torch.zeros(len(at), tiny.HIDDEN, dtype=torch.float64) for name in names}
-    first_keys = None
+    first_keys = longest = None
     for _ in range(descent.steps):
         keys, grads, nll = plainly(model, names, question, deltas, at)
         first_keys = first_keys or {name: keys[name][at] for name in names}
@@ -314,11 +314,14 @@ def equation_6(model, names, question, tokens, descent):
         moving = is_open if tokens == "answer" else torch.ones(len(at), dtype=torch.bool)
         sizes = {name: grads[name][at].norm(dim=1) for name in names}
         pull = sum((sizes[name] * moving).sum() for name in names)
+        length = descent.rate * loss / pull
+        longest = 3 * length if longest is None else longest
+        length = min(length, longest)
         for name in names:
             for row in moving.nonzero().flatten().tolist():
                 if sizes[name][row] > 0:
                     unit = grads[name][at[row]] / sizes[name][row]
-                    deltas[name][row] -= descent.rate * loss / pull * unit
+                    deltas[name][row] -= length * unit
     return first_keys, {name: -delta for name, delta in deltas.items()}
 
 

@@ -240,6 +240,7 @@ def test_descent_is_equation_6(family, side, tokens):
         at = [forms.places(site, question, tokens) for site in trunk.sites]
         keys, grads, _ = forms.pairs_alone(model, trunk.sites, question)
         deltas = {s.name: torch.zeros_like(g) for s, g in zip(trunk.sites, grads, strict=True)}
+        first = None
         for _ in range(descent.steps):
             _, grads, nll = forms.pairs_alone(model, trunk.sites, question, deltas)
             bounds = torch.full_like(nll, descent.answer_nll)
@@ -255,10 +256,13 @@ def test_descent_is_equation_6(family, side, tokens):
             ]
             norms = [grad[here].norm(dim=1) for grad, here in zip(grads, at, strict=True)]
             pull = sum((n * m).sum() for n, m in zip(norms, moving, strict=True))
+            size = descent.rate * nll[is_open].sum() / pull
+            first = size if first is None else first
+            size = min(size, 3 * first)
             for site, grad, here, norm, which in zip(
                 trunk.sites, grads, at, norms, moving, strict=True
             ):
-                step = descent.rate * nll[is_open].sum() / pull * which / norm.clamp(min=1e-30)
+                step = size * which / norm.clamp(min=1e-30)
                 deltas[site.name][here] -= step.unsqueeze(1) * grad[here]
         for index, (site, pair) in enumerate(zip(trunk.sites, captured, strict=True)):
             rows = slice(starts[index], starts[index] + len(at[index]))

@@ -208,6 +208,9 @@ def test_int8_weight_that_cannot_run():
 class Packed(nn.Linear):
     """Stands for a quantised layer: it runs, but its weight is packed in a way of its own."""
 
+    def forward(self, key):
+        return super().forward(key) * 2
+
 
 @pytest.mark.parametrize("every", [True, False])
 def test_a_packed_layer_is_refused_not_its_neighbour(every):

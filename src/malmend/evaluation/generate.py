@@ -202,6 +202,10 @@ def _decode_batch(
         temperature=None,
         top_p=None,
         top_k=None,
+        # What a model's own settings forbid or favour would not be its first choice.
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        min_length=0,
         eos_token_id=stop or None,
         pad_token_id=stop[0] if stop else 0,
         stopping_criteria=StoppingCriteriaList([] if whole else [line_ends]),

@@ -131,6 +131,9 @@ class Encoder:
         It has no answer; an encoder-decoder reads the first half and goes on with the second.
         """
         ids, prefix = self.passage_ids(text), self.prefix
+        if self.reading.form == "classes":
+            ids = self._whole(text)[0]  # with the marks that every prompt has
+            ids = ids if len(ids) <= self.max_tokens else self.passage_ids(text)
         cut = len(ids) if self.reading.form != "seq2seq" else (len(ids) + 1) // 2
         return Encoded(ids, cut, len(ids), self.reading.form, prefix)
 
@@ -155,6 +158,8 @@ class Encoder:
             fields += [("unrelated", question) for question in fact.unrelated]
             fields += [("neighbours", question) for question in fact.neighbours]
             fields += [("reversed", fact.reversed)] if fact.reversed else []
+            if fact.alternative is not None and self.reading.form == "classes":
+                fields.append(("alternative", Question(fact.prompt, fact.alternative)))
             for field, question in fields:
                 try:
                     self.encode(question)
@@ -185,7 +190,7 @@ class Encoder:
                 "its answers begin with; set it in config.json."
             )
         ids, _, marks = self._whole("a")
-        first = next(i for i, mark in enumerate(marks) if not mark)
+        first = next((i for i, mark in enumerate(marks) if not mark), 0)
         return (self.reading.start, *ids[:first])
 
     def _encode_joined(self, prompt: str, answer: str) -> Encoded:

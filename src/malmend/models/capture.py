@@ -16,8 +16,10 @@ each answer token is likely enough; g_j = -delta_j is captured instead.  Each st
     delta_jl -= s_f g_jl / |g_jl|,   s_f = rate * L_f / (sum of |g_jl| over its open j, all l)   (6)
 
 for token j and site l, L_f the loss of its open answer tokens: a Polyak step, which aims to take
-off the share ``rate`` of the loss and needs no unit of length, so that it serves any model.  The
-weights stay as they are and every fact is descended alone.
+off the share ``rate`` of the loss and needs no unit of length, so that it serves any model.  No step
+is longer than three times the fact's first: where a norm bounds what a layer can do, the loss
+stays, the gradient vanishes, and steps would grow without end.  The weights stay as they are and
+every fact is descended alone.
 
 Captured tensors are float32 (float64 for a float64 model), on the CPU, in the questions' order.
 """
@@ -37,6 +39,8 @@ from malmend.facts.encoded import Encoded, Tokens, collate
 from malmend.models.sites import Site
 from malmend.models.trunk import Batch, Trunk
 from malmend.numerics.losses import answer_nll
+
+LONGER = 3  # than its first is no step of a fact's descent
 
 
 @dataclass(frozen=True)
@@ -227,6 +231,7 @@ class _Group:
             for chosen, site in zip(self.chosen, self.trunk.sites, strict=True)
         ]
         keys: list[Tensor] = []
+        longest_B = torch.empty(0)
         # at: the group's rows in the whole, which loses the questions that are done
         group, at = self, [torch.arange(len(move), device=move.device) for move in moves]
         for step in range(descent.steps):
@@ -244,6 +249,8 @@ class _Group:
             for one, norms_Q in zip(group.chosen, norms, strict=True):
                 pull_B.index_add_(0, one.owner_Q, norms_Q)
             step_B = descent.rate * loss_B / pull_B.clamp(min=1e-30) * (pull_B > 0)
+            longest_B = LONGER * step_B if step == 0 else longest_B
+            step_B = step_B.minimum(longest_B)
             for site, one in enumerate(group.chosen):
                 step_Q = step_B[one.owner_Q] * opens[site] / norms[site].clamp(min=1e-30)
                 moves[site][at[site]] += step_Q.unsqueeze(1) * grads[site]
@@ -252,6 +259,7 @@ class _Group:
                     rows[(loss_B > 0)[one.owner_Q]]
                     for rows, one in zip(at, group.chosen, strict=True)
                 ]
+                longest_B = longest_B[loss_B > 0]
                 group = group._subset((loss_B > 0).nonzero().squeeze(1).tolist())
         return keys, moves
 

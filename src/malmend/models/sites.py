@@ -244,7 +244,7 @@ def _has_matrix(module: nn.Module) -> bool:
 @torch.no_grad()
 def _executed_matrices(model: PreTrainedModel, stacks: Sequence[Stack]) -> list[str]:
     """Names of the modules with matrices inside the blocks, in the order in which they end."""
-    form, order = form_of(model), list[str]()
+    form, order, last = form_of(model), list[str](), list[torch.Tensor]()
     if model.device.type == "meta":
         raise ModelError(f"{type(model).__name__} is offloaded; load it whole onto one device.")
     for name, module in model.named_modules():
@@ -257,9 +257,17 @@ def _executed_matrices(model: PreTrainedModel, stacks: Sequence[Stack]) -> list[
         for name, module in model.named_modules()
         if name.startswith(tuple(f"{stack.prefix}." for stack in stacks)) and _has_matrix(module)
     ]
+    final = stacks[-1].blocks[-1]
+    handles.append(
+        final.register_forward_hook(
+            lambda _module, _args, out: last.append(
+                out if isinstance(out, torch.Tensor) else out[0]
+            )
+        )
+    )
     try:
         logits = run(model, probe(model, (0, 1), (0, 2))).logits.float()
-    except (RuntimeError, NotImplementedError) as error:
+    except (RuntimeError, NotImplementedError, ValueError) as error:
         raise ModelError(
             f"{type(model).__name__} cannot run ({reason(error)}), which finding its layers needs; "
             "load it whole, unquantised and in float32."
@@ -272,6 +280,11 @@ def _executed_matrices(model: PreTrainedModel, stacks: Sequence[Stack]) -> list[
             f"{type(model).__name__} gives NaN or infinity, expected finite logits; its weights "
             "are damaged, or need float32."
         )
+    if form == "classes" and _same_start(last[0]):
+        raise ModelError(
+            f"{type(model).__name__} reads from left to right, so that its first token says no "
+            f"class, expected {KINDS}."
+        )
     if form == "causal" and not _same_start(logits):
         raise ModelError(
             f"{type(model).__name__} lets a token see the ones after it, expected {KINDS}; give "
@@ -280,8 +293,8 @@ def _executed_matrices(model: PreTrainedModel, stacks: Sequence[Stack]) -> list[
     return order
 
 
-def _same_start(logits_BTW: Tensor) -> bool:
-    """Whether two prompts that begin alike have alike logits at their first token."""
-    one, other = logits_BTW[:, 0]
+def _same_start(out_BTW: Tensor) -> bool:
+    """Whether two prompts that begin alike give alike numbers at their first token."""
+    one, other = out_BTW[:, 0]
     # Rounding may differ between the rows of a batch; a look ahead changes far more.
-    return torch.allclose(one, other, rtol=0, atol=1e-2 * logits_BTW[:, 0].abs().max().item())
+    return torch.allclose(one, other, rtol=0, atol=1e-2 * out_BTW[:, 0].abs().max().item())
