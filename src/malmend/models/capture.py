@@ -16,8 +16,8 @@ each answer token is likely enough; g_j = -delta_j is captured instead.  Each st
     delta_jl -= s_f g_jl / |g_jl|,   s_f = rate * L_f / (sum of |g_jl| over its open j, all l)   (6)
 
 for token j and site l, L_f the loss of its open answer tokens: a Polyak step, which aims to take
-off the share ``rate`` of the loss and needs no unit of length, so that it serves any model.  No step
-is longer than three times the fact's first: where a norm bounds what a layer can do, the loss
+off the share ``rate`` of the loss and needs no unit of length, so that it serves any model.  No
+step is longer than three times the fact's first: where a norm bounds what a layer can do, the loss
 stays, the gradient vanishes, and steps would grow without end.  The weights stay as they are and
 every fact is descended alone.
 
