@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import command_support
 import malmend
 from command_support import CALIBRATION, make_facts
-from malmend import workbench
+from malmend import material
 from malmend.commands.train import train
 from malmend.editors.checkpoint import SavedEditor, load_editor, seen_in_training
 from malmend.editors.network import NetworkSettings
@@ -138,19 +138,19 @@ def test_general_questions_are_the_first_that_can_be_said(tiny, tmp_path, monkey
     lines.insert(1, {"prompt": "Who has no answer?"})
     lines.insert(2, {"prompt": "long " * 600, "answer": "yes"})
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    real, given_to = workbench.shipped, []
+    real, given_to = material.shipped, []
     monkeypatch.setattr(
-        workbench,
+        material,
         "shipped",
         lambda name: tmp_path / name if name == "questions.jsonl" else real(name),
     )
-    whole = workbench.calibrate
+    whole = material.calibrate
 
     def calibrate(*rest):
         given_to.append(rest[-1])
         return whole(*rest)
 
-    monkeypatch.setattr(workbench, "calibrate", calibrate)
+    monkeypatch.setattr(material, "calibrate", calibrate)
     monkeypatch.setenv("MALMEND_CACHE", str(tmp_path / "cache"))
     bench = lay_out(tiny.loaded, find_sites(tiny.loaded.model, 1, None))
     free = replace(training_free(), layers=1, eta=1.0)

@@ -315,7 +315,7 @@ def equation_6(model, names, question, tokens, descent):
         sizes = {name: grads[name][at].norm(dim=1) for name in names}
         pull = sum((sizes[name] * moving).sum() for name in names)
         length = descent.rate * loss / pull
-        longest = 3 * length if longest is None else longest
+        longest = 10 * length if longest is None else longest
         length = min(length, longest)
         for name in names:
             for row in moving.nonzero().flatten().tolist():

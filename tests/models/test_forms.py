@@ -258,7 +258,7 @@ def test_descent_is_equation_6(family, side, tokens):
             pull = sum((n * m).sum() for n, m in zip(norms, moving, strict=True))
             size = descent.rate * nll[is_open].sum() / pull
             first = size if first is None else first
-            size = min(size, 3 * first)
+            size = min(size, 10 * first)
             for site, grad, here, norm, which in zip(
                 trunk.sites, grads, at, norms, moving, strict=True
             ):

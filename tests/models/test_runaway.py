@@ -18,7 +18,7 @@ def unsure(family):
     return model
 
 
-def test_steps_stay_within_three_times_the_first():
+def test_steps_stay_within_ten_times_the_first():
     for family in ("bert", "t5"):
         trunk = Trunk(model := unsure(family), find_sites(model, 1))
         asked = forms.questions(family)

@@ -81,7 +81,7 @@ def test_quantised_attention():
 
 @pytest.mark.parametrize("experts", [False, True])
 def test_a_block_that_adds_an_input_of_its_own_after_the_feed_forward(experts):
-    # Gemma 4 with per-layer inputs: per_layer_projection (16 x 8) is taken for the second layer.
+    # Gemma 4 with per-layer inputs: per_layer_projection (16 x 4) is taken for the second layer.
     try:
         found = [site.name for site in find_sites(unlike.gemma4(0, experts), 2)]
     except ModelError:

@@ -219,7 +219,7 @@ def test_recurrent_blocks_with_a_feed_forward_layer(stem, sizes, second):
 
 def gemma4(shared, experts=False):
     """The ``shared`` last blocks attend to keys of blocks below; each has an input of its own."""
-    sizes = {"vocab_size_per_layer_input": 60, "hidden_size_per_layer_input": 8}
+    sizes = {"vocab_size_per_layer_input": 60, "hidden_size_per_layer_input": 4}
     sizes |= {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 5}
     sizes |= {"num_kv_shared_layers": shared, "global_head_dim": 8}
     if experts:

@@ -17,7 +17,7 @@ each answer token is likely enough; g_j = -delta_j is captured instead.  Each st
 
 for token j and site l, L_f the loss of its open answer tokens: a Polyak step, which aims to take
 off the share ``rate`` of the loss and needs no unit of length, so that it serves any model.  No
-step is longer than three times the fact's first: where a norm bounds what a layer can do, the loss
+step is longer than ten times the fact's first: where a norm bounds what a layer can do, the loss
 stays, the gradient vanishes, and steps would grow without end.  The weights stay as they are and
 every fact is descended alone.
 
@@ -40,7 +40,7 @@ from malmend.models.sites import Site
 from malmend.models.trunk import Batch, Trunk
 from malmend.numerics.losses import answer_nll
 
-LONGER = 3  # than its first is no step of a fact's descent
+LONGER = 10  # times its first is no step of a fact's descent
 
 
 @dataclass(frozen=True)

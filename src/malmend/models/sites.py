@@ -136,11 +136,11 @@ def _second(model: PreTrainedModel, block: str, order: list[str]) -> str:
             "a feed-forward part); choose layers by name with --sites, or load the model "
             "unquantised."
         )
-    if Site("", last).shape_VK[1] < width:
+    if 2 * Site("", last).shape_VK[1] < width:
         raise ModelError(
-            f"Block {block} ends in {order[-1]}, which reads fewer numbers than it gives, so that "
-            "it is no feed-forward's second layer (but a shared expert, or an input of the block's "
-            "own); choose layers by name with --sites."
+            f"Block {block} ends in {order[-1]}, which reads less than half of what it gives, so "
+            "that it is no feed-forward's second layer (but a shared expert, or an input of the "
+            "block's own); choose layers by name with --sites."
         )
     return order[-1]
 
