@@ -281,14 +281,18 @@ def finetuned(result: FinetuneResult) -> None:
     last = result.records[-1]
     OUT.print(
         f"Fine-tuned on {result.questions:,} questions in {last.epoch} epochs, of which the model "
-        f"now answers {last.accuracy:.1%}.  Model: {escape(str(result.folder))}"
+        f"now answers {last.accuracy:.1%}.  Model: {escape(str(result.folder))}",
+        soft_wrap=True,
     )
 
 
 def continued(result: ContinuationsResult) -> None:
     """How many passages there are, and the first."""
     first = result.facts[0]
-    OUT.print(f"{len(result.facts):,} passages and what follows them: {escape(str(result.path))}")
+    OUT.print(
+        f"{len(result.facts):,} passages and what follows them: {escape(str(result.path))}",
+        soft_wrap=True,
+    )
     OUT.print(f"  ...{escape(first.prompt[-60:])} -> {escape(first.answer)}", highlight=False)
     OUT.print("Edit them with --end-of-answer none: a continuation has no end.")
 
