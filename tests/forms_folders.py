@@ -32,7 +32,7 @@ from transformers import (
 )
 
 import helpers
-from command_support import name_of
+from command_support import malmend, name_of
 from malmend.models.finetune import FinetuneSettings
 
 RATES = {"bert": 1e-3, "t5": 1e-2, "bart": 3e-3, "llama": 3e-3}
@@ -141,3 +141,15 @@ def _claim(index: int) -> dict[str, object]:
         "unrel_prompt": f"Lake {SUBJECTS[(index + 5) % len(SUBJECTS)]} is the capital .",
         "unrel_ans": CLASSES[index % 2],
     }
+
+
+def refused(capsys, *arguments: object) -> str:
+    """The one sentence that a command answers with."""
+    capsys.readouterr()
+    assert malmend(*arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    said = [line for line in shown.err.splitlines() if line.strip()]
+    (line,) = [line for line in said if not line.startswith("Editor: ")]
+    assert line.startswith("malmend: ")
+    return line

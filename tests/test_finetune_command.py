@@ -280,7 +280,10 @@ def test_a_folder_that_holds_a_model(made, tmp_path):
 def test_facts_that_the_model_cannot_say(made, tmp_path):
     model, _ = made("t5")
     (tmp_path / "odd").write_text('{"prompt": "The capital of", "answer": "nowhere"}')
-    with pytest.raises(MalmendError, match=r"1 facts do not fit this model: .*does not survive"):
+    with pytest.raises(
+        MalmendError,
+        match=r"1 questions do not fit this model:\n.*line 1: field .answer.: .*does not survive",
+    ):
         finetune(model, tmp_path / "odd", tmp_path / "out", ALL)
 
 

@@ -93,18 +93,6 @@ def answers(loaded: LoadedModel, facts: FactSet) -> list[str]:
     return [loaded.model.config.id2label[top] for top in tops]
 
 
-def refused(capsys, *arguments: object) -> str:
-    """The one sentence that a command answers with."""
-    capsys.readouterr()
-    assert malmend(*arguments) == 2
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    said = [line for line in shown.err.splitlines() if line.strip()]
-    (line,) = [line for line in said if not line.startswith("Editor: ")]
-    assert line.startswith("malmend: ")
-    return line
-
-
 # --- edit
 
 
@@ -167,7 +155,7 @@ def test_without_alternatives_two_classes_are_enough_and_three_are_not(learned, 
     for claim, said in zip(claims, answers(load_model(three), have.known), strict=True):
         claim["label"], claim["alt"] = said, None
     facts.write_text(json.dumps(claims))
-    line = refused(capsys, "edit", three, facts, "--out", path, "--away", *have.fast)
+    line = folders.refused(capsys, "edit", three, facts, "--out", path, "--away", *have.fast)
     assert "of 12 of 12 facts the model already says the answer" in line
 
 
@@ -207,7 +195,7 @@ def test_sides_and_layers(family, side, linear, learned, tmp_path, capsys):
 def test_a_classifier_has_no_sides(learned, tmp_path, capsys):
     have = learned("bert")
     arguments = ["--out", tmp_path / "p", "--side", "encoder", *have.fast]
-    assert "no side 'encoder'; leave --side out" in refused(
+    assert "no side 'encoder'; leave --side out" in folders.refused(
         capsys, "edit", have.model, have.facts, *arguments
     )
 
@@ -217,9 +205,9 @@ def test_where_away_makes_no_sense(learned, tmp_path, capsys):
     for one in (pair, learned("llama")):
         for command in ("edit", "train", "eval"):
             out = [] if command == "eval" else ["--out", tmp_path / "out"]
-            line = refused(capsys, command, one.model, one.facts, "--away", *out)
+            line = folders.refused(capsys, command, one.model, one.facts, "--away", *out)
             assert line.startswith("malmend: --away is for classifiers")
-    line = refused(
+    line = folders.refused(
         capsys, "edit", have.model, have.facts, "--away", "--alternative", "--out", tmp_path / "p"
     )
     assert line.startswith("malmend: --away and --alternative aim at different answers")
@@ -304,8 +292,8 @@ def test_ask_says_an_answer(family, learned, tmp_path, capsys):
 def test_what_is_for_decoders_only(family, learned, capsys):
     have = learned(family)
     for arguments in (("eval", have.model, have.facts), ("ask", have.model, "The capital")):
-        assert "no chat template, so --chat" in refused(capsys, *arguments, "--chat")
-    line = refused(capsys, "eval", have.model, have.facts, "--text", have.text)
+        assert "no chat template, so --chat" in folders.refused(capsys, *arguments, "--chat")
+    line = folders.refused(capsys, "eval", have.model, have.facts, "--text", have.text)
     assert "Perplexity is of decoders only" in line
 
 

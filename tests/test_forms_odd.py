@@ -35,17 +35,6 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MALMEND_CACHE", str(tmp_path / "cache"))
 
 
-def refused(capsys, *arguments: object) -> str:
-    """The one sentence that a command answers with."""
-    capsys.readouterr()
-    assert malmend(*arguments) == 2
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    said = [line for line in shown.err.splitlines() if line.strip()]
-    (line,) = [line for line in said if not line.startswith("Editor: ")]
-    return line
-
-
 # --- what is no model of these forms
 
 
@@ -61,13 +50,13 @@ def test_a_model_of_no_form_is_one_sentence(kind, tmp_path, capsys):
     if kind == "ViT with a tokenizer":
         folders.tokenizer_of("bart").save_pretrained(model)
     wanted = "a decoder, an encoder with a classification head, or an encoder-decoder"
-    line = refused(capsys, "inspect", model)
+    line = folders.refused(capsys, "inspect", model)
     assert wanted in line
     assert ("malmend finetune" in line) == (kind == "bare encoder")
     for arguments in (("ask", model, "The capital"), ("eval", model, facts)):
-        assert refused(capsys, *arguments).startswith("malmend: The")
+        assert folders.refused(capsys, *arguments).startswith("malmend: The")
     for command in ("edit", "train"):
-        assert refused(capsys, command, model, facts, "--out", tmp_path / "out")
+        assert folders.refused(capsys, command, model, facts, "--out", tmp_path / "out")
     assert not (tmp_path / "out").is_file()
 
 
@@ -165,6 +154,6 @@ def test_a_classifier_is_calibrated_on_statements_of_the_projects_own(count, tmp
 def test_a_tokenizer_that_can_say_none_of_the_projects_facts(tmp_path, capsys):
     model = folders.save_base("t5", tmp_path / "model")
     facts = folders.save_facts("t5", tmp_path / "facts")
-    line = refused(capsys, "edit", model, facts, "--out", tmp_path / "p")
+    line = folders.refused(capsys, "edit", model, facts, "--out", tmp_path / "p")
     assert "can say none of the project's calibration facts" in line
     assert "--calibrate FACTS" in line

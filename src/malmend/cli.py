@@ -213,14 +213,16 @@ def _finetune(arguments: list[str]) -> None:
     parser.add_argument("model", type=str, help="name or folder")
     parser.add_argument("facts", type=str, nargs="+", help="facts files; of claims for an encoder")
     parser.add_argument("--out", type=str, required=True, help="the fine-tuned model's folder")
-    _derive(parser, finetune, {"model", "facts", "out", "settings", "stepped"})
+    _derive(parser, finetune, {"model", "facts", "out", "settings", "stepped", "told"})
     parser.add_class_arguments(FinetuneSettings)
     given = _parse(parser, arguments)
     settings = FinetuneSettings(
         **{name: given.pop(name) for name in FinetuneSettings.__dataclass_fields__}
     )
     with show.bars() as bars:
-        result = finetune(**given, settings=settings, progress=bars, stepped=show.epoch)
+        result = finetune(
+            **given, settings=settings, progress=bars, stepped=show.epoch, told=show.status
+        )
     show.finetuned(result)
 
 

@@ -122,13 +122,17 @@ def checked_facts(
         known = given_facts(facts, limit, strict)
     if alternative:
         known = towards_alternatives(known)
-    faults = encoder.faults(known)
-    if faults:
-        raise FactsError(
-            f"{known.source}: {len(faults)} questions do not fit this model's tokenizer:",
-            [f"{known.source}: {fault}" for fault in faults],
-        )
+    check_encodes(known, encoder)
     return known
+
+
+def check_encodes(facts: FactSet, encoder: Encoder) -> None:
+    """Raises FactsError with every question that this model cannot be asked, by line and field."""
+    if faults := encoder.faults(facts):
+        raise FactsError(
+            f"{facts.source}: {len(faults)} questions do not fit this model:",
+            [f"{facts.source}: {fault}" for fault in faults],
+        )
 
 
 def aimed(bench: Workbench, facts: FactSet, away: bool) -> FactSet:

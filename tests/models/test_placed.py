@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import accelerate
-import forms_support as forms
 import pytest
 import torch
 
+import forms_support as forms
 import tiny
 from malmend.models.capture import Descent, capture
 from malmend.models.forms import find_stacks

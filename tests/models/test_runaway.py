@@ -1,31 +1,35 @@
-"""A fact that cannot be made likely does not run away (it once moved by 1e5, and then to NaN)."""
+"""A fact that cannot be made likely does not run away.
+
+A norm after the layer bounds what a move can do, and a head of small weights makes nothing sure:
+the loss stays, the gradient vanishes, and a step of equation (6) alone grew without end, to 1e7
+times the first and beyond within twelve, and on to NaN.
+"""
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 import forms_support as forms
-from malmend.models.capture import LONGER, Descent, capture
+from malmend.models.capture import Descent, capture
 from malmend.models.sites import find_sites
 from malmend.models.trunk import Trunk
 
+STEPS, TIMES = 12, 10
 
-def unsure(family):
-    """A model whose head can make nothing likely, whatever its layers give."""
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "bart"])
+def test_no_step_is_longer_than_ten_times_the_first(family):
     model = forms.model_of(family)
-    head = model.classifier if family == "bert" else model.get_output_embeddings()
-    head.weight.data *= 1e-3
-    return model
-
-
-def test_steps_stay_within_ten_times_the_first():
-    for family in ("bert", "t5"):
-        trunk = Trunk(model := unsure(family), find_sites(model, 1))
-        asked = forms.questions(family)
-        one, many = (capture(trunk, asked, "answer", Descent(steps)) for steps in (1, 10))
-        for first, last in zip(one, many, strict=True):
-            assert last.value_grads_NV.isfinite().all()
-            assert last.value_grads_NV.norm() > first.value_grads_NV.norm() > 0
-            bound = (1 + 9 * LONGER) * first.value_grads_NV.norm(dim=1).sum()
-            assert last.value_grads_NV.norm(dim=1).sum() <= bound * (1 + 1e-6)
-        assert torch.equal(one[0].keys_NK, many[0].keys_NK)
+    encodes = family in forms.ENCODERS
+    head = model.classifier if encodes else model.get_output_embeddings()
+    head.weight.data *= 0.1
+    trunk = Trunk(model, find_sites(model, 1))
+    asked = forms.questions(family)
+    one, many = (capture(trunk, asked, "answer", Descent(steps)) for steps in (1, STEPS))
+    for first, last in zip(one, many, strict=True):
+        size_N = first.value_grads_NV.norm(dim=1)
+        moved_N = last.value_grads_NV.norm(dim=1)
+        assert torch.isfinite(moved_N).all()
+        assert (moved_N <= (1 + (STEPS - 1) * TIMES) * size_N.max()).all()
+        assert moved_N.max() > 5 * size_N.max()  # the bound is what held it

@@ -180,6 +180,7 @@ def _sites(loaded: LoadedModel, patch: Patch | None, force: bool) -> list[Site]:
 def _about(loaded: LoadedModel, facts: FactSet, patch: Patch | None) -> dict[str, Any]:
     return {
         "model": loaded.name,
+        "form": loaded.reading.form,
         "base": loaded.fingerprint,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "facts_source": facts.source,

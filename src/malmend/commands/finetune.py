@@ -10,6 +10,7 @@ import hashlib
 import json
 import shutil
 import uuid
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from malmend.facts.tokens import EndOfAnswer
 from malmend.files import reason, writable_folder, written_beside
 from malmend.models.finetune import EpochRecord, Finetuner, FinetuneSettings
 from malmend.models.load import LoadedModel, load_base, prepared, save_model
-from malmend.workbench import Progress, encoder_for, silent
+from malmend.workbench import Progress, check_encodes, encoder_for, silent
 
 Asked = Literal["prompts", "all"]
 CHECKPOINT = "finetuning.safetensors"
@@ -53,6 +54,7 @@ def finetune(
     limit: int | None = None,
     progress: Progress = silent,
     stepped: Callable[[EpochRecord], None] = lambda record: None,
+    told: Callable[[str], None] = lambda line: None,
 ) -> FinetuneResult:
     """Fine-tunes all parameters of a model on facts, or goes on with what ``out`` holds.
 
@@ -69,32 +71,39 @@ def finetune(
         limit: the first so many facts of each file.
         progress: called with stage and share done.
         stepped: called after every epoch.
+        told: called with a classifier's classes, and how often the facts name each, before the
+            work.
 
     Raises:
         MalmendError: any bad input, in one sentence.
     """
-    known = _known([facts] if isinstance(facts, str | Path) else list(facts), limit)
-    classes = sorted({name for f in known for name in (f.answer, f.alternative) if name})
-    folder = writable_folder(out)
+    folder = Path(out)
     if (folder / "config.json").is_file():
         raise MalmendError(f"{folder} holds a model already; give another --out.")
+    files = [facts] if isinstance(facts, str | Path) else list(facts)
+    sets = [read_facts(file, limit) for file in files]
+    known = _together(sets)
+    learned, held = _split(known, settings)
+    labels = Counter(name for fact in known for name in (fact.answer, fact.alternative) if name)
     torch.manual_seed(settings.seed)
-    first = prepared(*load_base(model, classes), name=model)
+    first = prepared(*load_base(model, sorted(labels)), name=model)
     encoder = encoder_for(first, end_of_answer)
-    if faults := encoder.faults(known):
-        raise MalmendError(f"{len(faults)} facts do not fit this model: {faults[0]}")
+    for one in sets:
+        check_encodes(one, encoder)
+    writable_folder(folder)  # only once the facts are good
+    if classes := encoder.reading.classes:  # a misspelt label would be one of them
+        told(f"Classes: {', '.join(f'{name} ({labels[name]:,})' for name in classes)}.")
 
     def encoded(some: Sequence[Fact]) -> list[Encoded]:
         return encoder.encode_all(dict.fromkeys(q for f in some for q in _questions(f, asked)))
 
-    learned, held = _split(known, settings)
     run = _Run(folder, settings, _digest(known, asked, model), progress, stepped)
     epochs = settings.epochs
     if held:
         run.train(first, encoded(learned), encoded(held), "choice", settings.epochs)
         epochs = _best(run.records)
         torch.manual_seed(settings.seed)
-        first = prepared(*load_base(model, classes), name=model)
+        first = prepared(*load_base(model, sorted(labels)), name=model)
     everything = encoded(known)
     run.train(first, everything, everything, "all", epochs)
     about = {"settings": asdict(settings), "base": model, "facts": len(known), "asked": asked}
@@ -200,13 +209,11 @@ def _best(records: Sequence[EpochRecord]) -> int:
     return max(chosen, key=lambda record: (record.accuracy, -record.epoch)).epoch
 
 
-def _known(files: Sequence[str | Path], limit: int | None) -> list[Fact]:
+def _together(sets: Sequence[FactSet]) -> list[Fact]:
     """The facts of all files; of one prompt the first answer counts."""
-    known = [fact for file in files for fact in read_facts(file, limit)]
-    given: FactSet = given_facts(
-        [replace(fact, id=f"{index}", line=0) for index, fact in enumerate(known)], None
-    )
-    return list(given)
+    known = [fact for one in sets for fact in one]
+    # Files may give the same id to unlike facts.
+    return list(given_facts([replace(fact, id=str(at)) for at, fact in enumerate(known)], None))
 
 
 def _questions(fact: Fact, asked: Asked) -> list[Question]:

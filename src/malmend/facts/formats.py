@@ -114,13 +114,28 @@ def own_fact(entry: Entry) -> Fact | None:
 def mend_fact(entry: Entry) -> Fact | None:
     """The fact of an object of MEND's zsRE files, or None where it has faults."""
     prompt, answer = entry.required("src"), entry.first("answers")
-    subject, relation = entry.optional("subject"), entry.optional("relation")
     rephrase, rephrases = entry.optional("rephrase"), entry.strings("rephrases")
     # 'rephrase' is one of 'rephrases' and is the one that published results use: it comes first
     paraphrases = tuple(dict.fromkeys((rephrase, *rephrases) if rephrase else rephrases))
     question = None if entry.fields.get("loc") is None else mend_question(entry)
-    # these files write '' for no alternative, and at times repeat the answer
-    alternative = entry.optional("alt") if entry.fields.get("alt") != "" else None
+    return _benchmark_fact(entry, prompt, answer, _alt(entry), paraphrases, question)
+
+
+def _alt(entry: Entry) -> str | None:
+    """The field 'alt'; these files write '' for no alternative."""
+    return entry.optional("alt") if entry.fields.get("alt") != "" else None
+
+
+def _benchmark_fact(
+    entry: Entry,
+    prompt: str | None,
+    answer: str | None,
+    alternative: str | None,
+    paraphrases: tuple[str, ...],
+    question: Question | None,
+) -> Fact | None:
+    """What MEND's and MALMEN's files have alike: subject, relation, one unrelated question."""
+    subject, relation = entry.optional("subject"), entry.optional("relation")
     if prompt is None or answer is None:
         return None
     return Fact(
@@ -133,6 +148,7 @@ def mend_fact(entry: Entry) -> Fact | None:
         tags=(relation,) if relation else (),
         line=entry.number,
         relation=relation,
+        # they repeat the answer at times
         alternative=None if alternative == answer else alternative,
     )
 
@@ -153,30 +169,14 @@ def nq_fact(entry: Entry) -> Fact | None:
 def claim_fact(entry: Entry) -> Fact | None:
     """The fact of an object of MALMEN's FEVER files, or None where it has faults."""
     _misspelt(entry, CLAIM_FIELDS)
-    prompt, paraphrases = entry.required("prompt"), _wordings(entry)
-    subject, relation = entry.optional("subject"), entry.optional("relation")
+    prompt, paraphrases, alternative = entry.required("prompt"), _wordings(entry), _alt(entry)
     question = None if entry.fields.get("unrel_prompt") is None else _unrelated_claim(entry)
-    alternative = entry.optional("alt") if entry.fields.get("alt") != "" else None
     if entry.fields.get("label") is None and entry.fields.get("alt"):
         # MALMEN itself reads no label: 'alt' is what its edits aim at
         answer, alternative = alternative, None
     else:
         answer = entry.required("label")
-    if prompt is None or answer is None:
-        return None
-    return Fact(
-        id=lint.default_id(prompt),
-        prompt=prompt,
-        answer=answer,
-        subject=subject,
-        paraphrases=paraphrases,
-        unrelated=(question,) if question else (),
-        tags=(relation,) if relation else (),
-        line=entry.number,
-        relation=relation,
-        # the opposite of a wrong prediction is the label itself
-        alternative=None if alternative == answer else alternative,
-    )
+    return _benchmark_fact(entry, prompt, answer, alternative, paraphrases, question)
 
 
 def kilt_fact(entry: Entry) -> Fact | None:

@@ -165,7 +165,7 @@ class Encoder:
                     self.encode(question)
                 except MalmendError as error:
                     found.append(f"line {fact.line}: field {field!r}: {error}")
-        return found
+        return list(dict.fromkeys(found))  # each of several paraphrases says the same of an answer
 
     def _answer_ids(self, answer: str) -> tuple[int, ...]:
         """An answer that is not read with its prompt: its class, or what a decoder says."""

@@ -61,8 +61,9 @@ class _Lane:
         rest: list[Any] = []
 
         def first(_module: nn.Module, _args: Any, output: Any) -> None:
-            self.length = len(output) if isinstance(output, tuple | list) else 0
-            rest.extend(one for one in output[1:] if isinstance(one, Tensor)) if self.length else 0
+            if isinstance(output, tuple | list):
+                self.length = len(output)
+                rest.extend(one for one in output[1:] if isinstance(one, Tensor))
 
         def second(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given = [*args, *kwargs.values()]

@@ -164,8 +164,8 @@ def load_base(name: str, classes: Sequence[str]) -> tuple[PreTrainedModel, Any]:
     """A model that is to be fine-tuned, in float32, and its tokenizer.
 
     An encoder gets a new classification head, made up at random from torch's generator, unless it
-    has one of as many classes, which keeps its order where they are the same; a decoder or an
-    encoder-decoder comes as it is.
+    has one that shares a class with these, which then stays as it is, or one of as many classes,
+    which gets these names; a decoder or an encoder-decoder comes as it is.
 
     Args:
         name: as for :func:`load_model`.
@@ -187,8 +187,8 @@ def load_base(name: str, classes: Sequence[str]) -> tuple[PreTrainedModel, Any]:
             form = "causal"
         else:
             known = [config.id2label[index] for index in range(config.num_labels)]
-            if {name.casefold() for name in known} == {name.casefold() for name in classes}:
-                classes = known
+            if {name.casefold() for name in known} & {name.casefold() for name in classes}:
+                classes = known  # of a label that is none of them the facts' check will tell
             keywords["id2label"] = dict(enumerate(classes))
             keywords["label2id"] = {label: index for index, label in enumerate(classes)}
             keywords["ignore_mismatched_sizes"] = True
