@@ -351,3 +351,29 @@ def test_chunks_cover_every_row_once(count, size):
     seen = [index for rows in chunks(count, size) for index in range(count)[rows]]
     assert seen == list(range(count))
     assert all(rows.stop - rows.start <= size for rows in chunks(count, size))
+
+
+def test_a_network_is_asked_about_no_token_farther_than_three_usual_ones():
+    """A key of 1,000 beside usual ones of 50 once made a shift of 19,000 (Natural Questions)."""
+    editor = lone_editor(EditorSettings(network=NETWORK), eta=0.5)
+    with torch.no_grad():
+        for block in editor.networks[f"{V}x{K}"].blocks:
+            block.up_FR.normal_(std=0.5, generator=torch.Generator().manual_seed(3))
+    buffers, pair = dict(editor.named_buffers()), random_pair(6)
+    far = Captured(pair.keys_NK * 40, pair.value_grads_NV)
+    pseudo = editor.pseudo(0, far)
+    x = torch.cat(
+        [
+            (far.keys_NK - buffers["key_mean_0"]) / buffers["key_std_0"],
+            (far.value_grads_NV - buffers["grad_mean_0"]) / buffers["grad_std_0"],
+        ],
+        1,
+    )
+    assert (x.norm(dim=1) > 3 * (V + K) ** 0.5).all()
+    x = x / x.norm(dim=1, keepdim=True) * 3 * (V + K) ** 0.5
+    added = editor.networks[f"{V}x{K}"](x, 0) - x
+    keys = far.keys_NK + buffers["key_std_0"] * added[:, :K]
+    keys = keys / far.keys_NK.square().sum(1, keepdim=True)
+    grads = 0.5 * (far.value_grads_NV + buffers["grad_std_0"] * added[:, K:])
+    torch.testing.assert_close(pseudo.keys_NK, keys, rtol=1e-6, atol=1e-9)  # eta is float32
+    torch.testing.assert_close(pseudo.grads_NV, grads, rtol=1e-6, atol=1e-9)

@@ -184,7 +184,7 @@ def make_edit(
     settings, trunk = editor.settings, bench.trunk
     questions = bench.encoder.encode_all(fact.question for fact in facts)
     refinable = settings.method == "malmen" and settings.descent is not None
-    passes = refine.passes if refinable else 1
+    passes = refine.passes_for(bench.encoder) if refinable else 1
     frames = refine.frames_for(bench.encoder) if passes > 1 else ()
     others = framed(bench.encoder, [fact.question for fact in facts], frames)
     count = _counter(progress, "keys and value gradients", len(questions))

@@ -39,7 +39,7 @@ from malmend.models.trunk import Trunk
 from malmend.numerics.moments import RunningMoments
 from malmend.patch import shifted
 
-FORMAT = 6
+FORMAT = 7
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,7 @@ def calibrate(
         text,
         settings.text_tokens,
         general,
+        editor_settings.tokens,
         progress,
     )
     statistics = {}

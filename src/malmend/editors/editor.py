@@ -7,9 +7,11 @@ With x = ((u - mean_u) / std_u, (g - mean_g) / std_g) and (a, b) = network(x), t
     form "published":  u~ = a,                        g~ = eta * b                         (11)
     form "residual":   u~ = (u + std_u * da) / |u|^2,  g~ = eta * (g + std_g * db)          (12)
 
-where (da, db) = (a, b) - x is what the network adds.  In the residual form an editor whose network
-is the identity, or that has none, asks each value to move by exactly -eta * g; the published form
-keeps MALMEN's scale, in which eta must be found by orders of magnitude.
+where (da, db) = (a, b) - x is what the network adds.  There |x| is held below three times the root
+of F, the length of a usual token: a network knows nothing of a key that is twenty times as long,
+and what it extrapolates to is a shift that breaks the model.  In the residual form an editor whose
+network is the identity, or that has none, asks each value to move by exactly -eta * g; the
+published form keeps MALMEN's scale, in which eta must be found by orders of magnitude.
 
 The prior of the ridge is P = sum of w_t C_t over the terms t of ``settings.terms``, plus lambda I.
 C_text is the mean of k k^T over general text, C_asked over the positions that answer questions
@@ -52,6 +54,7 @@ from malmend.numerics.ridge import Prior
 
 TOKENS = 2048  # N at which the weights of the prior are stated; about 500 facts
 FEWEST, MOST = 512, 4096  # tokens between which the weights follow N
+FARTHEST = 3.0  # times a usual token's distance from the mean is what a network is asked about
 
 
 @dataclass
@@ -198,6 +201,9 @@ class Editor(nn.Module):
             ],
             dim=1,
         )
+        if residual:
+            rms_N1 = x_NF.square().mean(1, keepdim=True).sqrt()
+            x_NF = x_NF * (FARTHEST / rms_N1.clamp(min=FARTHEST))
         network = self.networks[f"{value_width}x{key_width}"]
         out_NF = network(x_NF, self._index[self.names[site]])
         if not residual:

@@ -2,8 +2,8 @@
 
     text      mean of k k^T over the tokens of general text, each line's first left out: it is an
               attention sink, and by itself would make up nearly all of the trace
-    asked     mean of k k^T over the positions that answer questions about other subjects, near
-              ones (neighbours of calibration facts) and general ones
+    asked     mean of k k^T over questions about other subjects, near ones (neighbours of
+              calibration facts) and general ones, at the tokens that an edit would have rows of
     wording   mean of e e^T, e = (key at a paraphrase's answer token) - (key at the edit prompt's
               same token): how another wording moves the key of the same fact
 
@@ -38,6 +38,7 @@ def key_moments(
     text: str,
     most_tokens: int,
     general: Sequence[Question] = (),
+    tokens: Tokens = "auto",
     progress: Callable[[str, float], None] = lambda stage, share: None,
 ) -> dict[str, list[Tensor]]:
     """For each term the second moment of every site, K x K in float64.
@@ -50,6 +51,7 @@ def key_moments(
         text: general text, one passage per line.
         most_tokens: the text is read up to the line that reaches so many.
         general: questions about all kinds of things.
+        tokens: which tokens the edits will be captured at.
         progress: called with stage and share done.
     """
     found: dict[str, list[Tensor]] = {}
@@ -59,7 +61,7 @@ def key_moments(
     if "asked" in terms:
         near = [question for fact in facts for question in others_of(fact)]
         questions = encoder.encode_all(dict.fromkeys((*near, *general)))
-        found["asked"] = asked_moment(trunk, questions or passages)
+        found["asked"] = asked_moment(trunk, questions or passages, tokens)
         progress("keys of questions about others", 1.0)
     if "wording" in terms:
         found["wording"] = wording_moment(trunk, encoder, facts)
@@ -100,11 +102,13 @@ def text_moment(
 
 
 @torch.no_grad()
-def asked_moment(trunk: Trunk, questions: Sequence[Encoded]) -> list[Tensor]:
-    """C_asked of every site: the mean of k k^T over the positions that output answers."""
+def asked_moment(
+    trunk: Trunk, questions: Sequence[Encoded], tokens: Tokens = "auto"
+) -> list[Tensor]:
+    """C_asked of every site: the mean of k k^T over the tokens of which an edit has rows."""
     totals = _Totals(trunk)
     for _, batch in trunk.batches(questions):
-        totals.add(_keys(trunk, batch, "answer"))
+        totals.add(_keys(trunk, batch, tokens))
     return totals.means()
 
 

@@ -48,7 +48,8 @@ class RefineSettings:
     """How often an edit is solved, and what the later solves see.
 
     Attributes:
-        passes: solves; 1 is the published form, and all that the sum of shifts can do.
+        passes: solves; 1 is the published form, and all that the sum of shifts can do.  Null for
+            two, and four of a classifier, whose shifts are of every token and say least at first.
         frames: settings beside the plain prompt from the second pass on: a text that holds
             "{prompt}", or "chat" for the model's chat template.  Null for two that suit a decoder,
             and none for a model with an encoder, which has not learned to read them; ``frames: []``
@@ -56,12 +57,12 @@ class RefineSettings:
         gain: how much of a still missing move a later pass asks for (equation 18).
     """
 
-    passes: int = 2
+    passes: int | None = None
     frames: tuple[str, ...] | None = None
     gain: float = 1.6
 
     def __post_init__(self) -> None:
-        if self.passes < 1:
+        if self.passes is not None and self.passes < 1:
             raise EditorError(
                 f"passes is {self.passes}, expected 1 or more; give --refine.passes 1 for a single "
                 "solve."
@@ -76,6 +77,12 @@ class RefineSettings:
                     f"The frame {frame!r} has no place for the prompt, expected a text with "
                     f"{PROMPT!r} in it, or {CHAT!r}; change --refine.frames."
                 )
+
+    def passes_for(self, encoder: Encoder) -> int:
+        """The solves of a model."""
+        if self.passes is None:
+            return 4 if encoder.reading.form == "classes" else 2
+        return self.passes
 
     def frames_for(self, encoder: Encoder) -> tuple[str, ...]:
         """The frames of a model."""

@@ -35,7 +35,8 @@ class EditorSettings:
         linear: which of a block's feed-forward layers, "second" or "first".
         side: which half of an encoder-decoder, "encoder", "decoder" or "both".
         sites: name or shell pattern of the layers to edit instead.
-        tokens: which tokens are captured, "answer" or "all".
+        tokens: which tokens are captured, "answer" or "all"; "auto" for a classifier's all, and
+            the answer's of any other model.
         end_of_answer: what is trained after the answer: "eos", "newline" or "none".
         end_weight: start of the weight that the end-of-answer tokens have in the least squares, by
             site (14); what teaches a model to stop is alike in all facts, and needs little.
@@ -53,7 +54,7 @@ class EditorSettings:
     linear: Linear = "second"
     side: Side = "both"
     sites: str | None = None
-    tokens: Tokens = "answer"
+    tokens: Tokens = "auto"
     end_of_answer: EndOfAnswer = "eos"
     end_weight: float = 0.1
     descent: Descent | None = field(default_factory=Descent)

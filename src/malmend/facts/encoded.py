@@ -23,7 +23,17 @@ import torch
 from torch import Tensor
 
 Form = Literal["causal", "classes", "seq2seq"]
-Tokens = Literal["answer", "all"]
+Tokens = Literal["auto", "answer", "all"]
+
+
+def settled(tokens: Tokens, form: Form) -> Literal["answer", "all"]:
+    """What "auto" stands for: a classifier's "all", for its first token says little but the class.
+
+    Of any other model it is the tokens that output the answer.
+    """
+    if tokens == "auto":
+        return "all" if form == "classes" else "answer"
+    return tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +107,7 @@ class Encoded:
         """
         if in_encoder:
             return range(len(self.read))
-        if tokens == "answer":
+        if settled(tokens, self.form) == "answer":
             return range(self.sources[0], self.sources[-1] + 1)
         if self.form == "seq2seq":
             return range(len(self.decoded))

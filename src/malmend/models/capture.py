@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from malmend.errors import MalmendError
-from malmend.facts.encoded import Encoded, Tokens, collate
+from malmend.facts.encoded import Encoded, Tokens, collate, settled
 from malmend.models.sites import Site
 from malmend.models.trunk import Batch, Trunk
 from malmend.numerics.losses import answer_nll
@@ -133,7 +133,7 @@ def tracing(sites: Sequence[Site], grads: bool = True) -> Iterator[list[Trace]]:
 def capture(
     trunk: Trunk,
     questions: Sequence[Encoded],
-    tokens: Tokens = "answer",
+    tokens: Tokens = "auto",
     descent: Descent | None = None,
     progress: Callable[[int], None] = lambda count: None,
 ) -> list[Captured]:
@@ -143,7 +143,7 @@ def capture(
         trunk: the cut model; its weights are not changed.
         questions: the edits, each with an answer.
         tokens: ``"answer"`` for the positions that output the answer, ``"all"`` for every position
-            but the first.
+            (of a decoder but the first), ``"auto"`` for the answer's, and of a classifier for all.
         descent: None for the plain gradient, as published.
         progress: called with the number of questions just finished.
     """
@@ -202,7 +202,8 @@ class _Chosen:
         self.owner_Q = torch.repeat_interleave(counts).to(device)
         self.flat_Q = batch.tokens.flat(tokens, in_encoder).to(device)
         self.places = len(batch.tokens.questions) * batch.tokens.width(in_encoder)
-        self.are_answers = tokens == "answer" and not in_encoder
+        form = batch.tokens.questions[0].form
+        self.are_answers = settled(tokens, form) == "answer" and not in_encoder
 
 
 class _Group:

@@ -1,0 +1,56 @@
+"""What malmend does with a classifier of which nothing is said: all tokens, and more solves."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from forms_support import ENCODERS, model_of, pairs_alone, places, questions
+from malmend.editors.keymoments import asked_moment
+from malmend.editors.refine import RefineSettings
+from malmend.facts.encoded import settled
+from malmend.facts.tokens import Reading
+from malmend.models.capture import capture
+from malmend.models.sites import find_sites
+from malmend.models.trunk import Trunk
+
+FORMS = [(family, True) for family in ENCODERS] + [("t5", False), ("bart", False)]
+
+
+@pytest.mark.parametrize(("family", "takes_all"), FORMS)
+def test_auto_is_every_token_of_a_classifier_and_the_answers_of_another(family, takes_all):
+    model = model_of(family)
+    sites = find_sites(model)
+    trunk, asked = Trunk(model, sites), questions(family)
+    for site, pair in zip(sites, capture(trunk, asked), strict=True):
+        wanted = sum(len(places(site, one, "all" if takes_all else "answer")) for one in asked)
+        assert len(pair.keys_NK) == wanted
+    assert settled("auto", asked[0].form) == ("all" if takes_all else "answer")
+    assert settled("answer", "classes") == "answer"
+    assert settled("all", "causal") == "all"
+
+
+@pytest.mark.parametrize("tokens", ["auto", "all", "answer"])
+@pytest.mark.parametrize("family", ["bert", "t5"])
+def test_asked_is_the_mean_over_the_tokens_that_an_edit_has_rows_of(family, tokens):
+    """A classifier's prior once knew the first token's keys alone, where all were edited."""
+    model = model_of(family)
+    sites = find_sites(model)
+    trunk, asked = Trunk(model, sites), questions(family)
+    found = asked_moment(trunk, asked, tokens)
+    chosen = settled(tokens, asked[0].form)
+    for index, site in enumerate(sites):
+        rows = [
+            pairs_alone(model, sites, one)[0][index][places(site, one, chosen)] for one in asked
+        ]
+        keys = torch.cat(rows)
+        torch.testing.assert_close(found[index], keys.T @ keys / len(keys), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("form", "solves"), [("classes", 4), ("causal", 2), ("seq2seq", 2)])
+def test_a_classifier_is_solved_more_often(form, solves):
+    encoder = SimpleNamespace(reading=Reading(form))
+    assert RefineSettings().passes_for(encoder) == solves
+    assert RefineSettings(passes=1).passes_for(encoder) == 1
