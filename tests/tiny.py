@@ -21,7 +21,8 @@ Most tests run over the eight of ``FAMILIES``; tests/models/test_zoo.py over tho
     falcon_new   the same, two norms            cohere        in parallel, no bias in norms
     falcon_alibi the same, not in parallel      glm           gate and up in one matrix
     olmo2        norms after both layers only   smollm3       some blocks without positions
-    granite      a scaled residual
+    granite      a scaled residual             apertus       an activation with parameters
+    seed_oss     biases of queries, keys and values
 
 Initial weights are large, so that predictions are far from uniform, and no bias or norm is left at
 0 or 1, so that a lost one is seen.  A float64 model computes everything in float64: softmax, norms
@@ -160,6 +161,9 @@ _ZOO: dict[str, tuple[str, dict[str, object], str]] = {
     "olmo2": ("Olmo2", _SHARED, _DOWN),
     "smollm3": ("SmolLM3", _SHARED, _DOWN),
     "granite": ("Granite", _SHARED | {"residual_multiplier": 0.5}, _DOWN),
+    # Named nowhere before, in no test and no document; they came in by these two lines alone.
+    "apertus": ("Apertus", _SHARED, _DOWN),
+    "seed_oss": ("SeedOss", _GATED, _DOWN),
 }
 ZOO = tuple(_ZOO)
 SECOND |= {family: second for family, (_, _, second) in _ZOO.items()}
