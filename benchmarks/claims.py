@@ -37,7 +37,7 @@ ONE = RefineSettings(passes=1)
 LEARNED = 1600  # train claims that are edited in training; the rest stand beside them
 FREE = training_free()
 # One solve asks for more than four do: the search, which solves once, would find 1.8.
-CALIBRATION = CalibrationSettings(prior_facts=1024, alphas=(30.0,), etas=(1.4,))
+CALIBRATION = CalibrationSettings(prior_facts=1024, alphas=(30.0,), asked=6.0, etas=(1.4,))
 
 
 def dev_claims(data: Path, size: int, seed: int) -> list[Fact]:

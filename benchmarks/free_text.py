@@ -15,12 +15,14 @@ from pathlib import Path
 
 import malmend
 from malmend.commands.continuations import continuations
+from malmend.editors.refine import RefineSettings
 from malmend.editors.settings import training_free
 from malmend.facts.readers import read_text
 
 OUT = Path(__file__).resolve().parent / "out" / "free-text"
 BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data"
 SIZES, CHARACTERS = (16, 64, 256), 80_000
+REFINE = RefineSettings(frames=())  # a passage is no question that could be framed
 
 
 def main() -> None:
@@ -44,7 +46,7 @@ def main() -> None:
     rows = []
     for size in SIZES:
         chosen = list(facts[:: len(facts) // size][:size])
-        patch = malmend.edit(loaded, chosen, settings=settings).patch
+        patch = malmend.edit(loaded, chosen, settings=settings, refine=REFINE).patch
         report = malmend.eval(loaded, chosen, patch, decode_facts=0, text=held)
         before, after = report.unedited["ES"], report.edited["ES"]
         surprise = report.perplexity

@@ -99,6 +99,12 @@ def asked_alone(
     return [mean_outer(known) for known in rows]
 
 
+def kinds_alone(model: PreTrainedModel, trunk: Trunk, *kinds: Sequence[Question]) -> list[Tensor]:
+    """Each kind of questions has the same weight."""
+    means = [asked_alone(model, trunk, questions) for questions in kinds if questions]
+    return [sum(parts) / len(means) for parts in zip(*means, strict=True)]
+
+
 def wording_alone(model: PreTrainedModel, trunk: Trunk, facts: Sequence[Fact]) -> list[Tensor]:
     rows: list[list[Tensor]] = [[] for _ in trunk.sites]
     for fact in facts:
@@ -178,11 +184,12 @@ def with_questions(unrelated: bool, neighbours: bool) -> list[Fact]:
 def test_asked_takes_the_neighbours_and_the_unrelated_questions(unrelated, neighbours):
     model = tiny_model()
     trunk, facts = tiny_trunk(model), with_questions(unrelated, neighbours)
-    questions = [q for fact in facts for q in (*fact.unrelated, *fact.neighbours)]
-    assert len(questions) == 12 * unrelated + 12 * neighbours
+    near = [q for fact in facts for q in fact.neighbours]
+    others = [q for fact in facts for q in fact.unrelated]
+    assert (len(near), len(others)) == (12 * neighbours, 12 * unrelated)
     found = key_moments(trunk, encoder(), ["asked"], facts, TEXT, 100)
     assert list(found) == ["asked"]
-    compare(found["asked"], asked_alone(model, trunk, questions))
+    compare(found["asked"], kinds_alone(model, trunk, near, others))
 
 
 def test_asked_counts_a_question_of_several_facts_once():
@@ -190,20 +197,23 @@ def test_asked_counts_a_question_of_several_facts_once():
     trunk, shared = tiny_trunk(model), FACTS[0].unrelated[0]
     facts = [replace(fact, unrelated=(shared,)) for fact in FACTS]
     facts[2] = replace(facts[2], neighbours=(shared, *facts[2].neighbours))
-    questions = [shared, *(q for fact in FACTS for q in fact.neighbours)]
+    near = [shared, *(q for fact in FACTS for q in fact.neighbours)]  # and in no other kind
     found = key_moments(trunk, encoder(), ["asked"], facts, TEXT, 100)
-    compare(found["asked"], asked_alone(model, trunk, questions))
+    compare(found["asked"], asked_alone(model, trunk, near))
 
 
 def test_asked_takes_the_general_questions_beside_those_of_the_facts():
-    """One that a fact asks too counts once; without facts' questions they are all there is."""
+    """Few general ones count as much as many of the facts; one that a fact asks counts there."""
     model = tiny_model()
     trunk, shared = tiny_trunk(model), FACTS[1].neighbours[0]
     general = (Question("w1 w2", "w3"), shared, Question("w9 w8 w7", "w6 w5"))
-    questions = [q for fact in FACTS for q in others_of(fact)] + [general[0], general[2]]
-    for facts, wanted in ((FACTS, questions), (with_questions(False, False), general)):
-        found = key_moments(trunk, encoder(), ["asked"], facts, TEXT, 100, general)
-        compare(found["asked"], asked_alone(model, trunk, wanted))
+    near = [q for fact in FACTS for q in fact.neighbours]
+    others = [q for fact in FACTS for q in fact.unrelated]
+    found = key_moments(trunk, encoder(), ["asked"], FACTS, TEXT, 100, general)
+    compare(found["asked"], kinds_alone(model, trunk, near, others, [general[0], general[2]]))
+    without = with_questions(False, False)
+    found = key_moments(trunk, encoder(), ["asked"], without, TEXT, 100, general)
+    compare(found["asked"], asked_alone(model, trunk, general))
 
 
 def test_asked_without_any_question_is_of_the_ends_of_the_text():

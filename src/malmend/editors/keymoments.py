@@ -2,8 +2,9 @@
 
     text      mean of k k^T over the tokens of general text, each line's first left out: it is an
               attention sink, and by itself would make up nearly all of the trace
-    asked     mean of k k^T over questions about other subjects, near ones (neighbours of
-              calibration facts) and general ones, at the tokens that an edit would have rows of
+    asked     mean of k k^T over questions about other subjects, at the tokens that an edit would
+              have rows of: neighbours of calibration facts, their unrelated questions and general
+              ones, each kind of the same weight
     wording   mean of e e^T, e = (key at a paraphrase's answer token) - (key at the edit prompt's
               same token): how another wording moves the key of the same fact
 
@@ -59,9 +60,12 @@ def key_moments(
     if "text" in terms:
         found["text"] = text_moment(trunk, passages, most_tokens, progress)
     if "asked" in terms:
-        near = [question for fact in facts for question in others_of(fact)]
-        questions = encoder.encode_all(dict.fromkeys((*near, *general)))
-        found["asked"] = asked_moment(trunk, questions or passages, tokens)
+        kinds = (
+            [question for fact in facts for question in fact.neighbours],
+            [question for fact in facts for question in fact.unrelated],
+            general,
+        )
+        found["asked"] = asked_moments(trunk, encoder, kinds, passages, tokens)
         progress("keys of questions about others", 1.0)
     if "wording" in terms:
         found["wording"] = wording_moment(trunk, encoder, facts)
@@ -102,6 +106,30 @@ def text_moment(
 
 
 @torch.no_grad()
+def asked_moments(
+    trunk: Trunk,
+    encoder: Encoder,
+    kinds: Sequence[Sequence[Question]],
+    passages: Sequence[Encoded],
+    tokens: Tokens = "auto",
+) -> list[Tensor]:
+    """C_asked over several kinds of questions, each of the same weight however many it has.
+
+    A question counts once, in the first kind that has it.  Without any question it is of the ends
+    of the text.
+    """
+    seen: set[Question] = set()
+    means: list[list[Tensor]] = []
+    for kind in kinds:
+        fresh = [question for question in dict.fromkeys(kind) if question not in seen]
+        seen.update(fresh)
+        if fresh:
+            means.append(asked_moment(trunk, encoder.encode_all(fresh), tokens))
+    if not means:
+        return asked_moment(trunk, passages, tokens)
+    return [sum(parts) / len(means) for parts in zip(*means, strict=True)]
+
+
 def asked_moment(
     trunk: Trunk, questions: Sequence[Encoded], tokens: Tokens = "auto"
 ) -> list[Tensor]:
