@@ -184,8 +184,8 @@ def make_edit(
     settings, trunk = editor.settings, bench.trunk
     questions = bench.encoder.encode_all(fact.question for fact in facts)
     refinable = settings.method == "malmen" and settings.descent is not None
-    passes = refine.passes_for(bench.encoder) if refinable else 1
-    frames = refine.frames_for(bench.encoder) if passes > 1 else ()
+    again = refinable and refine.goes_on(bench.encoder, 1, 1.0)
+    frames = refine.frames_for(bench.encoder) if again else ()
     others = framed(bench.encoder, [fact.question for fact in facts], frames)
     count = _counter(progress, "keys and value gradients", len(questions))
     captured = capture(trunk, questions, settings.tokens, settings.descent, count)
@@ -195,19 +195,15 @@ def make_edit(
             f"The shift of {solved.broken} holds NaN or infinity, so nothing was written; check "
             f"--eta and that the weights of {bench.loaded.name} are whole."
         )
-    kept, left = 1, missed(trunk, questions, solved.shifts) if passes > 1 else 0
-    for number in range(2, passes + 1):
-        stage = f"keys and value gradients, pass {number}"
-        count = _counter(progress, stage, len(questions) + len(others))
-        again = _Solved.of(
-            editor,
-            *further(editor, trunk, solved.shifts, questions, others, refine.gain, count),
-            progress,
-            f", pass {number}",
-        )
-        if again.broken or (now_left := missed(trunk, questions, again.shifts)) > left:
+    kept, left = 1, missed(trunk, questions, solved.shifts) if again else 0.0
+    while again and refine.goes_on(bench.encoder, kept, left):
+        stage = f", pass {kept + 1}"
+        count = _counter(progress, f"keys and value gradients{stage}", len(questions) + len(others))
+        found = further(editor, trunk, solved.shifts, questions, others, refine.gain, count)
+        later = _Solved.of(editor, *found, progress, stage)
+        if later.broken or (now_left := missed(trunk, questions, later.shifts)) > left:
             break
-        solved, kept, left = again, number, now_left
+        solved, kept, left = later, kept + 1, now_left
     tokens = max(len(pair.keys_NK) for pair in solved.captured)
     made = {"passes": kept, "frames": list(frames) if kept > 1 else []}
     provenance = {**_provenance(bench, editor, facts), **made, **said, "tokens": tokens}

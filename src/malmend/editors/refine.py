@@ -40,6 +40,7 @@ from malmend.patch import shifted
 
 PROMPT = "{prompt}"
 CHAT = "chat"
+USUAL, MOST, ENOUGH = 2, 4, 0.01  # solves, and the share of missed tokens that needs no more
 FRAMES = ("This is well known. {prompt}", "{prompt} (in one word):")
 
 
@@ -49,7 +50,9 @@ class RefineSettings:
 
     Attributes:
         passes: solves; 1 is the published form, and all that the sum of shifts can do.  Null for
-            two, and four of a classifier, whose shifts are of every token and say least at first.
+            four of a classifier, whose shifts are of every token and say least at first, and of
+            any other model for two, and then up to four while more than a hundredth of the plain
+            prompts' tokens is missed.
         frames: settings beside the plain prompt from the second pass on: a text that holds
             "{prompt}", or "chat" for the model's chat template.  Null for two that suit a decoder,
             and none for a model with an encoder, which has not learned to read them; ``frames: []``
@@ -78,11 +81,12 @@ class RefineSettings:
                     f"{PROMPT!r} in it, or {CHAT!r}; change --refine.frames."
                 )
 
-    def passes_for(self, encoder: Encoder) -> int:
-        """The solves of a model."""
-        if self.passes is None:
-            return 4 if encoder.reading.form == "classes" else 2
-        return self.passes
+    def goes_on(self, encoder: Encoder, done: int, missed: float) -> bool:
+        """Whether another solve follows ``done`` ones that miss this share of the tokens."""
+        if self.passes is not None:
+            return done < self.passes
+        sought = encoder.reading.form == "classes" or done < USUAL or missed > ENOUGH
+        return done < MOST and sought
 
     def frames_for(self, encoder: Encoder) -> tuple[str, ...]:
         """The frames of a model."""
@@ -171,11 +175,12 @@ def further(
 
 
 @torch.no_grad()
-def missed(trunk: Trunk, questions: Sequence[Encoded], shifts: Mapping[str, Tensor]) -> int:
-    """How many answer and end tokens are not the first choice of the model with the shift on."""
-    count = 0
+def missed(trunk: Trunk, questions: Sequence[Encoded], shifts: Mapping[str, Tensor]) -> float:
+    """The share of answer and end tokens that the model with the shift on does not say first."""
+    wrong = count = 0
     with shifted(list(trunk.sites), shifts):
         for _, batch in trunk.batches(questions):
             top_A = trunk.logits(batch).argmax(-1).cpu()
-            count += int((top_A != batch.tokens.labels_A).sum())
-    return count
+            wrong += int((top_A != batch.tokens.labels_A).sum())
+            count += len(top_A)
+    return wrong / count

@@ -1,4 +1,4 @@
-"""What malmend does with a classifier of which nothing is said: all tokens, and more solves."""
+"""What malmend does of itself with each form of model: which tokens, and how many solves."""
 
 from __future__ import annotations
 
@@ -49,8 +49,25 @@ def test_asked_is_the_mean_over_the_tokens_that_an_edit_has_rows_of(family, toke
         torch.testing.assert_close(found[index], keys.T @ keys / len(keys), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize(("form", "solves"), [("classes", 4), ("causal", 2), ("seq2seq", 2)])
-def test_a_classifier_is_solved_more_often(form, solves):
-    encoder = SimpleNamespace(reading=Reading(form))
-    assert RefineSettings().passes_for(encoder) == solves
-    assert RefineSettings(passes=1).passes_for(encoder) == 1
+def solves(refine: RefineSettings, form: str, missed: list[float]) -> int:
+    """How many there are if each misses that share of the tokens."""
+    done, encoder = 1, SimpleNamespace(reading=Reading(form))
+    while refine.goes_on(encoder, done, missed[done - 1]):
+        done += 1
+    return done
+
+
+NEVER, SOON, LATE = [0.2] * 9, [0.2] + [0.001] * 8, [0.2, 0.1] + [0.01] * 7
+
+
+@pytest.mark.parametrize("form", ["causal", "seq2seq"])
+def test_a_decoder_is_solved_twice_and_again_while_much_is_missed(form):
+    default = RefineSettings()
+    assert [solves(default, form, missed) for missed in (SOON, LATE, NEVER)] == [2, 3, 4]
+
+
+@pytest.mark.parametrize("missed", [NEVER, SOON, LATE])
+def test_a_classifier_is_solved_four_times_and_what_is_asked_for_is_done(missed):
+    assert solves(RefineSettings(), "classes", missed) == 4
+    for form in ("causal", "seq2seq", "classes"):
+        assert [solves(RefineSettings(passes=n), form, missed) for n in (1, 2, 6)] == [1, 2, 6]
