@@ -158,8 +158,8 @@ def train_editor(data: Path, folder: Path) -> None:
         train_claims(data),
         folder,
         away=True,
-        editor=EditorSettings(layers=3),
-        settings=TrainSettings(facts_per_step=512, halvings=1, steps=60, locality_weight=2.0),
+        editor=EditorSettings(),
+        settings=TrainSettings(facts_per_step=512, halvings=1, steps=24, locality_weight=2.0),
         calibration=CALIBRATION,
         stepped=show,
     )
@@ -184,22 +184,19 @@ def main() -> None:
     elif given.what == "curve":
         for size in SIZES:
             for seed in SEEDS if size <= 512 else SEEDS[:1]:
-                rows.append(measured("malmen", given.data, size, seed))
+                rows.append(measured("trained", given.data, size, seed, OUT / "editor", None))
     else:
         variants = {
-            "one solve": (FREE, ONE),
+            "without a network": (FREE, RefineSettings()),
+            "without a network, one solve": (FREE, ONE),
             "sum": (replace(FREE, method="mend"), ONE),
             "first layer": (replace(FREE, linear="first"), RefineSettings()),
             "first token": (replace(FREE, tokens="answer"), RefineSettings()),
-            "last three blocks": (replace(FREE, layers=3), RefineSettings()),
         }
-        for name, (settings, refine) in variants.items():
-            for seed in SEEDS:
+        for seed in SEEDS:
+            rows.append(measured("one solve", given.data, 512, seed, OUT / "editor", None, ONE))
+            for name, (settings, refine) in variants.items():
                 rows.append(measured(name, given.data, 512, seed, "none", settings, refine))
-        if (OUT / "editor").exists():
-            for refine in (ONE, RefineSettings()):
-                name = f"trained, {refine.passes or 4} solves"
-                rows.append(measured(name, given.data, 512, 0, OUT / "editor", None, refine))
     if rows:
         (OUT / f"{given.what}.json").write_text(json.dumps(rows, indent=2))
 

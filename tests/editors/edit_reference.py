@@ -93,6 +93,8 @@ def _shift(editor: Editor, index: int, pair: Captured) -> Tensor:
     mean_u, std_u = buffers[f"key_mean_{index}"], buffers[f"key_std_{index}"]
     mean_g, std_g = buffers[f"grad_mean_{index}"], buffers[f"grad_std_{index}"]
     x = torch.cat([(u - mean_u) / std_u, (g - mean_g) / std_g], 1)
+    if settings.form == "residual":  # no farther than three usual tokens
+        x = x / (x.norm(dim=1, keepdim=True) / (3 * x.shape[1] ** 0.5)).clamp(min=1)
     alike = [other for other in editor.names if editor.shapes[other] == editor.shapes[name]]
     value_width, key_width = editor.shapes[name]
     y = _network(editor, f"networks.{value_width}x{key_width}", alike.index(name), x)
