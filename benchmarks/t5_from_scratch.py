@@ -193,16 +193,18 @@ def main() -> None:
     if what != "edit":
         (train if what == "train" else train_editor)()
         return
-    free, once = replace(training_free(), layers=3), RefineSettings(passes=1)
+    free = replace(training_free(), layers=3)
+    once, twice, usual = RefineSettings(passes=1), RefineSettings(passes=2), RefineSettings()
     rows = []
     if (OUT / "editor" / "editor.json").is_file():
         rows += edit_all("malmen, trained", OUT / "editor", None, once)
-        rows += edit_all("malmen, trained, two passes", OUT / "editor", None, RefineSettings())
+        rows += edit_all("malmen, trained, two passes", OUT / "editor", None, twice)
     rows += edit_all("malmen", "none", free, once)
-    rows += edit_all("malmen, two passes", "none", free, RefineSettings())
+    rows += edit_all("malmen, two passes", "none", free, twice)
+    rows += edit_all("malmen, up to four", "none", free, usual)
     rows += edit_all("sum", "none", replace(free, method="mend"), once)
     for side in ("encoder", "decoder"):
-        rows += edit_all(f"{side} only", "none", replace(free, side=side), RefineSettings())
+        rows += edit_all(f"{side} only", "none", replace(free, side=side), twice)
     (OUT / "edits.json").write_text(json.dumps(rows, indent=2))
 
 

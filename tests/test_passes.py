@@ -26,8 +26,8 @@ def own(tiny) -> dict:
     return {"calibrate": tiny.calibrate, "text": tiny.text, "calibration": CALIBRATION}
 
 
-def counting(monkeypatch, *counts: int) -> None:
-    """Lets the solves miss so many tokens, in turn."""
+def counting(monkeypatch, *counts: float) -> None:
+    """Lets the solves miss such a share of the tokens, in turn."""
     left = list(counts)
     module = sys.modules["malmend.commands.edit"]  # the package calls the function by its name
     monkeypatch.setattr(module, "missed", lambda *_args: left.pop(0))
@@ -39,7 +39,7 @@ def same(one, other) -> bool:
 
 def test_a_pass_that_misses_more_is_taken_back(tiny, monkeypatch):
     once = malmend.edit(tiny.loaded, FEW, refine=ONCE, **own(tiny)).patch
-    counting(monkeypatch, 2, 3)
+    counting(monkeypatch, 0.2, 0.3)
     refine = RefineSettings(passes=3, frames=FRAMES)
     found = malmend.edit(tiny.loaded, FEW, refine=refine, **own(tiny)).patch
     assert same(found, once)
@@ -49,11 +49,21 @@ def test_a_pass_that_misses_more_is_taken_back(tiny, monkeypatch):
 
 def test_passes_that_miss_no_more_are_kept_and_said(tiny, monkeypatch):
     once = malmend.edit(tiny.loaded, FEW, refine=ONCE, **own(tiny)).patch
-    counting(monkeypatch, 2, 2, 1)
+    counting(monkeypatch, 0.2, 0.2, 0.1)
     refine = RefineSettings(passes=3, frames=FRAMES)
     found = malmend.edit(tiny.loaded, FEW, refine=refine, **own(tiny)).patch
     assert not same(found, once)
     assert (found.provenance["passes"], found.provenance["frames"]) == (3, list(FRAMES))
+
+
+@pytest.mark.parametrize(
+    ("shares", "solves"), [((0.5, 0.01), 2), ((0.5, 0.2, 0.0), 3), ((0.5, 0.4, 0.3, 0.2), 4)]
+)
+def test_by_default_solves_go_on_while_much_is_missed(tiny, monkeypatch, shares, solves):
+    counting(monkeypatch, *shares)
+    refine = RefineSettings(frames=())
+    found = malmend.edit(tiny.loaded, FEW, refine=refine, **own(tiny)).patch
+    assert found.provenance["passes"] == solves
 
 
 def test_a_sum_solves_once(tiny):
