@@ -337,6 +337,7 @@ def test_another_number_of_captured_sites_is_refused():
 
 
 def test_named_settings():
+    assert published().tokens == "answer"  # of a classifier too: MALMEN takes the first token
     assert training_free("mend").method == "mend"
     assert training_free().network.blocks == 0
     paper = published("mend")

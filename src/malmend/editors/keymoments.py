@@ -105,7 +105,6 @@ def text_moment(
     return totals.means()
 
 
-@torch.no_grad()
 def asked_moments(
     trunk: Trunk,
     encoder: Encoder,
@@ -130,6 +129,7 @@ def asked_moments(
     return [sum(parts) / len(means) for parts in zip(*means, strict=True)]
 
 
+@torch.no_grad()
 def asked_moment(
     trunk: Trunk, questions: Sequence[Encoded], tokens: Tokens = "auto"
 ) -> list[Tensor]:

@@ -97,6 +97,7 @@ def published(method: Literal["malmen", "mend"] = "malmen") -> EditorSettings:
     return EditorSettings(
         method=method,
         form="published",
+        tokens="answer",
         end_of_answer="none",
         descent=None,
         prior="identity",
