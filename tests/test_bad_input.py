@@ -17,6 +17,7 @@ import command_support
 from command_support import CALIBRATION, Tiny, malmend, save_model
 from malmend import edit as edit_facts
 from malmend import train as train_editor
+from malmend.commands import choice as choice_module
 from malmend.commands import edit as edit_module
 from malmend.commands import train as train_module
 from malmend.editors import checkpoint
@@ -595,7 +596,7 @@ def test_any_other_failure_of_the_system_is_one_line_too(place, capsys, monkeypa
     def failing(*_arguments: object, **_keywords: object) -> None:
         raise OSError(errno.EIO, "Input/output error", "disk")
 
-    monkeypatch.setattr(edit_module, "capture", failing)
+    monkeypatch.setattr("malmend.methods.by_editor.capture", failing)
     before = contents(place.folder)
     assert malmend(*place.edit()) == 1
     assert messages(capsys) == ["malmend: Input/output error disk."]
@@ -606,9 +607,10 @@ def interrupted(*_arguments: object, **_keywords: object) -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("at", ["capture", "opened", "save_patch", "writable"])
+@pytest.mark.parametrize("at", ["find_by_editor", "opened", "save_patch", "writable"])
 def test_stopped_while_editing(at, place, capsys, monkeypatch):
-    monkeypatch.setattr(edit_module, at, interrupted)
+    home = choice_module if at == "find_by_editor" else edit_module
+    monkeypatch.setattr(home, at, interrupted)
     before = contents(place.folder)
     assert malmend(*place.edit()) == 130
     (said,) = messages(capsys)

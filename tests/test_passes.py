@@ -29,7 +29,7 @@ def own(tiny) -> dict:
 def counting(monkeypatch, *counts: float) -> None:
     """Lets the solves miss such a share of the tokens, in turn."""
     left = list(counts)
-    module = sys.modules["malmend.commands.edit"]  # the package calls the function by its name
+    module = sys.modules["malmend.methods.by_editor"]
     monkeypatch.setattr(module, "missed", lambda *_args: left.pop(0))
 
 

@@ -26,7 +26,8 @@ from malmend.facts.readers import read_facts, read_questions, read_text
 from malmend.facts.tokens import Encoder
 from malmend.files import kept
 from malmend.models.load import cache_folder
-from malmend.workbench import Progress, Workbench, aimed, checked_facts, shipped, silent
+from malmend.progress import Progress, silent
+from malmend.workbench import Workbench, aimed, checked_facts, shipped
 
 MOST_KEPT = 2_000_000_000  # bytes of calibrations in the cache folder
 

@@ -279,8 +279,9 @@ def epoch(record: EpochRecord) -> None:
 def finetuned(result: FinetuneResult) -> None:
     """Where the model lies and how much it knows."""
     last = result.records[-1]
+    epochs = f"{last.epoch} epoch{'s' * (last.epoch != 1)}"
     OUT.print(
-        f"Fine-tuned on {result.questions:,} questions in {last.epoch} epochs, of which the model "
+        f"Fine-tuned on {result.questions:,} questions in {epochs}, of which the model "
         f"now answers {last.accuracy:.1%}.  Model: {escape(str(result.folder))}",
         soft_wrap=True,
     )
@@ -315,7 +316,8 @@ def _entries(entries: Mapping[str, Any], indent: int) -> None:
         else:
             if isinstance(value, list) and value and isinstance(value[0], float):
                 value = ", ".join(f"{one:.4g}" for one in value)
-            shown = f"{value:,}" if isinstance(value, int) else value
+            counts = isinstance(value, int) and not isinstance(value, bool)
+            shown = f"{value:,}" if counts else value
             OUT.print(f"{' ' * indent}{escape(name)}: {escape(str(shown))}", highlight=False)
 
 

@@ -7,7 +7,7 @@ fingerprint of its weights.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -34,12 +34,7 @@ from malmend.patch import Patch, check_bare
 
 LONGEST = 512  # tokens of a question, answer and end token included
 
-Progress = Callable[[str, float], None]
 SHIPPED = "shipped:"  # in front of the name of an editor that the package carries
-
-
-def silent(stage: str, share: float) -> None:
-    """Reports to nobody."""
 
 
 @dataclass(frozen=True, eq=False)

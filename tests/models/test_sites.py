@@ -12,6 +12,8 @@ from transformers import (
     MixtralForCausalLM,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
 )
 
 import tiny
@@ -300,3 +302,42 @@ def test_a_model_that_looks_ahead_is_refused(decoder):
 def test_site_of_either_layout():
     linear = Site("a", nn.Linear(3, 5))
     assert (linear.shape_VK, linear.is_transposed) == ((5, 3), False)
+
+
+def switch():
+    sizes = {"vocab_size": 60, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2}
+    layers = {"num_layers": 2, "num_decoder_layers": 2, "num_sparse_encoder_layers": 1}
+    layers |= {"num_sparse_decoder_layers": 1, "num_experts": 2, "decoder_start_token_id": 0}
+    torch.manual_seed(0)
+    config = SwitchTransformersConfig(**sizes, **layers)
+    return SwitchTransformersForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("pattern", [None, "*.expert_0.wo", "*.expert_1.wi"])
+def test_experts_that_are_plain_layers_are_refused(pattern):
+    with pytest.raises(ModelError, match=r"\.expert_\d\.w[io] does not see every token once"):
+        find_sites(switch(), 2, pattern)
+
+
+def test_layers_beside_experts_can_be_edited():
+    assert len(find_sites(switch(), pattern="*.SelfAttention.o")) == 4
+
+
+class Skipping(nn.Module):
+    """A feed-forward layer that only the last token of a row passes through."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, states_BTH):
+        out = states_BTH.clone()
+        out[:, -1] = self.inner(states_BTH[:, -1])
+        return out
+
+
+def test_a_layer_that_sees_some_tokens_only_is_refused():
+    model = tiny.model_of("llama")
+    model.model.layers[3].mlp = Skipping(model.model.layers[3].mlp)
+    with pytest.raises(ModelError, match=r"layers\.3\.mlp\.inner\.down_proj does not see every"):
+        find_sites(model, 1)

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from malmend.editors.calibration import CalibrationSettings
 from malmend.editors.checkpoint import SavedEditor, load_editor
 from malmend.editors.editor import Editor
+from malmend.editors.refine import RefineSettings, framing
 from malmend.editors.settings import EditorSettings, training_free
 from malmend.errors import EditorError, MalmendError
 from malmend.facts.fact import Fact
+from malmend.facts.tokens import Encoder, EndOfAnswer
 from malmend.material import calibrated
+from malmend.methods.by_editor import find_by_editor
+from malmend.methods.method import Found
 from malmend.models.load import LoadedModel
-from malmend.workbench import SHIPPED, Progress, Workbench, shipped_editor
+from malmend.models.sites import Site
+from malmend.progress import Progress, silent
+from malmend.workbench import SHIPPED, Workbench, shipped_editor
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +85,7 @@ class Choice:
         calibrate: str | Path | None = None,
         text: str | Path | None = None,
         calibration: CalibrationSettings = CalibrationSettings(),
-        progress: Progress = lambda stage, share: None,
+        progress: Progress = silent,
     ) -> Editor:
         """The editor, ready for the model on the bench; without a network it is calibrated first.
 
@@ -89,6 +98,45 @@ class Choice:
             return found.editor(self.settings, bench.trunk)
         ready.check_fits(bench.trunk.sites)
         return ready
+
+
+@dataclass(frozen=True, eq=False)
+class ByEditor:
+    """An editor as a method; the fields as in :func:`malmend.commands.edit.edit`."""
+
+    choice: Choice
+    calibrate: str | Path | None = None
+    text: str | Path | None = None
+    calibration: CalibrationSettings = CalibrationSettings()
+    refine: RefineSettings = RefineSettings()
+
+    @property
+    def name(self) -> str:
+        """The editor's aggregation."""
+        return self.choice.settings.method
+
+    @property
+    def end_of_answer(self) -> EndOfAnswer:
+        """As the editor was trained."""
+        return self.choice.settings.end_of_answer
+
+    def check_frames(self, encoder: Encoder) -> None:
+        """Raises EditorError for a frame that this model cannot be asked in."""
+        for frame in self.refine.frames_for(encoder):
+            framing(encoder, frame)
+
+    def sites_in(self, model: PreTrainedModel) -> tuple[Site, ...]:
+        """The layers that the editor edits."""
+        return self.choice.settings.sites_in(model)
+
+    def find(self, bench: Workbench, facts: Sequence[Fact], progress: Progress) -> Found:
+        """Calibrates where no editor is trained, then Algorithm 1."""
+        start = time.perf_counter()
+        editor = self.choice.editor(bench, self.calibrate, self.text, self.calibration, progress)
+        once = time.perf_counter() - start
+        found = find_by_editor(bench, editor, facts, self.refine, progress)
+        said = {**self.choice.provenance(facts), **found.said}
+        return replace(found, said=said, once=once)
 
 
 def choose(

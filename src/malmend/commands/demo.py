@@ -18,7 +18,8 @@ from malmend.facts.readers import read_facts
 from malmend.files import writable_folder
 from malmend.models.load import LoadedModel, load_model
 from malmend.patch import applied
-from malmend.workbench import Progress, shipped, silent
+from malmend.progress import Progress, silent
+from malmend.workbench import shipped
 
 LEFT_OUT = "all paraphrases and neighbours of a fact but the first of each"
 

@@ -22,15 +22,14 @@ from malmend.models.load import LoadedModel
 from malmend.models.sites import Site, find_sites
 from malmend.models.trunk import TrunkSettings
 from malmend.patch import Patch, applied, check_base, load_patch, sites_of
+from malmend.progress import Progress, silent
 from malmend.workbench import (
-    Progress,
     aimed,
     checked_facts,
     encoder_for,
     lay_out,
     opened,
     shipped,
-    silent,
     trained_on,
 )
 

@@ -25,11 +25,12 @@ from malmend.errors import MalmendError
 from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact, FactSet, Question, subject_hash
 from malmend.facts.readers import given_facts, read_facts
-from malmend.facts.tokens import EndOfAnswer
+from malmend.facts.tokens import Encoder, EndOfAnswer
 from malmend.files import reason, writable_folder, written_beside
 from malmend.models.finetune import EpochRecord, Finetuner, FinetuneSettings
 from malmend.models.load import LoadedModel, load_base, prepared, save_model
-from malmend.workbench import Progress, check_encodes, encoder_for, silent
+from malmend.progress import Progress, silent
+from malmend.workbench import check_encodes, encoder_for
 
 Asked = Literal["prompts", "all"]
 CHECKPOINT = "finetuning.safetensors"
@@ -84,7 +85,7 @@ def finetune(
     sets = [read_facts(file, limit) for file in files]
     known = _together(sets)
     learned, held = _split(known, settings)
-    labels = Counter(name for fact in known for name in (fact.answer, fact.alternative) if name)
+    labels = _labels(known)
     torch.manual_seed(settings.seed)
     first = prepared(*load_base(model, sorted(labels)), name=model)
     encoder = encoder_for(first, end_of_answer)
@@ -97,7 +98,7 @@ def finetune(
     def encoded(some: Sequence[Fact]) -> list[Encoded]:
         return encoder.encode_all(dict.fromkeys(q for f in some for q in _questions(f, asked)))
 
-    run = _Run(folder, settings, _digest(known, asked, model), progress, stepped)
+    run = _Run(folder, settings, _digest(known, asked, model, encoder), progress, stepped)
     epochs = settings.epochs
     if held:
         run.train(first, encoded(learned), encoded(held), "choice", settings.epochs)
@@ -209,6 +210,11 @@ def _best(records: Sequence[EpochRecord]) -> int:
     return max(chosen, key=lambda record: (record.accuracy, -record.epoch)).epoch
 
 
+def _labels(facts: Sequence[Fact]) -> Counter[str]:
+    """How often the facts name each answer: the classes of an encoder."""
+    return Counter(name for fact in facts for name in (fact.answer, fact.alternative) if name)
+
+
 def _together(sets: Sequence[FactSet]) -> list[Fact]:
     """The facts of all files; of one prompt the first answer counts."""
     known = [fact for one in sets for fact in one]
@@ -241,9 +247,13 @@ def _split(facts: list[Fact], settings: FinetuneSettings) -> tuple[list[Fact], l
     )
 
 
-def _digest(facts: Sequence[Fact], asked: Asked, model: str) -> str:
-    rows = [[(q.prompt, q.answer) for q in _questions(fact, asked)] for fact in facts]
-    return hashlib.sha256(repr((model, rows)).encode()).hexdigest()
+def _digest(facts: Sequence[Fact], asked: Asked, model: str, encoder: Encoder) -> str:
+    """Of all that labels, order and split depend on."""
+    rows = [
+        (fact.subject, [(q.prompt, q.answer) for q in _questions(fact, asked)]) for fact in facts
+    ]
+    read_as = (encoder.end_of_answer, encoder.reading)
+    return hashlib.sha256(repr((model, read_as, rows)).encode()).hexdigest()
 
 
 def _put(loaded: LoadedModel, folder: Path, about: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from malmend.editors.checkpoint import SavedEditor, load_editor, save_editor
 from malmend.editors.settings import EditorSettings
 from malmend.editors.training import StepRecord, Trainer, TrainSettings, estimate_seconds
 from malmend.errors import EditorError, MalmendError
+from malmend.facts.encoded import settled
 from malmend.facts.fact import Fact, FactSet, Question, subject_hash
 from malmend.facts.lint import leaks
 from malmend.facts.readers import read_questions
@@ -22,15 +23,14 @@ from malmend.material import calibrated
 from malmend.models.load import LoadedModel
 from malmend.models.store import ActivationStore
 from malmend.models.trunk import TrunkSettings
+from malmend.progress import Progress, silent
 from malmend.workbench import (
-    Progress,
     Workbench,
     aimed,
     checked_facts,
     encoder_for,
     lay_out,
     opened,
-    silent,
     trunk_folder,
 )
 
@@ -106,6 +106,8 @@ def train(
     _check(folder, len(known), settings)
     writable_folder(folder)  # before the model is loaded, but only once the facts are good
     loaded = opened(model, dtype)
+    # What "auto" stands for is said in the editor's folder, and may be given when resuming.
+    editor = replace(editor, tokens=settled(editor.tokens, loaded.reading.form))
     sites = editor.sites_in(loaded.model)
     bench = lay_out(loaded, sites, editor.end_of_answer, trunk=trunk)
     known = aimed(bench, known, away)

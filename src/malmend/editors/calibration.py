@@ -18,7 +18,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from malmend.editors.editor import Editor, SiteStatistics
-from malmend.editors.keymoments import key_moments, others_of, passages_of
+from malmend.editors.keymoments import end_of, key_moments, others_of, passages_of
 from malmend.editors.metaloss import Judged, meta_loss
 from malmend.editors.settings import EditorSettings
 from malmend.errors import MalmendError
@@ -38,8 +38,9 @@ from malmend.models.capture import Captured, capture, token_counts
 from malmend.models.trunk import Trunk
 from malmend.numerics.moments import RunningMoments
 from malmend.patch import shifted
+from malmend.progress import Progress, counted, silent
 
-FORMAT = 7
+FORMAT = 8
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def calibrate(
     facts: Sequence[Fact],
     text: str,
     settings: CalibrationSettings = CalibrationSettings(),
-    progress: Callable[[str, float], None] = lambda stage, share: None,
+    progress: Progress = silent,
     general: Sequence[Question] = (),
 ) -> Calibration:
     """Finds a model's statistics and starting values.
@@ -135,7 +136,7 @@ def calibrate(
         encoder.encode_all(fact.question for fact in moment_facts),
         editor_settings.tokens,
         editor_settings.descent,
-        _counted(progress, "value gradients of calibration facts", len(moment_facts)),
+        counted(progress, "value gradients of calibration facts", len(moment_facts)),
     )
     moments = key_moments(
         trunk,
@@ -166,7 +167,9 @@ def calibrate(
     )
     if editor_settings.eta is not None:
         return start
-    far = encoder.encode_all(general) or [_end_of(one, settings) for one in reversed(passages)]
+    far = encoder.encode_all(general) or [
+        end_of(one, settings.unrelated_tokens) for one in reversed(passages)
+    ]
     unrelated = _unrelated(encoder, moment_facts[: settings.search_facts], far)
     return _search(
         trunk,
@@ -191,14 +194,6 @@ def _unrelated(encoder: Encoder, facts: Sequence[Fact], far: Sequence[Encoded]) 
     return questions
 
 
-def _end_of(passage: Encoded, settings: CalibrationSettings) -> Encoded:
-    """A line of text as a question: its last tokens are the answer, where there is to be one."""
-    if passage.form == "classes":
-        return passage
-    cut = max(1, len(passage.ids) - settings.unrelated_tokens)
-    return replace(passage, answer_start=cut)
-
-
 def _search(
     trunk: Trunk,
     encoder: Encoder,
@@ -208,7 +203,7 @@ def _search(
     captured: Sequence[Captured],
     start: Calibration,
     settings: CalibrationSettings,
-    progress: Callable[[str, float], None],
+    progress: Progress,
 ) -> Calibration:
     """Edits the first facts with every (eta, alpha) and keeps the pair of least meta-loss."""
     facts = facts[: settings.search_facts]
@@ -246,19 +241,6 @@ def _search(
     return replace(start, eta=best["eta"], weights=weights, tried=tuple(tried))
 
 
-def _counted(
-    progress: Callable[[str, float], None], stage: str, total: int
-) -> Callable[[int], None]:
-    done = 0
-
-    def count(more: int) -> None:
-        nonlocal done
-        done += more
-        progress(stage, done / max(total, 1))
-
-    return count
-
-
 def calibration_key(
     fingerprint: str,
     trunk: Trunk,
@@ -269,9 +251,12 @@ def calibration_key(
     general: Sequence[Question] = (),
 ) -> str:
     """A name for the calibration that these inputs give."""
+
+    def rows(questions: Sequence[Question]) -> list[tuple[str, str | None]]:
+        return [(question.prompt, question.answer) for question in questions]
+
     used = [
-        (f.prompt, f.answer, f.paraphrases, [(q.prompt, q.answer) for q in others_of(f)])
-        for f in facts
+        (f.prompt, f.answer, f.paraphrases, rows(f.neighbours), rows(f.unrelated)) for f in facts
     ]
     what = {
         "format": FORMAT,
@@ -280,7 +265,7 @@ def calibration_key(
         "editor": {**asdict(editor_settings), "network": None},
         "settings": asdict(settings),
         "facts": used,
-        "general": [(q.prompt, q.answer) for q in general],
+        "general": rows(general),
         "text": hashlib.sha256(text.encode()).hexdigest(),
     }
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]

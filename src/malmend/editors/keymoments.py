@@ -16,7 +16,8 @@ Shape letters: N tokens, K key width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from malmend.facts.fact import Fact, Question
 from malmend.facts.tokens import Encoder
 from malmend.models.capture import tracing
 from malmend.models.trunk import Batch, Trunk
+from malmend.progress import Progress, silent
 
 WORDINGS = 3  # paraphrases of a fact: some have dozens, which say little more
 
@@ -40,7 +42,7 @@ def key_moments(
     most_tokens: int,
     general: Sequence[Question] = (),
     tokens: Tokens = "auto",
-    progress: Callable[[str, float], None] = lambda stage, share: None,
+    progress: Progress = silent,
 ) -> dict[str, list[Tensor]]:
     """For each term the second moment of every site, K x K in float64.
 
@@ -82,6 +84,19 @@ def passages_of(encoder: Encoder, text: str) -> list[Encoded]:
     return passages
 
 
+def end_of(passage: Encoded, tokens: int) -> Encoded:
+    """A line of text as a question: its last tokens are the answer, where there is to be one."""
+    if passage.form == "classes":
+        return passage
+    return replace(passage, answer_start=max(1, len(passage.ids) - tokens))
+
+
+def first_of(passages: Sequence[Encoded], most_tokens: int) -> list[Encoded]:
+    """The first passages, until they have so many tokens, each one's first left out."""
+    sizes = torch.tensor([len(one.ids) - 1 for one in passages]).cumsum(0)
+    return list(passages[: int((sizes < most_tokens).sum()) + 1])
+
+
 def others_of(fact: Fact) -> tuple[Question, ...]:
     """Questions about other subjects, near ones first."""
     return (*fact.neighbours, *fact.unrelated)
@@ -92,11 +107,10 @@ def text_moment(
     trunk: Trunk,
     passages: Sequence[Encoded],
     most_tokens: int,
-    progress: Callable[[str, float], None] = lambda stage, share: None,
+    progress: Progress = silent,
 ) -> list[Tensor]:
     """C_text of every site: the mean of k k^T over the text but each line's first token."""
-    sizes = torch.tensor([len(one.ids) - 1 for one in passages]).cumsum(0)
-    questions = passages[: int((sizes < most_tokens).sum()) + 1]
+    questions = first_of(passages, most_tokens)
     totals, done = _Totals(trunk), 0
     for indices, batch in trunk.batches(questions):
         totals.add(_keys(trunk, batch, "all"))

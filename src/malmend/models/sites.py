@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import fnmatch
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -99,8 +100,8 @@ def find_sites(
             f"{layers} layers were to be edited, expected 1 to {shortest}, the number of blocks "
             "of this model; change --layers."
         )
-    order = _executed_matrices(model, stacks)
-    sites = []
+    runs = _run_matrices(model, stacks)
+    order, sites = list(runs), []
     for stack in stacks:
         for index in range(len(stack.blocks) - layers, len(stack.blocks)):
             block = f"{stack.prefix}.{index}"
@@ -114,7 +115,8 @@ def find_sites(
             name = _second(model, block, mine)
             if linear == "first":
                 name = _first(model, block, mine[:-1], name)
-            sites.append(_checked_site(model, name, stack.in_encoder))
+            sites.append(_checked_site(model, name, stack))
+            _check_runs(model, name, stack, runs)
     return tuple(sites)
 
 
@@ -164,6 +166,21 @@ def _width(model: PreTrainedModel) -> int:
 
 
 def _named_sites(model: PreTrainedModel, pattern: str) -> tuple[Site, ...]:
+    sites = linear_sites(model, pattern)
+    runs = _run_matrices(model, find_stacks(model))
+    for site in sites:
+        _check_runs(model, site.name, stack_of(model, site.name), runs)
+    return sites
+
+
+def linear_sites(model: PreTrainedModel, pattern: str) -> tuple[Site, ...]:
+    """The linear layers of the blocks by name, for methods that read no keys of theirs.
+
+    So they may be experts, or read another half's tokens.
+
+    Raises:
+        ModelError: no such layer, or one whose weight is not a plain parameter of its own.
+    """
     linears = [name for name, module in model.named_modules() if _is_linear(module)]
     chosen = fnmatch.filter(linears, pattern)
     if not chosen:
@@ -171,7 +188,7 @@ def _named_sites(model: PreTrainedModel, pattern: str) -> tuple[Site, ...]:
             f"No linear layer is named {pattern!r}{nearest(pattern, linears) or '.'} "
             "Give a name, or a pattern with *, from `malmend inspect`."
         )
-    return tuple(_checked_site(model, name, stack_of(model, name).in_encoder) for name in chosen)
+    return tuple(_checked_site(model, name, stack_of(model, name)) for name in chosen)
 
 
 def stack_of(model: PreTrainedModel, name: str) -> Stack:
@@ -188,8 +205,8 @@ def stack_of(model: PreTrainedModel, name: str) -> Stack:
     raise ModelError(f"{name} lies outside the blocks {inside}, choose a layer in them.")
 
 
-def _checked_site(model: PreTrainedModel, name: str, in_encoder: bool) -> Site:
-    site = Site(name, model.get_submodule(name), in_encoder)
+def _checked_site(model: PreTrainedModel, name: str, stack: Stack) -> Site:
+    site = Site(name, model.get_submodule(name), stack.in_encoder)
     weight = site.weight
     shared = [
         other
@@ -241,10 +258,39 @@ def _has_matrix(module: nn.Module) -> bool:
     return any(tensor.ndim >= 2 for tensor in own)
 
 
+def _check_runs(
+    model: PreTrainedModel, name: str, stack: Stack, runs: Mapping[str, list[int]]
+) -> None:
+    block = ".".join(name.split(".")[: stack.prefix.count(".") + 2])
+    if runs.get(name) != runs[block] or _is_one_of_several(model, name, block):
+        raise ModelError(
+            f"{name} does not see every token once (it may be an expert of a mixture, or be "
+            "skipped), which editing needs; choose another layer with --sites, such as the "
+            "attention's output."
+        )
+
+
+def _is_one_of_several(model: PreTrainedModel, name: str, block: str) -> bool:
+    """Whether a list inside the block holds the layer's part beside others of its class."""
+    parts = name.removeprefix(f"{block}.").split(".")
+    for depth in range(len(parts) - 1):
+        held = model.get_submodule(".".join([block, *parts[: depth + 1]]))
+        kinds = [type(child) for child in held.children()]
+        if (
+            isinstance(held, nn.ModuleList | nn.ModuleDict)
+            and kinds.count(type(held.get_submodule(parts[depth + 1]))) > 1
+        ):
+            return True
+    return False
+
+
 @torch.no_grad()
-def _executed_matrices(model: PreTrainedModel, stacks: Sequence[Stack]) -> list[str]:
-    """Names of the modules with matrices inside the blocks, in the order in which they end."""
-    form, order, last = form_of(model), list[str](), list[torch.Tensor]()
+def _run_matrices(model: PreTrainedModel, stacks: Sequence[Stack]) -> dict[str, list[int]]:
+    """How many tokens the blocks and their modules with matrices see, each time they are run.
+
+    Modules stand in the order in which they end, last runs counted.
+    """
+    form, runs, last = form_of(model), dict[str, list[int]](), list[torch.Tensor]()
     if model.device.type == "meta":
         raise ModelError(f"{type(model).__name__} is offloaded; load it whole onto one device.")
     for name, module in model.named_modules():
@@ -252,10 +298,18 @@ def _executed_matrices(model: PreTrainedModel, stacks: Sequence[Stack]) -> list[
             raise ModelError(
                 f"{name} is quantised ({type(module).__name__}); load the model unquantised."
             )
+
+    def count(_module: nn.Module, args: Any, keywords: Any, _out: Any, name: str) -> None:
+        seen = next((one for one in (*args, *keywords.values()) if torch.is_tensor(one)), None)
+        tokens = 0 if seen is None else seen.numel() // seen.shape[-1]
+        runs[name] = [*runs.pop(name, []), tokens]
+
+    blocks = {f"{stack.prefix}.{i}" for stack in stacks for i in range(len(stack.blocks))}
     handles = [
-        module.register_forward_hook(lambda *_, name=name: order.append(name))
+        module.register_forward_hook(partial(count, name=name), with_kwargs=True)
         for name, module in model.named_modules()
-        if name.startswith(tuple(f"{stack.prefix}." for stack in stacks)) and _has_matrix(module)
+        if name in blocks
+        or (name.startswith(tuple(f"{stack.prefix}." for stack in stacks)) and _has_matrix(module))
     ]
     final = stacks[-1].blocks[-1]
     handles.append(
@@ -268,6 +322,8 @@ def _executed_matrices(model: PreTrainedModel, stacks: Sequence[Stack]) -> list[
     try:
         logits = run(model, probe(model, (0, 1), (0, 2))).logits.float()
     except (RuntimeError, NotImplementedError, ValueError) as error:
+        if form == "classes" and model.config.pad_token_id is None:
+            raise _reads_rightwards(model) from error  # such a head looks for the last token
         raise ModelError(
             f"{type(model).__name__} cannot run ({reason(error)}), which finding its layers needs; "
             "load it whole, unquantised and in float32."
@@ -283,17 +339,21 @@ def _executed_matrices(model: PreTrainedModel, stacks: Sequence[Stack]) -> list[
     # Exactly alike, but for rounding, only where the first token sees no other: an encoder that
     # hardly tells these two prompts apart is one all the same.
     if form == "classes" and _same_start(last[0], 1e-6):
-        raise ModelError(
-            f"{type(model).__name__} reads from left to right, so that its first token says no "
-            f"class, expected {KINDS}."
-        )
+        raise _reads_rightwards(model)
     # Rounding may differ between the rows of a batch; a look ahead changes far more.
     if form == "causal" and not _same_start(logits, 1e-2):
         raise ModelError(
             f"{type(model).__name__} lets a token see the ones after it, expected {KINDS}; give "
             "another model, or fine-tune a classification head on it with malmend finetune."
         )
-    return order
+    return runs
+
+
+def _reads_rightwards(model: PreTrainedModel) -> ModelError:
+    return ModelError(
+        f"{type(model).__name__} reads from left to right, so that its first token says no class, "
+        f"expected {KINDS}."
+    )
 
 
 def _same_start(out_BTW: Tensor, share: float) -> bool:

@@ -1,8 +1,10 @@
-"""A small T5 is trained from scratch on facts until it knows them, then edited (MEND, Table 3).
+"""A small T5 or BART learns facts from scratch until it knows them, then is edited (MEND, Table 3).
 
-    python benchmarks/t5_from_scratch.py train    # benchmarks/out/t5, resumes where it was
-    python benchmarks/t5_from_scratch.py editor   # an editor for it, likewise
-    python benchmarks/t5_from_scratch.py edit     # 5, 25, 75 and 125 edits at once
+    python benchmarks/from_scratch.py train    # benchmarks/out/t5, resumes where it was
+    python benchmarks/from_scratch.py editor   # an editor for it, likewise
+    python benchmarks/from_scratch.py edit     # 5, 25, 75 and 125 edits at once
+
+With ``--family bart`` another model in another folder.
 
 Facts are of the project's own, each in two wordings.  Edits aim at the false alternatives.
 Success is sequence-wise (every token of the answer), over edit prompts and over paraphrases;
@@ -21,7 +23,14 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import malmend
 from malmend.commands.finetune import finetune
@@ -32,9 +41,10 @@ from malmend.facts.fact import Fact, Question
 from malmend.models.finetune import FinetuneSettings
 from malmend.workbench import shipped
 
-OUT = Path(__file__).resolve().parent / "out" / "t5"
+FOLDERS = Path(__file__).resolve().parent / "out"
 FACTS, LEARNED, SIZES, SEEDS = 1500, 1024, (5, 25, 75, 125), (0, 1, 2)
-SHAPE = {"d_model": 128, "d_kv": 32, "d_ff": 512, "num_layers": 3, "num_heads": 4}
+WIDTH, FFN, BLOCKS, HEADS = 128, 512, 3, 4
+RATES = {"t5": 1e-3, "bart": 5e-4}  # a BART normalises after its blocks, and learns nothing at 1e-3
 
 
 def known_facts() -> list[Fact]:
@@ -67,43 +77,83 @@ def write_facts(facts: Sequence[Fact], path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def start(facts: Sequence[Fact], folder: Path) -> None:
-    """A tokenizer of the facts' and the project's own words, and a T5 with random weights."""
+def random_model(family: str, vocabulary: int) -> PreTrainedModel:
+    """Three blocks on either side; a BART's decoder starts with its end token, as published."""
+    torch.manual_seed(0)
+    if family == "t5":
+        sizes = {"d_model": WIDTH, "d_kv": 32, "d_ff": FFN, "num_layers": BLOCKS}
+        return T5ForConditionalGeneration(
+            T5Config(
+                **sizes,
+                num_heads=HEADS,
+                vocab_size=vocabulary,
+                decoder_start_token_id=0,
+                dropout_rate=0.0,
+            )
+        )
+    return BartForConditionalGeneration(
+        BartConfig(
+            vocab_size=vocabulary,
+            d_model=WIDTH,
+            encoder_ffn_dim=FFN,
+            decoder_ffn_dim=FFN,
+            encoder_layers=BLOCKS,
+            decoder_layers=BLOCKS,
+            encoder_attention_heads=HEADS,
+            decoder_attention_heads=HEADS,
+            max_position_embeddings=128,
+            pad_token_id=0,
+            eos_token_id=1,
+            decoder_start_token_id=1,
+            bos_token_id=3,
+            forced_bos_token_id=3,
+            forced_eos_token_id=1,
+            dropout=0.0,
+            init_std=0.06,
+            scale_embedding=True,
+        )
+    )
+
+
+def start(facts: Sequence[Fact], folder: Path, family: str) -> None:
+    """A tokenizer of the facts' and the project's own words, and a model with random weights."""
+    begins = ["<s>"] if family == "bart" else []
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
     trainer = trainers.BpeTrainer(
-        vocab_size=6000, special_tokens=["<pad>", "</s>", "<unk>"], show_progress=False
+        vocab_size=6000, special_tokens=["<pad>", "</s>", "<unk>", *begins], show_progress=False
     )
     texts = [text for f in facts for text in (f.prompt, *f.paraphrases, f.answer, f.alternative)]
     texts += shipped("text.txt").read_text(encoding="utf-8").splitlines()
     tokenizer.train_from_iterator([text for text in texts if text], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", 1)]
+        single=" ".join([*begins, "$A", "</s>"]),
+        special_tokens=[("</s>", 1), *((token, 3) for token in begins)],
     )
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
-    torch.manual_seed(0)
-    model = T5ForConditionalGeneration(
-        T5Config(vocab_size=len(fast), decoder_start_token_id=0, dropout_rate=0.0, **SHAPE)
-    )
+    named = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    if begins:
+        named["bos_token"] = "<s>"
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named)
     fast.save_pretrained(folder)
-    model.save_pretrained(folder)
+    random_model(family, len(fast)).save_pretrained(folder)
 
 
-def train() -> None:
+def train(family: str) -> None:
     """Until every question is answered right, or the epochs end."""
-    facts, base = known_facts(), OUT / "start"
+    out = FOLDERS / family
+    facts, base = known_facts(), out / "start"
     if not (base / "config.json").is_file():
-        start(facts, base)
-    write_facts(facts, OUT / "facts.jsonl")
-    settings = FinetuneSettings(rate=1e-3, batch=64, epochs=80, validation=0.0, until=0.995)
+        start(facts, base, family)
+    write_facts(facts, out / "facts.jsonl")
+    settings = FinetuneSettings(
+        rate=RATES[family], batch=64, epochs=80, validation=0.0, until=0.995
+    )
 
     def show(record: object) -> None:
         print(record, flush=True)
 
-    finetune(str(base), OUT / "facts.jsonl", OUT / "model", settings, asked="all", stepped=show)
+    finetune(str(base), out / "facts.jsonl", out / "model", settings, asked="all", stepped=show)
 
 
 def learned(facts: Sequence[Fact]) -> list[Fact]:
@@ -116,16 +166,16 @@ def learned(facts: Sequence[Fact]) -> list[Fact]:
     ]
 
 
-def train_editor() -> None:
+def train_editor(out: Path) -> None:
     """Algorithm 2 on facts of which none is edited or asked later."""
 
     def show(record: object) -> None:
         print(record, flush=True)
 
     malmend.train(
-        str(OUT / "model"),
+        str(out / "model"),
         learned(known_facts()[:LEARNED]),
-        OUT / "editor",
+        out / "editor",
         alternative=True,
         editor=EditorSettings(layers=3),
         settings=TrainSettings(
@@ -136,12 +186,16 @@ def train_editor() -> None:
 
 
 def edit_all(
-    name: str, editor: str | Path, settings: EditorSettings | None, refine: RefineSettings
+    out: Path,
+    name: str,
+    editor: str | Path,
+    settings: EditorSettings | None,
+    refine: RefineSettings,
 ) -> list[dict]:
     """One row per size and seed."""
-    loaded = malmend.load_model(str(OUT / "model"))
+    loaded = malmend.load_model(str(out / "model"))
     facts = known_facts()
-    calibration = OUT / "calibration.jsonl"
+    calibration = out / "calibration.jsonl"
     write_facts(learned(facts[:LEARNED]), calibration)
     facts, rows = facts[LEARNED:], []
     for size in SIZES:
@@ -186,26 +240,31 @@ def edit_all(
 
 
 def main() -> None:
-    """Which of the three."""
+    """Which of the three, of which family."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=["train", "editor", "edit"])
-    what = parser.parse_args().what
-    if what != "edit":
-        (train if what == "train" else train_editor)()
+    parser.add_argument("--family", choices=["t5", "bart"], default="t5")
+    given = parser.parse_args()
+    out = FOLDERS / given.family
+    if given.what == "train":
+        train(given.family)
+        return
+    if given.what == "editor":
+        train_editor(out)
         return
     free = replace(training_free(), layers=3)
     once, twice, usual = RefineSettings(passes=1), RefineSettings(passes=2), RefineSettings()
     rows = []
-    if (OUT / "editor" / "editor.json").is_file():
-        rows += edit_all("malmen, trained", OUT / "editor", None, once)
-        rows += edit_all("malmen, trained, two passes", OUT / "editor", None, twice)
-    rows += edit_all("malmen", "none", free, once)
-    rows += edit_all("malmen, two passes", "none", free, twice)
-    rows += edit_all("malmen, up to four", "none", free, usual)
-    rows += edit_all("sum", "none", replace(free, method="mend"), once)
+    if (out / "editor" / "editor.json").is_file():
+        rows += edit_all(out, "malmen, trained", out / "editor", None, once)
+        rows += edit_all(out, "malmen, trained, two passes", out / "editor", None, twice)
+    rows += edit_all(out, "malmen", "none", free, once)
+    rows += edit_all(out, "malmen, two passes", "none", free, twice)
+    rows += edit_all(out, "malmen, up to four", "none", free, usual)
+    rows += edit_all(out, "sum", "none", replace(free, method="mend"), once)
     for side in ("encoder", "decoder"):
-        rows += edit_all(f"{side} only", "none", replace(free, side=side), twice)
-    (OUT / "edits.json").write_text(json.dumps(rows, indent=2))
+        rows += edit_all(out, f"{side} only", "none", replace(free, side=side), twice)
+    (out / "edits.json").write_text(json.dumps(rows, indent=2))
 
 
 if __name__ == "__main__":

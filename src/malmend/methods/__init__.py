@@ -1,0 +1,1 @@
+"""From a model and facts to one weight shift per site: a method each file."""

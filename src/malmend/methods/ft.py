@@ -1,0 +1,151 @@
+"""Fine-tuning on the edits alone (FT; MALMEN, appendix A.5), and beside text (FT+KL; MEND).
+
+    minimise over W    mean over facts of -log p(answer | prompt)
+                       + locality * mean over passages of KL(unedited || tuned)
+
+by AdamW over the feed-forward layers of the last blocks, everything else as it was.  The shift is
+what W moved by, weight decay included.
+
+Deviations: the published text does not say how many facts make a step; here it is ``batch``.  Of a
+gated feed-forward the gate stays.  The passages are ends of lines of the package's own text, the
+KL is taken at their last tokens.
+
+Shape letters: V value width, K key width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from malmend.editors.calibration import CalibrationSettings
+from malmend.editors.keymoments import end_of, first_of, passages_of
+from malmend.editors.metaloss import Judged, meta_loss
+from malmend.errors import EditorError, ModelError
+from malmend.facts.fact import Fact
+from malmend.facts.readers import read_text
+from malmend.facts.tokens import EndOfAnswer
+from malmend.methods.epochs import batches
+from malmend.methods.method import Found
+from malmend.models.sites import Site, find_sites
+from malmend.patch import shifted
+from malmend.progress import Progress, counted
+from malmend.workbench import Workbench, shipped
+
+LAST = 5  # tokens at a passage's end at which the KL is taken
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """FT, and with ``locality`` above 0 FT+KL.
+
+    Attributes:
+        layers: tune the feed-forward layers of this many last blocks.
+        rate: AdamW's learning rate.
+        decay: AdamW's weight decay.
+        epochs: how often each fact is seen.
+        batch: facts per step.
+        locality: weight of the KL on text, of which each step reads as many passages as facts.
+        seed: of the order.
+        end_of_answer: what is trained after an answer, "eos", "newline" or "none".
+    """
+
+    layers: int = 3
+    rate: float = 5e-4
+    decay: float = 5e-4
+    epochs: int = 5
+    batch: int = 8
+    locality: float = 0.0
+    seed: int = 0
+    end_of_answer: EndOfAnswer = "eos"
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "epochs", "batch"):
+            if getattr(self, name) < 1:
+                raise EditorError(f"ft.{name} is {getattr(self, name)}, expected 1 or more.")
+        for name in ("rate", "decay", "locality"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise EditorError(
+                    f"ft.{name} is {getattr(self, name)}, expected a number of at least 0."
+                )
+
+    @property
+    def name(self) -> Literal["ft", "ft-kl"]:
+        """As tables and patches call it."""
+        return "ft-kl" if self.locality else "ft"
+
+    def sites_in(self, model: PreTrainedModel) -> tuple[Site, ...]:
+        """Both layers of each feed-forward block, or the second of one whose first is fused."""
+        seconds = find_sites(model, self.layers)
+        try:
+            firsts = find_sites(model, self.layers, linear="first")
+        except ModelError:
+            return seconds
+        pairs = zip(firsts, seconds, strict=True)
+        return tuple(site for pair in pairs for site in pair)
+
+    def find(self, bench: Workbench, facts: Sequence[Fact], progress: Progress) -> Found:
+        """Every fact ``epochs`` times."""
+        trunk, sites = bench.trunk, bench.trunk.sites
+        judged = [Judged(bench.encoder.encode(fact.question)) for fact in facts]
+        passages = self._passages(bench) if self.locality else []
+        start = [site.oriented(site.weight.detach().to(trunk.wide)).cpu() for site in sites]
+        weights = [nn.Parameter(weight_VK.clone()) for weight_VK in start]
+        optimiser = torch.optim.AdamW(weights, self.rate, weight_decay=self.decay)
+        count = counted(progress, "fine-tuning", self.epochs * len(judged))
+        order = batches(len(judged), self.batch, self.epochs, self.seed)
+        losses = []
+        for step, batch in enumerate(order):
+            asked = [judged[index] for index in batch]
+            if passages:
+                asked = [
+                    replace(one, unrelated=other.unrelated, unedited_AH=other.unedited_AH)
+                    for one, other in zip(asked, _turn(passages, step, len(asked)), strict=True)
+                ]
+            with shifted(list(sites), _moved(sites, weights, start)):
+                loss = meta_loss(trunk, asked, self.locality)
+            losses.append(loss.total)
+            for site, weight in zip(sites, weights, strict=True):
+                weight.grad = loss.shift_grads[site.name].to(weight.dtype)
+            optimiser.step()
+            count(len(batch))
+        shifts = {
+            site.name: weight.detach().double() - before.double()
+            for site, weight, before in zip(sites, weights, start, strict=True)
+        }
+        return Found(shifts, max(min(site.shape_VK) for site in sites), {"losses": losses})
+
+    def _passages(self, bench: Workbench) -> list[Judged]:
+        """Ends of lines of the package's own text, with what the unedited model says there.
+
+        Of the lines that a prior reads: the others are what perplexity is measured on.
+        """
+        lines = passages_of(bench.encoder, read_text(shipped("text.txt")))
+        read = first_of(lines, CalibrationSettings().text_tokens)
+        ends = [end_of(line, LAST) for line in read]
+        states = bench.trunk.unedited_states(ends)
+        return [Judged(one, one, known) for one, known in zip(ends, states, strict=True)]
+
+
+def _turn(passages: Sequence[Judged], step: int, count: int) -> list[Judged]:
+    return [passages[(step * count + at) % len(passages)] for at in range(count)]
+
+
+def _moved(
+    sites: Sequence[Site], weights: Sequence[Tensor], start: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    pairs = zip(sites, weights, start, strict=True)
+    return {site.name: weight.detach() - before for site, weight, before in pairs}
+
+
+@dataclass(frozen=True)
+class FineTuningKL(FineTuning):
+    """FT+KL: the same fields, text held by default."""
+
+    locality: float = 1.0

@@ -1,0 +1,141 @@
+"""Fine-tuning of a low-rank adapter (LoRA) by PEFT: what many would try first.
+
+    W = W_0 + (alpha / rank) B A,   minimise over A, B   mean over facts of -log p(answer | prompt)
+
+by AdamW, beside every linear layer of every block, as PEFT's "all-linear" does.  The adapter is
+then taken off the model and becomes the patch, of its rank.  Not a system of the papers.
+
+Shape letters: V value width, K key width.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from malmend.errors import EditorError
+from malmend.facts.encoded import collate
+from malmend.facts.fact import Fact
+from malmend.facts.tokens import EndOfAnswer
+from malmend.methods.epochs import batches
+from malmend.methods.method import Found
+from malmend.models.forms import answer_logits, find_stacks
+from malmend.models.sites import Site, linear_sites
+from malmend.numerics.losses import answer_nll
+from malmend.progress import Progress, counted
+from malmend.workbench import Workbench
+
+ADAPTER = "default"  # PEFT's name for an adapter without one
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The adapter and how it is trained.
+
+    Attributes:
+        rank: of A and B.
+        alpha: scale of the adapter, in multiples of 1 / rank.
+        rate: AdamW's learning rate.
+        epochs: how often each fact is seen.
+        batch: facts per step.
+        sites: name or shell pattern of the layers; null for every linear layer of every block.
+        seed: of A and of the order.
+        end_of_answer: what is trained after an answer, "eos", "newline" or "none".
+    """
+
+    rank: int = 8
+    alpha: int = 16
+    rate: float = 1e-3
+    epochs: int = 10
+    batch: int = 8
+    sites: str | None = None
+    seed: int = 0
+    end_of_answer: EndOfAnswer = "eos"
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "alpha", "epochs", "batch"):
+            if getattr(self, name) < 1:
+                raise EditorError(f"lora.{name} is {getattr(self, name)}, expected 1 or more.")
+        if not 0 < self.rate < math.inf:
+            raise EditorError(f"lora.rate is {self.rate}, expected a number above 0.")
+
+    @property
+    def name(self) -> Literal["lora"]:
+        """As tables and patches call it."""
+        return "lora"
+
+    def sites_in(self, model: PreTrainedModel) -> tuple[Site, ...]:
+        """Every linear layer of every block, or those of the pattern."""
+        if self.sites is not None:
+            return linear_sites(model, self.sites)
+        patterns = [f"{stack.prefix}.*" for stack in find_stacks(model)]
+        return tuple(site for one in patterns for site in linear_sites(model, one))
+
+    def find(self, bench: Workbench, facts: Sequence[Fact], progress: Progress) -> Found:
+        """Every fact ``epochs`` times, through the whole model."""
+        model, sites = bench.loaded.model, bench.trunk.sites
+        questions = bench.encoder.encode_all(fact.question for fact in facts)
+        count = counted(progress, "training the adapter", self.epochs * len(questions))
+        losses = []
+        with self._adapted(model, sites), torch.enable_grad():
+            learned = [one for one in model.parameters() if one.requires_grad]
+            optimiser = torch.optim.AdamW(learned, self.rate)
+            for batch in batches(len(questions), self.batch, self.epochs, self.seed):
+                tokens = collate([questions[index] for index in batch])
+                labels_A = tokens.labels_A.to(model.device)
+                loss = answer_nll(answer_logits(model, tokens), labels_A).sum() / len(batch)
+                optimiser.zero_grad(set_to_none=True)
+                loss.backward()
+                optimiser.step()
+                losses.append(loss.item())
+                count(len(batch))
+            shifts = _deltas(model, sites)
+        return Found(shifts, self.rank, {"losses": losses})
+
+    @contextmanager
+    def _adapted(self, model: PreTrainedModel, sites: Sequence[Site]) -> Iterator[None]:
+        """The adapter beside the layers inside the block, the model itself afterwards."""
+        from peft import LoraConfig, get_peft_model  # takes seconds, which only this method owes
+
+        config = LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,
+            target_modules=[site.name for site in sites],
+            fan_in_fan_out=any(site.is_transposed for site in sites),
+        )
+        flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an old name
+            torch.manual_seed(self.seed)
+            adapted = get_peft_model(model, config)
+        try:
+            yield
+        finally:
+            adapted.unload()
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+
+
+def _deltas(model: PreTrainedModel, sites: Sequence[Site]) -> dict[str, Tensor]:
+    """What the adapter adds to each layer, V x K, float64."""
+    from peft.tuners.lora import LoraLayer
+
+    layers: dict[str, Any] = {
+        name: one for name, one in model.named_modules() if isinstance(one, LoraLayer)
+    }
+    deltas = {}
+    for site in sites:
+        layer = layers[site.name]
+        # In float64 from the factors, so that the shift's rank is theirs.
+        left_VR = layer.lora_B[ADAPTER].weight.detach().cpu().double()
+        right_RK = layer.lora_A[ADAPTER].weight.detach().cpu().double()
+        deltas[site.name] = layer.scaling[ADAPTER] * left_VR @ right_RK
+    return deltas

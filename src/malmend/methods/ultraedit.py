@@ -1,0 +1,110 @@
+"""UltraEdit: normalised gradients in place of a network, then least squares (Gu et al., 2025).
+
+With keys u_j and value gradients g_j of the answer tokens, mean and spread of both by dimension
+over all tokens so far (those of the present batch included),
+
+    u^_j = (u_j - mean_u) / std_u,   g^_j = (g_j - mean_g) / std_g
+    d_j  = -eta |u^_j|^2 g^_j,       S = D U^T (U U^T + lambda I)^-1,   lambda = 1
+
+Nothing is trained.  Facts come in batches of ``batch``: each is captured on the model as the ones
+before it left it, and its shift is added to theirs; the mean and spread go on.
+
+Deviations: eta is 1e-3, for at the 1e-6 of models of billions no answer of SmolLM2 changes
+(docs/results.md).  A dimension that does not vary is not blown up (numerics/moments.py), so that a
+single token, of which no spread is known, keeps its gradient's own scale.
+
+Shape letters: N tokens, K key width, V value width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from malmend.errors import EditorError
+from malmend.facts.encoded import Tokens
+from malmend.facts.fact import Fact
+from malmend.facts.tokens import EndOfAnswer
+from malmend.methods.method import Found
+from malmend.models.capture import Captured, capture
+from malmend.models.sites import Linear, Site, find_sites
+from malmend.numerics.moments import RunningMoments
+from malmend.numerics.ridge import Prior, RidgeFactor
+from malmend.patch import shifted
+from malmend.progress import Progress, counted
+from malmend.workbench import Workbench
+
+
+@dataclass(frozen=True)
+class UltraEdit:
+    """UltraEdit's settings.
+
+    Attributes:
+        eta: length of a move, for keys and gradients of unit spread.
+        ridge: lambda, the weight of the shift's own square.
+        batch: facts that are solved together; null for all in one.
+        layers: edit a feed-forward layer of this many last blocks; null for six.
+        linear: which layer of the block, "second" or "first".
+        tokens: which tokens are captured, "answer", "all" or "auto".
+        end_of_answer: what is trained after an answer, "eos", "newline" or "none".
+    """
+
+    eta: float = 1e-3
+    ridge: float = 1.0
+    batch: int | None = None
+    layers: int | None = None
+    linear: Linear = "second"
+    tokens: Tokens = "auto"
+    end_of_answer: EndOfAnswer = "eos"
+
+    def __post_init__(self) -> None:
+        for name in ("eta", "ridge"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise EditorError(
+                    f"ultraedit.{name} is {getattr(self, name)}, expected a number above 0."
+                )
+        if self.batch is not None and self.batch < 1:
+            raise EditorError(
+                f"ultraedit.batch is {self.batch}, expected 1 or more, or null for all at once."
+            )
+
+    @property
+    def name(self) -> Literal["ultraedit"]:
+        """As tables and patches call it."""
+        return "ultraedit"
+
+    def sites_in(self, model: PreTrainedModel) -> tuple[Site, ...]:
+        """One feed-forward layer of each of the last blocks."""
+        return find_sites(model, self.layers, linear=self.linear)
+
+    def find(self, bench: Workbench, facts: Sequence[Fact], progress: Progress) -> Found:
+        """Batch after batch."""
+        sites = bench.trunk.sites
+        questions = bench.encoder.encode_all(fact.question for fact in facts)
+        size = self.batch or len(questions)
+        known = [tuple(map(RunningMoments, reversed(site.shape_VK))) for site in sites]
+        shifts = {site.name: torch.zeros(site.shape_VK, dtype=torch.float64) for site in sites}
+        count, rows = counted(progress, "keys and value gradients", len(questions)), 0
+        for start in range(0, len(questions), size):
+            part = questions[start : start + size]
+            with shifted(list(sites), shifts):
+                captured = capture(bench.trunk, part, self.tokens, None, count)
+            for site, pair, (keys, grads) in zip(sites, captured, known, strict=True):
+                keys.add(pair.keys_NK)
+                grads.add(pair.value_grads_NV)
+                shifts[site.name] = shifts[site.name] + self._solved(pair, keys, grads)
+            rows += max(len(pair.keys_NK) for pair in captured)
+        return Found(shifts, rows)
+
+    def _solved(self, pair: Captured, keys: RunningMoments, grads: RunningMoments) -> Tensor:
+        """One site's shift for a batch."""
+        keys_NK, grads_NV = pair.keys_NK.double(), pair.value_grads_NV.double()
+        gain_N1 = ((keys_NK - keys.mean_F) / keys.std()).square().sum(1, keepdim=True)
+        diffs_NV = -self.eta * gain_N1 * (grads_NV - grads.mean_F) / grads.std()
+        return RidgeFactor(keys_NK, Prior(self.ridge)).shift(diffs_NV)

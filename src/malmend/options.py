@@ -1,0 +1,175 @@
+"""Options of commands: derived from functions and settings, parsed, and refused in one sentence.
+
+Everything is by jsonargparse; here is only what it leaves: hyphens, switches that stand alone,
+nested settings put together, and its errors in plain words.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Collection
+from typing import Any, Literal, NoReturn
+
+from malmend.errors import MalmendError
+
+
+def parser_of(command: str, what: str) -> Any:
+    """A parser whose errors are ours and whose options are written with hyphens."""
+    from jsonargparse import ArgumentParser
+    from jsonargparse import DefaultHelpFormatter as Formatter
+
+    class Hyphens(Formatter):
+        def _format_action_invocation(self, action: Any) -> str:
+            shown = super()._format_action_invocation(action)
+            return re.sub(r"--[\w.]+", lambda found: found[0].replace("_", "-"), shown)
+
+    class Parser(ArgumentParser):
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+            raise MalmendError(_usage_error(command, message, self))
+
+    return Parser(
+        prog=f"malmend {command}",
+        description=what,
+        formatter_class=Hyphens,
+        usage=f"malmend {command} [options] ...",
+        print_config=None,
+    )
+
+
+def derive(parser: Any, function: Callable[..., Any], skip: set[str]) -> None:
+    """The function's own parameters as options, with its docstring as help."""
+    parser.add_function_arguments(
+        function, skip=skip | {"progress", "calibration"}, fail_untyped=False
+    )
+
+
+def add_editor_settings(parser: Any, skip: Collection[str] = ()) -> None:
+    """The fields of EditorSettings as options."""
+    from malmend.editors.settings import EditorSettings
+
+    parser.add_class_arguments(EditorSettings, skip=set(skip))
+
+
+def add_methods(parser: Any) -> None:
+    """``--method``, and each method's settings under its name, as ``--ft.rate``."""
+    from malmend.methods.table import METHODS
+
+    names = ("malmen", "mend", *METHODS)
+    parser.add_argument(
+        "--method",
+        type=Literal[names],
+        default="malmen",
+        help="what edits: least squares or the sum of an editor's shifts, or another method",
+    )
+    for name, kind in METHODS.items():
+        parser.add_class_arguments(kind, name.replace("-", "_"))
+
+
+def take_method(given: dict[str, Any]) -> Any:
+    """Takes the methods' settings out of the parsed options: the chosen method, None for an editor.
+
+    Raises:
+        MalmendError: settings of a method that was not chosen.
+    """
+    from malmend.methods.table import METHODS
+
+    chosen = None
+    for name, kind in METHODS.items():
+        method = kind(**given.pop(name.replace("-", "_")))
+        if name == given["method"]:
+            chosen = method
+        elif method != kind():
+            raise MalmendError(
+                f"--{name}.* are settings of the method {name}, and the method is "
+                f"{given['method']}; give --method {name}, or leave them out."
+            )
+    if chosen is not None:
+        given["method"] = "malmen"  # of the editor's settings, which then must be untouched
+    return chosen
+
+
+def take_editor_settings(given: dict[str, Any], network: bool) -> Any:
+    """Takes the fields of EditorSettings out of the parsed options."""
+    from malmend.editors.network import NetworkSettings
+    from malmend.editors.settings import EditorSettings
+    from malmend.models.capture import Descent
+
+    names = [name for name in EditorSettings.__dataclass_fields__ if name != "network" or network]
+    values = {name: given.pop(name) for name in names}
+    if isinstance(values["descent"], dict):
+        values["descent"] = Descent(**values["descent"])
+    values["network"] = (
+        NetworkSettings(**values["network"]) if network else NetworkSettings(blocks=0)
+    )
+    return EditorSettings(**values)
+
+
+def flat(values: dict[str, Any]) -> dict[str, Any]:
+    """Defaults for a parser: nested dataclasses by dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if name == "network":
+            flat |= {f"network.{part}": one for part, one in vars(value).items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def parse(parser: Any, arguments: list[str]) -> dict[str, Any]:
+    """Options as plain values; ``--facts-per-step`` and ``--facts_per_step`` are the same."""
+    from malmend.editors.refine import RefineSettings
+    from malmend.models.trunk import TrunkSettings
+
+    spelt = [
+        re.sub(r"^--[^=]*", lambda found: "--" + found[0][2:].replace("-", "_"), one)
+        for one in arguments
+    ]
+    defaults = parser.get_defaults().as_dict()
+    for index, (one, following) in enumerate(zip(spelt, [*spelt, ""][1:], strict=True)):
+        # A switch may stand alone: --strict is --strict=true.
+        if isinstance(defaults.get(one[2:]), bool) and following not in ("true", "false"):
+            spelt[index] = f"{one}=true"
+    try:
+        given = parser.parse_args(spelt).as_dict()
+    except UnicodeDecodeError as error:
+        raise MalmendError(
+            f"The --config file is not UTF-8 text ({error.reason} at {error.start}); "
+            "give a YAML file."
+        ) from error
+    for name, kind in (("trunk", TrunkSettings), ("refine", RefineSettings)):
+        if name in given:
+            given[name] = kind(**given[name])
+    return given
+
+
+def _usage_error(command: str, message: str, parser: Any) -> str:
+    """One sentence out of argparse's message, with the nearest option for a wrong one."""
+    text = " ".join(message.split())
+    options = [option for action in parser._actions for option in action.option_strings]
+    options = [option.replace("_", "-") for option in options if option.startswith("--")]
+    missing = re.match(r"the following arguments are required: (.*)", text)
+    if missing is not None:  # the parser leaves the hyphens of options out
+        names = [name.replace("_", "-") for name in missing[1].split(", ")]
+        named = [f"--{name}" if f"--{name}" in options else name.upper() for name in names]
+        return f"{', '.join(named)} must be given; see malmend {command} --help."
+    wrong = re.search(r"[Uu]nrecognized arguments: (\S+)", text)
+    if wrong is None:
+        return f"{_bad_value(text) or text.rstrip('.')}; see malmend {command} --help."
+    name = wrong[1].split("=")[0].replace("_", "-")
+    close = difflib.get_close_matches(name, options, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else "."
+    return f"There is no option {name!r} of malmend {command}{hint} See malmend {command} --help."
+
+
+def _bad_value(text: str) -> str | None:
+    """A parser's complaint about a value, in plain words: option, value and what was expected."""
+    found = re.match(r'Parser key "([\w.]+)": (.*)(?:Got value|Given value): (.*)$', text)
+    kinds = re.findall(r"Expected a (?:<class '(\w+)'>|typing\.Literal\[(.*?)\])", text)
+    if found is None or not kinds:
+        return None
+    names = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+    names["tuple"] = """a list such as '["one", "two"]'"""
+    wanted = [names.get(kind, kind) or choices for kind, choices in kinds if kind != "NoneType"]
+    option = found[1].replace("_", "-")
+    return f"--{option} is {found[3].rstrip('.')!r}, expected {' or '.join(wanted)}"
