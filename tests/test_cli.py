@@ -116,6 +116,7 @@ OPTIONS = {
         *("-h", "--help", "--out", "--asked", "--end-of-answer", "--limit", "--rate", "--batch"),
         *("--epochs", "--validation", "--patience", "--until", "--seed"),
     },
+    "bench": {"-h", "--help", "--out"},
     "inspect": MODEL | {"--layers", "--linear", "--side", "--sites"},
     "demo": {"-h", "--help", "--out", "--model", "--facts", "--spoken"},
 }

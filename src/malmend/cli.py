@@ -32,6 +32,7 @@ COMMANDS = {
     "ask": "let a model answer one prompt, with and without a patch",
     "finetune": "fine-tune a model on facts, so that it knows what is to be edited",
     "continuations": "make facts of a text: passages and the tokens that follow them",
+    "bench": "methods side by side: run a plan; bench table and bench plot show it",
     "inspect": "what is in a model, an editor, a patch or a facts file",
     "demo": "the main job on a real model, start to finish",
 }
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"malmend: {error.strerror or error}{what}.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        resumes = arguments[:1] in (["train"], ["finetune"])
+        resumes = arguments[:1] in (["train"], ["finetune"], ["bench"])
         hint = " Run the same command again to resume." if resumes else ""
         print(f"\nmalmend: interrupted; nothing half-written was left.{hint}", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -81,6 +82,7 @@ def _run(arguments: list[str]) -> int:
         "ask": _ask,
         "finetune": _finetune,
         "continuations": _continuations,
+        "bench": _bench,
         "inspect": _inspect,
         "demo": _demo,
     }
@@ -247,6 +249,30 @@ def _continuations(arguments: list[str]) -> None:
     parser.add_argument("--out", type=str, required=True, help="path of the facts file to write")
     derive(parser, continuations, {"model", "text", "out"})
     show.continued(continuations(**parse(parser, arguments)))
+
+
+def _bench(arguments: list[str]) -> None:
+    from malmend import show
+    from malmend.bench.run import bench, bench_plot, bench_table
+
+    if arguments[:1] == ["table"]:
+        parser = parser_of("bench table", "what a bench gave, as Markdown")
+        parser.add_argument("folder", type=str, help="folder that malmend bench wrote")
+        derive(parser, bench_table, {"folder"})
+        show.plain(bench_table(**parse(parser, arguments[1:])))
+        return
+    if arguments[:1] == ["plot"]:
+        parser = parser_of("bench plot", "curves over the number of facts, as figures")
+        parser.add_argument("folder", type=str, help="folder that malmend bench wrote")
+        show.plain("".join(f"{one}\n" for one in bench_plot(**parse(parser, arguments[1:]))))
+        return
+    parser = parser_of("bench", COMMANDS["bench"])
+    parser.add_argument("plan", type=str, help="YAML file; or: table FOLDER, plot FOLDER")
+    parser.add_argument("--out", type=str, required=True, help="folder of results")
+    given = parse(parser, arguments)
+    with show.bars() as bars:
+        result = bench(**given, progress=bars, told=show.status, stepped=show.cell)
+    show.plain(bench_table(result.folder))
 
 
 def _inspect(arguments: list[str]) -> None:

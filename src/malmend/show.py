@@ -298,6 +298,28 @@ def continued(result: ContinuationsResult) -> None:
     OUT.print("Edit them with --end-of-answer none: a continuation has no end.")
 
 
+def plain(text: str) -> None:
+    """Text that may be piped into a file: as it is, no line broken."""
+    OUT.print(text, end="", markup=False, highlight=False, soft_wrap=True)
+
+
+def cell(row: Mapping[str, Any]) -> None:
+    """One line per finished cell of a bench."""
+    shown = [
+        f"{kind} {value:.3f}"
+        for kind in ("ES", "GS", "LS")
+        if (value := row["edited"][kind]["token_ratio"]) is not None
+    ]
+    ERR.print(
+        escape(
+            f"{row['name']}, m {row['m']:,}, {row['protocol']}, seed {row['seed']}: "
+            f"{'  '.join(shown)}  {row['seconds']:.0f} s"
+        ),
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
 def inspected(result: Inspection) -> None:
     """Names and values, nested ones indented."""
     OUT.print(f"[bold]{result.kind}[/bold] {escape(result.name)}", highlight=False)

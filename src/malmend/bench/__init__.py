@@ -1,0 +1,1 @@
+"""Methods side by side: a plan, its cells, what they gave, and tables and figures of it."""

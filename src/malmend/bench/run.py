@@ -1,0 +1,134 @@
+"""Methods side by side: runs a plan's cells, and makes tables and figures of what they gave."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from malmend.bench.cell import drawn, run_cell
+from malmend.bench.plan import Cell, Plan, read_plan
+from malmend.bench.plot import plot
+from malmend.bench.results import NAME, Results
+from malmend.bench.table import failures, markdown
+from malmend.commands.edit import now
+from malmend.errors import MalmendError
+from malmend.facts.fact import Fact
+from malmend.facts.readers import read_facts
+from malmend.files import writable_folder
+from malmend.models.load import LoadedModel, load_model
+from malmend.progress import Progress, silent
+
+
+@dataclass(frozen=True, eq=False)
+class BenchResult:
+    """A plan that is done: its rows, in the order of its cells, and where they lie."""
+
+    folder: Path
+    rows: tuple[dict[str, Any], ...]
+
+
+def bench(
+    plan: str | Path | Plan,
+    out: str | Path,
+    progress: Progress = silent,
+    told: Callable[[str], None] = lambda line: None,
+    stepped: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> BenchResult:
+    """Runs every cell of a plan that is not in ``out`` yet.
+
+    Stopped at any time it loses the running cell; the same command goes on.
+
+    Args:
+        plan: a plan's file, or a plan.
+        out: the folder of results.
+        progress: called with stage and share done.
+        told: called with what the plan will cost, before the work.
+        stepped: called with the row of every finished cell.
+
+    Raises:
+        MalmendError: any bad input, in one sentence.
+    """
+    plan = plan if isinstance(plan, Plan) else read_plan(plan)
+    facts = list(read_facts(plan.facts))
+    cells = list(plan.cells())
+    if max(cell.size for cell in cells) > len(facts):
+        raise MalmendError(
+            f"The plan edits {max(cell.size for cell in cells):,} facts and {plan.facts} has "
+            f"{len(facts):,}; give smaller sizes, or more facts."
+        )
+    folder = writable_folder(out)
+    results = Results(folder)
+    keyed = {_key(cell, facts, plan): cell for cell in cells}
+    left = {key: cell for key, cell in keyed.items() if key not in results.rows}
+    told(cost(list(left.values()), len(keyed), results))
+    loaded: LoadedModel | None = None
+    for key, cell in left.items():
+        if loaded is None or loaded.name != cell.model:
+            loaded = load_model(cell.model)
+        row = run_cell(loaded, cell, drawn(facts, cell.size, cell.seed), plan, progress)
+        made = {"malmend": version("malmend"), "torch": version("torch"), "finished": now()}
+        results.add(key, {**row, **made, "facts": plan.facts, "given": dict(cell.given)})
+        stepped(results.rows[key])
+    return BenchResult(folder, tuple(results.rows[key] for key in keyed))
+
+
+def cost(left: Sequence[Cell], count: int, results: Results) -> str:
+    """How many cells there are, and how long they will take by those that are done."""
+    if not left:
+        return f"{count} cells, all done."
+    seconds, unknown = 0.0, dict[str, None]()
+    for cell in left:
+        each = results.seconds_per_fact(cell.model, cell.name, cell.protocol)
+        if each is None:
+            unknown[cell.name] = None
+        else:
+            seconds += each * cell.size
+    said = f"{count} cells, {len(left)} to do"
+    if seconds:
+        said += f": about {max(1, round(seconds / 60)):,} minutes by what is done"
+    if unknown:
+        said += f"; how long a cell takes is not known yet of {', '.join(unknown)}"
+    return f"{said}."
+
+
+def bench_table(folder: str | Path, failed: bool = False) -> str:
+    """What a folder's cells gave, as Markdown.
+
+    Args:
+        folder: that ``malmend bench`` wrote.
+        failed: what edited models said instead of the answers, in place of the figures.
+    """
+    rows = _rows(folder)
+    return failures(rows) if failed else markdown(rows)
+
+
+def bench_plot(folder: str | Path) -> list[Path]:
+    """Draws curves over m of what a folder's cells gave, into the folder.
+
+    Args:
+        folder: that ``malmend bench`` wrote.
+    """
+    return plot(_rows(folder), Path(folder))
+
+
+def _rows(folder: str | Path) -> list[dict[str, Any]]:
+    rows = list(Results(Path(folder)).rows.values())
+    if not rows:
+        raise MalmendError(
+            f"There is no {NAME} with a finished cell in {folder}; run malmend bench PLAN --out "
+            f"{folder} first."
+        )
+    return rows
+
+
+def _key(cell: Cell, facts: Sequence[Fact], plan: Plan) -> str:
+    """By the cell, what is asked of which facts, and the editor's own file."""
+    chosen = hashlib.sha256(repr(drawn(facts, cell.size, cell.seed)).encode()).hexdigest()
+    editor = Path(str(cell.given.get("editor", ""))) / "editor.json"
+    known = hashlib.sha256(editor.read_bytes()).hexdigest() if editor.is_file() else ""
+    asked = (plan.alternative, plan.away, plan.decode, plan.text)
+    return cell.key(chosen, known, asked, version("malmend"))

@@ -1,0 +1,109 @@
+"""Rows of results as a Markdown table: means over seeds, with their deviation."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+# Heading, kind of question, metric.
+COLUMNS = (
+    ("ES", "ES", "token_ratio"),
+    ("ES exact", "ES", "exact"),
+    ("ES generated", "ES", "generated"),
+    ("GS", "GS", "token_ratio"),
+    ("LS", "LS", "token_ratio"),
+    ("retention", "LS", "retention"),
+    ("KL", "LS", "kl"),
+    ("near", "NS", "retention"),
+)
+Row = Mapping[str, Any]
+
+
+def groups(rows: Iterable[Row]) -> dict[tuple[str, str, int, str], list[Row]]:
+    """Rows that differ in their seed alone, by model, protocol, m and name, in order."""
+    found: dict[tuple[str, str, int, str], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row["model"], row["protocol"], row["m"], row["name"]), []).append(row)
+    names = list(dict.fromkeys(key[3] for key in found))
+    return dict(sorted(found.items(), key=lambda item: (*item[0][:3], names.index(item[0][3]))))
+
+
+def figure(row: Row, model: str, kind: str, metric: str) -> float | None:
+    """One figure of a row; None where nothing of the kind was asked."""
+    value = row[model].get(kind, {}).get(metric)
+    return None if value is None else float(value)
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """A table for every model and protocol: methods below one another, for each m.
+
+    The line *unedited* is the mean of the unedited model over the same draws.
+    """
+    found = groups(rows)
+    parts = []
+    for model, protocol in dict.fromkeys(key[:2] for key in found):
+        mine = {key[2:]: some for key, some in found.items() if key[:2] == (model, protocol)}
+        used = [one for one in COLUMNS if any(_has(some, one) for some in mine.values())]
+        head = ["m", "method", *(heading for heading, _, _ in used), "edit s", "seeds"]
+        lines = [f"**{model}**, {_SAID[protocol]}", "", _line(head), _line(["---:"] * len(head))]
+        for size in dict.fromkeys(key[0] for key in mine):
+            of_size = [some for key, some in mine.items() if key[0] == size]
+            every = list({row["seed"]: row for some in of_size for row in some}.values())
+            cells = _cells(every, "unedited", used)
+            lines.append(_line([f"{size:,}", "*unedited*", *cells, "", str(len(every))]))
+            for key, some in mine.items():
+                if key[0] == size:
+                    seconds = statistics.fmean(row["edit_seconds"] for row in some)
+                    cells = _cells(some, "edited", used)
+                    lines.append(
+                        _line([f"{size:,}", key[1], *cells, f"{seconds:.0f}", str(len(some))])
+                    )
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+_SAID = {
+    "together": "all facts at once",
+    "alone": "each fact alone from the unedited model",
+}
+
+
+def failures(rows: Sequence[Row], most: int = 5) -> str:
+    """What edited models said instead, as a Markdown table: the largest cell of each method."""
+    largest: dict[tuple[str, str, str], Row] = {}
+    for row in rows:
+        key = (row["model"], row["protocol"], row["name"])
+        if key not in largest or row["m"] > largest[key]["m"]:
+            largest[key] = row
+    head = ["method", "m", "prompt", "wanted", "unedited", "edited"]
+    lines = [_line(head), _line(["---"] * len(head))]
+    for (_, _, name), row in largest.items():
+        for one in row["failures"][:most]:
+            said = [one[part] for part in ("prompt", "wanted", "unedited", "edited")]
+            lines.append(_line([name, f"{row['m']:,}", *map(_escaped, said)]))
+    return "\n".join(lines) + "\n"
+
+
+def _has(rows: Sequence[Row], column: tuple[str, str, str]) -> bool:
+    return any(figure(row, "edited", *column[1:]) is not None for row in rows)
+
+
+def _cells(rows: Sequence[Row], model: str, used: Sequence[tuple[str, str, str]]) -> list[str]:
+    return [_shown([figure(row, model, kind, metric) for row in rows]) for _, kind, metric in used]
+
+
+def _shown(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    mean = f"{statistics.fmean(known):.3f}"
+    return mean if len(known) == 1 else f"{mean} ± {statistics.stdev(known):.3f}"
+
+
+def _escaped(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

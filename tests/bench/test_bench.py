@@ -1,0 +1,331 @@
+"""A plan from its file to its table: cells, what is kept, going on, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import yaml
+
+import command_support
+import malmend
+from command_support import malmend as command
+from malmend.bench import run as bench_module
+from malmend.bench.cell import drawn
+from malmend.bench.plan import Plan, read_plan, way_of
+from malmend.bench.results import NAME, Results
+from malmend.bench.run import bench, bench_plot, bench_table
+from malmend.bench.table import failures, markdown
+from malmend.errors import MalmendError
+from malmend.methods.ft import FineTuning, FineTuningKL
+
+tiny = command_support.tiny
+cache = command_support.cache
+
+METHODS = {
+    "ft": {"epochs": 2, "layers": 1, "rate": 0.01},
+    "by sums": {"method": "mend", "eta": 0.01, "layers": 2},
+}
+
+
+@pytest.fixture
+def plan(tiny) -> Plan:
+    return Plan((tiny.model,), tiny.facts, METHODS, sizes=(2, 4), seeds=(0, 1), decode=1)
+
+
+# --- the plan
+
+
+def write(path, **fields):
+    path.write_text(yaml.safe_dump(fields))
+    return path
+
+
+def test_a_plan_reads_as_it_is_written(tmp_path):
+    given = {"models": ["a"], "facts": "f", "methods": {"ft": None, "sum": {"method": "mend"}}}
+    plan = read_plan(write(tmp_path / "plan.yaml", sizes=[4, 2], protocols=["alone"], **given))
+    assert plan == Plan(
+        ("a",), "f", {"ft": {}, "sum": {"method": "mend"}}, sizes=(4, 2), protocols=("alone",)
+    )
+    names = write(tmp_path / "names.yaml", models=["a"], facts="f", methods=["malmen", "ft"])
+    assert read_plan(names).methods == {"malmen": {}, "ft": {}}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"sizs": [1]}, "has a field 'sizs'; did you mean 'sizes'?"),
+        ({"sizes": ["many"]}, "cannot be used: .*sizes"),
+        ({"sizes": [0]}, "sizes hold 0, expected 1 or more"),
+        ({"seeds": []}, "seeds are empty"),
+        ({"protocols": ["apart"]}, "cannot be used: .*protocols"),
+        ({"facts": None}, "cannot be used: .*facts"),
+        (
+            {"methods": {"fft": {"method": "fft"}}},
+            "is 'fft', expected .*; did you mean 'ft'",
+        ),
+        ({"methods": {"ft": {"epoch": 3}}}, "has no setting 'epoch'; did you mean 'epochs'"),
+        ({"methods": {"ft": {"epochs": 0}}}, "ft.epochs is 0"),
+        ({"methods": {"malmen": {"laiers": 3}}}, "has no setting 'laiers'; did you mean 'layers'"),
+        ({"methods": {"a": {"editor": "e", "layers": 3}}}, "names an editor, which brings its own"),
+        ({"methods": {"a": {"class": "nowhere:Mine"}}}, "'nowhere:Mine', which cannot be imported"),
+    ],
+)
+def test_faults_of_a_plan(change, said, tmp_path):
+    fields = {"models": ["a"], "facts": "f", "methods": {"ft": {}}} | change
+    with pytest.raises(MalmendError, match=said):
+        read_plan(write(tmp_path / "plan.yaml", **fields))
+
+
+@pytest.mark.parametrize("content", [None, "a: [", "- a", "\xff"])
+def test_files_that_are_no_plan(content, tmp_path):
+    path = tmp_path / "plan.yaml"
+    if content is not None:
+        path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(MalmendError, match=r"plan\.yaml (to be read|is no YAML|holds no fields)"):
+        read_plan(path)
+
+
+def test_what_stands_under_a_name_becomes_settings():
+    assert way_of("ft", {"epochs": 7, "most": 64}).method == FineTuning(epochs=7)
+    assert way_of("held", {"method": "ft-kl"}).method == FineTuningKL()
+    solved = way_of("once", {"passes": 1, "frames": ["{prompt}!"]})
+    assert (solved.editor, solved.settings) == ("auto", None)
+    assert (solved.refine.passes, solved.refine.frames) == (1, ("{prompt}!",))
+    free = way_of("free", {"layers": 3, "linear": "first"})
+    assert (free.editor, free.settings) == (
+        "none",
+        replace(malmend.training_free(), layers=3, linear="first"),
+    )
+    assert way_of("mend", {}).settings == malmend.training_free("mend")
+    assert way_of("paper", {"editor": "runs/paper"}).editor == "runs/paper"
+
+
+def test_cells_small_ones_first_and_one_draw_above_a_size():
+    plan = Plan(
+        ("a",), "f", {"ft": {"most": 4}, "lora": {}}, (8, 4), (3, 5), 4, ("together", "alone")
+    )
+    found = [(cell.size, cell.seed, cell.protocol, cell.name) for cell in plan.cells()]
+    both = [(p, n) for p in ("together", "alone") for n in ("ft", "lora")]
+    assert found == [
+        *((4, seed, *one) for seed in (3, 5) for one in both),
+        *((8, 3, protocol, "lora") for protocol in ("together", "alone")),
+    ]
+    keys = {cell.key() for cell in plan.cells()}
+    assert len(keys) == len(found)
+
+
+def test_a_smaller_draw_begins_the_larger():
+    facts = command_support.make_facts(20)
+    assert drawn(facts, 5, 1) == drawn(facts, 12, 1)[:5]
+    assert drawn(facts, 12, 1) != drawn(facts, 12, 2)
+    assert len({fact.id for fact in drawn(facts, 20, 1)}) == 20
+
+
+# --- running
+
+
+def test_a_row_holds_what_edit_and_eval_say(plan, tiny, tmp_path):
+    done = bench(
+        replace(plan, sizes=(4,), seeds=(1,), methods={"ft": METHODS["ft"]}), tmp_path / "o"
+    )
+    (row,) = done.rows
+    facts = drawn(list(malmend.read_facts(tiny.facts)), 4, 1)
+    patch = malmend.edit(tiny.loaded, facts, method=FineTuning(**METHODS["ft"])).patch
+    report = malmend.eval(tiny.loaded, facts, patch, decode_facts=1, text="none")
+    for model, scores in (("unedited", report.unedited), ("edited", report.edited)):
+        for kind, metrics in scores.items():
+            for metric in ("token_ratio", "exact", "generated", "retention", "kl"):
+                known, wanted = row[model][kind][metric], getattr(metrics, metric)
+                assert known == (None if wanted is None else pytest.approx(wanted, abs=1e-6))
+    assert row["patch"]["facts_sha256"] == patch.provenance["facts_sha256"]
+    assert (row["m"], row["seed"], row["protocol"]) == (4, 1, "together")
+
+
+def test_facts_alone_are_each_edited_and_asked_alone(plan, tiny, tmp_path):
+    alone = replace(
+        plan, sizes=(3,), seeds=(0,), protocols=("alone",), methods={"ft": METHODS["ft"]}
+    )
+    (row,) = bench(alone, tmp_path / "out").rows
+    ratios, kept, asked = [], 0, 0
+    for fact in drawn(list(malmend.read_facts(tiny.facts)), 3, 0):
+        patch = malmend.edit(tiny.loaded, [fact], method=FineTuning(**METHODS["ft"])).patch
+        report = malmend.eval(tiny.loaded, [fact], patch, decode_facts=0, text="none")
+        ratios.append(report.edited["GS"].token_ratio)
+        for before, after in zip(report.rows[0].unedited, report.rows[0].edited, strict=True):
+            if before.kind == "LS":
+                pairs = list(zip(before.predicted, after.predicted, strict=True))
+                kept, asked = kept + sum(a == b for a, b in pairs), asked + len(pairs)
+    assert row["edited"]["GS"]["token_ratio"] == pytest.approx(math.fsum(ratios) / 3)
+    assert row["edited"]["LS"]["retention"] == pytest.approx(kept / asked)
+
+
+def test_a_stopped_bench_goes_on_and_does_nothing_twice(plan, tmp_path, monkeypatch):
+    ran, run = [], bench_module.run_cell
+
+    def counted(loaded, cell, *rest):
+        if len(ran) == 3:
+            raise KeyboardInterrupt
+        ran.append(cell)
+        return run(loaded, cell, *rest)
+
+    monkeypatch.setattr(bench_module, "run_cell", counted)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        bench(plan, out)
+    assert len((out / NAME).read_text().splitlines()) == 3
+    monkeypatch.setattr(
+        bench_module, "run_cell", lambda *given: (ran.append(given[1]), run(*given))[1]
+    )
+    told = []
+    done = bench(plan, out, told=told.append)
+    cells = list(plan.cells())
+    assert ran == cells
+    assert "8 cells, 5 to do: about 1 minutes by what is done" in told[0]
+    assert [(row["name"], row["m"], row["seed"]) for row in done.rows] == [
+        (cell.name, cell.size, cell.seed) for cell in cells
+    ]
+    again = bench(plan, out, told=told.append)
+    assert (len(ran), told[-1]) == (8, "8 cells, all done.")
+    assert again.rows == done.rows
+
+
+def test_other_facts_settings_or_questions_are_other_cells(plan, tiny, tmp_path, monkeypatch):
+    small = replace(plan, sizes=(2,), seeds=(0,), methods={"ft": METHODS["ft"]})
+    ran = []
+    run = bench_module.run_cell
+    monkeypatch.setattr(bench_module, "run_cell", lambda *given: (ran.append(1), run(*given))[1])
+    out = tmp_path / "out"
+    bench(small, out)
+    other = tmp_path / "facts.jsonl"
+    other.write_text(command_support.as_lines(command_support.make_facts(12, seed=9)))
+    more = METHODS["ft"] | {"epochs": 3}
+    for count, changed in enumerate(
+        [
+            replace(small, decode=2),
+            replace(small, facts=str(other)),
+            replace(small, methods={"ft": more}),
+        ],
+        start=2,
+    ):
+        bench(changed, out)
+        assert len(ran) == count
+    # A bound on sizes changes no figure.
+    bench(replace(small, methods={"ft": METHODS["ft"] | {"most": 8}}), out)
+    assert len(ran) == 4
+
+
+def test_a_half_written_line_is_lost_and_a_foreign_one_refused(tmp_path):
+    (tmp_path / NAME).write_text('{"key": "a", "m": 1}\n{"key": "b", "m"')
+    results = Results(tmp_path)
+    assert list(results.rows) == ["a"]
+    results.add("c", {"m": 3, "x": float("nan")})
+    assert [json.loads(line)["key"] for line in (tmp_path / NAME).read_text().splitlines()] == [
+        "a",
+        "c",
+    ]
+    assert Results(tmp_path).rows["c"]["x"] is None
+    (tmp_path / NAME).write_text('{"key": "a"}\n[]\n')
+    with pytest.raises(MalmendError, match="line 2 is no row of a bench"):
+        Results(tmp_path)
+
+
+def test_more_facts_than_there_are(plan, tmp_path):
+    with pytest.raises(MalmendError, match=r"edits 40 facts and .* has 12; give smaller sizes"):
+        bench(replace(plan, sizes=(40,)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# --- tables and figures
+
+
+def row(name: str, m: int, seed: int, es: float, gs: float | None = None) -> dict:
+    def scores(value):
+        return {"ES": {"token_ratio": value}, "GS": {"token_ratio": gs}, "LS": {"token_ratio": 0.5}}
+
+    said = {"prompt": "a | b", "wanted": "c", "unedited": "d", "edited": "e\nf"}
+    return {
+        "model": "model",
+        "name": name,
+        "protocol": "together",
+        "m": m,
+        "seed": seed,
+        "unedited": scores(0.1),
+        "edited": scores(es),
+        "edit_seconds": 2.0,
+        "failures": [said],
+        "patch": {},
+    }
+
+
+ROWS = [row("one", 16, 0, 0.9), row("one", 16, 1, 0.7), row("two", 16, 0, 0.5), row("one", 4, 0, 1)]
+
+
+def test_the_table_has_means_deviations_and_the_unedited_model():
+    lines = markdown(ROWS).splitlines()
+    assert lines[0] == "**model**, all facts at once"
+    assert lines[2] == "| m | method | ES | LS | edit s | seeds |"  # nothing of GS was asked
+    assert lines[4:] == [
+        "| 4 | *unedited* | 0.100 | 0.500 |  | 1 |",
+        "| 4 | one | 1.000 | 0.500 | 2 | 1 |",
+        "| 16 | *unedited* | 0.100 ± 0.000 | 0.500 ± 0.000 |  | 2 |",
+        "| 16 | one | 0.800 ± 0.141 | 0.500 ± 0.000 | 2 | 2 |",
+        "| 16 | two | 0.500 | 0.500 | 2 | 1 |",
+    ]
+
+
+def test_failures_are_shown_of_the_largest_cell():
+    lines = failures(ROWS).splitlines()
+    assert lines[2:] == [
+        "| one | 16 | a \\| b | c | d | e f |",
+        "| two | 16 | a \\| b | c | d | e f |",
+    ]
+
+
+def test_figures_are_drawn_and_hold_the_points(tmp_path):
+    results = Results(tmp_path)
+    for index, one in enumerate(ROWS):
+        results.add(str(index), one)
+    png, svg = bench_plot(tmp_path)
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in svg.read_text()
+    from malmend.bench.plot import _drawn
+    from malmend.bench.table import groups
+
+    drawn_figure = _drawn({key[2:]: some for key, some in groups(ROWS).items()}, "t")
+    panels = {axis.get_title(): axis for axis in drawn_figure.axes}
+    assert list(panels) == ["ES (token ratio)", "LS (token ratio)", "seconds to edit"]
+    lines = {line.get_label(): line for line in panels["ES (token ratio)"].get_lines()}
+    assert list(lines["one"].get_xdata()) == [4, 16]
+    assert list(lines["one"].get_ydata()) == pytest.approx([1.0, 0.8])
+
+
+def test_an_empty_folder_has_no_table(tmp_path):
+    with pytest.raises(MalmendError, match=r"no cells\.jsonl with a finished cell in"):
+        bench_table(tmp_path)
+
+
+def test_as_a_command(plan, tiny, tmp_path, capsys):
+    path = write(
+        tmp_path / "plan.yaml",
+        models=[tiny.model],
+        facts=tiny.facts,
+        sizes=[2],
+        methods={"ft": METHODS["ft"]},
+    )
+    out = tmp_path / "out"
+    assert command("bench", path, "--out", out) == 0
+    shown = capsys.readouterr()
+    assert "1 cells, 1 to do" in shown.err
+    assert "ft, m 2, together, seed 0: ES 0." in shown.err
+    assert command("bench", "table", out) == 0
+    assert capsys.readouterr().out == shown.out
+    assert shown.out.startswith(f"**{tiny.model}**, all facts at once")
+    assert command("bench", "table", out, "--failed") == 0
+    assert "| ft | 2 | " in capsys.readouterr().out
+    assert command("bench", "plot", out) == 0
+    assert len(capsys.readouterr().out.split()) == 2
+    assert command("bench", tmp_path / "none.yaml", "--out", out) == 2
+    assert command("bench", "table", tmp_path / "none") == 2
