@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,12 @@ import command_support
 from command_support import files_in, malmend
 from malmend.cli import COMMANDS
 from malmend.editors.network import NetworkSettings
-from malmend.editors.settings import EditorSettings, published
-from malmend.editors.training import TrainSettings, published_training
+from malmend.editors.settings import EditorSettings, published, published_mend
+from malmend.editors.training import (
+    TrainSettings,
+    published_mend_training,
+    published_training,
+)
 from malmend.models.capture import Descent
 from malmend.models.trunk import TrunkSettings
 from malmend.patch import load_patch
@@ -386,6 +391,12 @@ def test_what_is_given_counts_before_the_paper(reached):
     )
     assert given["editor"].network == NetworkSettings(5, placement="after", start="normal")
     assert given["editor"].eta == 1.0
+
+
+def test_mend_single_brings_its_published_settings(reached):
+    given = reached("train", "m", "f", "--out", "e", "--method", "mend-single", "--steps", "9")
+    assert given["editor"] == published_mend()
+    assert given["settings"] == replace(published_mend_training(), steps=9)
 
 
 def test_paper_false_is_not_the_paper(reached):

@@ -131,8 +131,12 @@ def _edit(arguments: list[str]) -> None:
 def _train(arguments: list[str]) -> None:
     from malmend import show
     from malmend.commands.train import train
-    from malmend.editors.settings import published
-    from malmend.editors.training import TrainSettings, published_training
+    from malmend.editors.settings import published, published_mend
+    from malmend.editors.training import (
+        TrainSettings,
+        published_mend_training,
+        published_training,
+    )
 
     parser = parser_of("train", COMMANDS["train"])
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
@@ -140,7 +144,10 @@ def _train(arguments: list[str]) -> None:
     parser.add_argument("facts", type=str, help="facts file, with paraphrases")
     parser.add_argument("--out", type=str, required=True, help="the editor's folder")
     parser.add_argument(
-        "--paper", type=bool, default=False, help="MALMEN A.6 and the published code"
+        "--paper",
+        type=bool,
+        default=False,
+        help="MALMEN A.6 and the published code; --method mend-single is MEND's own",
     )
     parser.add_argument(
         "--locality", type=str, help="file of unrelated questions, else each fact's own"
@@ -150,8 +157,11 @@ def _train(arguments: list[str]) -> None:
     add_editor_settings(parser)
     parser.add_class_arguments(TrainSettings)
     given = parse(parser, arguments)
-    if given["paper"]:  # other defaults; what was given still counts
-        parser.set_defaults(flat({**vars(published()), **vars(published_training())}))
+    paper = {**vars(published()), **vars(published_training())} if given["paper"] else {}
+    if given["method"] == "mend-single":
+        paper = {**vars(published_mend()), **vars(published_mend_training())}
+    if paper:  # other defaults; what was given still counts
+        parser.set_defaults(flat(paper))
         given = parse(parser, arguments)
     given.pop("paper")
     given.pop("config", None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Collection
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_args
 
 from malmend.errors import MalmendError
 
@@ -53,9 +53,10 @@ def add_editor_settings(parser: Any, skip: Collection[str] = ()) -> None:
 
 def add_methods(parser: Any) -> None:
     """``--method``, and each method's settings under its name, as ``--ft.rate``."""
+    from malmend.editors.settings import EditorMethod
     from malmend.methods.table import METHODS
 
-    names = ("malmen", "mend", *METHODS)
+    names = (*get_args(EditorMethod), *METHODS)
     parser.add_argument(
         "--method",
         type=Literal[names],

@@ -26,8 +26,14 @@ from malmend.editors import training
 from malmend.editors.editor import Editor
 from malmend.editors.metaloss import meta_loss
 from malmend.editors.network import NetworkSettings
-from malmend.editors.settings import EditorSettings
-from malmend.editors.training import Trainer, TrainSettings, estimate_seconds, published_training
+from malmend.editors.settings import EditorSettings, published_mend
+from malmend.editors.training import (
+    Trainer,
+    TrainSettings,
+    estimate_seconds,
+    published_mend_training,
+    published_training,
+)
 from malmend.errors import EditorError, MalmendError
 from malmend.facts.fact import Fact, Question
 from malmend.models.capture import Descent
@@ -567,3 +573,48 @@ def test_published_training():
     settings = published_training()
     assert settings.network_rate == settings.scalar_rate == 1e-5
     assert settings.locality_weight == settings.clip == 1.0
+
+
+def test_mend_as_published_edits_each_fact_of_a_step_alone():
+    """The step's gradient is the mean of those of its facts, each edited and asked by itself."""
+    single = replace(EDITOR, method="mend-single", prior="identity")
+    settings = replace(SETTINGS, clip=1e9, facts_per_step=3, locality_weight=10.0)
+    trainer, other = (trainer_of(settings, single) for _ in range(2))
+    facts, questions = trainer.draw(0)
+    record = trainer.take_step()
+    editor, losses = other.editor, []
+    for fact, one in zip(facts, other.judged(questions), strict=True):
+        captured = captured_of(other.trunk, [fact], single)
+        done = editor.aggregate(captured)
+        shifts = {name: part.shift() for name, part in zip(editor.names, done, strict=True)}
+        with shifted(list(other.trunk.sites), shifts):
+            loss = meta_loss(other.trunk, [one], 10.0)
+        losses.append(loss.total)
+        editor.backward(captured, done, loss.shift_grads)
+    assert record.loss == pytest.approx(sum(losses) / 3, rel=1e-5)
+    pairs = zip(trainer.editor.named_parameters(), editor.parameters(), strict=True)
+    moved = 0
+    for (name, mine), wanted in pairs:
+        if wanted.grad is None:
+            continue
+        torch.testing.assert_close(mine.grad, wanted.grad / 3, rtol=1e-3, atol=1e-7, msg=name)
+        moved += bool(mine.grad.any())
+    assert moved > 3
+    # Together it is another gradient: the shifts of the others disturb each fact.
+    together = trainer_of(settings, replace(single, method="mend"))
+    together.take_step()
+    apart = [
+        (one.grad - two.grad).norm() > 1e-2 * two.grad.norm()
+        for one, two in zip(trainer.editor.parameters(), together.editor.parameters(), strict=True)
+        if one.grad is not None and two.grad.any()
+    ]
+    assert any(apart)
+
+
+def test_published_mend():
+    settings, editor = published_mend_training(), published_mend()
+    assert (settings.facts_per_step, settings.locality_weight) == (10, 1 / 0.1)
+    assert (settings.network_rate, settings.scalar_rate) == (1e-6, 1e-4)
+    assert (editor.method, editor.layers, editor.linear) == ("mend-single", 3, "both")
+    assert (editor.network.placement, editor.network.start) == ("before", "xavier")
+    assert editor.terms == ()

@@ -341,3 +341,13 @@ def test_a_layer_that_sees_some_tokens_only_is_refused():
     model.model.layers[3].mlp = Skipping(model.model.layers[3].mlp)
     with pytest.raises(ModelError, match=r"layers\.3\.mlp\.inner\.down_proj does not see every"):
         find_sites(model, 1)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_both_layers_of_a_block_in_the_order_they_run(family):
+    model = tiny.model_of(family)
+    both = [site.name for site in find_sites(model, 2, linear="both")]
+    first, second = (
+        [site.name for site in find_sites(model, 2, linear=one)] for one in ("first", "second")
+    )
+    assert both == [first[0], second[0], first[1], second[1]]

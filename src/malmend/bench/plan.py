@@ -29,19 +29,19 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 
 from malmend.editors.network import NetworkSettings
 from malmend.editors.refine import RefineSettings
-from malmend.editors.settings import EditorSettings
+from malmend.editors.settings import EditorMethod, EditorSettings
 from malmend.errors import MalmendError, nearest
 from malmend.methods.method import Method
 from malmend.methods.table import METHODS
 
 Protocol = Literal["together", "alone"]
-EDITORS = ("malmen", "mend")
+EDITORS = get_args(EditorMethod)
 OF_CELL = ("method", "class", "editor", "most")  # beside a method's own settings
 
 

@@ -44,7 +44,7 @@ def inspect(
         thing: a model's name, folder or GGUF file; an editor's folder; a patch; a facts file.
         layers: which sites of a model to show: the last so many blocks', null for six.
         sites: which sites of a model to show, by name or pattern.
-        linear: which of a block's feed-forward layers, "second" or "first".
+        linear: which of a block's feed-forward layers, "second", "first" or "both".
         side: which half of an encoder-decoder, "encoder", "decoder" or "both".
         dtype: a model is loaded in.
     """

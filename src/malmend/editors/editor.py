@@ -88,6 +88,7 @@ class Aggregation(Protocol):
 METHODS: dict[str, Callable[[Tensor, int, Prior, Tensor | None], Aggregation]] = {
     "malmen": Malmen,
     "mend": Mend,
+    "mend-single": Mend,
 }
 
 

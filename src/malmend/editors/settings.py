@@ -15,6 +15,7 @@ from malmend.facts.tokens import EndOfAnswer
 from malmend.models.capture import Descent
 from malmend.models.sites import Linear, Side, Site, find_sites
 
+EditorMethod = Literal["malmen", "mend", "mend-single"]
 # Which second moments of keys a prior holds, in the order of their weights.
 PRIORS: dict[str, tuple[str, ...]] = {
     "wording": ("text", "asked", "wording"),
@@ -28,11 +29,12 @@ class EditorSettings:
     """What an editor is; none of it is learned.
 
     Attributes:
-        method: "malmen" aggregates by ridge regression, "mend" by summing.
+        method: "malmen" aggregates by ridge regression, "mend" by summing; "mend-single" sums too,
+            and is trained on one fact at a time.
         form: "residual" (equation 12) or "published" (equation 11).
         layers: edit a feed-forward layer of this many last blocks, of an encoder-decoder in each
             half; null for six, or all of fewer.
-        linear: which of a block's feed-forward layers, "second" or "first".
+        linear: which of a block's feed-forward layers, "second", "first" or "both".
         side: which half of an encoder-decoder, "encoder", "decoder" or "both".
         sites: name or shell pattern of the layers to edit instead.
         tokens: which tokens are captured, "answer" or "all"; "auto" for a classifier's all, and
@@ -48,7 +50,7 @@ class EditorSettings:
         network: size and start of the network; ``blocks: 0`` for an editor without one.
     """
 
-    method: Literal["malmen", "mend"] = "malmen"
+    method: EditorMethod = "malmen"
     form: Literal["residual", "published"] = "residual"
     layers: int | None = None
     linear: Linear = "second"
@@ -87,7 +89,7 @@ class EditorSettings:
             )
 
 
-def training_free(method: Literal["malmen", "mend"] = "malmen") -> EditorSettings:
+def training_free(method: EditorMethod = "malmen") -> EditorSettings:
     """An editor without a network: any model can be edited at once."""
     return EditorSettings(method=method, network=NetworkSettings(blocks=0))
 
@@ -103,4 +105,23 @@ def published(method: Literal["malmen", "mend"] = "malmen") -> EditorSettings:
         prior="identity",
         eta=1e-6,
         network=NetworkSettings(rank=1920, placement="after", start="normal"),
+    )
+
+
+def published_mend() -> EditorSettings:
+    """MEND as published for single edits: section 3 and appendix A; plain gradients, no end token.
+
+    The feed-forward weights of the last three blocks, of a gated block without the gate.
+    """
+    return EditorSettings(
+        method="mend-single",
+        form="published",
+        layers=3,
+        linear="both",
+        tokens="all",
+        end_of_answer="none",
+        descent=None,
+        prior="identity",
+        eta=1e-4,
+        network=NetworkSettings(rank=1920, placement="before", start="xavier"),
     )

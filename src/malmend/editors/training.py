@@ -1,4 +1,4 @@
-"""Training an editor: Algorithm 2 of MALMEN, for both aggregations.
+"""Training an editor: Algorithm 2 of MALMEN, for both aggregations, and MEND's training.
 
 One step takes m facts: capture (unedited model, kept on disk, for neither key nor value gradient
 ever changes), transform and aggregate without a graph, put the shift on the model, take the
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from malmend.editors.checkpoint import save_training
 from malmend.editors.editor import Editor
-from malmend.editors.metaloss import Judged, meta_loss
+from malmend.editors.metaloss import Judged, MetaLoss, meta_loss
 from malmend.errors import EditorError, MalmendError
 from malmend.facts.encoded import Encoded, Tokens
 from malmend.facts.fact import Fact, Question
@@ -96,6 +96,16 @@ class TrainSettings:
 def published_training() -> TrainSettings:
     """MALMEN A.6: one Adam at 1e-5 for everything, locality 1, clipped at 1."""
     return TrainSettings(near=0.0, network_rate=1e-5, scalar_rate=1e-5)
+
+
+def published_mend_training() -> TrainSettings:
+    """MEND, section 3.2 and appendix: gradients of ten facts, each edited alone, make a step.
+
+    Its loss 0.1 L_e + L_loc is L_e + 10 L_loc here, which is the same to Adam.
+    """
+    return TrainSettings(
+        facts_per_step=10, near=0.0, locality_weight=10.0, network_rate=1e-6, scalar_rate=1e-4
+    )
 
 
 @dataclass(frozen=True)
@@ -179,7 +189,6 @@ class Trainer:
         """One step of Algorithm 2."""
         start = time.perf_counter()
         facts, questions = self.draw(self.step)
-        captured = self.captured(facts)
         judged = self.judged(questions)
         eta = self.editor.log_eta_S.exp().mean().item()
         weights = tuple(self.editor.log_weights_SP.exp().mean(0).tolist())
@@ -187,28 +196,41 @@ class Trainer:
         for term, weight in zip(self.editor.terms, weights, strict=True):
             self._check_finite(f"the prior's weight of {term}", weight)
         self.optimiser.zero_grad(set_to_none=True)
-        aggregations = self.editor.aggregate(captured, self.settings.chunk)
-        shifts = {
-            name: one.shift() for name, one in zip(self.editor.names, aggregations, strict=True)
-        }
-        with shifted(list(self.trunk.sites), shifts):
-            loss = meta_loss(self.trunk, judged, self.settings.locality_weight)
-        self._check_finite("the meta-loss", loss.total)
-        self.editor.backward(captured, aggregations, loss.shift_grads, self.settings.chunk)
+        if self.editor.settings.method == "mend-single":
+            pairs = zip(facts, judged, strict=True)
+            parts = [self._judge([fact], [one], 1 / len(facts)) for fact, one in pairs]
+        else:
+            parts = [self._judge(facts, judged, 1.0)]
+        gen, loc = (math.fsum(one.gen for one in parts), math.fsum(one.loc for one in parts))
+        gen, loc = gen / len(parts), loc / len(parts)
         norm = torch.nn.utils.clip_grad_norm_(self.editor.parameters(), self.settings.clip)
         self._check_finite("the meta-gradient's norm", norm.item())
         self.optimiser.step()
         self.step += 1
         return StepRecord(
             step=self.step,
-            loss=loss.total,
-            gen=loss.gen,
-            loc=loss.loc,
+            loss=gen + self.settings.locality_weight * loc,
+            gen=gen,
+            loc=loc,
             grad_norm=norm.item(),
             eta=eta,
             weights=weights,
             seconds=time.perf_counter() - start,
         )
+
+    def _judge(self, facts: Sequence[Fact], judged: Sequence[Judged], share: float) -> MetaLoss:
+        """Edits the facts together, and adds ``share`` of their loss's gradient to the editor's."""
+        captured, chunk = self.captured(facts), self.settings.chunk
+        aggregations = self.editor.aggregate(captured, chunk)
+        shifts = {
+            name: one.shift() for name, one in zip(self.editor.names, aggregations, strict=True)
+        }
+        with shifted(list(self.trunk.sites), shifts):
+            loss = meta_loss(self.trunk, judged, self.settings.locality_weight)
+        self._check_finite("the meta-loss", loss.total)
+        grads = {name: share * grad_VK for name, grad_VK in loss.shift_grads.items()}
+        self.editor.backward(captured, aggregations, grads, chunk)
+        return loss
 
     def draw(self, step: int) -> tuple[list[Fact], list[tuple[Question, Question]]]:
         """The facts of a step, each with one equivalent and one unrelated question.

@@ -84,11 +84,9 @@ class FineTuning:
         """Both layers of each feed-forward block, or the second of one whose first is fused."""
         seconds = find_sites(model, self.layers)
         try:
-            firsts = find_sites(model, self.layers, linear="first")
+            return find_sites(model, self.layers, linear="both")
         except ModelError:
             return seconds
-        pairs = zip(firsts, seconds, strict=True)
-        return tuple(site for pair in pairs for site in pair)
 
     def find(self, bench: Workbench, facts: Sequence[Fact], progress: Progress) -> Found:
         """Every fact ``epochs`` times."""

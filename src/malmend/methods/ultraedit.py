@@ -50,7 +50,7 @@ class UltraEdit:
         ridge: lambda, the weight of the shift's own square.
         batch: facts that are solved together; null for all in one.
         layers: edit a feed-forward layer of this many last blocks; null for six.
-        linear: which layer of the block, "second" or "first".
+        linear: which layers of the block, "second", "first" or "both".
         tokens: which tokens are captured, "answer", "all" or "auto".
         end_of_answer: what is trained after an answer, "eos", "newline" or "none".
     """
@@ -80,7 +80,7 @@ class UltraEdit:
         return "ultraedit"
 
     def sites_in(self, model: PreTrainedModel) -> tuple[Site, ...]:
-        """One feed-forward layer of each of the last blocks."""
+        """One or both feed-forward layers of each of the last blocks."""
         return find_sites(model, self.layers, linear=self.linear)
 
     def find(self, bench: Workbench, facts: Sequence[Fact], progress: Progress) -> Found:

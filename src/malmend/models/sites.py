@@ -24,7 +24,7 @@ from malmend.errors import ModelError, nearest
 from malmend.files import reason
 from malmend.models.forms import KINDS, Stack, find_stacks, form_of, probe, run
 
-Linear = Literal["second", "first"]
+Linear = Literal["second", "first", "both"]
 Side = Literal["both", "encoder", "decoder"]
 PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LAYERS = 6  # edited where nothing is said
@@ -66,7 +66,7 @@ def find_sites(
     linear: Linear = "second",
     side: Side = "both",
 ) -> tuple[Site, ...]:
-    """One linear layer of each of the last ``layers`` feed-forward blocks, lowest first.
+    """One or both linear layers of each of the last ``layers`` feed-forward blocks, lowest first.
 
     Found by running two tokens.  The second layer is, of what a block multiplies by, the one that
     is run last, and must be a linear layer that gives the block's width; the first is the last one
@@ -112,11 +112,12 @@ def find_sites(
                     f"Block {block} shares its weights with {stands_as}, so that an edit would "
                     "change both; choose another layer with --sites."
                 )
-            name = _second(model, block, mine)
-            if linear == "first":
-                name = _first(model, block, mine[:-1], name)
-            sites.append(_checked_site(model, name, stack))
-            _check_runs(model, name, stack, runs)
+            second = _second(model, block, mine)
+            names = [second] if linear == "second" else [_first(model, block, mine[:-1], second)]
+            names += [second] if linear == "both" else []
+            for name in names:
+                sites.append(_checked_site(model, name, stack))
+                _check_runs(model, name, stack, runs)
     return tuple(sites)
 
 
