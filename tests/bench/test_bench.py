@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
@@ -329,3 +331,26 @@ def test_as_a_command(plan, tiny, tmp_path, capsys):
     assert len(capsys.readouterr().out.split()) == 2
     assert command("bench", tmp_path / "none.yaml", "--out", out) == 2
     assert command("bench", "table", tmp_path / "none") == 2
+
+
+def test_the_method_of_the_documentation_works_as_it_stands(plan, tmp_path, monkeypatch):
+    docs = (Path(__file__).parents[2] / "docs" / "bench.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", docs, re.DOTALL)
+    assert len(code.splitlines()) < 60
+    (tmp_path / "mymodule_of_docs.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    mine = {"class": "mymodule_of_docs:MyMethod", "share": 0.5, "layers": 1}
+    (row,) = bench(replace(plan, sizes=(2,), seeds=(0,), methods={"mine": mine}), "out").rows
+    assert row["patch"]["method"] == "mine"
+    assert row["patch"]["settings"]["share"] == 0.5
+    assert row["edited"]["LS"]["kl"] > 0
+
+
+def test_the_plan_of_the_documentation_reads(tmp_path):
+    docs = (Path(__file__).parents[2] / "docs" / "bench.md").read_text()
+    (written,) = re.findall(r"```yaml\n(.*?)```", docs, re.DOTALL)
+    given = yaml.safe_load(written)
+    del given["methods"]["mine"]  # whose module is the reader's own
+    plan = read_plan(write(tmp_path / "plan.yaml", **given))
+    assert plan.methods["memit"] == {"most": 256}
+    assert len(list(plan.cells())) == 3 * 3 * 9 + 1 * 8
