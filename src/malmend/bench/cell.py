@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from malmend.bench.context import InContext, asked_in_context
 from malmend.bench.plan import Cell, Plan, Way, way_of
 from malmend.commands.edit import edit
 from malmend.commands.evaluate import evaluate
@@ -48,12 +49,14 @@ def run_cell(
 ) -> dict[str, Any]:
     """A row of results, as plain values."""
     way, start = way_of(cell.name, cell.given), time.perf_counter()
-    done = (_together if cell.protocol == "together" else _alone)(
-        loaded, way, facts, plan, progress
-    )
+    if way.context is not None:
+        done = _in_context(loaded, way.context, cell, facts, plan)
+    else:
+        run = _together if cell.protocol == "together" else _alone
+        done = run(loaded, way, facts, plan, progress)
     before = Replies([one for row in done.rows for one in row.unedited])
     after = Replies([one for row in done.rows for one in row.edited])
-    said = done.patches[0].provenance
+    said = done.patches[0].provenance if done.patches else {}
     return {
         "model": cell.model,
         "name": cell.name,
@@ -109,6 +112,24 @@ def _alone(
         seconds += took
         progress("each fact alone", (index + 1) / len(facts))
     return _Done(rows, patches, seconds, {})
+
+
+def _in_context(
+    loaded: LoadedModel, settings: InContext, cell: Cell, facts: Sequence[Fact], plan: Plan
+) -> _Done:
+    """Facts in the prompts: of one alone, its own before everything."""
+    draws = [list(facts)] if cell.protocol == "together" else [[fact] for fact in facts]
+    rows = list[FactRow]()
+    for index, draw in enumerate(draws):
+        decode = plan.decode if len(draws) == 1 else int(index < plan.decode)
+        found = asked_in_context(loaded, draw, settings, plan.alternative, plan.away, decode)
+        if len(draws) > 1:
+            found = [
+                replace(row, unedited=_of(index, row.unedited), edited=_of(index, row.edited))
+                for row in found
+            ]
+        rows += found
+    return _Done(rows, [], 0.0, {})
 
 
 def _edited(

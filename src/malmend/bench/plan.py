@@ -33,6 +33,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 
+from malmend.bench.context import InContext
 from malmend.editors.network import NetworkSettings
 from malmend.editors.refine import RefineSettings
 from malmend.editors.settings import EditorMethod, EditorSettings
@@ -116,12 +117,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Way:
-    """How a cell is edited: the words of :func:`malmend.edit`."""
+    """How a cell is edited: the words of :func:`malmend.edit`; or facts in prompts instead."""
 
     editor: str = "auto"
     settings: EditorSettings | None = None
     method: Method | None = None
     refine: RefineSettings = RefineSettings()
+    context: InContext | None = None
 
 
 def way_of(name: str, given: Mapping[str, Any]) -> Way:
@@ -131,12 +133,14 @@ def way_of(name: str, given: Mapping[str, Any]) -> Way:
         MalmendError: no such method, class or setting, or a value that makes no sense.
     """
     own = {key: value for key, value in given.items() if key not in OF_CELL}
-    known = [*EDITORS, *METHODS]
+    known = [*EDITORS, *METHODS, "context"]
     method = given.get("method", name if name in known else "malmen")
     if "class" in given:
         return Way(method=_made(name, _imported(name, given["class"]), own))
     if method in METHODS:
         return Way(method=_made(name, METHODS[method], own))
+    if method == "context":
+        return Way(context=_made(name, InContext, own))
     if method not in EDITORS:
         raise MalmendError(
             f"The plan's method {name!r} is {method!r}, expected one of {', '.join(known)}, or a "

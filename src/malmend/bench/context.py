@@ -1,0 +1,104 @@
+"""Facts in the prompt: what many would try before any edit.  The weights stay as they are.
+
+Before each question stand the edited facts that are most like it, as "PROMPT ANSWER" lines, the
+likest last.  Likeness is the cosine of the prompts' token counts, each count weighed by how rare
+the token is among the facts (idf = log(m / facts that hold it) + 1).  Nothing is known of which
+fact a question belongs to, so unrelated questions have facts before them too.
+
+Shape letters: M facts, W vocabulary, B questions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from malmend.errors import EditorError, MalmendError
+from malmend.evaluation.examiner import Examiner
+from malmend.evaluation.replies import FactRow, rows_of
+from malmend.facts.fact import Fact, FactSet
+from malmend.facts.tokens import Encoder
+from malmend.models.load import LoadedModel
+from malmend.models.sites import find_sites
+from malmend.workbench import aimed, checked_facts, encoder_for, lay_out
+
+
+@dataclass(frozen=True)
+class InContext:
+    """Facts in the prompt.
+
+    Attributes:
+        shown: facts before each question.
+    """
+
+    shown: int = 1
+
+    def __post_init__(self) -> None:
+        if self.shown < 1:
+            raise EditorError(f"context.shown is {self.shown}, expected 1 or more.")
+
+
+class ContextEncoder(Encoder):
+    """Frames each prompt behind the facts that are most like it.
+
+    Args:
+        plain: the encoder that prompts have without facts.
+        facts: that may be shown.
+        shown: how many of them.
+    """
+
+    def __init__(self, plain: Encoder, facts: Sequence[Fact], shown: int):
+        super().__init__(
+            plain.tokenizer, plain.end_of_answer, plain.max_tokens, reading=plain.reading
+        )
+        self._plain, self._shown = plain, min(shown, len(facts))
+        self._lines = [f"{fact.prompt.rstrip()} {fact.answer}" for fact in facts]
+        counts_MW = torch.stack([self._counts(fact.prompt) for fact in facts])
+        held_W = (counts_MW > 0).sum(0)
+        self._idf_W = (len(facts) / held_W.clamp(min=1)).log() + 1
+        self._facts_MW = torch.nn.functional.normalize(counts_MW * self._idf_W, dim=1)
+
+    def framed(self, prompt: str) -> str:
+        """The likest facts, then the prompt, each in a line."""
+        chosen = self.likest(prompt)
+        return "\n".join([*(self._lines[index] for index in chosen), super().framed(prompt)])
+
+    def likest(self, prompt: str) -> list[int]:
+        """The facts that are shown before a prompt, the likest last."""
+        query_W = self._counts(prompt) * self._idf_W
+        likeness_M = self._facts_MW @ query_W
+        order = likeness_M.argsort(descending=True, stable=True)  # of equal ones the earlier
+        return order[: self._shown].tolist()[::-1]
+
+    def _counts(self, prompt: str) -> Tensor:
+        ids = torch.tensor(self._plain.prompt_ids(prompt))
+        return torch.bincount(ids, minlength=len(self.tokenizer)).float()
+
+
+def asked_in_context(
+    loaded: LoadedModel,
+    facts: Sequence[Fact],
+    settings: InContext,
+    alternative: bool = False,
+    away: bool = False,
+    decode: int = 0,
+) -> list[FactRow]:
+    """Everything about the facts, without them in the prompt and with them.
+
+    Raises:
+        MalmendError: a question becomes too long behind its facts, or the facts do not fit.
+    """
+    encoder = encoder_for(loaded)
+    known: FactSet = checked_facts(facts, encoder, alternative=alternative, away=away)
+    bench = lay_out(loaded, find_sites(loaded.model), encoder.end_of_answer)
+    known = aimed(bench, known, away)
+    behind = ContextEncoder(bench.encoder, list(known), settings.shown)
+    if faults := behind.faults(known):
+        raise MalmendError(f"Behind {settings.shown} facts a question does not fit: {faults[0]}.")
+    examiner = Examiner(loaded, bench.trunk, bench.encoder)
+    before = examiner.examine(known, decode, remember=True)
+    examiner.encoder = behind
+    return rows_of(known, before, examiner.examine(known, decode))
