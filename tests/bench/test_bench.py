@@ -167,11 +167,11 @@ def test_facts_alone_are_each_edited_and_asked_alone(plan, tiny, tmp_path):
 def test_a_stopped_bench_goes_on_and_does_nothing_twice(plan, tmp_path, monkeypatch):
     ran, run = [], bench_module.run_cell
 
-    def counted(loaded, cell, *rest):
+    def counted(asking, cell, *rest):
         if len(ran) == 3:
             raise KeyboardInterrupt
         ran.append(cell)
-        return run(loaded, cell, *rest)
+        return run(asking, cell, *rest)
 
     monkeypatch.setattr(bench_module, "run_cell", counted)
     out = tmp_path / "out"

@@ -10,7 +10,8 @@ import torch
 
 import command_support
 import helpers
-from malmend.bench.context import ContextEncoder, InContext, asked_in_context
+from malmend.bench.asking import Asking
+from malmend.bench.context import ContextEncoder, InContext
 from malmend.bench.plan import Plan
 from malmend.bench.run import bench
 from malmend.errors import EditorError, MalmendError
@@ -30,6 +31,12 @@ FACTS = [
 
 def behind(shown: int = 1) -> ContextEncoder:
     return ContextEncoder(Encoder(helpers.byte_level()), FACTS, shown)
+
+
+def asked_in_context(loaded, facts):
+    asking = Asking(loaded, Plan(("m",), "f", {"context": {}}))
+    encoder = ContextEncoder(encoder_for(loaded), list(asking.known(facts)), 1)
+    return asking.read_by(facts, encoder, 0).rows
 
 
 def likeness(encoder: Encoder, prompt: str, fact: Fact) -> float:
@@ -70,7 +77,7 @@ def test_the_prompt_stands_behind_its_facts():
 def test_replies_are_of_the_whole_model_behind_the_facts(tiny):
     facts = command_support.make_facts(3, seed=4)
     before = {n: p.clone() for n, p in tiny.loaded.model.named_parameters()}
-    rows = asked_in_context(tiny.loaded, facts, InContext())
+    rows = asked_in_context(tiny.loaded, facts)
     plain = encoder_for(tiny.loaded)
     encoder = ContextEncoder(plain, facts, 1)
     for row, fact in zip(rows, facts, strict=True):
@@ -95,6 +102,6 @@ def test_in_a_plan(protocol, tiny, tmp_path):
 def test_what_does_not_fit_is_refused(tiny):
     long = Fact("x", "The capital of Kalo is" + " so" * 120, "Lo")
     with pytest.raises(MalmendError, match="Behind 1 facts a question does not fit"):
-        asked_in_context(tiny.loaded, [long], InContext())
+        asked_in_context(tiny.loaded, [long])
     with pytest.raises(EditorError, match=r"context\.shown is 0"):
         InContext(shown=0)

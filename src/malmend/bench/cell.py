@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from malmend.bench.context import InContext, asked_in_context
-from malmend.bench.plan import Cell, Plan, Way, way_of
+from malmend.bench.asking import Asked, Asking
+from malmend.bench.context import ContextEncoder
+from malmend.bench.plan import Cell, Way, way_of
 from malmend.commands.edit import edit
-from malmend.commands.evaluate import evaluate
 from malmend.evaluation.protocols import scores
-from malmend.evaluation.replies import Asked, FactRow, Replies
+from malmend.evaluation.replies import Asked as Reply
+from malmend.evaluation.replies import FactRow, Replies
 from malmend.facts.fact import Fact
 from malmend.models.load import LoadedModel
 from malmend.patch import Patch
-from malmend.progress import Progress
+from malmend.progress import Progress, silent
+from malmend.workbench import encoder_for
 
 SHOWN = 10  # failed facts that a row keeps
 
@@ -31,10 +33,9 @@ SHOWN = 10  # failed facts that a row keeps
 class _Done:
     """What the edits of a cell gave."""
 
-    rows: list[FactRow]
+    asked: list[Asked]
     patches: list[Patch]
     edit_seconds: float
-    perplexity: Mapping[str, float]
 
 
 def drawn(facts: Sequence[Fact], size: int, seed: int) -> list[Fact]:
@@ -45,17 +46,20 @@ def drawn(facts: Sequence[Fact], size: int, seed: int) -> list[Fact]:
 
 
 def run_cell(
-    loaded: LoadedModel, cell: Cell, facts: Sequence[Fact], plan: Plan, progress: Progress
+    asking: Asking, cell: Cell, facts: Sequence[Fact], progress: Progress
 ) -> dict[str, Any]:
     """A row of results, as plain values."""
     way, start = way_of(cell.name, cell.given), time.perf_counter()
-    if way.context is not None:
-        done = _in_context(loaded, way.context, cell, facts, plan)
-    else:
-        run = _together if cell.protocol == "together" else _alone
-        done = run(loaded, way, facts, plan, progress)
-    before = Replies([one for row in done.rows for one in row.unedited])
-    after = Replies([one for row in done.rows for one in row.edited])
+    draws = [list(facts)] if cell.protocol == "together" else [[fact] for fact in facts]
+    done = _Done([], [], 0.0)
+    for index, draw in enumerate(draws):
+        left = max(0, asking.plan.decode - index)
+        done = _one(asking, way, draw, left, done, progress if len(draws) == 1 else silent)
+        if len(draws) > 1:
+            progress("each fact alone", (index + 1) / len(draws))
+    rows = [_of(index, row) for index, row in enumerate(r for one in done.asked for r in one.rows)]
+    before = Replies([one for row in rows for one in row.unedited])
+    after = Replies([one for row in rows for one in row.edited])
     said = done.patches[0].provenance if done.patches else {}
     return {
         "model": cell.model,
@@ -65,78 +69,27 @@ def run_cell(
         "seed": cell.seed,
         "unedited": {kind: asdict(one) for kind, one in scores(before).items()},
         "edited": {kind: asdict(one) for kind, one in scores(after, before).items()},
-        "perplexity": dict(done.perplexity),
+        "perplexity": dict(done.asked[0].perplexity) if len(draws) == 1 else {},
         "edit_seconds": done.edit_seconds,
         "seconds": time.perf_counter() - start,
-        "failures": _failures(loaded, done.rows),
+        "failures": _failures(asking.loaded, rows),
         # One patch's header; of facts alone the first one's.
         "patch": {key: value for key, value in said.items() if key != "losses"},
     }
 
 
-def _together(
-    loaded: LoadedModel, way: Way, facts: Sequence[Fact], plan: Plan, progress: Progress
+def _one(
+    asking: Asking, way: Way, facts: list[Fact], decode: int, done: _Done, progress: Progress
 ) -> _Done:
-    patch, seconds = _edited(loaded, way, facts, plan, progress)
-    report = evaluate(
-        loaded,
-        facts,
-        patch,
-        alternative=plan.alternative,
-        away=plan.away,
-        decode_facts=plan.decode,
-        text=plan.text,
-        progress=progress,
-    )
-    return _Done(list(report.rows), [patch], seconds, report.perplexity)
-
-
-def _alone(
-    loaded: LoadedModel, way: Way, facts: Sequence[Fact], plan: Plan, progress: Progress
-) -> _Done:
-    rows, patches, seconds = list[FactRow](), list[Patch](), 0.0
-    for index, fact in enumerate(facts):
-        patch, took = _edited(loaded, way, [fact], plan, _quiet)
-        report = evaluate(
-            loaded,
-            [fact],
-            patch,
-            alternative=plan.alternative,
-            away=plan.away,
-            decode_facts=int(index < plan.decode),
-            text="none",
-        )
-        (row,) = report.rows
-        rows.append(replace(row, unedited=_of(index, row.unedited), edited=_of(index, row.edited)))
-        patches.append(patch)
-        seconds += took
-        progress("each fact alone", (index + 1) / len(facts))
-    return _Done(rows, patches, seconds, {})
-
-
-def _in_context(
-    loaded: LoadedModel, settings: InContext, cell: Cell, facts: Sequence[Fact], plan: Plan
-) -> _Done:
-    """Facts in the prompts: of one alone, its own before everything."""
-    draws = [list(facts)] if cell.protocol == "together" else [[fact] for fact in facts]
-    rows = list[FactRow]()
-    for index, draw in enumerate(draws):
-        decode = plan.decode if len(draws) == 1 else int(index < plan.decode)
-        found = asked_in_context(loaded, draw, settings, plan.alternative, plan.away, decode)
-        if len(draws) > 1:
-            found = [
-                replace(row, unedited=_of(index, row.unedited), edited=_of(index, row.edited))
-                for row in found
-            ]
-        rows += found
-    return _Done(rows, [], 0.0, {})
-
-
-def _edited(
-    loaded: LoadedModel, way: Way, facts: Sequence[Fact], plan: Plan, progress: Progress
-) -> tuple[Patch, float]:
-    done = edit(
-        loaded,
+    """Facts that are edited together, behind those that are done."""
+    if way.context is not None:
+        encoder = encoder_for(asking.loaded)
+        behind = ContextEncoder(encoder, list(asking.known(facts)), way.context.shown)
+        asked = asking.read_by(facts, behind, decode)
+        return replace(done, asked=[*done.asked, asked])
+    plan = asking.plan
+    edited = edit(
+        asking.loaded,
         facts,
         editor=way.editor,
         settings=way.settings,
@@ -146,15 +99,20 @@ def _edited(
         refine=way.refine,
         progress=progress,
     )
-    return done.patch, done.seconds
+    asked = asking.patched(facts, edited.patch, decode)
+    return _Done(
+        [*done.asked, asked],
+        [*done.patches, edited.patch],
+        done.edit_seconds + edited.seconds,
+    )
 
 
-def _of(fact: int, asked: Sequence[Asked]) -> tuple[Asked, ...]:
-    return tuple(replace(one, fact=fact) for one in asked)
-
-
-def _quiet(stage: str, share: float) -> None:
-    """The stages of one fact of many are not told."""
+def _of(fact: int, row: FactRow) -> FactRow:
+    """The row as that of a fact of the whole draw."""
+    unedited, edited = (
+        tuple(replace(one, fact=fact) for one in asked) for asked in (row.unedited, row.edited)
+    )
+    return replace(row, unedited=unedited, edited=edited)
 
 
 def _failures(loaded: LoadedModel, rows: Sequence[FactRow]) -> list[dict[str, str]]:
@@ -180,7 +138,7 @@ def _failures(loaded: LoadedModel, rows: Sequence[FactRow]) -> list[dict[str, st
     return found
 
 
-def _said(loaded: LoadedModel, asked: Asked) -> str:
+def _said(loaded: LoadedModel, asked: Reply) -> str:
     if asked.text is not None:
         return asked.text
     if loaded.reading.form == "classes":

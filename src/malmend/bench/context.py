@@ -17,13 +17,8 @@ import torch
 from torch import Tensor
 
 from malmend.errors import EditorError, MalmendError
-from malmend.evaluation.examiner import Examiner
-from malmend.evaluation.replies import FactRow, rows_of
-from malmend.facts.fact import Fact, FactSet
+from malmend.facts.fact import Fact
 from malmend.facts.tokens import Encoder
-from malmend.models.load import LoadedModel
-from malmend.models.sites import find_sites
-from malmend.workbench import aimed, checked_facts, encoder_for, lay_out
 
 
 @dataclass(frozen=True)
@@ -48,6 +43,9 @@ class ContextEncoder(Encoder):
         plain: the encoder that prompts have without facts.
         facts: that may be shown.
         shown: how many of them.
+
+    Raises:
+        MalmendError: a question of the facts becomes too long behind others.
     """
 
     def __init__(self, plain: Encoder, facts: Sequence[Fact], shown: int):
@@ -60,6 +58,8 @@ class ContextEncoder(Encoder):
         held_W = (counts_MW > 0).sum(0)
         self._idf_W = (len(facts) / held_W.clamp(min=1)).log() + 1
         self._facts_MW = torch.nn.functional.normalize(counts_MW * self._idf_W, dim=1)
+        if faults := self.faults(facts):
+            raise MalmendError(f"Behind {shown} facts a question does not fit: {faults[0]}.")
 
     def framed(self, prompt: str) -> str:
         """The likest facts, then the prompt, each in a line."""
@@ -76,29 +76,3 @@ class ContextEncoder(Encoder):
     def _counts(self, prompt: str) -> Tensor:
         ids = torch.tensor(self._plain.prompt_ids(prompt))
         return torch.bincount(ids, minlength=len(self.tokenizer)).float()
-
-
-def asked_in_context(
-    loaded: LoadedModel,
-    facts: Sequence[Fact],
-    settings: InContext,
-    alternative: bool = False,
-    away: bool = False,
-    decode: int = 0,
-) -> list[FactRow]:
-    """Everything about the facts, without them in the prompt and with them.
-
-    Raises:
-        MalmendError: a question becomes too long behind its facts, or the facts do not fit.
-    """
-    encoder = encoder_for(loaded)
-    known: FactSet = checked_facts(facts, encoder, alternative=alternative, away=away)
-    bench = lay_out(loaded, find_sites(loaded.model), encoder.end_of_answer)
-    known = aimed(bench, known, away)
-    behind = ContextEncoder(bench.encoder, list(known), settings.shown)
-    if faults := behind.faults(known):
-        raise MalmendError(f"Behind {settings.shown} facts a question does not fit: {faults[0]}.")
-    examiner = Examiner(loaded, bench.trunk, bench.encoder)
-    before = examiner.examine(known, decode, remember=True)
-    examiner.encoder = behind
-    return rows_of(known, before, examiner.examine(known, decode))

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from malmend.bench.asking import Asking
 from malmend.bench.cell import drawn, run_cell
 from malmend.bench.plan import Cell, Plan, read_plan
 from malmend.bench.plot import plot
@@ -19,7 +20,7 @@ from malmend.errors import MalmendError
 from malmend.facts.fact import Fact
 from malmend.facts.readers import read_facts
 from malmend.files import writable_folder
-from malmend.models.load import LoadedModel, load_model
+from malmend.models.load import load_model
 from malmend.progress import Progress, silent
 
 
@@ -65,11 +66,11 @@ def bench(
     keyed = {_key(cell, facts, plan): cell for cell in cells}
     left = {key: cell for key, cell in keyed.items() if key not in results.rows}
     told(cost(list(left.values()), len(keyed), results))
-    loaded: LoadedModel | None = None
+    asking: Asking | None = None
     for key, cell in left.items():
-        if loaded is None or loaded.name != cell.model:
-            loaded = load_model(cell.model)
-        row = run_cell(loaded, cell, drawn(facts, cell.size, cell.seed), plan, progress)
+        if asking is None or asking.loaded.name != cell.model:
+            asking = Asking(load_model(cell.model), plan)
+        row = run_cell(asking, cell, drawn(facts, cell.size, cell.seed), progress)
         made = {"malmend": version("malmend"), "torch": version("torch"), "finished": now()}
         results.add(key, {**row, **made, "facts": plan.facts, "given": dict(cell.given)})
         stepped(results.rows[key])

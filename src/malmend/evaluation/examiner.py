@@ -55,6 +55,10 @@ class Examiner:
         self.chat = chat
         self._before: dict[Question, tuple[tuple[int, ...], Tensor]] = {}
 
+    def measures_against(self, other: Examiner) -> None:
+        """Takes what another examiner of the same model remembers of it, unedited."""
+        self._before = other._before
+
     def count(self, facts: Sequence[Fact], decode_facts: int | None = None) -> int:
         """How many questions :meth:`examine` answers; ``progress`` is told as many."""
         asked = list(questions_of(facts))
