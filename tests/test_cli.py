@@ -64,6 +64,16 @@ METHODS = {
     ),
     "ultraedit": ("eta", "ridge", "batch", "layers", "linear", "tokens", "end-of-answer"),
 }
+TRAINED = {
+    "enn": (
+        *("layers", "inner-steps", "inner-rate", "c-edit", "c-loc", "rate", "scalar-rate", "clip"),
+        *("steps", "facts-per-step", "seed", "save-every", "end-of-answer"),
+    ),
+    "ke": (
+        *("layers", "hidden", "start", "margin", "decay", "floor", "rate", "multiplier-rate"),
+        *("steps", "facts-per-step", "seed", "save-every", "end-of-answer"),
+    ),
+}
 # The whole public surface: a change here is a change for users.
 OPTIONS = {
     "edit": MODEL
@@ -87,6 +97,8 @@ OPTIONS = {
     | TRUNK
     | CALIBRATION
     | EDITOR
+    | {f"--{method}" for method in TRAINED}
+    | {f"--{method}.{field}" for method, fields in TRAINED.items() for field in fields}
     | {
         "--config",
         "--out",

@@ -17,6 +17,7 @@ from malmend.errors import MalmendError, nearest
 from malmend.options import (
     add_editor_settings,
     add_methods,
+    add_trained,
     derive,
     flat,
     parse,
@@ -94,6 +95,7 @@ def _edit(arguments: list[str]) -> None:
     from malmend import show
     from malmend.commands.edit import edit
     from malmend.editors.settings import training_free
+    from malmend.methods.table import METHODS
 
     parser = parser_of("edit", COMMANDS["edit"])
     parser.add_argument("model", type=str, help="name, folder or GGUF file")
@@ -109,7 +111,7 @@ def _edit(arguments: list[str]) -> None:
     add_editor_settings(parser, {"network", "method"})
     add_methods(parser)
     given = parse(parser, arguments)
-    method = take_method(given)
+    method = take_method(given, METHODS)
     settings = take_editor_settings(given, network=False)
     untouched = settings == training_free()
     if given["editor"] not in ("auto", "none") and not untouched:
@@ -137,6 +139,7 @@ def _train(arguments: list[str]) -> None:
         published_mend_training,
         published_training,
     )
+    from malmend.methods.trained import TRAINED
 
     parser = parser_of("train", COMMANDS["train"])
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
@@ -154,15 +157,20 @@ def _train(arguments: list[str]) -> None:
     )
     own = {"model", "facts", "out", "locality", "settings", "editor", "starting", "stepped"}
     derive(parser, train, own)
-    add_editor_settings(parser)
+    add_editor_settings(parser, {"method"})
     parser.add_class_arguments(TrainSettings)
+    add_trained(parser)
     given = parse(parser, arguments)
+    if given["method"] in TRAINED:
+        _learn(given, usual=parse(parser, ["model", "facts", "--out", "folder"]))
+        return
     paper = {**vars(published()), **vars(published_training())} if given["paper"] else {}
     if given["method"] == "mend-single":
         paper = {**vars(published_mend()), **vars(published_mend_training())}
     if paper:  # other defaults; what was given still counts
         parser.set_defaults(flat(paper))
         given = parse(parser, arguments)
+    take_method(given, {name: kind.settings for name, kind in TRAINED.items()})
     given.pop("paper")
     given.pop("config", None)
     names = TrainSettings.__dataclass_fields__
@@ -189,6 +197,31 @@ def _train(arguments: list[str]) -> None:
             stepped=lambda record: show.step(record, training.steps),
         )
     show.trained(result)
+
+
+def _learn(given: dict[str, Any], usual: dict[str, Any]) -> None:
+    """Trains a method that is no editor; none of an editor's options suit it."""
+    from malmend import show
+    from malmend.commands.learn import learn
+    from malmend.methods.trained import TRAINED
+
+    name = given["method"]
+    settings = take_method(given, {one: kind.settings for one, kind in TRAINED.items()})
+    taken = {"model", "facts", "out", "locality", "limit", "strict", "alternative", "away"}
+    taken |= {"trunk", "dtype"}
+    for option in set(given) - taken - {"method", "config"}:
+        if given[option] != usual[option]:
+            raise MalmendError(
+                f"--{option.replace('_', '-')} is of editors, and the method is {name}; leave it "
+                f"out, or see --{name}.* in malmend train --help."
+            )
+    result = learn(
+        **{option: given[option] for option in taken},
+        method=name,
+        settings=settings,
+        stepped=lambda record: show.learning(record, settings.steps),
+    )
+    show.status(f"Trained {len(result.records)} steps of {name}.  Editor: {result.folder}")
 
 
 def _eval(arguments: list[str]) -> None:

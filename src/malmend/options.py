@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, NoReturn, get_args
 
 from malmend.errors import MalmendError
@@ -56,27 +56,37 @@ def add_methods(parser: Any) -> None:
     from malmend.editors.settings import EditorMethod
     from malmend.methods.table import METHODS
 
-    names = (*get_args(EditorMethod), *METHODS)
+    _add_method(parser, (*get_args(EditorMethod), *METHODS), METHODS)
+
+
+def add_trained(parser: Any) -> None:
+    """The same for what can be trained."""
+    from malmend.editors.settings import EditorMethod
+    from malmend.methods.trained import TRAINED
+
+    kinds = {name: kind.settings for name, kind in TRAINED.items()}
+    _add_method(parser, (*get_args(EditorMethod), *kinds), kinds)
+
+
+def _add_method(parser: Any, names: tuple[str, ...], kinds: Mapping[str, type]) -> None:
     parser.add_argument(
         "--method",
         type=Literal[names],
         default="malmen",
         help="what edits: least squares or the sum of an editor's shifts, or another method",
     )
-    for name, kind in METHODS.items():
+    for name, kind in kinds.items():
         parser.add_class_arguments(kind, name.replace("-", "_"))
 
 
-def take_method(given: dict[str, Any]) -> Any:
-    """Takes the methods' settings out of the parsed options: the chosen method, None for an editor.
+def take_method(given: dict[str, Any], kinds: Mapping[str, type]) -> Any:
+    """Takes methods' settings out of the parsed options: the chosen one's, None for an editor.
 
     Raises:
         MalmendError: settings of a method that was not chosen.
     """
-    from malmend.methods.table import METHODS
-
     chosen = None
-    for name, kind in METHODS.items():
+    for name, kind in kinds.items():
         method = kind(**given.pop(name.replace("-", "_")))
         if name == given["method"]:
             chosen = method

@@ -251,6 +251,13 @@ def step(record: StepRecord, steps: int) -> None:
     )
 
 
+def learning(record: Any, steps: int) -> None:
+    """One line per step of a method that is no editor: every figure of its record."""
+    figures = {name: value for name, value in vars(record).items() if name != "step"}
+    shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+    ERR.print(f"step {record.step:>4}/{steps}  {shown}", highlight=False, soft_wrap=True)
+
+
 def trained(result: TrainResult) -> None:
     """Where the editor lies and how the loss went."""
     if result.leaks:

@@ -120,7 +120,10 @@ def test_settings_of_another_method_are_refused(tiny, tmp_path, capsys):
         assert command(*edit, "--method", "ft", *option) == 2
         assert "The method ft takes neither an editor" in capsys.readouterr().err
     assert command(*edit, "--method", "lorra") == 2
-    assert "--method is 'lorra', expected 'malmen', 'mend', 'mend-single', 'ft'" in capsys.readouterr().err
+    assert (
+        "--method is 'lorra', expected 'malmen', 'mend', 'mend-single', 'ft'"
+        in capsys.readouterr().err
+    )
     assert not patch.exists()
 
 

@@ -23,6 +23,7 @@ from malmend.evaluation.page import PAGE, page_folder
 from malmend.facts.fact import Fact, FactSet
 from malmend.files import writable
 from malmend.methods.method import Method, settings_of
+from malmend.methods.trained import trained_method
 from malmend.models.load import LoadedModel
 from malmend.models.trunk import TrunkSettings
 from malmend.patch import Patch, applied, load_patch, make_patch, save_patch
@@ -82,9 +83,10 @@ def edit(
         model: a name, a folder, a GGUF file, or a loaded model.
         facts: a facts file, or facts.
         out: where the patch goes; None keeps it in memory.
-        editor: a folder that ``malmend train`` wrote; "none" for the editor without a network;
-            "auto" for the editor that the package carries for this model, and where it carries
-            none, or settings or calibration data are given, "none".
+        editor: a folder that ``malmend train`` wrote, of an editor or another trained method;
+            "none" for the editor without a network; "auto" for the editor that the package carries
+            for this model, and where it carries none, or settings or calibration data are given,
+            "none".
         settings: of the editor without a network; a trained editor brings its own.
         method: another way than by an editor, with its settings (malmend.methods).
         limit: the first so many facts.
@@ -109,6 +111,8 @@ def edit(
     """
     if out is not None:
         writable(out, facts, calibrate, text, model)
+    found = trained_method(editor) if method is None and settings is None else None
+    method, editor = (found, "auto") if found is not None else (method, editor)
     own_data = (calibrate, text, calibration) != (None, None, CalibrationSettings())
     if method is not None and (editor != "auto" or settings is not None or own_data):
         raise MalmendError(

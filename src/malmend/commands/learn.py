@@ -1,0 +1,91 @@
+"""Facts in, a trained method out: the methods that are no editors but are trained too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from malmend.errors import MalmendError
+from malmend.facts.fact import Fact, Question
+from malmend.facts.readers import read_questions
+from malmend.files import writable_folder
+from malmend.methods.trained import TRAINED
+from malmend.models.load import LoadedModel
+from malmend.models.trunk import TrunkSettings
+from malmend.workbench import aimed, checked_facts, encoder_for, lay_out, opened
+
+
+@dataclass(frozen=True, eq=False)
+class LearnResult:
+    """A method that is trained: its folder, and a record for every step of this run."""
+
+    folder: Path
+    records: tuple[Any, ...]
+
+
+def learn(
+    model: str | LoadedModel,
+    facts: str | Path | Sequence[Fact],
+    out: str | Path,
+    method: str,
+    settings: Any = None,
+    locality: str | Path | Sequence[Question] | None = None,
+    limit: int | None = None,
+    strict: bool = False,
+    alternative: bool = False,
+    away: bool = False,
+    trunk: TrunkSettings = TrunkSettings(),
+    dtype: str = "float32",
+    stepped: Callable[[Any], None] = lambda record: None,
+) -> LearnResult:
+    """Trains a method on facts, or goes on with what ``out`` holds.
+
+    Args:
+        model: a name, a folder, a GGUF file, or a loaded model.
+        facts: a facts file, or facts, with paraphrases.
+        out: the folder; :func:`malmend.edit` takes it as its editor.
+        method: "enn" or "ke".
+        settings: of the method, from its file under ``malmend.methods``; None for the usual ones.
+        locality: unrelated questions; None takes each fact's own.
+        limit: the first so many facts.
+        strict: refuse duplicates and contradictions in place of skipping the later ones.
+        alternative: train on each fact's alternative (a false answer) in place of its answer.
+        away: of a classifier: train on what it does not say of each fact.
+        trunk: grouping of questions and the disk budget.
+        dtype: the model is loaded in.
+        stepped: called after every step.
+
+    Raises:
+        MalmendError: any bad input, in one sentence.
+    """
+    if method not in TRAINED:
+        raise MalmendError(
+            f"The method {method!r} is not trained, expected one of {', '.join(TRAINED)}."
+        )
+    kind, folder = TRAINED[method], Path(out)
+    settings = kind.settings() if settings is None else settings
+    encoder = encoder_for(model, settings.end_of_answer)
+    known = checked_facts(facts, encoder, limit, strict, alternative, away)
+    others = read_questions(locality) if isinstance(locality, str | Path) else tuple(locality or ())
+    if (folder / "config.json").is_file():
+        raise MalmendError(f"{folder} is a model's folder, expected one for the {method}.")
+    writable_folder(folder)
+    loaded = opened(model, dtype)
+    sites = settings.sites_in(loaded.model)
+    bench = lay_out(loaded, sites, settings.end_of_answer, trunk=trunk)
+    trainer = kind.trainer(settings, bench, list(aimed(bench, known, away)), others)
+    if (folder / "training.safetensors").is_file():
+        trainer.resume(folder)
+    elif (folder / "editor.json").is_file():
+        raise MalmendError(
+            f"{folder} holds an editor without what resuming needs; give another --out."
+        )
+    records = []
+    for record in trainer.run():
+        records.append(record)
+        stepped(record)
+        if record.step % settings.save_every == 0 or record.step == settings.steps:
+            trainer.save(folder)
+    return LearnResult(folder, tuple(records))

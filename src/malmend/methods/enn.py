@@ -1,0 +1,294 @@
+"""Editable Neural Networks (ENN; Sinitsin et al. 2020, as in MEND, appendix B.1, equation 5).
+
+The weights W of the edited layers are trained beforehand, so that a few gradient steps on an edit
+succeed and disturb little:
+
+    minimise over W, r   L_base(W) + c_edit L_edit(W_k) + c_loc L_loc(W, W_k)
+
+    W_0 = W,   W_(j+1) = W_j - r grad L(W_j),   r = exp(learned) of each layer
+    L       mean over the facts edited together of -log p(answer | prompt)
+    L_edit  the same on a paraphrase (the prompt itself where there is none)
+    L_loc   mean over unrelated questions, one per fact, of KL(W || W_k), summed over answer tokens
+    L_base  KL(original || W) on the same questions
+
+No graph spans the steps.  With G_k = dL/dW_k of the last two terms, H_j the second derivatives of L
+at W_j,
+
+    G_j = G_(j+1) - H_j (r G_(j+1)),   dL/dlog r = - sum over j of r <G_(j+1), grad L(W_j)>
+
+and dL/dW is G_0 and what L_base and L_loc give at W itself.  H_j times a matrix is summed over
+micro-batches, so no result depends on those, and only one micro-batch's graph is in memory, beside
+about 2 k + 12 copies of the edited weights, however much is edited.
+
+Deviations: the published L_base is the loss on the model's own training text, which is not at
+hand.  Edited are the layers that FT tunes: both of a feed-forward block, of a gated one not the
+gate.  The gradient is clipped.  A patch holds trained - original + edit.
+
+Shape letters: A answer tokens, H hidden width, V value width, K key width, S sites.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import PreTrainedModel
+
+from malmend.errors import EditorError, ModelError
+from malmend.facts.encoded import Encoded
+from malmend.facts.fact import Fact
+from malmend.facts.tokens import EndOfAnswer
+from malmend.files import reason
+from malmend.methods.method import Found
+from malmend.models.sites import Site, find_sites
+from malmend.models.trunk import Trunk
+from malmend.numerics.losses import answer_nll
+from malmend.progress import Progress, counted
+from malmend.workbench import Workbench
+
+WEIGHTS = "editor.safetensors"
+COUNTS = ("layers", "inner_steps", "steps", "facts_per_step", "save_every")
+_MALFORMED = (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError)
+
+Weights = Sequence[Tensor]  # one per site, as its layer stores it
+
+
+@dataclass(frozen=True)
+class EnnSettings:
+    """How the base is trained, and edited afterwards.
+
+    Attributes:
+        layers: the feed-forward layers of this many last blocks.
+        inner_steps: k, the gradient steps of an edit.
+        inner_rate: where every r starts.
+        c_edit: weight of L_edit.
+        c_loc: weight of L_loc.
+        rate: Adam's learning rate for the weights.
+        scalar_rate: Adam's learning rate for log r.
+        clip: largest norm of the gradient.
+        steps: of Adam.
+        facts_per_step: facts edited together in each; published is one.
+        seed: of the order of the facts and the questions drawn.
+        save_every: steps between checkpoints, for whoever runs the training.
+        end_of_answer: what is trained after an answer, "eos", "newline" or "none".
+    """
+
+    layers: int = 3
+    inner_steps: int = 3
+    inner_rate: float = 3e-3
+    c_edit: float = 0.1
+    c_loc: float = 1.0
+    rate: float = 1e-5
+    scalar_rate: float = 0.03
+    clip: float = 1.0
+    steps: int = 2000
+    facts_per_step: int = 1
+    seed: int = 0
+    save_every: int = 100
+    end_of_answer: EndOfAnswer = "eos"
+
+    def __post_init__(self) -> None:
+        for name in COUNTS:
+            if getattr(self, name) < 1:
+                raise EditorError(f"enn.{name} is {getattr(self, name)}, expected 1 or more.")
+        for name in ("inner_rate", "c_edit", "c_loc", "rate", "scalar_rate", "clip"):
+            value, above = getattr(self, name), name == "inner_rate"
+            if not 0 <= value < math.inf or (value == 0 and above):
+                least = "above 0" if above else "of at least 0"
+                raise EditorError(f"enn.{name} is {value}, expected a number {least}.")
+
+    def sites_in(self, model: PreTrainedModel) -> tuple[Site, ...]:
+        """Both layers of each feed-forward block, or the second of one whose first is fused."""
+        seconds = find_sites(model, self.layers)
+        try:
+            firsts = find_sites(model, self.layers, linear="first")
+        except ModelError:
+            return seconds
+        return tuple(site for pair in zip(firsts, seconds, strict=True) for site in pair)
+
+
+@dataclass(frozen=True)
+class Enn:
+    """Edits on a base that ``enn_training.EnnTrainer`` has trained and saved in ``folder``."""
+
+    folder: str
+
+    @property
+    def name(self) -> Literal["enn"]:
+        """As tables and patches call it."""
+        return "enn"
+
+    @property
+    def end_of_answer(self) -> EndOfAnswer:
+        """As the base was trained."""
+        return _read(self.folder)[1].end_of_answer
+
+    def sites_in(self, model: PreTrainedModel) -> tuple[Site, ...]:
+        """As :meth:`EnnSettings.sites_in`."""
+        return _read(self.folder)[1].sites_in(model)
+
+    def find(self, bench: Workbench, facts: Sequence[Fact], progress: Progress) -> Found:
+        """The trained base, and from there the inner steps on all facts at once.
+
+        Raises:
+            EditorError: the folder is damaged, or was trained for another base or other layers.
+        """
+        about, settings, tensors = _read(self.folder)
+        trunk, loaded = bench.trunk, bench.loaded
+        if about["base"] != loaded.fingerprint:
+            raise EditorError(
+                f"The editor {self.folder} was trained for a base with fingerprint "
+                f"{about['base'][:12]}, the model {loaded.name} has {loaded.fingerprint[:12]}; "
+                "train one for this model."
+            )
+        if shapes_of(trunk) != about["sites"]:
+            raise EditorError(
+                f"The editor {self.folder} is for other layers than the model is cut at; cut it at "
+                "those of its sites_in."
+            )
+        before, sites = copies(trunk), trunk.sites
+        pairs = zip(sites, before, strict=True)
+        start = [one + site.oriented(tensors[site.name].to(one)) for site, one in pairs]
+        rates_S = tensors["log_rates"].to(start[0]).exp()
+        prompts = bench.encoder.encode_all(fact.question for fact in facts)
+        count = counted(progress, "inner steps", settings.inner_steps)
+        path, _, losses = descended(trunk, start, rates_S, prompts, settings.inner_steps, count)
+        ends = zip(sites, path[-1], before, strict=True)
+        shifts = {s.name: s.oriented(last - one).cpu().double() for s, last, one in ends}
+        said = {
+            "settings": asdict(settings),
+            "editor": self.folder,
+            "editor_id": about["identity"],
+            "inner_rates": rates_S.tolist(),
+            "losses": losses,
+        }
+        return Found(shifts, max(min(site.shape_VK) for site in sites), said)
+
+
+def _read(folder: str) -> tuple[dict[str, Any], EnnSettings, dict[str, Tensor]]:
+    """Of what ``EnnTrainer.save`` wrote what it says, the settings, shifts and log rates."""
+    path = Path(folder)
+    if not (path / "editor.json").is_file():
+        raise EditorError(
+            f"There is no editor in {folder} (no editor.json); give a folder that EnnTrainer.save "
+            "wrote."
+        )
+    with whole(path, "train it again"):
+        about = json.loads((path / "editor.json").read_text(encoding="utf-8"))
+        if about.get("method") != "enn":
+            raise EditorError(f"The editor in {folder} is none of ENN; give one that is.")
+        raw, sites = (path / WEIGHTS).read_bytes(), about["sites"]
+        if identity_of(raw) != about["identity"]:
+            raise ValueError("its weights are not those that it names")
+        tensors = load(raw)
+        checked(tensors, {**sites, "log_rates": [len(sites)]})
+        return about, EnnSettings(**about["settings"]), tensors
+
+
+@contextmanager
+def whole(path: Path, otherwise: str) -> Iterator[None]:
+    """Turns what a damaged file raises into a sentence."""
+    try:
+        yield
+    except EditorError:
+        raise
+    except _MALFORMED as error:
+        raise EditorError(f"{path} is damaged ({reason(error)}); {otherwise}.") from error
+
+
+def identity_of(raw: bytes) -> str:
+    """What tells weights from others, as of every editor."""
+    return hashlib.sha256(raw).hexdigest()[:24]
+
+
+def checked(tensors: Mapping[str, Tensor], shapes: Mapping[str, list[int]]) -> None:
+    """Raises ValueError unless the tensors are these, and finite."""
+    if {name: [*one.shape] for name, one in tensors.items()} != shapes:
+        raise ValueError("its tensors have other names or shapes than it says")
+    if not all(one.isfinite().all() for one in tensors.values()):
+        raise ValueError("a tensor holds NaN or infinity")
+
+
+def shapes_of(trunk: Trunk) -> dict[str, list[int]]:
+    """(V, K) by site."""
+    return {site.name: list(site.shape_VK) for site in trunk.sites}
+
+
+def copies(trunk: Trunk) -> list[Tensor]:
+    """Copies of the edited weights, wide."""
+    return [site.weight.detach().to(trunk.wide, copy=True) for site in trunk.sites]
+
+
+@contextmanager
+def held(sites: Sequence[Site], weights: Weights) -> Iterator[None]:
+    """Layers that multiply by these tensors, which a graph may hold; the parameters afterwards.
+
+    Attention in the one implementation of torch that can be differentiated twice.
+    """
+    kept = [site.weight for site in sites]
+    try:
+        for site, weight, own in zip(sites, weights, kept, strict=True):
+            site.module._parameters["weight"] = weight.to(own.dtype)  # type: ignore[assignment]
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        for site, own in zip(sites, kept, strict=True):
+            site.module._parameters["weight"] = own
+
+
+def descended(
+    trunk: Trunk,
+    start: Weights,
+    rates_S: Tensor,
+    prompts: Sequence[Encoded],
+    steps: int,
+    count: Callable[[int], None] = lambda more: None,
+) -> tuple[list[Weights], list[Weights], list[float]]:
+    """W_0 to W_k, and at all but the last the gradient of L, and L."""
+    path: list[Weights] = [[one.detach() for one in start]]
+    slopes, losses = list[Weights](), list[float]()
+    for _ in range(steps):
+        loss, slope = slope_at(trunk, path[-1], prompts)
+        moved = zip(path[-1], rates_S, slope, strict=True)
+        path.append([one - rate * grad for one, rate, grad in moved])
+        slopes, losses = [*slopes, slope], [*losses, loss]
+        count(1)
+    return path, slopes, losses
+
+
+@torch.enable_grad()
+def slope_at(
+    trunk: Trunk, weights: Weights, questions: Sequence[Encoded], along: Weights = ()
+) -> tuple[float, Weights]:
+    """Mean loss of the answers with these weights, and its gradient there.
+
+    With ``along``, in place of the gradient that of <gradient, along>: H along.
+    """
+    leaves = [one.detach().requires_grad_() for one in weights]
+    totals, loss = [torch.zeros_like(one) for one in leaves], 0.0
+    for _, batch in trunk.batches(questions):  # what lies below is run with the parameters
+        labels_A = batch.tokens.labels_A.to(trunk.model.device)
+        with held(trunk.sites, leaves):
+            part = answer_nll(trunk.logits(batch), labels_A).sum() / len(questions)
+        grads = torch.autograd.grad(part, leaves, create_graph=bool(along))
+        if along:
+            grads = torch.autograd.grad(products(grads, along).sum(), leaves)
+        totals = [total + grad for total, grad in zip(totals, grads, strict=True)]
+        loss += part.item()
+    return loss, totals
+
+
+def products(left: Weights, right: Weights) -> Tensor:
+    """<left, right> of each site."""
+    return torch.stack([(one * other).sum() for one, other in zip(left, right, strict=True)])

@@ -1,0 +1,242 @@
+"""Training the base of ENN: equation 5 of MEND's appendix, through the inner steps (enn.py)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from malmend.editors.checkpoint import save_training
+from malmend.errors import EditorError, MalmendError
+from malmend.facts.encoded import Encoded
+from malmend.facts.fact import Fact, Question, subject_hash
+from malmend.files import writable_folder, written_beside
+from malmend.methods.enn import (
+    WEIGHTS,
+    EnnSettings,
+    Weights,
+    checked,
+    copies,
+    descended,
+    held,
+    identity_of,
+    products,
+    shapes_of,
+    slope_at,
+    whole,
+)
+from malmend.numerics.losses import kl_per_token
+from malmend.workbench import Workbench
+
+MAY_CHANGE = ("steps", "save_every")  # of a run that is resumed
+MOMENTS = ("exp_avg", "exp_avg_sq")  # as torch's Adam calls them
+
+Asked = tuple[Question, Question, Question]  # of a fact: prompt, equivalent, unrelated
+
+
+@dataclass(frozen=True)
+class EnnRecord:
+    """One finished step; losses in nats per fact, as they were before it."""
+
+    step: int
+    loss: float
+    base: float
+    edit: float
+    loc: float
+    seconds: float
+
+
+class EnnTrainer:
+    """A base in training; the model on the bench, cut at ``settings.sites_in``, stays as it is.
+
+    ``locality`` are unrelated questions; where empty, each fact's own are used.
+
+    Raises:
+        EditorError: too few facts, or one without an unrelated question.
+    """
+
+    def __init__(
+        self,
+        settings: EnnSettings,
+        bench: Workbench,
+        facts: Sequence[Fact],
+        locality: Sequence[Question] = (),
+    ):
+        self.settings, self.bench, self.trunk, self.step = settings, bench, bench.trunk, 0
+        self.facts, self.locality = list(facts), list(locality)
+        if len(self.facts) < settings.facts_per_step:
+            raise EditorError(
+                f"There are {len(self.facts)} facts to train on, expected at least "
+                f"{settings.facts_per_step}, those of one step; lower enn.facts_per_step."
+            )
+        lonely = [f for f in self.facts if not (locality or f.unrelated or f.neighbours)]
+        if lonely:
+            raise EditorError(
+                f"The fact {lonely[0].id!r} (line {lonely[0].line}) has no unrelated question, "
+                "which training needs; add one to each fact, or give unrelated questions."
+            )
+        self.weights = [nn.Parameter(weight) for weight in copies(self.trunk)]
+        start_S = torch.full((len(self.weights),), math.log(settings.inner_rate))
+        self.log_rates_S = nn.Parameter(start_S.to(self.weights[0]))
+        self.parameters = [*self.weights, self.log_rates_S]  # in the optimiser's order
+        rates = [settings.rate] * len(self.weights) + [settings.scalar_rate]
+        pairs = zip(self.parameters, rates, strict=True)
+        self.optimiser = torch.optim.Adam([{"params": [one], "lr": rate} for one, rate in pairs])
+
+    def run(self) -> Iterator[EnnRecord]:
+        """Trains from the present step to the last, yielding after each."""
+        while self.step < self.settings.steps:
+            yield self.take_step()
+
+    def draw(self, step: int) -> list[Asked]:
+        """What is asked of the facts of a step; depends on seed and step alone.
+
+        Facts go round in epochs, each in a new order; a short rest is left out.
+        """
+        size, seed = self.settings.facts_per_step, self.settings.seed
+        epoch, part = divmod(step, len(self.facts) // size)
+        order = random.Random(f"{seed} epoch {epoch}").sample(self.facts, len(self.facts))
+        choose, drawn = random.Random(f"{seed} step {step}"), []
+        for fact in order[part * size : (part + 1) * size]:
+            equivalent = choose.choice(fact.equivalents or (fact.question,))
+            unrelated = choose.choice(self.locality or fact.unrelated or fact.neighbours)
+            drawn.append((fact.question, equivalent, unrelated))
+        return drawn
+
+    def take_step(self) -> EnnRecord:
+        """One step of Adam.
+
+        Raises:
+            MalmendError: the loss or its gradient is not finite; nothing has changed.
+        """
+        start = time.perf_counter()
+        base, edit, loc = self.differentiate(self.draw(self.step))
+        loss = base + self.settings.c_edit * edit + self.settings.c_loc * loc
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.clip).item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise MalmendError(
+                f"Training diverged at step {self.step + 1} (the loss is {loss}, its gradient's "
+                f"norm {norm}); lower enn.rate, enn.scalar_rate or enn.inner_rate."
+            )
+        self.optimiser.step()
+        self.step += 1
+        return EnnRecord(self.step, loss, base, edit, loc, time.perf_counter() - start)
+
+    def differentiate(self, drawn: Sequence[Asked]) -> tuple[float, float, float]:
+        """L_base, L_edit and L_loc; their gradient goes to the parameters' ``grad``."""
+        encode, c_edit = self.bench.encoder.encode_all, self.settings.c_edit
+        prompts, equivalents, unrelated = map(encode, zip(*drawn, strict=True))
+        rates_S, steps = self.log_rates_S.detach().exp(), self.settings.inner_steps
+        path, slopes, _ = descended(self.trunk, self.weights, rates_S, prompts, steps)
+        edit, at_last = slope_at(self.trunk, path[-1], equivalents)
+        base, loc, direct, disturbed = self._locality(path[-1], unrelated)
+        down = [c_edit * one + other for one, other in zip(at_last, disturbed, strict=True)]
+        self.log_rates_S.grad = torch.zeros_like(self.log_rates_S)
+        for weights, slope in zip(reversed(path[:-1]), reversed(slopes), strict=True):
+            along = [rate * one for rate, one in zip(rates_S, down, strict=True)]
+            self.log_rates_S.grad -= products(along, slope)
+            curved = slope_at(self.trunk, weights, prompts, along)[1]
+            down = [one - other for one, other in zip(down, curved, strict=True)]
+        for weight, one, other in zip(self.weights, down, direct, strict=True):
+            weight.grad = one + other
+        return base, edit, loc
+
+    @torch.enable_grad()
+    def _locality(
+        self, edited: Weights, unrelated: Sequence[Encoded]
+    ) -> tuple[float, float, Weights, Weights]:
+        """L_base, L_loc, and the gradient of both, weighted, at W and at W_k."""
+        leaves = [one.detach().requires_grad_() for one in (*self.weights, *edited)]
+        totals, base, loc = [torch.zeros_like(one) for one in leaves], 0.0, 0.0
+        known, count = self.trunk.unedited_states(unrelated), len(unrelated)
+        for indices, batch in self.trunk.batches(unrelated):
+            states_AH = torch.cat([known[i] for i in indices]).to(self.trunk.model.device)
+            with torch.no_grad():
+                original_AW = self.trunk.logits_of(states_AH)
+            with held(self.trunk.sites, leaves[: len(edited)]):
+                trained_AW = self.trunk.logits(batch)
+            with held(self.trunk.sites, leaves[len(edited) :]):
+                edited_AW = self.trunk.logits(batch)
+            kept = kl_per_token(original_AW, trained_AW).sum() / count
+            moved = kl_per_token(trained_AW, edited_AW).sum() / count
+            grads = torch.autograd.grad(kept + self.settings.c_loc * moved, leaves)
+            totals = [total + grad for total, grad in zip(totals, grads, strict=True)]
+            base, loc = base + kept.item(), loc + moved.item()
+        return base, loc, totals[: len(edited)], totals[len(edited) :]
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the folder that :class:`Enn` reads, and in it what resuming needs."""
+        folder = writable_folder(folder)
+        moved = zip(self.trunk.sites, self.weights, copies(self.trunk), strict=True)
+        tensors = {s.name: s.oriented(one.detach() - before).float() for s, one, before in moved}
+        tensors["log_rates"] = self.log_rates_S.detach()
+        with written_beside(folder / WEIGHTS) as beside:
+            save_file({name: one.cpu().contiguous() for name, one in tensors.items()}, beside)
+        about = {
+            **self._about(),
+            "seed": self.settings.seed,
+            "step": self.step,
+            "weights": WEIGHTS,
+            "identity": identity_of((folder / WEIGHTS).read_bytes()),
+            "model": self.bench.loaded.name,
+            "facts": len(self.facts),
+            "subjects": "".join(sorted({subject_hash(f.subject or f.prompt) for f in self.facts})),
+        }
+        state = {f"{i}.value": one.detach().cpu() for i, one in enumerate(self.parameters)}
+        for index, kept in self.optimiser.state_dict()["state"].items():
+            state |= {f"{index}.{name}": kept[name].cpu() for name in MOMENTS}
+        save_training(state, about, folder)
+        with written_beside(folder / "editor.json") as beside:
+            beside.write_text(json.dumps(about, indent=2), encoding="utf-8")
+
+    def _about(self) -> dict[str, Any]:
+        data = repr((self.facts, self.locality)).encode()
+        return {
+            "method": "enn",
+            "settings": asdict(self.settings),
+            "base": self.bench.loaded.fingerprint,
+            "sites": shapes_of(self.trunk),
+            "data_sha256": hashlib.sha256(data).hexdigest(),
+        }
+
+    def resume(self, folder: str | Path) -> None:
+        """Goes on from what :meth:`save` wrote, bit for bit on a CPU.
+
+        Raises:
+            EditorError: the file is damaged, or of another run; nothing has changed.
+        """
+        path, mine = Path(folder) / "training.safetensors", self._about()
+        with whole(path, "remove it to train from the start"):
+            with safe_open(path, framework="pt") as file:
+                about = json.loads(file.metadata()["training"])
+                found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            told, asked = ({**one["settings"], **one} for one in (about, mine))
+            for name in {**mine["settings"], **mine}:
+                if name not in ("settings", *MAY_CHANGE) and told[name] != asked[name]:
+                    raise EditorError(
+                        f"{path} was trained with {name} = {told[name]!r}, now {asked[name]!r} is "
+                        "asked for; give the same settings, model and questions, or another folder."
+                    )
+            step, moments = float(about["step"]), MOMENTS if about["step"] else ()
+            each = list(enumerate(self.parameters))
+            names = ("value", *moments)
+            checked(found, {f"{i}.{name}": [*one.shape] for i, one in each for name in names})
+        state = {i: {name: found[f"{i}.{name}"] for name in moments} for i, _ in each if moments}
+        for i, one in each:
+            one.data.copy_(found[f"{i}.value"])
+            if moments:
+                state[i]["step"] = torch.tensor(step)
+        groups = self.optimiser.state_dict()["param_groups"]
+        self.optimiser.load_state_dict({"state": state, "param_groups": groups})
+        self.step = int(step)

@@ -1,0 +1,182 @@
+"""Training KE: its network by Adam, the multiplier of the KL's bound by ascent (ke.py)."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from malmend.editors.checkpoint import save_training
+from malmend.editors.metaloss import Judged, meta_loss
+from malmend.errors import EditorError
+from malmend.facts.fact import Fact, Question
+from malmend.files import reason, written_beside
+from malmend.methods.ke import KeSettings, Network, check_base, fill, heard, shifts_of
+from malmend.patch import shifted
+from malmend.workbench import Workbench
+
+CLIP = 1.0  # largest norm of a step's gradient
+FREE = ("steps", "save_every")  # settings that may be others when a run is resumed
+Drawn = tuple[Question, Question, Question]  # an edit, an equivalent question, an unrelated one
+
+
+@dataclass(frozen=True)
+class KeRecord:
+    """One finished step, in nats per fact; multiplier and network as they were before it."""
+
+    step: int
+    loss: float
+    gen: float
+    loc: float
+    multiplier: float
+    margin: float
+    seconds: float
+
+
+class KeTrainer:
+    """A network, its optimiser and multiplier, and the facts and questions that it learns from.
+
+    Without ``locality`` each fact's own unrelated questions serve, or its neighbours.  The bench is
+    cut at the sites of the settings.
+    """
+
+    def __init__(
+        self,
+        settings: KeSettings,
+        bench: Workbench,
+        facts: Sequence[Fact],
+        locality: Sequence[Question],
+    ):
+        self.settings, self.bench = settings, bench
+        self.facts, self.locality = list(facts), list(locality)
+        self.step, self.multiplier = 0, 1.0
+        if len(self.facts) < settings.facts_per_step:
+            raise EditorError(
+                f"There are {len(self.facts)} facts to train on, expected at least "
+                f"{settings.facts_per_step}, the facts of one step; lower ke.facts_per_step."
+            )
+        for fact in self.facts:
+            if not (self.locality or fact.unrelated or fact.neighbours):
+                raise EditorError(
+                    f"The fact {fact.id!r} (line {fact.line}) has no unrelated question and no "
+                    "neighbour, one of which training needs; add one, or give questions."
+                )
+        width = heard(bench, bench.encoder.encode(self.facts[0].question))[0].shape[1]
+        sites = {site.name: site.shape_VK for site in bench.trunk.sites}
+        self.network = Network(settings, width, sites)
+        self.optimiser = torch.optim.Adam(self.network.parameters(), settings.rate)
+
+    def run(self) -> Iterator[KeRecord]:
+        """Trains from the present step to the last, yielding after each."""
+        while self.step < self.settings.steps:
+            yield self.take_step()
+
+    def take_step(self) -> KeRecord:
+        """Descends in the network, ascends in the multiplier."""
+        start, multiplier = time.perf_counter(), self.multiplier
+        settings = self.settings
+        margin = max(settings.floor, settings.margin * settings.decay**self.step)
+        self.optimiser.zero_grad()
+        gen, loc = self.backward(self.draw(self.step))
+        loss = gen + multiplier * (loc - margin)
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), CLIP).item()
+        if not math.isfinite(loss + norm):
+            raise EditorError(
+                f"Training diverged at step {self.step + 1} (loss {loss}, gradient {norm}); "
+                "lower ke.rate or ke.start and resume."
+            )
+        self.optimiser.step()
+        self.multiplier = max(0.0, multiplier + settings.multiplier_rate * (loc - margin))
+        self.step += 1
+        seconds = time.perf_counter() - start
+        return KeRecord(self.step, loss, gen, loc, multiplier, margin, seconds)
+
+    def draw(self, step: int) -> list[Drawn]:
+        """A step's facts, in a new order each epoch; the prompt is one of its equivalents."""
+        size, seed = self.settings.facts_per_step, self.settings.seed
+        epoch, part = divmod(step, len(self.facts) // size)
+        order = random.Random(f"{seed} epoch {epoch}").sample(self.facts, len(self.facts))
+        choice, drawn = random.Random(f"{seed} step {step}").choice, list[Drawn]()
+        for fact in order[part * size : (part + 1) * size]:
+            others = self.locality or fact.unrelated or fact.neighbours
+            equivalent = choice((fact.question, *fact.equivalents))
+            drawn.append((fact.question, equivalent, choice(others)))
+        return drawn
+
+    def backward(self, drawn: Sequence[Drawn]) -> tuple[float, float]:
+        """Adds the network's gradient of a step's loss; returns the means of its two parts.
+
+        Questions go alone, so that no rounding depends on what the trunk has kept.
+        """
+        trunk, gen, loc = self.bench.trunk, 0.0, 0.0
+        for edit, equivalent, other in map(self.bench.encoder.encode_all, drawn):
+            (known_AH,) = trunk.unedited_states([other])
+            shifts = shifts_of(self.network, self.bench, edit)
+            with shifted(list(trunk.sites), {name: one.detach() for name, one in shifts.items()}):
+                loss = meta_loss(trunk, [Judged(equivalent, other, known_AH)], self.multiplier)
+            proxy = [(one * loss.shift_grads[name].to(one)).sum() for name, one in shifts.items()]
+            (torch.stack(proxy).sum() / len(drawn)).backward()
+            gen, loc = gen + loss.gen / len(drawn), loc + loss.loc / len(drawn)
+        return gen, loc
+
+    def save(self, folder: str | Path) -> None:
+        """Writes three files, each whole; resuming reads ``training.safetensors`` alone."""
+        folder, tensors = Path(folder), self.network.state_dict()
+        about = {
+            "method": "ke",
+            "settings": asdict(self.settings),
+            "base": self.bench.loaded.fingerprint,
+            "step": self.step,
+            "sites": self.network.sites,
+        }
+        state = {f"network.{name}": one for name, one in tensors.items()}
+        for index, kept in self.optimiser.state_dict()["state"].items():
+            state |= {f"optimiser.{index}.{name}": value for name, value in kept.items()}
+        save_training(state, {**about, "multiplier": self.multiplier}, folder)
+        with written_beside(folder / "editor.safetensors") as beside:
+            save_file({name: one.float() for name, one in tensors.items()}, beside)
+        with written_beside(folder / "editor.json") as beside:
+            beside.write_text(json.dumps(about, indent=2, allow_nan=False))
+
+    def resume(self, folder: str | Path) -> None:
+        """Goes on from what :meth:`save` wrote.
+
+        Raises:
+            EditorError: it is damaged, for another base, or of other settings.
+        """
+        path, state = Path(folder) / "training.safetensors", dict[int, dict[str, Tensor]]()
+        groups = self.optimiser.state_dict()["param_groups"]
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = json.loads(file.metadata()["training"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            check_base(folder, about, self.bench)
+            for name, value in asdict(self.settings).items():
+                if (was := about["settings"][name]) != value and name not in FREE:
+                    raise EditorError(
+                        f"{path} was trained with {name} = {was!r}, now {value!r} is asked for; "
+                        "give the same settings, or another folder."
+                    )
+            for key in [key for key in tensors if key.startswith("optimiser.")]:
+                _, index, name = key.split(".")
+                state.setdefault(int(index), {})[name] = tensors.pop(key)
+            step, multiplier = int(about["step"]), float(about["multiplier"])
+            weights = {key.removeprefix("network."): one for key, one in tensors.items()}
+            fill(self.network, weights)
+            self.optimiser.load_state_dict({"state": state, "param_groups": groups})
+        except EditorError:
+            raise
+        except Exception as error:
+            raise EditorError(
+                f"{path} is damaged or missing ({reason(error)}); train from the start."
+            ) from error
+        self.step, self.multiplier = step, multiplier

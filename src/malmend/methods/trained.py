@@ -1,0 +1,61 @@
+"""The methods that are trained before they edit, by name: their settings, training, and use.
+
+They are trained by ``malmend train --method NAME`` and used by the folder that it writes, as any
+editor is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from malmend.methods.enn import Enn, EnnSettings
+from malmend.methods.enn_training import EnnTrainer
+from malmend.methods.ke import Ke, KeSettings
+from malmend.methods.ke_training import KeTrainer
+from malmend.methods.method import Method
+
+
+class Trainer(Protocol):
+    """What is trained, step by step; see the trainers' own files."""
+
+    step: int
+
+    def run(self) -> Iterator[Any]:
+        """Trains to the last step, yielding a record after each."""
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the folder, and in it what resuming needs."""
+
+    def resume(self, folder: str | Path) -> None:
+        """Goes on from what :meth:`save` wrote."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A method by its three parts."""
+
+    settings: type
+    trainer: Callable[..., Trainer]
+    method: Callable[[str], Method]
+
+
+TRAINED = {
+    "enn": Trained(EnnSettings, EnnTrainer, Enn),
+    "ke": Trained(KeSettings, KeTrainer, Ke),
+}
+
+
+def trained_method(folder: object) -> Method | None:
+    """The method that a folder holds, where it is one of these; None for any other."""
+    if not isinstance(folder, str | Path):
+        return None
+    try:
+        about = json.loads((Path(folder) / "editor.json").read_text(encoding="utf-8"))
+        kind = TRAINED.get(about["method"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # an editor, or nothing; whoever reads it next says which
+    return None if kind is None else kind.method(str(folder))

@@ -1,0 +1,107 @@
+"""Methods that are trained, from the command that trains them to the patch that they make."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import command_support
+import malmend
+from command_support import malmend as command
+from malmend.commands.learn import learn
+from malmend.errors import MalmendError
+from malmend.methods.trained import TRAINED, trained_method
+from malmend.patch import load_patch
+
+tiny = command_support.tiny
+cache = command_support.cache
+
+QUICK = {
+    "enn": {"steps": 3, "layers": 1, "inner_steps": 1, "save_every": 2, "rate": 1e-3},
+    "ke": {"steps": 3, "layers": 1, "hidden": 4, "facts_per_step": 2, "save_every": 2},
+}
+ALL = pytest.mark.parametrize("name", TRAINED)
+
+
+def options(name: str, **changes: object) -> list[object]:
+    given = QUICK[name] | changes
+    return [one for key, value in given.items() for one in (f"--{name}.{key}", value)]
+
+
+def test_every_one_is_tried_here():
+    assert set(QUICK) == set(TRAINED)
+
+
+@ALL
+def test_trained_and_used_like_an_editor(name, tiny, tmp_path, capsys):
+    folder, patch = tmp_path / "editor", tmp_path / "patch.safetensors"
+    train = ["train", tiny.model, tiny.facts, "--out", folder, "--method", name]
+    assert command(*train, *options(name)) == 0
+    said = capsys.readouterr().err
+    assert f"Trained 3 steps of {name}." in said
+    assert "step    3/3  loss " in said
+    assert command("edit", tiny.model, tiny.facts, "--editor", folder, "--out", patch) == 0
+    assert f"Method: {name}." in capsys.readouterr().err
+    made = load_patch(patch)
+    assert made.provenance["method"] == name
+    assert made.provenance["settings"]["layers"] == 1
+    assert any(made.shift(site).any() for site in made.factors)
+    assert command("eval", tiny.model, tiny.facts, "--patch", patch, "--text", "none") == 0
+
+
+@ALL
+def test_a_stopped_training_goes_on_bit_for_bit(name, tiny, tmp_path):
+    settings = TRAINED[name].settings(**QUICK[name])
+    learn(tiny.loaded, tiny.facts, tmp_path / "whole", name, settings)
+    seen = []
+
+    def stop(record) -> None:
+        seen.append(record.step)
+        if record.step == 3 and len(seen) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        learn(tiny.loaded, tiny.facts, tmp_path / "parts", name, settings, stepped=stop)
+    rest = learn(tiny.loaded, tiny.facts, tmp_path / "parts", name, settings)
+    assert [record.step for record in rest.records] == [3]  # from the checkpoint after two
+    patches = [
+        malmend.edit(tiny.loaded, tiny.facts, editor=tmp_path / part).patch
+        for part in ("whole", "parts")
+    ]
+    for site in patches[0].factors:
+        assert torch.equal(patches[0].shift(site), patches[1].shift(site))
+
+
+def test_which_folders_hold_one(tmp_path):
+    assert trained_method("auto") is None
+    assert trained_method(tmp_path) is None
+    for content in ("{", "[]", '{"method": 3}', '{"method": "malmen"}'):
+        (tmp_path / "editor.json").write_text(content)
+        assert trained_method(tmp_path) is None
+    (tmp_path / "editor.json").write_text(json.dumps({"method": "enn"}))
+    assert trained_method(tmp_path).name == "enn"
+
+
+def test_options_that_do_not_suit(tiny, tmp_path, capsys):
+    train = ["train", tiny.model, tiny.facts, "--out", tmp_path / "e"]
+    assert command(*train, "--method", "enn", "--halvings", 1) == 2
+    assert "--halvings is of editors, and the method is enn" in capsys.readouterr().err
+    assert command(*train, "--ke.hidden", 3) == 2
+    assert "--ke.* are settings of the method ke, and the method is malmen" in (
+        capsys.readouterr().err
+    )
+    assert command(*train, "--method", "ke", "--ke.hidden", 0) == 2
+    assert "ke.hidden is 0" in capsys.readouterr().err
+    assert not (tmp_path / "e").exists()
+    with pytest.raises(MalmendError, match="'ft' is not trained, expected one of enn, ke"):
+        learn(tiny.loaded, tiny.facts, tmp_path / "e", "ft")
+
+
+@ALL
+def test_a_folder_of_another_kind(name, tiny, tmp_path):
+    settings = TRAINED[name].settings(**QUICK[name])
+    (tmp_path / "editor.json").write_text("{}")
+    with pytest.raises(MalmendError, match="holds an editor without what resuming needs"):
+        learn(tiny.loaded, tiny.facts, tmp_path, name, settings)
