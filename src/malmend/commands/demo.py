@@ -45,8 +45,8 @@ class DemoResult:
 def demo(
     out: str | Path = "demo-out",
     model: str = "smollm2-135m",
-    facts: int = 250,
-    spoken: int = 100,
+    facts: int = 128,
+    spoken: int = 64,
     progress: Progress = silent,
     told: Callable[[str], None] = lambda line: None,
 ) -> DemoResult:

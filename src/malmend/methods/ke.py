@@ -242,7 +242,7 @@ class Ke:
             for name, shift_VK in shifts.items():
                 totals[name] += shift_VK.detach()
             count(1)
-        said = {"settings": {**asdict(self), **asdict(settings)}}
+        said = {"settings": asdict(settings), "editor": self.folder}
         return Found(totals, max(min(site.shape_VK) for site in sites), said)
 
     @property
