@@ -214,9 +214,24 @@ def test_other_facts_settings_or_questions_are_other_cells(plan, tiny, tmp_path,
     ):
         bench(changed, out)
         assert len(ran) == count
+    text = tmp_path / "text.txt"
+    for words in ("The capital of Kalo is here.\n", "Another text about Kalo.\n"):
+        text.write_text(words * 20)
+        bench(replace(small, text=str(text)), out)
+    assert len(ran) == 6  # the same name, another text
     # A bound on sizes changes no figure.
     bench(replace(small, methods={"ft": METHODS["ft"] | {"most": 8}}), out)
-    assert len(ran) == 4
+    assert len(ran) == 6
+
+
+def test_another_editor_in_the_same_folder_is_another_cell(plan, tmp_path):
+    plan = replace(plan, methods={"mine": {"editor": str(tmp_path)}}, sizes=(2,), seeds=(0,))
+    (cell,) = plan.cells()
+    facts, keys = command_support.make_facts(4), set()
+    for name, content in (("editor.json", "a"), ("editor.json", "b"), ("editor.safetensors", "c")):
+        (tmp_path / name).write_text(content)
+        keys.add(bench_module._key(cell, facts, plan))
+    assert len(keys) == 3
 
 
 def test_a_half_written_line_is_lost_and_a_foreign_one_refused(tmp_path):

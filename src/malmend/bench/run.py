@@ -127,9 +127,14 @@ def _rows(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def _key(cell: Cell, facts: Sequence[Fact], plan: Plan) -> str:
-    """By the cell, what is asked of which facts, and the editor's own file."""
+    """By the cell, what is asked of which facts, and the editor's own files."""
     chosen = hashlib.sha256(repr(drawn(facts, cell.size, cell.seed)).encode()).hexdigest()
-    editor = Path(str(cell.given.get("editor", ""))) / "editor.json"
-    known = hashlib.sha256(editor.read_bytes()).hexdigest() if editor.is_file() else ""
-    asked = (plan.alternative, plan.away, plan.decode, plan.text)
+    editor = Path(str(cell.given.get("editor", "")))
+    known = [_digest(editor / name) for name in ("editor.json", "editor.safetensors")]
+    asked = (plan.alternative, plan.away, plan.decode, plan.text, _digest(Path(plan.text)))
     return cell.key(chosen, known, asked, version("malmend"))
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a file; nothing where there is none."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
