@@ -313,7 +313,11 @@ def test_figures_are_drawn_and_hold_the_points(tmp_path):
 
     drawn_figure = _drawn({key[2:]: some for key, some in groups(ROWS).items()}, "t")
     panels = {axis.get_title(): axis for axis in drawn_figure.axes}
-    assert list(panels) == ["ES (token ratio)", "LS (token ratio)", "seconds to edit"]
+    assert list(panels) == [
+        "ES (token ratio)",
+        "LS (token ratio; dotted: unedited)",
+        "seconds to edit",
+    ]
     lines = {line.get_label(): line for line in panels["ES (token ratio)"].get_lines()}
     assert list(lines["one"].get_xdata()) == [4, 16]
     assert list(lines["one"].get_ydata()) == pytest.approx([1.0, 0.8])

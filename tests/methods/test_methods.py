@@ -116,7 +116,12 @@ def test_settings_of_another_method_are_refused(tiny, tmp_path, capsys):
     assert "--ft.* are settings of the method ft, and the method is lora" in capsys.readouterr().err
     assert command(*edit, "--ultraedit.eta", 1) == 2
     assert "and the method is malmen; give --method ultraedit" in capsys.readouterr().err
-    for option in (["--editor", "none"], ["--layers", 2], ["--calibrate", tiny.calibrate]):
+    for option in (
+        ["--editor", "none"],
+        ["--layers", 2],
+        ["--calibrate", tiny.calibrate],
+        ["--refine.passes", 1],
+    ):
         assert command(*edit, "--method", "ft", *option) == 2
         assert "The method ft takes neither an editor" in capsys.readouterr().err
     assert command(*edit, "--method", "lorra") == 2

@@ -14,13 +14,13 @@ from malmend.files import written_beside
 PANELS: tuple[tuple[str, Callable[[Row], float | None]], ...] = (
     ("ES (token ratio)", lambda row: figure(row, "edited", "ES", "token_ratio")),
     ("GS (token ratio)", lambda row: figure(row, "edited", "GS", "token_ratio")),
-    ("LS (token ratio)", lambda row: figure(row, "edited", "LS", "token_ratio")),
+    ("LS (token ratio; dotted: unedited)", lambda row: figure(row, "edited", "LS", "token_ratio")),
     ("retention", lambda row: figure(row, "edited", "LS", "retention")),
     ("ES generated", lambda row: figure(row, "edited", "ES", "generated")),
     ("mean residual", lambda row: row["patch"].get("mean_residual")),
     ("seconds to edit", lambda row: row["edit_seconds"]),
 )
-UNEDITED = {"LS (token ratio)": ("LS", "token_ratio")}
+UNEDITED = {"LS (token ratio; dotted: unedited)": ("LS", "token_ratio")}
 LOGARITHMIC = ("mean residual", "seconds to edit")
 
 

@@ -114,11 +114,12 @@ def edit(
     found = trained_method(editor) if method is None and settings is None else None
     method, editor = (found, "auto") if found is not None else (method, editor)
     own_data = (calibrate, text, calibration) != (None, None, CalibrationSettings())
-    if method is not None and (editor != "auto" or settings is not None or own_data):
+    of_editors = editor != "auto" or settings is not None or own_data
+    if method is not None and (of_editors or refine != RefineSettings()):
         raise MalmendError(
             f"The method {method.name} takes neither an editor, nor settings of one, nor "
-            "calibration data; leave out --editor, --calibrate, --text, and --layers and the other "
-            "settings of editors."
+            "calibration data; leave out --editor, --calibrate, --text, --refine.*, and --layers "
+            "and the other settings of editors."
         )
     chosen = choose(editor, settings, own_data)
     by_editor = ByEditor(chosen, calibrate, text, calibration, refine)
