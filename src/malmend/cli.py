@@ -297,6 +297,7 @@ def _continuations(arguments: list[str]) -> None:
 def _bench(arguments: list[str]) -> None:
     from malmend import show
     from malmend.bench.run import bench, bench_plot, bench_table
+    from malmend.bench.table import markdown
 
     if arguments[:1] == ["table"]:
         parser = parser_of("bench table", "what a bench gave, as Markdown")
@@ -315,7 +316,7 @@ def _bench(arguments: list[str]) -> None:
     given = parse(parser, arguments)
     with show.bars() as bars:
         result = bench(**given, progress=bars, told=show.status, stepped=show.cell)
-    show.plain(bench_table(result.folder))
+    show.plain(markdown(result.rows))
 
 
 def _inspect(arguments: list[str]) -> None:

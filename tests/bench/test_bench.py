@@ -15,6 +15,7 @@ import command_support
 import malmend
 from command_support import malmend as command
 from malmend.bench import run as bench_module
+from malmend.bench.asking import Asking
 from malmend.bench.cell import drawn
 from malmend.bench.plan import Plan, read_plan, way_of
 from malmend.bench.results import NAME, Results
@@ -64,6 +65,27 @@ def test_a_plan_reads_as_it_is_written(tmp_path):
         ({"seeds": []}, "seeds are empty"),
         ({"protocols": ["apart"]}, "cannot be used: .*protocols"),
         ({"facts": None}, "cannot be used: .*facts"),
+        ({"decode": -1}, "decode is -1, expected 0 or more"),
+        ({"decode": None}, "cannot be used: .*decode"),
+        ({"text": None}, "cannot be used: .*text"),
+        ({"methods": {"ft": {"most": "x"}}}, "has most 'x', expected a number of facts"),
+        ({"methods": {"ft": [3]}}, "cannot be used: .*methods"),
+        ({"methods": {"a": {3: 4}}}, "cannot be used|expected settings by name"),
+        (
+            {"methods": {"a": {"method": ["ft"]}}},
+            "'a' is .*ft.*, expected one of malmen",
+        ),
+        ({"methods": {"ft": {"epochs": None}}}, "'ft' cannot be made: epochs is empty"),
+        ({"methods": {"ft": {"epochs": 2.5}}}, "'ft' cannot be made: .*epochs"),
+        ({"methods": {"lora": {"sites": 3, "rank": "a"}}}, "'lora' cannot be made: .*rank"),
+        ({"methods": {"memit": {"blocks": 3}}}, "'memit' cannot be made: .*blocks"),
+        ({"methods": {"context": {"shown": 1.5}}}, "'context' cannot be made: .*shown"),
+        ({"methods": {"malmen": {"linear": "third"}}}, "'malmen' cannot be made: .*linear"),
+        ({"methods": {"malmen": {"prior": "bogus"}}}, "'malmen' cannot be made: .*prior"),
+        ({"methods": {"malmen": {"frames": "{prompt}"}}}, "'malmen' cannot be made: .*frames"),
+        ({"methods": {"ft": {"editor": "e"}}}, "'ft' takes no editor"),
+        ({"methods": {"mend": {"editor": "e"}}}, "leave out method: mend, or call it otherwise"),
+        ({"methods": {"a": {"class": "os:path"}}}, "path is no dataclass"),
         (
             {"methods": {"fft": {"method": "fft"}}},
             "is 'fft', expected .*; did you mean 'ft'",
@@ -235,18 +257,20 @@ def test_another_editor_in_the_same_folder_is_another_cell(plan, tmp_path):
 
 
 def test_a_half_written_line_is_lost_and_a_foreign_one_refused(tmp_path):
-    (tmp_path / NAME).write_text('{"key": "a", "m": 1}\n{"key": "b", "m"')
+    first = json.dumps({"key": "a", **ROWS[0]})
+    (tmp_path / NAME).write_text(first + '\n{"key": "b", "m"')
     results = Results(tmp_path)
     assert list(results.rows) == ["a"]
-    results.add("c", {"m": 3, "x": float("nan")})
+    results.add("c", {**ROWS[1], "x": float("nan")})
     assert [json.loads(line)["key"] for line in (tmp_path / NAME).read_text().splitlines()] == [
         "a",
         "c",
     ]
     assert Results(tmp_path).rows["c"]["x"] is None
-    (tmp_path / NAME).write_text('{"key": "a"}\n[]\n')
-    with pytest.raises(MalmendError, match="line 2 is no row of a bench"):
-        Results(tmp_path)
+    for wrong in ("[]", '{"key": "a"}', "{"):
+        (tmp_path / NAME).write_text(first + f"\n{wrong}\n")
+        with pytest.raises(MalmendError, match="line 2 is no row of a bench"):
+            Results(tmp_path)
 
 
 def test_more_facts_than_there_are(plan, tmp_path):
@@ -272,6 +296,7 @@ def row(name: str, m: int, seed: int, es: float, gs: float | None = None) -> dic
         "unedited": scores(0.1),
         "edited": scores(es),
         "edit_seconds": 2.0,
+        "seconds": 3.0,
         "failures": [said],
         "patch": {},
     }
@@ -373,3 +398,59 @@ def test_the_plan_of_the_documentation_reads(tmp_path):
     plan = read_plan(write(tmp_path / "plan.yaml", **given))
     assert plan.methods["memit"] == {"most": 256}
     assert len(list(plan.cells())) == 3 * 3 * 9 + 1 * 8
+
+
+def test_settings_may_be_nested(tmp_path):
+    descended = way_of("a", {"descent": {"steps": 2}}).settings
+    assert descended.descent.steps == 2
+    assert way_of("a", {"descent": None}).settings.descent is None
+    assert descended.network.blocks == 0
+
+
+def test_a_plan_without_a_cell_is_refused(plan, tmp_path):
+    with pytest.raises(MalmendError, match="has no cell"):
+        bench(replace(plan, methods={"ft": {"most": 1}}), tmp_path / "out")
+
+
+def test_other_settings_under_one_name_are_never_averaged(plan, tmp_path):
+    out, small = tmp_path / "out", replace(plan, sizes=(2,))
+    bench(replace(small, methods={"ft": METHODS["ft"]}), out)
+    bench(replace(small, seeds=(0,), methods={"ft": METHODS["ft"] | {"epochs": 3}}), out)
+    (line,) = [line for line in bench_table(out).splitlines() if "| ft |" in line]
+    assert line.endswith("| 1 |")
+    assert "±" not in line
+
+
+def test_another_draw_or_decode_is_asked_anew(tiny):
+    asking = Asking(tiny.loaded, Plan(("m",), "f", {"ft": {}}))
+    facts = command_support.make_facts(2)
+    patch = malmend.edit(tiny.loaded, facts, method=FineTuning(**METHODS["ft"])).patch
+    for decode in (0, 1, 2, 0):
+        rows = asking.patched(facts, patch, decode).rows
+        spoken = [row.unedited[0].generated is not None for row in rows]
+        assert spoken == [at < decode for at in range(2)]
+        assert [row.edited[0].generated is not None for row in rows] == spoken
+
+
+def test_two_benches_in_one_folder_lose_nothing(tmp_path):
+    one, other = Results(tmp_path), Results(tmp_path)
+    one.add("a", ROWS[0])
+    with pytest.raises(MalmendError, match="another bench writes to it"):
+        other.add("b", ROWS[1])
+    one.add("c", ROWS[2])
+    assert list(Results(tmp_path).rows) == ["a", "c"]
+
+
+def test_a_changed_model_or_class_is_another_cell(plan, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    weights, source = tmp_path / "model.safetensors", tmp_path / "changing_method.py"
+    source.write_text(
+        "from dataclasses import dataclass\n@dataclass\nclass Mine:\n    x: int = 1\n"
+    )
+    mine = {"mine": {"class": "changing_method:Mine"}}
+    (cell,) = replace(plan, models=(str(tmp_path),), methods=mine, sizes=(2,), seeds=(0,)).cells()
+    facts, keys = command_support.make_facts(4), set()
+    for path, content in ((weights, "a"), (weights, "bc"), (source, "# other\n")):
+        path.write_text(content)
+        keys.add(bench_module._key(cell, facts, plan))
+    assert len(keys) == 3

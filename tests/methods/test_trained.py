@@ -12,6 +12,7 @@ import malmend
 from command_support import malmend as command
 from malmend.commands.learn import learn
 from malmend.errors import MalmendError
+from malmend.methods.lora import Lora
 from malmend.methods.trained import TRAINED, trained_method
 from malmend.patch import load_patch
 
@@ -105,3 +106,54 @@ def test_a_folder_of_another_kind(name, tiny, tmp_path):
     (tmp_path / "editor.json").write_text("{}")
     with pytest.raises(MalmendError, match="holds an editor without what resuming needs"):
         learn(tiny.loaded, tiny.facts, tmp_path, name, settings)
+
+
+@ALL
+def test_a_run_that_lost_its_last_file_is_whole_again(name, tiny, tmp_path):
+    settings = TRAINED[name].settings(**QUICK[name])
+    learn(tiny.loaded, tiny.facts, tmp_path / "e", name, settings)
+    wanted = malmend.edit(tiny.loaded, tiny.facts, editor=tmp_path / "e").patch
+    (tmp_path / "e" / "editor.json").unlink()  # killed between the two
+    done = learn(tiny.loaded, tiny.facts, tmp_path / "e", name, settings)
+    assert done.records == ()
+    found = malmend.edit(tiny.loaded, tiny.facts, editor=tmp_path / "e").patch
+    assert all(torch.equal(found.shift(site), wanted.shift(site)) for site in wanted.factors)
+
+
+@ALL
+def test_other_facts_fewer_steps_and_another_method_are_refused(name, tiny, tmp_path):
+    settings = TRAINED[name].settings(**QUICK[name])
+    learn(tiny.loaded, tiny.facts, tmp_path / "e", name, settings)
+    with pytest.raises(MalmendError, match=r"trained on other facts|data_sha256"):
+        learn(tiny.loaded, tiny.calibrate, tmp_path / "e", name, settings)
+    fewer = TRAINED[name].settings(**(QUICK[name] | {"steps": 2}))
+    with pytest.raises(MalmendError, match="was trained for 3 steps, 2 are asked for"):
+        learn(tiny.loaded, tiny.facts, tmp_path / "e", name, fewer)
+    (other,) = set(TRAINED) - {name}
+    with pytest.raises(MalmendError, match=f"holds a trained {name}, not {other}"):
+        learn(tiny.loaded, tiny.facts, tmp_path / "e", other, TRAINED[other].settings(steps=1))
+
+
+@ALL
+def test_inspect_knows_them(name, tiny, tmp_path, capsys):
+    learn(tiny.loaded, tiny.facts, tmp_path, name, TRAINED[name].settings(**QUICK[name]))
+    assert command("inspect", tmp_path) == 0
+    assert f"method: {name}" in capsys.readouterr().out
+    (tmp_path / "editor.safetensors").write_bytes(b"half")
+    assert command("inspect", tmp_path) == 2
+    assert "damaged" in capsys.readouterr().err
+
+
+def test_the_words_auto_and_none_are_no_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for word in ("auto", "none"):
+        (tmp_path / word).mkdir()
+        (tmp_path / word / "editor.json").write_text('{"method": "ke"}')
+        assert trained_method(word) is None
+        assert trained_method(tmp_path / word).name == "ke"
+
+
+def test_seeds_of_many_digits():
+    for kind in (TRAINED["ke"].settings, Lora):
+        with pytest.raises(MalmendError, match="seed is 1"):
+            kind(seed=10**20)

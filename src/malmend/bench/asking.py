@@ -40,7 +40,7 @@ class Asking:
     def __init__(self, loaded: LoadedModel, plan: Plan):
         self.loaded, self.plan = loaded, plan
         self.words = None if plan.text == "none" else read_text(plan.text)
-        self._of: tuple[tuple[Fact, ...], EndOfAnswer] | None = None
+        self._of: tuple[tuple[Fact, ...], EndOfAnswer, int] | None = None
         self._known: FactSet
         self._unedited: tuple[Examiner, Replies, float | None]
 
@@ -79,12 +79,13 @@ class Asking:
     def _before(
         self, facts: Sequence[Fact], ends: EndOfAnswer, decode: int
     ) -> tuple[Examiner, Replies, float | None]:
-        if self._of != (tuple(facts), ends):
+        if self._of != (tuple(facts), ends, decode):
+            self._of = None
             self._known = self.known(facts)
             first = self._examiner(find_sites(self.loaded.model), ends)
             replies = first.examine(self._known, decode, remember=True)
             self._unedited = (first, replies, self._surprise())
-            self._of = (tuple(facts), ends)
+            self._of = (tuple(facts), ends, decode)
         return self._unedited
 
     def _examiner(self, sites: Sequence[Site], ends: EndOfAnswer) -> Examiner:

@@ -26,8 +26,8 @@ import hashlib
 import importlib
 import json
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -82,6 +82,8 @@ class Plan:
                 raise MalmendError(f"The plan's {name} are empty, expected at least one.")
         if min(self.sizes) < 1:
             raise MalmendError(f"The plan's sizes hold {min(self.sizes)}, expected 1 or more.")
+        if self.decode < 0:
+            raise MalmendError(f"The plan's decode is {self.decode}, expected 0 or more.")
         for name, given in self.methods.items():
             way_of(name, given)
 
@@ -132,9 +134,20 @@ def way_of(name: str, given: Mapping[str, Any]) -> Way:
     Raises:
         MalmendError: no such method, class or setting, or a value that makes no sense.
     """
+    if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
+        raise MalmendError(f"The plan's method {name!r} is {given!r}, expected settings by name.")
+    if not isinstance(given.get("most", 1), int) or given.get("most", 1) < 1:
+        raise MalmendError(
+            f"The plan's method {name!r} has most {given['most']!r}, expected a number of facts."
+        )
     own = {key: value for key, value in given.items() if key not in OF_CELL}
     known = [*EDITORS, *METHODS, "context"]
-    method = given.get("method", name if name in known else "malmen")
+    method = str(given.get("method", name if name in known else "malmen"))
+    if "editor" in given and (method not in EDITORS or "class" in given):
+        raise MalmendError(
+            f"The plan's method {name!r} takes no editor; leave editor out, or leave out what "
+            "names another method."
+        )
     if "class" in given:
         return Way(method=_made(name, _imported(name, given["class"]), own))
     if method in METHODS:
@@ -155,41 +168,59 @@ def way_of(name: str, given: Mapping[str, Any]) -> Way:
     if editor not in ("auto", "none"):
         raise MalmendError(
             f"The plan's method {name!r} names an editor, which brings its own settings; leave out "
-            f"{', '.join(sorted(rest)) or 'method'}."
+            f"{', '.join(sorted(rest)) or f'method: {method}, or call it otherwise'}."
         )
-    network = NetworkSettings(blocks=0)
-    settings = _made(name, EditorSettings, {"method": method, "network": network, **rest})
+    settings = _made(name, EditorSettings, {"method": method, **rest}, {"network"})
+    settings = replace(settings, network=NetworkSettings(blocks=0))
     return Way(editor="none", settings=settings, refine=refine)
 
 
-def _made(name: str, kind: Any, values: Mapping[str, Any]) -> Any:
-    """A settings class with these values, lists as tuples."""
-    valid = [one.name for one in fields(kind)]
+def _made(name: str, kind: Any, values: Mapping[str, Any], skip: Collection[str] = ()) -> Any:
+    """A settings class with these values, each of its kind, by jsonargparse."""
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    valid = [one.name for one in fields(kind) if one.name not in skip]
     for key in values:
         if key not in valid:
             raise MalmendError(
                 f"The plan's method {name!r} has no setting {key!r}{nearest(key, valid) or '.'} "
                 f"It has {', '.join(valid)}, and {', '.join(OF_CELL)}."
             )
-    plain = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+    for one in fields(kind):  # which the parser would leave to the dataclass
+        if one.name in values and values[one.name] is None and "None" not in str(one.type):
+            raise MalmendError(f"The plan's method {name!r} cannot be made: {one.name} is empty.")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, "settings", skip=set(skip), fail_untyped=False)
     try:
-        return kind(**plain)
-    except TypeError as error:
-        raise MalmendError(f"The plan's method {name!r} cannot be made: {error}.") from error
+        return parser.instantiate(parser.parse_object({"settings": dict(values)})).settings
+    except MalmendError:
+        raise
+    except (ArgumentError, TypeError, ValueError, KeyError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise MalmendError(f"The plan's method {name!r} cannot be made: {said}.") from error
 
 
-def _imported(name: str, path: str) -> Any:
+def _imported(name: str, path: object) -> Any:
     """A class by ``module:Name``, the working folder's modules included."""
     module, _, attribute = str(path).partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        found = getattr(importlib.import_module(module), attribute)
+        if not is_dataclass(found) or not isinstance(found, type):
+            raise ValueError(f"{attribute} is no dataclass")
+        return found
     except (ImportError, AttributeError, ValueError) as error:
         raise MalmendError(
             f"The plan's method {name!r} has the class {path!r}, which cannot be imported "
             f"({error}); give module:Name, the module in this folder or installed."
         ) from error
+
+
+def source_of(path: object) -> Path | None:
+    """The file that a class by ``module:Name`` stands in."""
+    file = getattr(importlib.import_module(str(path).partition(":")[0]), "__file__", None)
+    return None if file is None else Path(file)
 
 
 def read_plan(path: str | Path) -> Plan:
@@ -227,12 +258,15 @@ def _checked(path: Path, given: dict[str, Any]) -> Plan:
         given["methods"] = {str(name): {} for name in methods}
     if isinstance(given.get("methods"), dict):  # "malmen:" without settings is None
         given["methods"] = {str(k): {} if v is None else v for k, v in given["methods"].items()}
+    if empty := [str(key) for key, value in given.items() if value is None]:
+        raise MalmendError(f"The plan {path} cannot be used: {', '.join(empty)} is left empty.")
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Plan, fail_untyped=False)
+    parser.add_class_arguments(Plan, "plan", fail_untyped=False)
     try:
-        values = parser.parse_object(given).as_dict()
+        plan: Plan = parser.instantiate(parser.parse_object({"plan": given})).plan
+    except MalmendError:
+        raise
     except (ArgumentError, TypeError, ValueError, KeyError) as error:
         said = " ".join(str(error).split())
         raise MalmendError(f"The plan {path} cannot be used: {said[:300]}.") from error
-    plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    return Plan(**plain)
+    return plan

@@ -12,6 +12,9 @@ from typing import Any
 from malmend.errors import MalmendError
 
 NAME = "cells.jsonl"
+# What tables, figures and estimates read of a row.
+FIELDS = {"model", "name", "protocol", "m", "seed", "unedited", "edited", "edit_seconds", "seconds"}
+FIELDS |= {"failures", "patch"}
 
 
 class Results:
@@ -26,6 +29,7 @@ class Results:
         self.rows: dict[str, dict[str, Any]] = {}
         self._whole = 0  # bytes of whole lines
         content = self.path.read_bytes() if self.path.is_file() else b""
+        self._size = len(content)
         for number, line in enumerate(content.splitlines(keepends=True), start=1):
             if not line.endswith(b"\n"):
                 break
@@ -36,7 +40,7 @@ class Results:
         try:
             row = json.loads(line)
             key = row["key"]
-            if not isinstance(key, str):
+            if not isinstance(key, str) or not set(row) >= FIELDS:
                 raise TypeError(key)
         except (ValueError, KeyError, TypeError) as error:
             raise MalmendError(
@@ -49,6 +53,12 @@ class Results:
         """Puts a row behind the others."""
         kept = {"key": key, **row}
         line = json.dumps(_plain(kept), ensure_ascii=False, allow_nan=False) + "\n"
+        size = self.path.stat().st_size if self.path.exists() else 0
+        if size != self._size:
+            raise MalmendError(
+                f"{self.path} has changed since this run began: another bench writes to it. Wait "
+                "for it and run the same command again, or give another --out."
+            )
         with self.path.open("r+b" if self.path.exists() else "w+b") as file:
             file.truncate(self._whole)
             file.seek(self._whole)
@@ -56,6 +66,7 @@ class Results:
             file.flush()
             os.fsync(file.fileno())
         self._whole += len(line.encode())
+        self._size = self._whole
         self.rows[key] = kept
 
     def seconds_per_fact(self, model: str, name: str, protocol: str) -> float | None:

@@ -11,10 +11,10 @@ from typing import Any
 
 from malmend.bench.asking import Asking
 from malmend.bench.cell import drawn, run_cell
-from malmend.bench.plan import Cell, Plan, read_plan
+from malmend.bench.plan import Cell, Plan, read_plan, source_of
 from malmend.bench.plot import plot
 from malmend.bench.results import NAME, Results
-from malmend.bench.table import failures, markdown
+from malmend.bench.table import Row, failures, latest, markdown
 from malmend.commands.edit import now
 from malmend.errors import MalmendError
 from malmend.facts.fact import Fact
@@ -56,6 +56,8 @@ def bench(
     plan = plan if isinstance(plan, Plan) else read_plan(plan)
     facts = list(read_facts(plan.facts))
     cells = list(plan.cells())
+    if not cells:
+        raise MalmendError("The plan has no cell: every size is above its methods' `most`.")
     if max(cell.size for cell in cells) > len(facts):
         raise MalmendError(
             f"The plan edits {max(cell.size for cell in cells):,} facts and {plan.facts} has "
@@ -72,7 +74,8 @@ def bench(
             asking = Asking(load_model(cell.model), plan)
         row = run_cell(asking, cell, drawn(facts, cell.size, cell.seed), progress)
         made = {"malmend": version("malmend"), "torch": version("torch"), "finished": now()}
-        results.add(key, {**row, **made, "facts": plan.facts, "given": dict(cell.given)})
+        asked = {"facts": plan.facts, "given": dict(cell.given), "asked": _asked(plan)}
+        results.add(key, {**row, **made, **asked})
         stepped(results.rows[key])
     return BenchResult(folder, tuple(results.rows[key] for key in keyed))
 
@@ -116,8 +119,8 @@ def bench_plot(folder: str | Path) -> list[Path]:
     return plot(_rows(folder), Path(folder))
 
 
-def _rows(folder: str | Path) -> list[dict[str, Any]]:
-    rows = list(Results(Path(folder)).rows.values())
+def _rows(folder: str | Path) -> list[Row]:
+    rows = latest(list(Results(Path(folder)).rows.values()))
     if not rows:
         raise MalmendError(
             f"There is no {NAME} with a finished cell in {folder}; run malmend bench PLAN --out "
@@ -130,9 +133,22 @@ def _key(cell: Cell, facts: Sequence[Fact], plan: Plan) -> str:
     """By the cell, what is asked of which facts, and the editor's own files."""
     chosen = hashlib.sha256(repr(drawn(facts, cell.size, cell.seed)).encode()).hexdigest()
     editor = Path(str(cell.given.get("editor", "")))
-    known = [_digest(editor / name) for name in ("editor.json", "editor.safetensors")]
-    asked = (plan.alternative, plan.away, plan.decode, plan.text, _digest(Path(plan.text)))
-    return cell.key(chosen, known, asked, version("malmend"))
+    known: list[object] = [_digest(editor / name) for name in ("editor.json", "editor.safetensors")]
+    source = source_of(cell.given["class"]) if "class" in cell.given else None
+    known += ["" if source is None else _digest(source), _weights(cell.model)]
+    return cell.key(chosen, known, _asked(plan), version("malmend"))
+
+
+def _asked(plan: Plan) -> list[Any]:
+    """What is asked of a cell's facts."""
+    return [plan.alternative, plan.away, plan.decode, plan.text, _digest(Path(plan.text))]
+
+
+def _weights(model: str) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of a folder's or a file's weights; of a model by name nothing."""
+    path = Path(model)
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    return [(one.name, one.stat().st_size, one.stat().st_mtime_ns) for one in files]
 
 
 def _digest(path: Path) -> str:

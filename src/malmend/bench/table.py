@@ -29,6 +29,19 @@ def groups(rows: Iterable[Row]) -> dict[tuple[str, str, int, str], list[Row]]:
     return dict(sorted(found.items(), key=lambda item: (*item[0][:3], names.index(item[0][3]))))
 
 
+def latest(rows: Sequence[Row]) -> list[Row]:
+    """Of rows of one name and m those that are edited and asked alike, as the last of them is.
+
+    A plan may be run again with other settings under the same name; its seeds are never mixed.
+    """
+
+    def alike(row: Row) -> list[Any]:
+        return [row.get(part) for part in ("given", "asked", "facts", "malmend")]
+
+    last = {(r["model"], r["protocol"], r["m"], r["name"]): alike(r) for r in rows}
+    return [r for r in rows if alike(r) == last[r["model"], r["protocol"], r["m"], r["name"]]]
+
+
 def figure(row: Row, model: str, kind: str, metric: str) -> float | None:
     """One figure of a row; None where nothing of the kind was asked."""
     value = row[model].get(kind, {}).get(metric)

@@ -193,8 +193,8 @@ def _edited(
         **said,
         **found.said,
     }
-    if "settings" not in header:
-        header["settings"] = settings_of(method)
+    known = found.said.get("settings", settings_of(method))
+    header["settings"] = {"end_of_answer": method.end_of_answer, **known}
     patch = make_patch(found.shifts, found.rank, header)
     if out is not None:
         save_patch(patch, out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from malmend.editors.checkpoint import load_editor
 from malmend.facts.lint import leaks
 from malmend.facts.readers import read_facts
+from malmend.methods.trained import TRAINED, method_in, trained_method
 from malmend.models.load import BUILT_IN, LoadedModel, load_model
 from malmend.models.sites import Linear, Side, Site, find_sites
 from malmend.patch import load_patch
@@ -57,6 +59,8 @@ def inspect(
     if str(thing) in BUILT_IN or path.suffix == ".gguf":
         return model()
     if path.is_dir():
+        if method_in(path) in TRAINED:
+            return _trained(path)
         is_editor = (path / "editor.json").is_file()
         return _editor(path) if is_editor else model()
     if path.is_file():
@@ -85,6 +89,16 @@ def _editor(path: Path) -> Inspection:
     if curve := saved.about.get("curve"):
         about["last step"] = curve[-1]
     return Inspection("editor", str(path), about)
+
+
+def _trained(path: Path) -> Inspection:
+    """A method that is no editor; its own reading checks the folder."""
+    method = trained_method(path)
+    assert method is not None
+    ends = method.end_of_answer  # reads the whole folder
+    about = json.loads((path / "editor.json").read_text(encoding="utf-8"))
+    about.pop("subjects", None)
+    return Inspection("editor", str(path), {**about, "end_of_answer": ends})
 
 
 def _patch(path: Path) -> Inspection:

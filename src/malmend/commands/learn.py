@@ -11,7 +11,7 @@ from malmend.errors import MalmendError
 from malmend.facts.fact import Fact, Question
 from malmend.facts.readers import read_questions
 from malmend.files import writable_folder
-from malmend.methods.trained import TRAINED
+from malmend.methods.trained import TRAINED, Trainer, method_in
 from malmend.models.load import LoadedModel
 from malmend.models.trunk import TrunkSettings
 from malmend.workbench import aimed, checked_facts, encoder_for, lay_out, opened
@@ -76,16 +76,35 @@ def learn(
     sites = settings.sites_in(loaded.model)
     bench = lay_out(loaded, sites, settings.end_of_answer, trunk=trunk)
     trainer = kind.trainer(settings, bench, list(aimed(bench, known, away)), others)
-    if (folder / "training.safetensors").is_file():
-        trainer.resume(folder)
-    elif (folder / "editor.json").is_file():
-        raise MalmendError(
-            f"{folder} holds an editor without what resuming needs; give another --out."
-        )
+    _resume(trainer, folder, method, settings.steps)
     records = []
     for record in trainer.run():
         records.append(record)
         stepped(record)
         if record.step % settings.save_every == 0 or record.step == settings.steps:
             trainer.save(folder)
+    if not records:  # killed between the files of the last step, it may lack some
+        trainer.save(folder)
     return LearnResult(folder, tuple(records))
+
+
+def _resume(trainer: Trainer, folder: Path, method: str, steps: int) -> None:
+    """Goes on with what the folder holds, if anything.
+
+    Raises:
+        MalmendError: it holds something else, or a run that is further already.
+    """
+    other = method_in(folder)
+    if other not in (None, method):
+        raise MalmendError(f"{folder} holds a trained {other}, not {method}; give another --out.")
+    if (folder / "training.safetensors").is_file():
+        trainer.resume(folder)
+    elif (folder / "editor.json").is_file():
+        raise MalmendError(
+            f"{folder} holds an editor without what resuming needs; give another --out."
+        )
+    if trainer.step > steps:
+        raise MalmendError(
+            f"{folder} was trained for {trainer.step} steps, {steps} are asked for; ask for more, "
+            "or give another --out."
+        )

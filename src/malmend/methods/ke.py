@@ -92,6 +92,8 @@ class KeSettings:
         for name in ("layers", "hidden", "steps", "facts_per_step", "save_every"):
             if getattr(self, name) < 1:
                 raise EditorError(f"ke.{name} is {getattr(self, name)}, expected 1 or more.")
+        if not abs(self.seed) < 10**18:
+            raise EditorError(f"ke.seed is {self.seed}, expected at most 18 digits.")
         for name in ("start", "margin", "decay", "floor", "rate", "multiplier_rate"):
             most = 1 if name == "decay" else math.inf
             if not 0 < getattr(self, name) <= most or math.isinf(getattr(self, name)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
@@ -137,6 +138,7 @@ class KeTrainer:
             "base": self.bench.loaded.fingerprint,
             "step": self.step,
             "sites": self.network.sites,
+            "data_sha256": self._data(),
         }
         state = {f"network.{name}": one for name, one in tensors.items()}
         for index, kept in self.optimiser.state_dict()["state"].items():
@@ -146,6 +148,10 @@ class KeTrainer:
             save_file({name: one.float() for name, one in tensors.items()}, beside)
         with written_beside(folder / "editor.json") as beside:
             beside.write_text(json.dumps(about, indent=2, allow_nan=False))
+
+    def _data(self) -> str:
+        """Of what is trained on."""
+        return hashlib.sha256(repr((self.facts, self.locality)).encode()).hexdigest()
 
     def resume(self, folder: str | Path) -> None:
         """Goes on from what :meth:`save` wrote.
@@ -160,6 +166,11 @@ class KeTrainer:
                 about = json.loads(file.metadata()["training"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             check_base(folder, about, self.bench)
+            if about.get("data_sha256") != self._data():
+                raise EditorError(
+                    f"{path} was trained on other facts or questions; give the same, or another "
+                    "folder."
+                )
             for name, value in asdict(self.settings).items():
                 if (was := about["settings"][name]) != value and name not in FREE:
                     raise EditorError(

@@ -64,6 +64,8 @@ class Lora:
         for name in ("rank", "alpha", "epochs", "batch"):
             if getattr(self, name) < 1:
                 raise EditorError(f"lora.{name} is {getattr(self, name)}, expected 1 or more.")
+        if not abs(self.seed) < 10**18:
+            raise EditorError(f"lora.seed is {self.seed}, expected at most 18 digits.")
         if not 0 < self.rate < math.inf:
             raise EditorError(f"lora.rate is {self.rate}, expected a number above 0.")
 

@@ -51,11 +51,17 @@ TRAINED = {
 
 def trained_method(folder: object) -> Method | None:
     """The method that a folder holds, where it is one of these; None for any other."""
-    if not isinstance(folder, str | Path):
+    if not isinstance(folder, str | Path) or folder in ("auto", "none"):
         return None
+    kind = TRAINED.get(method_in(folder) or "")
+    return None if kind is None else kind.method(str(folder))
+
+
+def method_in(folder: str | Path) -> str | None:
+    """The name that a folder's ``editor.json`` says; None of an editor, or where there is none."""
     try:
         about = json.loads((Path(folder) / "editor.json").read_text(encoding="utf-8"))
-        kind = TRAINED.get(about["method"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # an editor, or nothing; whoever reads it next says which
-    return None if kind is None else kind.method(str(folder))
+    except (OSError, ValueError):
+        return None  # whoever reads it next says what is wrong
+    name = about.get("method") if isinstance(about, dict) else None
+    return name if isinstance(name, str) else None
