@@ -13,6 +13,8 @@ from transformers import (
     GPT2ForSequenceClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
+    XLNetConfig,
+    XLNetForSequenceClassification,
 )
 
 import forms_folders as folders
@@ -199,3 +201,17 @@ def test_what_auto_stands_for_is_said(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "tokens: all" in shown
     assert "away: True" in shown
+
+
+def test_inspect_refuses_what_an_edit_would(tmp_path, capsys):
+    """XLNet's blocks hand two streams on, which cannot be cut."""
+    tokenizer = folders.tokenizer_of("bert")
+    sizes = {"d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 64, "num_labels": 2}
+    torch.manual_seed(0)
+    XLNetForSequenceClassification(XLNetConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(
+        tmp_path / "xlnet"
+    )
+    tokenizer.save_pretrained(tmp_path / "xlnet")
+    said = folders.refused(capsys, "inspect", tmp_path / "xlnet")
+    assert "XLNetForSequenceClassification" in said
+    assert "cannot be edited" in said

@@ -12,6 +12,7 @@ from malmend.editors.checkpoint import load_editor
 from malmend.facts.lint import leaks
 from malmend.facts.readers import read_facts
 from malmend.methods.trained import TRAINED, method_in, trained_method
+from malmend.models.cut import Cut
 from malmend.models.load import BUILT_IN, LoadedModel, load_model
 from malmend.models.sites import Linear, Side, Site, find_sites
 from malmend.patch import load_patch
@@ -69,6 +70,7 @@ def inspect(
 
 
 def _model(loaded: LoadedModel, found: Sequence[Site]) -> Inspection:
+    Cut(loaded.model, found)  # what an edit would refuse is refused here
     reading = loaded.reading
     entries = {
         "class": type(loaded.model).__name__,
