@@ -17,7 +17,7 @@ from command_support import malmend as command
 from malmend.bench import run as bench_module
 from malmend.bench.asking import Asking
 from malmend.bench.cell import drawn
-from malmend.bench.plan import Plan, read_plan, way_of
+from malmend.bench.plan import Plan, Way, read_plan, way_of
 from malmend.bench.results import NAME, Results
 from malmend.bench.run import bench, bench_plot, bench_table
 from malmend.bench.table import failures, markdown
@@ -84,7 +84,7 @@ def test_a_plan_reads_as_it_is_written(tmp_path):
         ({"methods": {"malmen": {"prior": "bogus"}}}, "'malmen' cannot be made: .*prior"),
         ({"methods": {"malmen": {"frames": "{prompt}"}}}, "'malmen' cannot be made: .*frames"),
         ({"methods": {"ft": {"editor": "e"}}}, "'ft' takes no editor"),
-        ({"methods": {"mend": {"editor": "e"}}}, "leave out method: mend, or call it otherwise"),
+        ({"methods": {"a": {"editor": "e", "method": "mend"}}}, "leave out method: mend"),
         ({"methods": {"a": {"class": "os:path"}}}, "path is no dataclass"),
         (
             {"methods": {"fft": {"method": "fft"}}},
@@ -124,7 +124,8 @@ def test_what_stands_under_a_name_becomes_settings():
         replace(malmend.training_free(), layers=3, linear="first"),
     )
     assert way_of("mend", {}).settings == malmend.training_free("mend")
-    assert way_of("paper", {"editor": "runs/paper"}).editor == "runs/paper"
+    for name in ("paper", "mend-single"):
+        assert way_of(name, {"editor": "runs/paper"}) == Way(editor="runs/paper")
 
 
 def test_cells_small_ones_first_and_one_draw_above_a_size():

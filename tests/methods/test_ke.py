@@ -329,7 +329,7 @@ def test_as_a_method(tiny, tmp_path):
     method = saved(KeTrainer(settings, bench, FACTS, ()), tmp_path)
     one = malmend.edit(tiny.loaded, FACTS, tmp_path / "patch", method=method).patch
     assert one.provenance["method"] == "ke"
-    assert one.provenance["settings"]["folder"] == str(tmp_path)
+    assert one.provenance["editor"] == str(tmp_path)
     bare = [replace(f, paraphrases=(), unrelated=(), subject=None) for f in FACTS]
     other = malmend.edit(tiny.loaded, bare, method=method).patch
     assert all(torch.equal(one.shift(site), other.shift(site)) for site in one.factors)

@@ -142,7 +142,8 @@ def way_of(name: str, given: Mapping[str, Any]) -> Way:
         )
     own = {key: value for key, value in given.items() if key not in OF_CELL}
     known = [*EDITORS, *METHODS, "context"]
-    method = str(given.get("method", name if name in known else "malmen"))
+    named = name in known and not (name in EDITORS and "editor" in given)  # which says its own
+    method = str(given.get("method", name if named else "malmen"))
     if "editor" in given and (method not in EDITORS or "class" in given):
         raise MalmendError(
             f"The plan's method {name!r} takes no editor; leave editor out, or leave out what "
@@ -168,7 +169,7 @@ def way_of(name: str, given: Mapping[str, Any]) -> Way:
     if editor not in ("auto", "none"):
         raise MalmendError(
             f"The plan's method {name!r} names an editor, which brings its own settings; leave out "
-            f"{', '.join(sorted(rest)) or f'method: {method}, or call it otherwise'}."
+            f"{', '.join(sorted(rest)) or f'method: {method}'}."
         )
     settings = _made(name, EditorSettings, {"method": method, **rest}, {"network"})
     settings = replace(settings, network=NetworkSettings(blocks=0))
