@@ -112,10 +112,9 @@ class EnnSettings:
         """Both layers of each feed-forward block, or the second of one whose first is fused."""
         seconds = find_sites(model, self.layers)
         try:
-            firsts = find_sites(model, self.layers, linear="first")
+            return find_sites(model, self.layers, linear="both")
         except ModelError:
             return seconds
-        return tuple(site for pair in zip(firsts, seconds, strict=True) for site in pair)
 
 
 @dataclass(frozen=True)
