@@ -378,3 +378,20 @@ def test_a_network_is_asked_about_no_token_farther_than_three_usual_ones():
     grads = 0.5 * (far.value_grads_NV + buffers["grad_std_0"] * added[:, K:])
     torch.testing.assert_close(pseudo.keys_NK, keys, rtol=1e-6, atol=1e-9)  # eta is float32
     torch.testing.assert_close(pseudo.grads_NV, grads, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("form", ["residual", "published"])
+def test_without_normalisation_the_network_reads_keys_and_gradients_as_they_are(form):
+    settings = EditorSettings(form=form, normalise=False, network=NETWORK)
+    editor, pair = lone_editor(settings, eta=0.7), random_pair(4)
+    with torch.no_grad():
+        for parameter in editor.networks.parameters():
+            parameter.add_(0.3)
+    x_NF = torch.cat([pair.keys_NK, pair.value_grads_NV], dim=1)
+    out_NF = editor.networks[f"{V}x{K}"](x_NF, 0)
+    wanted = (out_NF[:, :K], 0.7 * out_NF[:, K:])
+    if form == "residual":
+        wanted = (wanted[0] / pair.keys_NK.square().sum(1, keepdim=True), wanted[1])
+    pseudo = editor.pseudo(0, pair)
+    for got, expected in zip((pseudo.keys_NK, pseudo.grads_NV), wanted, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-9)

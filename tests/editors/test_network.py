@@ -123,3 +123,14 @@ def test_the_first_factor_starts_as_the_settings_say():
 def test_settings_that_make_no_network_are_refused(wrong):
     with pytest.raises(EditorError, match=r"change --network\.rank or --network\.blocks"):
         NetworkSettings(**wrong)
+
+
+@pytest.mark.parametrize("placement", ["before", "after"])
+def test_a_random_start_is_no_identity_and_the_same_for_a_seed(placement):
+    net = network(placement=placement, identity=False)
+    assert (net(rows(), 0) - rows()).abs().max() > 1e-2
+    assert torch.equal(net(rows(), 0), network(placement=placement, identity=False)(rows(), 0))
+    first, other = net.blocks
+    assert not torch.equal(first.up_FR, other.up_FR)
+    # The first factor is that of the identity start, so that only the second one is compared.
+    assert torch.equal(first.down_RF, network(placement=placement).blocks[0].down_RF)

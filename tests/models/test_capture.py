@@ -8,7 +8,7 @@ from torch.nn import functional
 
 import tiny
 from malmend.facts.encoded import Encoded
-from malmend.models.capture import Descent, capture, tracing
+from malmend.models.capture import Descent, capture, keys_of, tracing
 from malmend.models.sites import find_sites
 from malmend.models.trunk import Trunk, TrunkSettings
 
@@ -414,3 +414,13 @@ def test_one_token_prompt():
     for tokens in ("answer", "all"):
         expected = expected_pairs(trunk.model, names, asked, tokens)
         assert_pairs(capture(trunk, asked, tokens), expected, 1e-10)
+
+
+@TOKENS
+@pytest.mark.parametrize("batch_tokens", [1, 1024])
+def test_keys_without_gradients_are_those_that_are_captured(tokens, batch_tokens):
+    trunk = cut(tiny.model_of("llama"), batch_tokens=batch_tokens)
+    with_gradients = capture(trunk, QUESTIONS, tokens)
+    for keys, pair in zip(keys_of(trunk, QUESTIONS, tokens), with_gradients, strict=True):
+        assert keys.dtype == torch.float64
+        torch.testing.assert_close(keys, pair.keys_NK.double(), rtol=1e-10, atol=1e-10)

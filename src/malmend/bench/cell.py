@@ -15,6 +15,7 @@ from typing import Any
 
 from malmend.bench.asking import Asked, Asking
 from malmend.bench.context import ContextEncoder
+from malmend.bench.memory import peak_memory
 from malmend.bench.plan import Cell, Way, way_of
 from malmend.commands.edit import edit
 from malmend.evaluation.protocols import scores
@@ -36,6 +37,7 @@ class _Done:
     asked: list[Asked]
     patches: list[Patch]
     edit_seconds: float
+    memory: int | None
 
 
 def drawn(facts: Sequence[Fact], size: int, seed: int) -> list[Fact]:
@@ -51,7 +53,7 @@ def run_cell(
     """A row of results, as plain values."""
     way, start = way_of(cell.name, cell.given), time.perf_counter()
     draws = [list(facts)] if cell.protocol == "together" else [[fact] for fact in facts]
-    done = _Done([], [], 0.0)
+    done = _Done([], [], 0.0, None)
     for index, draw in enumerate(draws):
         left = max(0, asking.plan.decode - index)
         done = _one(asking, way, draw, left, done, progress if len(draws) == 1 else silent)
@@ -71,6 +73,7 @@ def run_cell(
         "edited": {kind: asdict(one) for kind, one in scores(after, before).items()},
         "perplexity": dict(done.asked[0].perplexity) if len(draws) == 1 else {},
         "edit_seconds": done.edit_seconds,
+        "edit_bytes": done.memory,
         "seconds": time.perf_counter() - start,
         "failures": _failures(asking.loaded, rows),
         # One patch's header; of facts alone the first one's.
@@ -88,22 +91,24 @@ def _one(
         asked = asking.read_by(facts, behind, decode)
         return replace(done, asked=[*done.asked, asked])
     plan = asking.plan
-    edited = edit(
-        asking.loaded,
-        facts,
-        editor=way.editor,
-        settings=way.settings,
-        method=way.method,
-        alternative=plan.alternative,
-        away=plan.away,
-        refine=way.refine,
-        progress=progress,
-    )
+    with peak_memory() as taken:
+        edited = edit(
+            asking.loaded,
+            facts,
+            editor=way.editor,
+            settings=way.settings,
+            method=way.method,
+            alternative=plan.alternative,
+            away=plan.away,
+            refine=way.refine,
+            progress=progress,
+        )
     asked = asking.patched(facts, edited.patch, decode)
     return _Done(
         [*done.asked, asked],
         [*done.patches, edited.patch],
         done.edit_seconds + edited.seconds,
+        None if taken.most is None else max(done.memory or 0, taken.most),
     )
 
 

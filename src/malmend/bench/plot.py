@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from malmend.bench.table import Row, figure, groups
+from malmend.bench.table import Row, figure, groups, megabytes
 from malmend.errors import MalmendError
 from malmend.files import written_beside
 
@@ -18,10 +18,17 @@ PANELS: tuple[tuple[str, Callable[[Row], float | None]], ...] = (
     ("retention", lambda row: figure(row, "edited", "LS", "retention")),
     ("ES generated", lambda row: figure(row, "edited", "ES", "generated")),
     ("mean residual", lambda row: row["patch"].get("mean_residual")),
+    ("the same with the edited keys", lambda row: row["patch"].get("residual_after")),
     ("seconds to edit", lambda row: row["edit_seconds"]),
+    ("memory to edit (MB)", megabytes),
 )
 UNEDITED = {"LS (token ratio; dotted: unedited)": ("LS", "token_ratio")}
-LOGARITHMIC = ("mean residual", "seconds to edit")
+LOGARITHMIC = (
+    "mean residual",
+    "the same with the edited keys",
+    "seconds to edit",
+    "memory to edit (MB)",
+)
 
 
 def plot(rows: Sequence[Row], folder: Path) -> list[Path]:

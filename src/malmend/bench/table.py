@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 # Heading, kind of question, metric.
@@ -18,6 +18,12 @@ COLUMNS = (
     ("near", "NS", "retention"),
 )
 Row = Mapping[str, Any]
+
+
+def megabytes(row: Row) -> float | None:
+    """The edit's memory at its peak beyond what was held before."""
+    taken = row.get("edit_bytes")
+    return None if taken is None else float(taken) / 1e6
 
 
 def groups(rows: Iterable[Row]) -> dict[tuple[str, str, int, str], list[Row]]:
@@ -58,17 +64,21 @@ def markdown(rows: Sequence[Row]) -> str:
     for model, protocol in dict.fromkeys(key[:2] for key in found):
         mine = {key[2:]: some for key, some in found.items() if key[:2] == (model, protocol)}
         used = [one for one in COLUMNS if any(_has(some, one) for some in mine.values())]
-        head = ["m", "method", *(heading for heading, _, _ in used), "edit s", "seeds"]
+        others = [one for one in OTHERS if any(one[1](row) is not None for row in rows)]
+        head = ["m", "method", *(said for said, _, _ in used), *(said for said, *_ in others)]
+        head += ["edit s", "seeds"]
         lines = [f"**{model}**, {_SAID[protocol]}", "", _line(head), _line(["---:"] * len(head))]
         for size in dict.fromkeys(key[0] for key in mine):
             of_size = [some for key, some in mine.items() if key[0] == size]
             every = list({row["seed"]: row for some in of_size for row in some}.values())
             cells = _cells(every, "unedited", used)
-            lines.append(_line([f"{size:,}", "*unedited*", *cells, "", str(len(every))]))
+            blank = [""] * (len(others) + 1)
+            lines.append(_line([f"{size:,}", "*unedited*", *cells, *blank, str(len(every))]))
             for key, some in mine.items():
                 if key[0] == size:
                     seconds = statistics.fmean(row["edit_seconds"] for row in some)
                     cells = _cells(some, "edited", used)
+                    cells += [said([of(row) for row in some]) for _, of, said in others]
                     lines.append(
                         _line([f"{size:,}", key[1], *cells, f"{seconds:.0f}", str(len(some))])
                     )
@@ -112,6 +122,26 @@ def _shown(values: Sequence[float | None]) -> str:
         return ""
     mean = f"{statistics.fmean(known):.3f}"
     return mean if len(known) == 1 else f"{mean} ± {statistics.stdev(known):.3f}"
+
+
+def _residuals(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{statistics.fmean(known):.2g}" if known else ""
+
+
+def _whole(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{statistics.fmean(known):,.0f}" if known else ""
+
+
+# Heading, figure of a row, and how its mean is said.
+OTHERS: tuple[
+    tuple[str, Callable[[Row], float | None], Callable[[Sequence[float | None]], str]], ...
+] = (
+    ("residual", lambda row: row["patch"].get("mean_residual"), _residuals),
+    ("on edited keys", lambda row: row["patch"].get("residual_after"), _residuals),
+    ("edit MB", megabytes, _whole),
+)
 
 
 def _escaped(text: str) -> str:

@@ -70,7 +70,12 @@ class SiteStatistics:
 
 
 class Aggregation(Protocol):
-    """What a method does with the pseudo rows of one site."""
+    """What a method does with the pseudo rows of one site.
+
+    ``diffs_NV`` holds what each token asks of its value, d_j of equation (9).
+    """
+
+    diffs_NV: Tensor
 
     def add(self, rows: slice, pseudo: Pseudo) -> None:
         """Takes the editor's output for a chunk of tokens."""
@@ -158,6 +163,8 @@ class Editor(nn.Module):
             "grad_std": known.value_grads.std(),
         }
         for part, tensor in values.items():
+            if not self.settings.normalise:
+                tensor = torch.full_like(tensor, float(part.endswith("std")))
             self.register_buffer(f"{part}_{index}", tensor.float())
         for term in self.terms:
             self.register_buffer(f"prior_{term}_{index}", known.priors_KK[term].float())

@@ -26,8 +26,8 @@ from malmend.errors import MalmendError
 from malmend.facts.encoded import Encoded, Tokens
 from malmend.facts.fact import Fact, Question
 from malmend.facts.tokens import Encoder
-from malmend.models.capture import tracing
-from malmend.models.trunk import Batch, Trunk
+from malmend.models.capture import keys_in
+from malmend.models.trunk import Trunk
 from malmend.progress import Progress, silent
 
 WORDINGS = 3  # paraphrases of a fact: some have dozens, which say little more
@@ -113,7 +113,7 @@ def text_moment(
     questions = first_of(passages, most_tokens)
     totals, done = _Totals(trunk), 0
     for indices, batch in trunk.batches(questions):
-        totals.add(_keys(trunk, batch, "all"))
+        totals.add(keys_in(trunk, batch, "all"))
         done += len(indices)
         progress("keys of general text", done / len(questions))
     return totals.means()
@@ -150,7 +150,7 @@ def asked_moment(
     """C_asked of every site: the mean of k k^T over the tokens of which an edit has rows."""
     totals = _Totals(trunk)
     for _, batch in trunk.batches(questions):
-        totals.add(_keys(trunk, batch, tokens))
+        totals.add(keys_in(trunk, batch, tokens))
     return totals.means()
 
 
@@ -171,7 +171,7 @@ def wording_moment(trunk: Trunk, encoder: Encoder, facts: Sequence[Fact]) -> lis
     distinct = list(dict.fromkeys(one for pair in pairs for one in pair))
     keys: dict[Encoded, list[Tensor]] = {}
     for indices, batch in trunk.batches(distinct):
-        seen = _keys(trunk, batch, "answer")
+        seen = keys_in(trunk, batch, "answer")
         split = [
             [keys_NK[:0]] * len(indices) if site.in_encoder else keys_NK.split(batch.tokens.sources)
             for site, keys_NK in zip(trunk.sites, seen, strict=True)
@@ -208,15 +208,3 @@ class _Totals:
         return [
             total_KK / max(count, 1) for total_KK, count in zip(self.sums, self.counts, strict=True)
         ]
-
-
-def _keys(trunk: Trunk, batch: Batch, tokens: Tokens) -> list[Tensor]:
-    """Keys of every site at its chosen tokens, float64, on the CPU."""
-    with tracing(trunk.sites, grads=False) as traces:
-        trunk.final_states(batch)
-    return [
-        trace.keys[batch.tokens.flat(tokens, trace.site.in_encoder).to(trace.keys.device)].to(
-            "cpu", torch.float64
-        )
-        for trace in traces
-    ]

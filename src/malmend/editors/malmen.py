@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from malmend.editors.pseudo import Pseudo, Received
+from malmend.editors.pseudo import Pseudo, Received, value_diffs
 from malmend.numerics.ridge import Prior, RidgeFactor
 
 
@@ -74,9 +74,3 @@ class Malmen:
         assert self._diff_grads_NV is not None, "receive comes first"
         diffs_NV = value_diffs(self.keys_NK[rows], pseudo)
         return (self._diff_grads_NV[rows].to(diffs_NV.dtype) * diffs_NV).sum()
-
-
-def value_diffs(keys_NK: Tensor, pseudo: Pseudo) -> Tensor:
-    """d_j of equation (9) as rows."""
-    gain_N = torch.einsum("nk,nk->n", pseudo.keys_NK, keys_NK)
-    return -gain_N.unsqueeze(1) * pseudo.grads_NV

@@ -3,7 +3,8 @@
     S = sum over j of S_j = -sum over j of g~_j u~_j^T                              (10)
 
 with the editor's pseudo key and pseudo gradient (eta inside g~_j).  Backwards, with G = dL/dS, the
-editor is reached through the proxy <G, S>, chunk by chunk.  There is no prior.
+editor is reached through the proxy <G, S>, chunk by chunk.  There is no prior.  What each token
+asks of its value (9) is kept too, to say how far the sum misses it (MALMEN, section 5.2).
 
 Shape letters: N tokens, K key width, V value width.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from malmend.editors.pseudo import Pseudo, Received
+from malmend.editors.pseudo import Pseudo, Received, value_diffs
 from malmend.numerics.ridge import Prior, PriorGrads
 
 
@@ -24,13 +25,14 @@ class Mend:
         self, keys_NK: Tensor, value_width: int, prior: Prior, weights_N: Tensor | None = None
     ):
         del prior, weights_N  # a sum has none
-        width = keys_NK.shape[1]
-        self._shift_VK = torch.zeros(value_width, width, dtype=torch.float64)
+        self.keys_NK = keys_NK
+        self.diffs_NV = keys_NK.new_zeros(len(keys_NK), value_width)
+        self._shift_VK = torch.zeros(value_width, keys_NK.shape[1], dtype=torch.float64)
         self._shift_grad_VK: Tensor | None = None
 
     def add(self, rows: slice, pseudo: Pseudo) -> None:
         """Takes the editor's output for a chunk of tokens."""
-        del rows
+        self.diffs_NV[rows] = value_diffs(self.keys_NK[rows], pseudo)
         self._shift_VK -= pseudo.grads_NV.double().T @ pseudo.keys_NK.double()
 
     def shift(self) -> Tensor:

@@ -8,7 +8,8 @@ One network serves all sites of one shape; scale s and offset o are per site (ME
     placement "after":   out = x + s * sigma(U V x + b) + o     (MALMEN's published code)   (8)
 
 U starts at zero, s at one, o and b at zero, so the network starts as the identity.  V starts
-Xavier-uniform (MEND's appendix A) or N(0, 1) (MALMEN's published code).
+Xavier-uniform (MEND's appendix A) or N(0, 1) (MALMEN's published code).  MEND's appendix A compares
+with a U that starts Xavier-uniform too.
 
 sigma is written ``clamp(min=0)``, never ``relu``: at U = 0 every pre-activation is exactly 0, where
 relu's gradient in torch is 0 and clamp's is 1.  With relu the network never trains, and every
@@ -35,12 +36,15 @@ class NetworkSettings:
         blocks: residual blocks; 0 is the identity, an editor without a network.
         placement: where scale and offset stand, "before" or "after" the activation.
         start: how the first factor starts, "xavier" or "normal".
+        identity: the second factor starts at zero, so that the network changes nothing; else it
+            starts Xavier-uniform, which MEND's appendix A compares with.
     """
 
     rank: int = 512
     blocks: int = 2
     placement: Literal["before", "after"] = "before"
     start: Literal["xavier", "normal"] = "xavier"
+    identity: bool = True
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.blocks < 0:
@@ -64,7 +68,10 @@ class _Block(nn.Module):
             down_RF.normal_(generator=generator)
         self.placement = settings.placement
         self.down_RF = nn.Parameter(down_RF)
-        self.up_FR = nn.Parameter(torch.zeros(width, rank))
+        up_FR = torch.zeros(width, rank)
+        if not settings.identity:
+            nn.init.xavier_uniform_(up_FR, generator=generator)
+        self.up_FR = nn.Parameter(up_FR)
         self.bias_F = nn.Parameter(torch.zeros(width))
         self.scale_SF = nn.Parameter(torch.ones(sites, width))
         self.offset_SF = nn.Parameter(torch.zeros(sites, width))

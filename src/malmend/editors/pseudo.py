@@ -1,10 +1,14 @@
-"""What an editor makes of a token: the one type that transforms and aggregations share."""
+"""What an editor makes of a token: the one type that transforms and aggregations share.
+
+Shape letters: N tokens, K key width, V value width.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from malmend.numerics.ridge import PriorGrads
@@ -19,6 +23,12 @@ class Pseudo:
 
     keys_NK: Tensor
     grads_NV: Tensor
+
+
+def value_diffs(keys_NK: Tensor, pseudo: Pseudo) -> Tensor:
+    """d_j = S_j u_j of equation (9) as rows: what each token asks of its value."""
+    gain_N = torch.einsum("nk,nk->n", pseudo.keys_NK, keys_NK)
+    return -gain_N.unsqueeze(1) * pseudo.grads_NV
 
 
 class Received(NamedTuple):

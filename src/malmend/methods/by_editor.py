@@ -14,8 +14,9 @@ from malmend.errors import EditorError
 from malmend.facts.encoded import settled
 from malmend.facts.fact import Fact
 from malmend.methods.method import Found
-from malmend.models.capture import Captured, capture
+from malmend.models.capture import Captured, capture, keys_of
 from malmend.numerics.ridge import mean_residual
+from malmend.patch import shifted
 from malmend.progress import Progress, counted, silent
 from malmend.workbench import Workbench
 
@@ -76,8 +77,10 @@ def find_by_editor(
         "frames": list(frames) if kept > 1 else [],
         "tokens": tokens,
     }
-    if settings.method == "malmen":
-        said["mean_residual"] = solved.mean_residual()
+    said["mean_residual"] = solved.mean_residual([pair.keys_NK for pair in solved.captured])
+    with shifted(list(trunk.sites), solved.shifts):
+        moved = keys_of(trunk, questions, settings.tokens)
+    said["residual_after"] = solved.mean_residual(moved)
     return Found(solved.shifts, tokens, said)
 
 
@@ -112,12 +115,12 @@ class _Solved:
             (n for n, shift_VK in self.shifts.items() if not shift_VK.isfinite().all()), None
         )
 
-    def mean_residual(self) -> float:
-        """MALMEN, section 5.2."""
+    def mean_residual(self, keys: Sequence[Tensor]) -> float:
+        """MALMEN, section 5.2, over the first tokens, of which these are the keys of each site."""
         residuals = [
-            mean_residual(shift_VK, pair.keys_NK, one.diffs_NV)  # type: ignore[attr-defined]
-            for shift_VK, pair, one in zip(
-                self.shifts.values(), self.captured, self.aggregations, strict=True
+            mean_residual(shift_VK, keys_NK, one.diffs_NV[: len(keys_NK)])
+            for shift_VK, keys_NK, one in zip(
+                self.shifts.values(), keys, self.aggregations, strict=True
             )
         ]
         return sum(residuals) / len(residuals)

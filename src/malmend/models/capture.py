@@ -173,6 +173,31 @@ def capture(
     return out
 
 
+@torch.no_grad()
+def keys_in(trunk: Trunk, batch: Batch, tokens: Tokens) -> list[Tensor]:
+    """Keys of every site at a micro-batch's chosen tokens, float64, on the CPU."""
+    with tracing(trunk.sites, grads=False) as traces:
+        trunk.final_states(batch)
+    return [
+        trace.keys[batch.tokens.flat(tokens, trace.site.in_encoder).to(trace.keys.device)].to(
+            "cpu", torch.float64
+        )
+        for trace in traces
+    ]
+
+
+def keys_of(trunk: Trunk, questions: Sequence[Encoded], tokens: Tokens = "auto") -> list[Tensor]:
+    """The keys of :func:`capture` without its gradients, as the model is now, in float64."""
+    counts = {side: token_counts(questions, tokens, side) for side in _sides(trunk)}
+    parts: list[list[Tensor]] = [[Tensor()] * len(questions) for _ in trunk.sites]
+    for indices, batch in trunk.batches(questions):
+        for site, keys, rows in zip(trunk.sites, keys_in(trunk, batch, tokens), parts, strict=True):
+            split = keys.split([counts[site.in_encoder][index] for index in indices])
+            for index, keys_NK in zip(indices, split, strict=True):
+                rows[index] = keys_NK
+    return [torch.cat(rows) for rows in parts]
+
+
 def _sides(trunk: Trunk) -> list[bool]:
     """The values of ``in_encoder`` among the sites."""
     return sorted({site.in_encoder for site in trunk.sites})
