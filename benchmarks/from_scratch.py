@@ -50,11 +50,7 @@ RATES = {"t5": 1e-3, "bart": 5e-4}  # a BART normalises after its blocks, and le
 def known_facts() -> list[Fact]:
     """The facts that the model learns, in random order; their subjects differ in all relations."""
     known = [fact for fact in malmend.read_facts(shipped("facts.jsonl")) if "train" in fact.tags]
-    known = [
-        replace(fact, neighbours=(), reversed=None)
-        for fact in known
-        if fact.alternative
-    ]
+    known = [replace(fact, neighbours=(), reversed=None) for fact in known if fact.alternative]
     random.Random(0).shuffle(known)
     return known[:FACTS]
 
