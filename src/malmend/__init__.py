@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from malmend.commands.ask import AskResult as AskResult
     from malmend.commands.ask import ask as ask
+    from malmend.commands.cache import CacheResult as CacheResult
+    from malmend.commands.cache import cache as cache
     from malmend.commands.demo import DemoResult as DemoResult
     from malmend.commands.demo import demo as demo
     from malmend.commands.edit import EditResult as EditResult
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
 # Loaded on first use, so that `malmend --help` does not wait for torch.
 _HOME = {
     "commands.ask": ("AskResult", "ask"),
+    "commands.cache": ("CacheResult", "cache"),
     "commands.demo": ("DemoResult", "demo"),
     "commands.edit": ("EditResult", "edit"),
     "commands.evaluate": ("evaluate",),

@@ -35,6 +35,7 @@ COMMANDS = {
     "continuations": "make facts of a text: passages and the tokens that follow them",
     "bench": "methods side by side: run a plan; bench table and bench plot show it",
     "inspect": "what is in a model, an editor, a patch or a facts file",
+    "cache": "what is kept of models and facts, and how to be rid of it",
     "demo": "the main job on a real model, start to finish",
 }
 
@@ -85,6 +86,7 @@ def _run(arguments: list[str]) -> int:
         "continuations": _continuations,
         "bench": _bench,
         "inspect": _inspect,
+        "cache": _cache,
         "demo": _demo,
     }
     runners[name](arguments[1:])
@@ -327,6 +329,15 @@ def _inspect(arguments: list[str]) -> None:
     parser.add_argument("thing", type=str, help="a model, an editor, a patch or a facts file")
     derive(parser, inspect, {"thing"})
     show.inspected(inspect(**parse(parser, arguments)))
+
+
+def _cache(arguments: list[str]) -> None:
+    from malmend import show
+    from malmend.commands.cache import cache
+
+    parser = parser_of("cache", COMMANDS["cache"])
+    derive(parser, cache, set())
+    show.cached(cache(**parse(parser, arguments)))
 
 
 def _demo(arguments: list[str]) -> None:

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from malmend.commands.ask import AskResult
+from malmend.commands.cache import CacheResult
 from malmend.commands.continuations import ContinuationsResult
 from malmend.commands.demo import DemoResult
 from malmend.commands.edit import EditResult
@@ -325,6 +326,19 @@ def cell(row: Mapping[str, Any]) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def cached(result: CacheResult) -> None:
+    """What the cache holds, by kind."""
+    table = Table(title=f"{escape(str(result.folder))}", title_justify="left")
+    table.add_column("kept")
+    table.add_column("entries", justify="right")
+    table.add_column("MB", justify="right")
+    for one in result.kinds:
+        table.add_row(one.what, f"{one.entries:,}", f"{one.size / 1e6:,.1f}")
+    OUT.print(table)
+    said = "All of it was removed." if result.cleared else "malmend cache --clear true removes it."
+    OUT.print(said)
 
 
 def inspected(result: Inspection) -> None:

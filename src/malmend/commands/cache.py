@@ -1,0 +1,65 @@
+"""What is kept of models and facts so as not to compute it again, and how to be rid of it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from malmend.models.load import cache_folder
+
+KINDS = {
+    "trunk": "activations of questions, by model",
+    "calibrations": "what a model is calibrated on",
+    "models": "configurations and tokenizers made of GGUF files",
+}
+
+
+@dataclass(frozen=True)
+class Cached:
+    """One kind: how many entries (models, calibrations) there are, and their bytes on the disk."""
+
+    kind: str
+    what: str
+    entries: int
+    size: int
+
+
+@dataclass(frozen=True)
+class CacheResult:
+    """The cache's folder and what it holds, or held before it was cleared."""
+
+    folder: Path
+    kinds: tuple[Cached, ...]
+    cleared: bool
+
+
+def cache(clear: bool = False) -> CacheResult:
+    """Says what the cache folder holds, or removes it.
+
+    Everything in it is made again when it is needed.  A run that reads it meanwhile goes on, and
+    computes what it misses.
+
+    Args:
+        clear: remove it all.
+    """
+    folder = cache_folder()
+    found = tuple(_of(folder, kind, what) for kind, what in KINDS.items())
+    if clear:
+        for kind in KINDS:  # never what else lies in a folder that MALMEND_CACHE names
+            shutil.rmtree(folder / kind, ignore_errors=True)
+    return CacheResult(folder, found, clear)
+
+
+def _of(folder: Path, kind: str, what: str) -> Cached:
+    entries = list((folder / kind).glob("*"))
+    return Cached(kind, what, len(entries), sum(_sizes(folder / kind)))
+
+
+def _sizes(folder: Path) -> Iterator[int]:
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # another run removes old ones
+            if path.is_file():
+                yield path.stat().st_size

@@ -1,0 +1,51 @@
+"""The cache folder is said, cleared, and made again."""
+
+from __future__ import annotations
+
+import command_support
+import malmend
+from command_support import make_facts
+from command_support import malmend as command
+
+tiny = command_support.tiny
+cache = command_support.cache
+
+
+def test_what_is_kept_is_counted_and_cleared_and_made_again(tiny, cache, tmp_path):
+    facts = make_facts(3)
+    given = {"calibrate": tiny.calibrate, "text": tiny.text}
+    given |= {"calibration": command_support.CALIBRATION}
+    first = malmend.edit(tiny.loaded, facts, **given).patch
+    held = {one.kind: one for one in malmend.cache().kinds}
+    assert held["trunk"].entries == held["calibrations"].entries == 1
+    on_disk = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
+    assert sum(one.size for one in held.values()) == on_disk > 0
+    assert malmend.cache(clear=True).cleared
+    assert [one.entries for one in malmend.cache().kinds] == [0, 0, 0]
+    again = malmend.edit(tiny.loaded, facts, **given).patch
+    assert first.factors.keys() == again.factors.keys()
+    assert malmend.cache().kinds[0].entries == 1
+
+
+def test_what_else_lies_in_the_folder_stays(tmp_path, monkeypatch):
+    monkeypatch.setenv("MALMEND_CACHE", str(tmp_path))
+    other = tmp_path / "mine" / "thesis.txt"
+    other.parent.mkdir(parents=True)
+    other.write_text("years of work")
+    (tmp_path / "trunk").mkdir()
+    malmend.cache(clear=True)
+    assert not (tmp_path / "trunk").exists()
+    assert other.read_text() == "years of work"
+
+
+def test_as_a_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MALMEND_CACHE", str(tmp_path))
+    (tmp_path / "calibrations").mkdir()
+    (tmp_path / "calibrations" / "one.safetensors").write_bytes(bytes(2_500_000))
+    assert command("cache") == 0
+    assert "2.5" in capsys.readouterr().out
+    assert command("cache", "--clear", "true") == 0
+    assert "removed" in capsys.readouterr().out
+    assert not (tmp_path / "calibrations").exists()
+    assert command("cache", "--claer", "true") == 2
+    assert "claer" in capsys.readouterr().err
