@@ -84,7 +84,7 @@ def random_model(family: str, vocabulary: int) -> PreTrainedModel:
                 num_heads=HEADS,
                 vocab_size=vocabulary,
                 decoder_start_token_id=0,
-                dropout_rate=0.0,
+                dropout_rate=0.1,
             )
         )
     return BartForConditionalGeneration(

@@ -109,6 +109,8 @@ OPTIONS = {
         "--network.blocks",
         "--network.placement",
         "--network.start",
+        "--network.identity",
+        "--network.normalise",
         "--facts-per-step",
         "--halvings",
         "--steps",
@@ -135,6 +137,7 @@ OPTIONS = {
     },
     "bench": {"-h", "--help", "--out"},
     "inspect": MODEL | {"--layers", "--linear", "--side", "--sites"},
+    "cache": {"-h", "--help", "--clear"},
     "demo": {"-h", "--help", "--out", "--model", "--facts", "--spoken"},
 }
 

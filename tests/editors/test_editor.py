@@ -382,7 +382,7 @@ def test_a_network_is_asked_about_no_token_farther_than_three_usual_ones():
 
 @pytest.mark.parametrize("form", ["residual", "published"])
 def test_without_normalisation_the_network_reads_keys_and_gradients_as_they_are(form):
-    settings = EditorSettings(form=form, normalise=False, network=NETWORK)
+    settings = EditorSettings(form=form, network=replace(NETWORK, normalise=False))
     editor, pair = lone_editor(settings, eta=0.7), random_pair(4)
     with torch.no_grad():
         for parameter in editor.networks.parameters():

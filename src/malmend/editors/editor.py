@@ -163,7 +163,7 @@ class Editor(nn.Module):
             "grad_std": known.value_grads.std(),
         }
         for part, tensor in values.items():
-            if not self.settings.normalise:
+            if not self.settings.network.normalise:
                 tensor = torch.full_like(tensor, float(part.endswith("std")))
             self.register_buffer(f"{part}_{index}", tensor.float())
         for term in self.terms:

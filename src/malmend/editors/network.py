@@ -38,6 +38,8 @@ class NetworkSettings:
         start: how the first factor starts, "xavier" or "normal".
         identity: the second factor starts at zero, so that the network changes nothing; else it
             starts Xavier-uniform, which MEND's appendix A compares with.
+        normalise: it reads keys and value gradients less their mean, in units of their deviation;
+            else as they are, which MEND's appendix A compares with too.
     """
 
     rank: int = 512
@@ -45,6 +47,7 @@ class NetworkSettings:
     placement: Literal["before", "after"] = "before"
     start: Literal["xavier", "normal"] = "xavier"
     identity: bool = True
+    normalise: bool = True
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.blocks < 0:

@@ -45,8 +45,6 @@ class EditorSettings:
         descent: how value gradients are descended; null captures plain gradients, as published.
         prior: "wording" for general text, questions about others and the wording's spread (13),
             "text" for general text alone, "identity" for lambda I alone, as published.
-        normalise: the network reads keys and value gradients less their mean, in units of their
-            deviation; else as they are, which MEND's appendix A compares with.
         eta: start of the learning rate; null searches it (and the prior's weights) on calibration
             facts.
         network: size and start of the network; ``blocks: 0`` for an editor without one.
@@ -63,7 +61,6 @@ class EditorSettings:
     end_weight: float = 0.1
     descent: Descent | None = field(default_factory=Descent)
     prior: Literal["wording", "text", "identity"] = "wording"
-    normalise: bool = True
     eta: float | None = None
     network: NetworkSettings = field(default_factory=NetworkSettings)
 
