@@ -25,7 +25,7 @@ from malmend.commands.finetune import finetune
 from malmend.editors.calibration import CalibrationSettings
 from malmend.editors.refine import RefineSettings
 from malmend.editors.settings import EditorSettings, training_free
-from malmend.editors.training import TrainSettings
+from malmend.editors.train_settings import TrainSettings
 from malmend.facts.fact import Fact, Question
 from malmend.models.finetune import FinetuneSettings
 

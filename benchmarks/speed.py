@@ -33,7 +33,8 @@ from malmend.editors.editor import Editor
 from malmend.editors.metaloss import meta_loss
 from malmend.editors.refine import RefineSettings
 from malmend.editors.settings import EditorSettings, published
-from malmend.editors.training import Trainer, TrainSettings, published_training
+from malmend.editors.train_settings import TrainSettings, published_training
+from malmend.editors.training import Trainer
 from malmend.facts.fact import Fact, FactSet
 from malmend.material import calibrated
 from malmend.models.capture import capture

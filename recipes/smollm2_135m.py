@@ -27,7 +27,8 @@ from card import card
 from malmend import edit, evaluate, load_model, train
 from malmend.editors.checkpoint import load_editor, save_editor
 from malmend.editors.settings import EditorSettings
-from malmend.editors.training import StepRecord, TrainSettings
+from malmend.editors.train_settings import TrainSettings
+from malmend.editors.training import StepRecord
 from malmend.facts.alternatives import towards_alternatives
 from malmend.facts.fact import Fact, FactSet, Question, spread, subject_hash
 from malmend.facts.readers import read_facts, read_questions

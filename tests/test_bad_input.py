@@ -23,7 +23,7 @@ from malmend.commands import train as train_module
 from malmend.editors import checkpoint
 from malmend.editors.network import NetworkSettings
 from malmend.editors.settings import EditorSettings
-from malmend.editors.training import TrainSettings
+from malmend.editors.train_settings import TrainSettings
 from malmend.errors import MalmendError
 from malmend.models.load import load_model
 from malmend.models.sites import find_sites

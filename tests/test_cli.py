@@ -20,7 +20,7 @@ from command_support import files_in, malmend
 from malmend.cli import COMMANDS
 from malmend.editors.network import NetworkSettings
 from malmend.editors.settings import EditorSettings, published, published_mend
-from malmend.editors.training import (
+from malmend.editors.train_settings import (
     TrainSettings,
     published_mend_training,
     published_training,

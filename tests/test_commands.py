@@ -21,7 +21,8 @@ from malmend.editors.calibration import CalibrationSettings, load_calibration
 from malmend.editors.network import NetworkSettings
 from malmend.editors.refine import RefineSettings
 from malmend.editors.settings import EditorSettings, published, training_free
-from malmend.editors.training import StepRecord, TrainSettings
+from malmend.editors.train_settings import TrainSettings
+from malmend.editors.training import StepRecord
 from malmend.errors import FactsError, MalmendError, PatchError
 from malmend.facts.fact import Fact
 from malmend.facts.readers import given_facts

@@ -18,7 +18,7 @@ from malmend.commands.train import train
 from malmend.editors.checkpoint import SavedEditor, load_editor, seen_in_training
 from malmend.editors.network import NetworkSettings
 from malmend.editors.settings import EditorSettings, training_free
-from malmend.editors.training import TrainSettings
+from malmend.editors.train_settings import TrainSettings
 from malmend.facts.fact import Fact, Question, subject_hash
 from malmend.material import calibrated
 from malmend.models.sites import find_sites

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from malmend.editors.settings import EditorSettings as EditorSettings
     from malmend.editors.settings import published as published
     from malmend.editors.settings import training_free as training_free
-    from malmend.editors.training import TrainSettings as TrainSettings
-    from malmend.editors.training import published_training as published_training
+    from malmend.editors.train_settings import TrainSettings as TrainSettings
+    from malmend.editors.train_settings import published_training as published_training
     from malmend.errors import EditorError as EditorError
     from malmend.errors import FactsError as FactsError
     from malmend.errors import MalmendError as MalmendError
@@ -67,7 +67,7 @@ _HOME = {
     "commands.train": ("TrainResult", "train"),
     "editors.settings": ("EditorSettings", "published", "training_free"),
     "editors.network": ("NetworkSettings",),
-    "editors.training": ("TrainSettings", "published_training"),
+    "editors.train_settings": ("TrainSettings", "published_training"),
     "errors": ("EditorError", "FactsError", "MalmendError", "ModelError", "PatchError"),
     "evaluation.report": ("Report",),
     "facts.fact": ("Fact", "FactSet", "Question"),

@@ -136,12 +136,13 @@ def _train(arguments: list[str]) -> None:
     from malmend import show
     from malmend.commands.train import train
     from malmend.editors.settings import published, published_mend
-    from malmend.editors.training import (
+    from malmend.editors.train_settings import (
         TrainSettings,
         published_mend_training,
         published_training,
     )
     from malmend.methods.trained import TRAINED
+    from malmend.processes import joined
 
     parser = parser_of("train", COMMANDS["train"])
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
@@ -158,7 +159,7 @@ def _train(arguments: list[str]) -> None:
         "--locality", type=str, help="file of unrelated questions, else each fact's own"
     )
     own = {"model", "facts", "out", "locality", "settings", "editor", "starting", "stepped"}
-    derive(parser, train, own)
+    derive(parser, train, own | {"processes"})
     add_editor_settings(parser, {"method"})
     parser.add_class_arguments(TrainSettings)
     add_trained(parser)
@@ -178,11 +179,20 @@ def _train(arguments: list[str]) -> None:
     names = TrainSettings.__dataclass_fields__
     training = TrainSettings(**{name: given.pop(name) for name in names})
     settings = take_editor_settings(given, network=True)
+    with joined() as processes:
+        if not processes.is_first:
+            show.silence()
+        _train_together(given, training, settings, processes)
+
+
+def _train_together(given: dict[str, Any], training: Any, settings: Any, processes: Any) -> None:
+    """Trains among the processes of a run, or alone; the first says how it goes."""
+    from malmend import show
+    from malmend.commands.train import train
+
     with show.bars() as bars:
-        started = False
 
         def starting(trainer: Any, seconds: float) -> None:
-            nonlocal started
             left = training.steps - trainer.step
             resumed = f" (resumed after step {trainer.step})" if trainer.step else ""
             show.status(
@@ -194,6 +204,7 @@ def _train(arguments: list[str]) -> None:
             **given,
             settings=training,
             editor=settings,
+            processes=processes,
             progress=bars,
             starting=starting,
             stepped=lambda record: show.step(record, training.steps),

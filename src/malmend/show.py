@@ -66,6 +66,11 @@ def bars() -> Iterator[Any]:
         yield report
 
 
+def silence() -> None:
+    """Says nothing more: another process of the same run does."""
+    OUT.quiet = ERR.quiet = True
+
+
 def status(line: str) -> None:
     """What comes next; on standard error, where the bars are."""
     ERR.print(escape(line), highlight=False)

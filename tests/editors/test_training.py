@@ -27,18 +27,18 @@ from malmend.editors.editor import Editor
 from malmend.editors.metaloss import meta_loss
 from malmend.editors.network import NetworkSettings
 from malmend.editors.settings import EditorSettings, published_mend
-from malmend.editors.training import (
-    Trainer,
+from malmend.editors.train_settings import (
     TrainSettings,
-    estimate_seconds,
     published_mend_training,
     published_training,
 )
+from malmend.editors.training import Trainer, estimate_seconds
 from malmend.errors import EditorError, MalmendError
 from malmend.facts.fact import Fact, Question
 from malmend.models.capture import Descent
 from malmend.models.store import ActivationStore
 from malmend.patch import shifted
+from malmend.processes import ALONE, Processes
 
 SETTINGS = TrainSettings(
     facts_per_step=8, steps=6, network_rate=3e-3, scalar_rate=0.03, chunk=7, seed=5, save_every=2
@@ -56,8 +56,10 @@ def trainer_of(
     locality: Sequence[Question] = (),
     folder: Path | None = None,
     batch_tokens: int = 60,
+    dtype: torch.dtype = torch.float32,
+    processes: Processes = ALONE,
 ) -> Trainer:
-    model = tiny_model(dtype=torch.float32)
+    model = tiny_model(dtype=dtype)
     captured = captured_of(tiny_trunk(model), FACTS, editor_settings)
     kept = None if folder is None else folder / "trunk"
     trunk = tiny_trunk(model, batch_tokens=batch_tokens, store=kept)
@@ -67,13 +69,14 @@ def trainer_of(
     editor = Editor(editor_settings, shapes, known, 0.8, weights, 0.1, settings.seed)
     store = ActivationStore(folder and folder / "pairs", 1, trunk.wide, 10**7)
     ending = encoder(editor_settings.end_of_answer)
-    return Trainer(editor, trunk, ending, facts, locality, settings, store)
+    editor = editor.to(dtype)
+    return Trainer(editor, trunk, ending, facts, locality, settings, store, processes)
 
 
 def loss_over_all(trainer: Trainer) -> float:
     pairs = [(fact.equivalents[0], fact.unrelated[0]) for fact in trainer.facts]
     judged = trainer.judged(pairs)
-    shifts = trainer.editor.shifts(trainer.captured(trainer.facts))
+    shifts = trainer.editor.shifts(trainer.pairs.of(trainer.facts))
     with shifted(list(trainer.trunk.sites), shifts):
         return meta_loss(trainer.trunk, judged, trainer.settings.locality_weight, grads=False).total
 
@@ -111,10 +114,10 @@ def test_training_lowers_the_loss_and_moves_every_parameter(method):
 def test_which_rows_end_is_known_whether_pairs_were_kept_or_not(tokens):
     trainer = trainer_of(editor_settings=replace(EDITOR, tokens=tokens))
     some = FACTS[3:9]
-    trainer.captured(some[2:4])  # these come from the store, the others are captured
+    trainer.pairs.of(some[2:4])  # these come from the store, the others are captured
     for facts in (some, some, some[::-1]):
         plain = captured_of(trainer.trunk, facts, trainer.editor.settings)
-        for mine, wanted in zip(trainer.captured(facts), plain, strict=True):
+        for mine, wanted in zip(trainer.pairs.of(facts), plain, strict=True):
             assert torch.equal(mine.ends_N, wanted.ends_N)
             assert mine.ends_N.sum() == len(facts)
             torch.testing.assert_close(mine.keys_NK, wanted.keys_NK, rtol=1e-4, atol=1e-5)
@@ -145,9 +148,9 @@ def test_a_steps_gradient_is_of_its_facts_and_its_questions(monkeypatch):
     """What draw() names is what is edited, and what is asked of the edited model."""
     trainer, asked = trainer_of(), []
 
-    def noted(trunk, judged, *rest):
+    def noted(trunk, judged, *rest, **named):
         asked.extend((one.equivalent.ids, one.unrelated.ids) for one in judged)
-        return meta_loss(trunk, judged, *rest)
+        return meta_loss(trunk, judged, *rest, **named)
 
     monkeypatch.setattr(training, "meta_loss", noted)
     facts, questions = trainer.draw(0)
@@ -485,11 +488,11 @@ def test_the_model_comes_back_after_an_interrupted_step(monkeypatch):
 
 def test_pairs_from_the_store_are_the_fresh_ones(tmp_path):
     trainer = trainer_of(folder=tmp_path)
-    fresh = trainer.captured(FACTS)
+    fresh = trainer.pairs.of(FACTS)
     direct = captured_of(trainer.trunk, FACTS, EDITOR)
     again = trainer_of(folder=tmp_path)
-    again._capture = None  # whatever is not in the store would call it
-    stored = again.captured(FACTS[::-1])[0:2]
+    again.pairs._packed = None  # whatever is not in the store would call it
+    stored = again.pairs.of(FACTS[::-1])[0:2]
     counts = [len(one.sources) for one in again.encoder.encode_all(f.question for f in FACTS)]
     for mine, theirs, kept in zip(fresh, direct, stored, strict=True):
         for part in ("keys_NK", "value_grads_NV"):
@@ -526,10 +529,10 @@ def test_facts_of_one_wording_split_elsewhere_are_kept_apart(tmp_path, tokens):
     for _ in range(2):
         for fact in facts:
             alone = captured_of(trainer.trunk, [fact], settings)
-            for mine, theirs in zip(trainer.captured([fact]), alone, strict=True):
+            for mine, theirs in zip(trainer.pairs.of([fact]), alone, strict=True):
                 torch.testing.assert_close(mine.keys_NK, theirs.keys_NK)
                 torch.testing.assert_close(mine.value_grads_NV, theirs.value_grads_NV)
-        for mine, theirs in zip(trainer.captured(facts), wanted, strict=True):
+        for mine, theirs in zip(trainer.pairs.of(facts), wanted, strict=True):
             torch.testing.assert_close(mine.value_grads_NV, theirs.value_grads_NV)
 
 

@@ -12,7 +12,8 @@ from typing import Any
 from malmend.editors.calibration import CalibrationSettings
 from malmend.editors.checkpoint import SavedEditor, load_editor, save_editor
 from malmend.editors.settings import EditorSettings
-from malmend.editors.training import StepRecord, Trainer, TrainSettings, estimate_seconds
+from malmend.editors.train_settings import TrainSettings
+from malmend.editors.training import StepRecord, Trainer, estimate_seconds
 from malmend.errors import EditorError, MalmendError
 from malmend.facts.encoded import settled
 from malmend.facts.fact import Fact, FactSet, Question, subject_hash
@@ -23,6 +24,7 @@ from malmend.material import calibrated
 from malmend.models.load import LoadedModel
 from malmend.models.store import ActivationStore
 from malmend.models.trunk import TrunkSettings
+from malmend.processes import ALONE, Processes
 from malmend.progress import Progress, silent
 from malmend.workbench import (
     Workbench,
@@ -70,6 +72,7 @@ def train(
     calibration: CalibrationSettings = CalibrationSettings(prior_facts=1536),
     trunk: TrunkSettings = TrunkSettings(),
     dtype: str = "float32",
+    processes: Processes = ALONE,
     progress: Progress = silent,
     starting: Callable[[Trainer, float], None] = lambda trainer, seconds: None,
     stepped: Callable[[StepRecord], None] = lambda record: None,
@@ -92,6 +95,7 @@ def train(
         calibration: how the model is calibrated.
         trunk: grouping of questions and the disk budget.
         dtype: the model is loaded in.
+        processes: that the facts of each step are spread over; see :mod:`malmend.processes`.
         progress: called with stage and share done, before training starts.
         starting: called with the trainer and the expected seconds, before the first step.
         stepped: called after every step.
@@ -112,19 +116,23 @@ def train(
     bench = lay_out(loaded, sites, editor.end_of_answer, trunk=trunk)
     known = aimed(bench, known, away)
     own = known if any(fact.paraphrases for fact in known) else None
-    found = calibrated(bench, editor, calibrate or own, text, calibration, progress, others)
+    with processes.first_then_others():  # who find it in the cache
+        found = calibrated(bench, editor, calibrate or own, text, calibration, progress, others)
     start = found.editor(editor, bench.trunk, settings.seed)
     store = _pairs_store(bench, editor, trunk)
-    trainer = Trainer(start, bench.trunk, bench.encoder, known, others, settings, store)
+    trainer = Trainer(start, bench.trunk, bench.encoder, known, others, settings, store, processes)
     about = _about(bench, known, others, settings)
     records = _resumed(trainer, folder, about)
     starting(trainer, _seconds_left(trainer, records))
     for record in trainer.run():
         records.append(record)
         stepped(record)
-        if record.step % settings.save_every == 0 or record.step == settings.steps:
+        due = record.step % settings.save_every == 0 or record.step == settings.steps
+        if due and processes.is_first:
             _save(trainer, {**about, "curve": [asdict(one) for one in records]}, folder)
-    return TrainResult(load_editor(folder), folder, tuple(records), tuple(leaks(known, others)))
+    with processes.first_then_others():  # once it is written
+        saved = load_editor(folder)
+    return TrainResult(saved, folder, tuple(records), tuple(leaks(known, others)))
 
 
 def _save(trainer: Trainer, about: dict[str, Any], folder: Path) -> None:

@@ -50,7 +50,8 @@ from malmend.errors import EditorError
 from malmend.models.capture import Captured
 from malmend.models.sites import Site
 from malmend.numerics.moments import RunningMoments
-from malmend.numerics.ridge import Prior
+from malmend.numerics.ridge import Prior, Summed
+from malmend.processes import ALONE, Processes
 
 TOKENS = 2048  # N at which the weights of the prior are stated; about 500 facts
 FEWEST, MOST = 512, 4096  # tokens between which the weights follow N
@@ -90,7 +91,7 @@ class Aggregation(Protocol):
         """A scalar whose gradient is the meta-gradient of a chunk."""
 
 
-METHODS: dict[str, Callable[[Tensor, int, Prior, Tensor | None], Aggregation]] = {
+METHODS: dict[str, Callable[[Tensor, int, Prior, Tensor | None, Summed | None], Aggregation]] = {
     "malmen": Malmen,
     "mend": Mend,
     "mend-single": Mend,
@@ -222,20 +223,27 @@ class Editor(nn.Module):
         return Pseudo((keys_NK + added_keys) / gain_N1, eta * (grads_NV + added_grads))
 
     @torch.no_grad()
-    def aggregate(self, captured: Sequence[Captured], chunk: int = 1024) -> list[Aggregation]:
-        """Runs the network over all tokens, chunk by chunk, keeping no graph."""
+    def aggregate(
+        self, captured: Sequence[Captured], chunk: int = 1024, processes: Processes = ALONE
+    ) -> list[Aggregation]:
+        """Runs the network over all tokens, chunk by chunk, keeping no graph.
+
+        Of ``processes`` each gives its own tokens, and the shift is of all.
+        """
         if len(captured) != len(self.names):
             raise EditorError(
                 f"{len(captured)} sites were captured, expected {len(self.names)}: "
                 f"{', '.join(self.names)}."
             )
+        counts = processes.total(*[len(pair.keys_NK) for pair in captured])
         done = []
         for site, pair in enumerate(captured):
             aggregation = METHODS[self.settings.method](
                 pair.keys_NK,
                 pair.value_grads_NV.shape[1],
-                self.prior(site, len(pair.keys_NK)),
+                self.prior(site, int(counts[site])),
                 self.row_weights(site, pair),
+                processes.summed if processes.count > 1 else None,
             )
             for rows in chunks(len(pair.keys_NK), chunk):
                 aggregation.add(rows, self.pseudo(site, pair.rows(rows)))
@@ -253,19 +261,24 @@ class Editor(nn.Module):
         aggregations: Sequence[Aggregation],
         shift_grads: Mapping[str, Tensor],
         chunk: int = 1024,
+        processes: Processes = ALONE,
     ) -> None:
         """Adds the meta-gradient to every parameter's ``grad`` (Algorithm 2, second stage).
 
-        ``shift_grads`` holds G = dL/dS per site.  Only one chunk's graph lives at a time.
+        ``shift_grads`` holds G = dL/dS per site.  Only one chunk's graph lives at a time.  Of
+        ``processes`` each adds its part: that of its own tokens, and of what depends on all tokens
+        (the prior) an even share.
         """
+        counts = processes.total(*[len(pair.keys_NK) for pair in captured])
         for site, (name, pair) in enumerate(zip(self.names, captured, strict=True)):
-            prior_grads, by_weight_N = aggregations[site].receive(shift_grads[name])
-            prior = self.prior(site, len(pair.keys_NK))
+            whole, by_weight_N = aggregations[site].receive(shift_grads[name])
+            prior_grads = whole.shared(processes.count)
+            prior = self.prior(site, int(counts[site]))
             if by_weight_N is not None and pair.ends_N is not None:
                 by_end = by_weight_N[pair.ends_N].sum() * self.log_end_weight_S[site].exp()
                 _add_grad(self.log_end_weight_S, (site,), by_end.item())
             # dL/dlog w = w dL/dw, whatever N stands in the weight.
-            size = log_size(len(pair.keys_NK))
+            size = log_size(int(counts[site]))
             for term, (by, weight) in enumerate(
                 zip(prior_grads.weights, prior.weights, strict=True)
             ):

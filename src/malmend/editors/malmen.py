@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from malmend.editors.pseudo import Pseudo, Received, value_diffs
-from malmend.numerics.ridge import Prior, RidgeFactor
+from malmend.numerics.ridge import Prior, RidgeFactor, Summed
 
 
 class Malmen:
@@ -33,12 +33,18 @@ class Malmen:
         value_width: V.
         prior: of the ridge.
         weights_N: w_j > 0 of equation (14), float64; None for ones, as published.
+        summed: the sum of a tensor over the processes that the tokens are spread over.
     """
 
     def __init__(
-        self, keys_NK: Tensor, value_width: int, prior: Prior, weights_N: Tensor | None = None
+        self,
+        keys_NK: Tensor,
+        value_width: int,
+        prior: Prior,
+        weights_N: Tensor | None = None,
+        summed: Summed | None = None,
     ):
-        self.keys_NK, self.prior = keys_NK, prior
+        self.keys_NK, self.prior, self.summed = keys_NK, prior, summed
         ones_N = keys_NK.new_ones(len(keys_NK), dtype=torch.float64)
         self._root_N1 = (ones_N if weights_N is None else weights_N).sqrt().unsqueeze(1)
         self.diffs_NV = keys_NK.new_zeros(len(keys_NK), value_width)
@@ -49,7 +55,7 @@ class Malmen:
     def factor(self) -> RidgeFactor:
         """Made on first use; the edit and the meta-gradient share it."""
         if self._factor is None:
-            self._factor = RidgeFactor(self.keys_NK * self._root_N1, self.prior)
+            self._factor = RidgeFactor(self.keys_NK * self._root_N1, self.prior, self.summed)
         return self._factor
 
     def add(self, rows: slice, pseudo: Pseudo) -> None:

@@ -15,16 +15,22 @@ import torch
 from torch import Tensor
 
 from malmend.editors.pseudo import Pseudo, Received, value_diffs
-from malmend.numerics.ridge import Prior, PriorGrads
+from malmend.numerics.ridge import Prior, PriorGrads, Summed
 
 
 class Mend:
     """One site's aggregation; the same calls as :class:`malmend.editors.malmen.Malmen`."""
 
     def __init__(
-        self, keys_NK: Tensor, value_width: int, prior: Prior, weights_N: Tensor | None = None
+        self,
+        keys_NK: Tensor,
+        value_width: int,
+        prior: Prior,
+        weights_N: Tensor | None = None,
+        summed: Summed | None = None,
     ):
         del prior, weights_N  # a sum has none
+        self.summed = summed
         self.keys_NK = keys_NK
         self.diffs_NV = keys_NK.new_zeros(len(keys_NK), value_width)
         self._shift_VK = torch.zeros(value_width, keys_NK.shape[1], dtype=torch.float64)
@@ -37,7 +43,7 @@ class Mend:
 
     def shift(self) -> Tensor:
         """S in float64, V x K."""
-        return self._shift_VK
+        return self._shift_VK if self.summed is None else self.summed(self._shift_VK)
 
     def receive(self, shift_grad_VK: Tensor) -> Received:
         """Takes G = dL/dS; a sum has neither a prior nor weights, so nothing else depends on it."""

@@ -23,6 +23,7 @@ from malmend.facts.encoded import Encoded
 from malmend.models.sites import Site
 from malmend.models.trunk import Trunk
 from malmend.numerics.losses import answer_nll, kl_per_token
+from malmend.processes import ALONE, Processes
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,19 @@ class MetaLoss:
 
 
 def meta_loss(
-    trunk: Trunk, judged: Sequence[Judged], locality: float = 1.0, grads: bool = True
+    trunk: Trunk,
+    judged: Sequence[Judged],
+    locality: float = 1.0,
+    grads: bool = True,
+    processes: Processes = ALONE,
 ) -> MetaLoss:
     """L_meta of the model as it is now (edited) and, with ``grads``, G at the sites' weights.
 
-    G is accumulated in float32 or wider, whatever the weights' dtype.
+    G is accumulated in float32 or wider, whatever the weights' dtype.  Of ``processes`` each brings
+    its own facts, and both are of all.
     """
     out = MetaLoss(locality)
-    count, device = len(judged), trunk.model.device
+    count, device = processes.total(len(judged))[0], trunk.model.device
     with _weights_in_graph(trunk.sites if grads else ()), torch.set_grad_enabled(grads):
         for _, batch in trunk.batches([one.equivalent for one in judged]):
             labels_A = batch.tokens.labels_A.to(device)
@@ -81,6 +87,8 @@ def meta_loss(
             if grads and locality:
                 (locality * loss).backward()
                 _collect(trunk.sites, out.shift_grads)
+    out.gen, out.loc = processes.total(out.gen, out.loc)
+    out.shift_grads = {n: processes.summed(grad) for n, grad in out.shift_grads.items()}
     return out
 
 

@@ -26,86 +26,16 @@ from torch import Tensor
 from malmend.editors.checkpoint import save_training
 from malmend.editors.editor import Editor
 from malmend.editors.metaloss import Judged, MetaLoss, meta_loss
+from malmend.editors.pairs import Pairs
+from malmend.editors.train_settings import TrainSettings
 from malmend.errors import EditorError, MalmendError
-from malmend.facts.encoded import Encoded, Tokens
 from malmend.facts.fact import Fact, Question
 from malmend.facts.tokens import Encoder
 from malmend.files import reason
-from malmend.models.capture import Captured, capture, ends_of, token_counts
-from malmend.models.sites import Site
 from malmend.models.store import ActivationStore
 from malmend.models.trunk import Trunk
 from malmend.patch import shifted
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """How an editor is trained.
-
-    Attributes:
-        facts_per_step: m, the facts edited at once in each step.
-        halvings: each step halves m so many times or fewer, drawn evenly: an editor that has seen
-            one m only fits no other.
-        steps: optimiser steps.
-        locality_weight: of the KL on unrelated questions in the meta-loss.
-        near: share of the unrelated questions that are the fact's neighbours, where it has both.
-        network_rate: Adam's learning rate for the network.
-        scalar_rate: Adam's learning rate for log eta, log lambda, the prior's log weights and
-            their powers of N.
-        clip: largest norm of the meta-gradient.
-        chunk: tokens that pass through the network at once.
-        seed: of the network's start, the order of the facts and the questions drawn.
-        save_every: steps between checkpoints.
-    """
-
-    facts_per_step: int = 512
-    halvings: int = 0
-    steps: int = 80
-    locality_weight: float = 1.0
-    near: float = 0.5
-    network_rate: float = 1e-3
-    scalar_rate: float = 0.03
-    clip: float = 1.0
-    chunk: int = 1024
-    seed: int = 0
-    save_every: int = 5
-
-    def __post_init__(self) -> None:
-        for name in ("facts_per_step", "steps", "chunk", "save_every"):
-            if getattr(self, name) < 1:
-                raise MalmendError(
-                    f"{name} is {getattr(self, name)}, expected 1 or more; "
-                    f"change --{name.replace('_', '-')}."
-                )
-        for name in ("locality_weight", "network_rate", "scalar_rate", "clip"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise MalmendError(
-                    f"{name} is {value}, expected a number of at least 0; "
-                    f"change --{name.replace('_', '-')}."
-                )
-        if not (self.halvings >= 0 and self.facts_per_step >> self.halvings):
-            raise MalmendError(
-                f"halvings is {self.halvings}, expected a number from 0 that leaves a fact of the "
-                f"{self.facts_per_step} of a step; change --halvings."
-            )
-        if not 0 <= self.near <= 1:
-            raise MalmendError(f"near is {self.near}, expected a share from 0 to 1; change --near.")
-
-
-def published_training() -> TrainSettings:
-    """MALMEN A.6: one Adam at 1e-5 for everything, locality 1, clipped at 1."""
-    return TrainSettings(near=0.0, network_rate=1e-5, scalar_rate=1e-5)
-
-
-def published_mend_training() -> TrainSettings:
-    """MEND, section 3.2 and appendix: gradients of ten facts, each edited alone, make a step.
-
-    Its loss 0.1 L_e + L_loc is L_e + 10 L_loc here, which is the same to Adam.
-    """
-    return TrainSettings(
-        facts_per_step=10, near=0.0, locality_weight=10.0, network_rate=1e-6, scalar_rate=1e-4
-    )
+from malmend.processes import ALONE, Processes
 
 
 @dataclass(frozen=True)
@@ -137,6 +67,8 @@ class Trainer:
         locality: unrelated questions; where empty, each fact's own are used.
         settings: how to train.
         store: where captured pairs are kept between epochs, a number per row.
+        processes: that the facts of each step are spread over; each has an editor of its own, and
+            they stay alike.
     """
 
     def __init__(
@@ -148,12 +80,20 @@ class Trainer:
         locality: Sequence[Question],
         settings: TrainSettings,
         store: ActivationStore,
+        processes: Processes = ALONE,
     ):
         editor.check_fits(trunk.sites)
         self.editor, self.trunk, self.encoder = editor, trunk, encoder
         self.facts, self.locality, self.settings = list(facts), list(locality), settings
-        self.store = store
+        self.processes = processes
+        self.pairs = Pairs(trunk, encoder, editor.settings, store)
         self.step = 0
+        if settings.facts_per_step >> settings.halvings < processes.count:
+            raise MalmendError(
+                f"A step may edit {settings.facts_per_step >> settings.halvings} facts and there "
+                f"are {processes.count} processes, which need one each; raise --facts-per-step, or "
+                "start fewer."
+            )
         if len(self.facts) < settings.facts_per_step:
             raise MalmendError(
                 f"There are {len(self.facts)} facts to train on, expected at least "
@@ -188,7 +128,8 @@ class Trainer:
     def take_step(self) -> StepRecord:
         """One step of Algorithm 2."""
         start = time.perf_counter()
-        facts, questions = self.draw(self.step)
+        all_facts, all_questions = self.draw(self.step)
+        facts, questions = self.processes.share(all_facts), self.processes.share(all_questions)
         judged = self.judged(questions)
         eta = self.editor.log_eta_S.exp().mean().item()
         weights = tuple(self.editor.log_weights_SP.exp().mean(0).tolist())
@@ -197,12 +138,17 @@ class Trainer:
             self._check_finite(f"the prior's weight of {term}", weight)
         self.optimiser.zero_grad(set_to_none=True)
         if self.editor.settings.method == "mend-single":
+            (count,) = self.processes.total(len(facts))
             pairs = zip(facts, judged, strict=True)
-            parts = [self._judge([fact], [one], 1 / len(facts)) for fact, one in pairs]
+            parts = [self._judge([fact], [one], ALONE, 1 / count) for fact, one in pairs]
+            sums = (math.fsum(one.gen for one in parts), math.fsum(one.loc for one in parts))
+            gen, loc = (one / count for one in self.processes.total(*sums))
         else:
-            parts = [self._judge(facts, judged, 1.0)]
-        gen, loc = (math.fsum(one.gen for one in parts), math.fsum(one.loc for one in parts))
-        gen, loc = gen / len(parts), loc / len(parts)
+            loss = self._judge(facts, judged, self.processes, 1.0)
+            gen, loc = loss.gen, loss.loc
+        for parameter in self.editor.parameters():
+            if parameter.grad is not None:
+                parameter.grad = self.processes.summed(parameter.grad)
         norm = torch.nn.utils.clip_grad_norm_(self.editor.parameters(), self.settings.clip)
         self._check_finite("the meta-gradient's norm", norm.item())
         self.optimiser.step()
@@ -218,18 +164,20 @@ class Trainer:
             seconds=time.perf_counter() - start,
         )
 
-    def _judge(self, facts: Sequence[Fact], judged: Sequence[Judged], share: float) -> MetaLoss:
+    def _judge(
+        self, facts: Sequence[Fact], judged: Sequence[Judged], processes: Processes, share: float
+    ) -> MetaLoss:
         """Edits the facts together, and adds ``share`` of their loss's gradient to the editor's."""
-        captured, chunk = self.captured(facts), self.settings.chunk
-        aggregations = self.editor.aggregate(captured, chunk)
+        captured, chunk = self.pairs.of(facts), self.settings.chunk
+        aggregations = self.editor.aggregate(captured, chunk, processes)
         shifts = {
             name: one.shift() for name, one in zip(self.editor.names, aggregations, strict=True)
         }
         with shifted(list(self.trunk.sites), shifts):
-            loss = meta_loss(self.trunk, judged, self.settings.locality_weight)
+            loss = meta_loss(self.trunk, judged, self.settings.locality_weight, processes=processes)
         self._check_finite("the meta-loss", loss.total)
         grads = {name: share * grad_VK for name, grad_VK in loss.shift_grads.items()}
-        self.editor.backward(captured, aggregations, grads, chunk)
+        self.editor.backward(captured, aggregations, grads, chunk, processes)
         return loss
 
     def draw(self, step: int) -> tuple[list[Fact], list[tuple[Question, Question]]]:
@@ -256,24 +204,6 @@ class Trainer:
             questions.append((equivalent, choose.choice(far)))
         return facts, questions
 
-    def captured(self, facts: Sequence[Fact]) -> list[Captured]:
-        """Keys and value gradients of the facts, from the store where they are there."""
-        encoded = self.encoder.encode_all(fact.question for fact in facts)
-        found = [self.store.get(one.place) for one in encoded]
-        missing = [index for index, packed in enumerate(found) if packed is None]
-        if missing:
-            for index, packed in zip(
-                missing, self._capture([encoded[i] for i in missing]), strict=True
-            ):
-                self.store.put(encoded[index].place, packed)
-                found[index] = packed
-        return _unpacked(
-            [packed for packed in found if packed is not None],
-            encoded,
-            self.editor.settings.tokens,
-            self.trunk.sites,
-        )
-
     def judged(self, questions: Sequence[tuple[Question, Question]]) -> list[Judged]:
         """The questions of a step, ready for the meta-loss; the model must be unedited."""
         unrelated = self.encoder.encode_all(pair[1] for pair in questions)
@@ -289,19 +219,6 @@ class Trainer:
                 f"Training diverged at step {self.step + 1} ({name} is {value}); "
                 "lower --network-rate or --scalar-rate and resume."
             )
-
-    def _capture(self, encoded: Sequence[Encoded]) -> list[Tensor]:
-        """Each question's pairs as one column of numbers: sites may see unlike many tokens."""
-        settings = self.editor.settings
-        pairs = capture(self.trunk, encoded, settings.tokens, settings.descent)
-        parts = []
-        for site, pair in zip(self.trunk.sites, pairs, strict=True):
-            counts = token_counts(encoded, settings.tokens, site.in_encoder)
-            parts += [pair.keys_NK.split(counts), pair.value_grads_NV.split(counts)]
-        return [
-            torch.cat([rows.flatten() for rows in of_one]).unsqueeze(1)
-            for of_one in zip(*parts, strict=True)
-        ]
 
     def save(self, folder: Path, about: dict[str, object]) -> None:
         """Writes all that resuming needs to ``training.safetensors``, whole or not at all."""
@@ -369,7 +286,7 @@ def estimate_seconds(trainer: Trainer, sample: int = 24) -> float:
     facts, questions = trainer.draw(trainer.step)
     sample = min(sample, len(facts))
     start = time.perf_counter()
-    captured = trainer.captured(facts[:sample])
+    captured = trainer.pairs.of(facts[:sample])
     judged = trainer.judged(questions[:sample])
     first = time.perf_counter() - start
     start = time.perf_counter()
@@ -380,21 +297,3 @@ def estimate_seconds(trainer: Trainer, sample: int = 24) -> float:
     left = trainer.settings.steps - trainer.step
     new = max(0, min(left, len(trainer.facts) // size - trainer.step))
     return (new * first + left * again) * size / sample
-
-
-def _unpacked(
-    packed: Sequence[Tensor], encoded: Sequence[Encoded], tokens: Tokens, sites: Sequence[Site]
-) -> list[Captured]:
-    """What :meth:`Trainer._capture` packed, per site."""
-    left = [column.squeeze(1) for column in packed]
-    found = []
-    for site in sites:
-        counts = token_counts(encoded, tokens, site.in_encoder)
-        pair = []
-        for width in reversed(site.shape_VK):
-            sizes = [count * width for count in counts]
-            rows = [part[:size].view(-1, width) for part, size in zip(left, sizes, strict=True)]
-            left = [part[size:] for part, size in zip(left, sizes, strict=True)]
-            pair.append(torch.cat(rows))
-        found.append(Captured(pair[0], pair[1], ends_of(encoded, tokens, site.in_encoder)))
-    return found

@@ -12,7 +12,9 @@ with U = keys_NK^T and D = diffs_NV^T.  Its solution, with A = U U^T + P, is
       = D (I + U^T P^-1 U)^-1 U^T P^-1                    the dual form, one N x N factor    (3)
 
 and, for P = lambda * I, S = D (U^T U + lambda * I)^-1 U^T, which at lambda = 0 is the
-minimum-norm solution where the primal form is singular.  The primal is used when N >= K.
+minimum-norm solution where the primal form is singular.  The primal is used when N >= K, and where
+the tokens are spread over processes: A and D U^T are sums over tokens, so each process adds its own
+and all solve the same system.
 
 Everything here is float64, whatever comes in: squared key norms of 5e6 beside eigenvalues of 1e-2
 (an attention-sink token beside a direction that text hardly uses) exceed what float32 holds.
@@ -20,6 +22,7 @@ Everything here is float64, whatever comes in: squared key norms of 5e6 beside e
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -27,6 +30,8 @@ import torch
 from torch import Tensor
 
 from malmend.errors import MalmendError
+
+Summed = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +78,10 @@ class PriorGrads:
     weights: tuple[float, ...]
     ridge: float
 
+    def shared(self, count: int) -> PriorGrads:
+        """The part that each of ``count`` processes adds, where all have found the whole."""
+        return PriorGrads(tuple(one / count for one in self.weights), self.ridge / count)
+
 
 class RidgeFactor:
     """One Cholesky factor that serves the edit and its meta-gradient.
@@ -80,21 +89,23 @@ class RidgeFactor:
     The published code factorises the same matrix twice per step by LU; here it is made once.
 
     Args:
-        keys_NK: U^T, any floating dtype, at least one row.
+        keys_NK: U^T, any floating dtype, at least one row; of the tokens of this process.
         prior: P of equation (1).
+        summed: the sum of a tensor over processes; None where all tokens are here.
 
     Raises:
         MalmendError: the system is singular (lambda = 0 with dependent keys and no prior), or the
             keys hold NaN or infinity.
     """
 
-    def __init__(self, keys_NK: Tensor, prior: Prior):
+    def __init__(self, keys_NK: Tensor, prior: Prior, summed: Summed | None = None):
         self.keys_NK = keys_NK.to(torch.float64)
         self.prior = prior
+        self._summed = summed or (lambda tensor: tensor)
         count, width = keys_NK.shape
-        self.is_dual = count < width
+        self.is_dual = count < width and summed is None
         if not self.is_dual:
-            gram_KK = prior.add_to(self.keys_NK.T @ self.keys_NK)
+            gram_KK = prior.add_to(self._summed(self.keys_NK.T @ self.keys_NK))
             self._factor = _cholesky(gram_KK, prior.is_zero)
             return
         # Rows of whitened_NK are P^-1/2 u_j; for P = lambda * I the scaling is left out, so that
@@ -119,7 +130,8 @@ class RidgeFactor:
         diffs_NV = diffs_NV.to(torch.float64)
         if self.is_dual:
             return torch.cholesky_solve(diffs_NV, self._factor).T @ self._readout_NK
-        return torch.cholesky_solve(self.keys_NK.T @ diffs_NV, self._factor).T
+        asked_KV = self._summed(self.keys_NK.T @ diffs_NV)
+        return torch.cholesky_solve(asked_KV, self._factor).T
 
     def diff_grads(self, shift_grad_VK: Tensor) -> Tensor:
         """dL/dD^T, shape N x V, from G = dL/dS: with M = G A^-1, it is U^T M^T (Theorem 1)."""

@@ -1,0 +1,110 @@
+"""Several processes that do one piece of work: torch.distributed, as torchrun starts it.
+
+    torchrun --nproc-per-node 2 --no-python malmend train ...
+
+Facts are spread over the processes; what is a sum over facts (Gram matrices, losses, gradients) is
+summed over processes too.  Everything else is the same in each.  Alone nothing is sent.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+from malmend.errors import MalmendError
+
+T = TypeVar("T")
+# In the order of a run's environment as torchrun sets it.
+VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of a run.
+
+    Attributes:
+        rank: which it is, from 0; the first one writes and prints.
+        count: how many there are.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes and prints."""
+        return self.rank == 0
+
+    def share(self, things: Sequence[T]) -> list[T]:
+        """This process's part, as even as can be; the parts together are all, none twice."""
+        return list(things[self.rank :: self.count])
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes of tensors of one shape, the same bits in each.
+
+        Raises:
+            MalmendError: another process has ended.
+        """
+        if self.count == 1:
+            return tensor
+        whole = tensor.detach().clone().contiguous()
+        self._together(lambda: distributed.all_reduce(whole))
+        return whole
+
+    def total(self, *numbers: float) -> list[float]:
+        """The sums over all processes of some numbers."""
+        found: list[float] = self.summed(torch.tensor(numbers, dtype=torch.float64)).tolist()
+        return found
+
+    @contextmanager
+    def first_then_others(self) -> Iterator[None]:
+        """The first process goes through the block alone, then the others: it fills caches."""
+        if not self.is_first:
+            self._together(distributed.barrier)
+        yield
+        if self.is_first and self.count > 1:
+            self._together(distributed.barrier)
+
+    def _together(self, what: Callable[[], object]) -> None:
+        try:
+            what()
+        except RuntimeError as error:
+            raise MalmendError(
+                f"Process {self.rank} of {self.count} lost the others, one of which has ended; "
+                "run the same command again to go on from the last checkpoint."
+            ) from error
+
+
+ALONE = Processes()
+
+
+@contextmanager
+def joined() -> Iterator[Processes]:
+    """The processes of this run by the environment that torchrun sets; without it, one alone.
+
+    Raises:
+        MalmendError: the environment names a run that cannot be joined.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield ALONE
+        return
+    if missing := [name for name in VARIABLES if name not in os.environ]:
+        raise MalmendError(
+            f"WORLD_SIZE is set and {', '.join(missing)} is not; start several processes by "
+            "torchrun --nproc-per-node N --no-python malmend ..., or unset WORLD_SIZE."
+        )
+    try:
+        distributed.init_process_group("gloo")
+    except (RuntimeError, ValueError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise MalmendError(f"The processes of this run did not meet ({said}).") from error
+    try:
+        yield Processes(distributed.get_rank(), distributed.get_world_size())
+    finally:
+        distributed.destroy_process_group()

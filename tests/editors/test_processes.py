@@ -1,0 +1,101 @@
+"""Two processes on CPU (gloo) do what one does, to rounding; one that dies ends the run."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from processes_worker import CASES, trained
+from safetensors.torch import load_file
+from test_training import EDITOR, SETTINGS, trainer_of
+
+from malmend.errors import MalmendError
+from malmend.processes import ALONE, Processes, joined
+
+WORKER = Path(__file__).parent / "processes_worker.py"
+
+
+def run_two(*arguments: object) -> list[subprocess.CompletedProcess[str]]:
+    """Both processes, each with what it wrote."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for rank in (0, 1):
+        around = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        around["PYTHONPATH"] = os.pathsep.join(map(str, (WORKER.parent, WORKER.parents[1])))
+        started.append(
+            subprocess.Popen(
+                [sys.executable, str(WORKER), *map(str, arguments)],
+                env={**os.environ, **{name: str(value) for name, value in around.items()}},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    done = []
+    for one in started:
+        out, err = one.communicate(timeout=300)
+        done.append(subprocess.CompletedProcess(one.args, one.returncode, out, err))
+    return done
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_training_in_two_processes_is_training_in_one(case, tmp_path):
+    done = run_two(tmp_path, case)
+    assert [one.returncode for one in done] == [0, 0], done[0].stderr + done[1].stderr
+    mine, other = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
+    trainer, losses = trained(case)
+    wanted = {**trainer.editor.state_dict(), "losses": torch.tensor(losses, dtype=torch.float64)}
+    start = trainer_of(SETTINGS, CASES[case], dtype=torch.float64).editor.state_dict()
+    moved = 0
+    assert mine.keys() == other.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert torch.equal(mine[name], other[name]), name  # the same bits in both
+        torch.testing.assert_close(mine[name], tensor, rtol=1e-7, atol=1e-9)
+        moved += name in start and not torch.equal(tensor, start[name])
+    assert moved > 5  # it did learn
+
+
+def test_a_process_that_dies_ends_the_run_and_its_checkpoint_goes_on(tmp_path):
+    done = run_two(tmp_path, "malmen", 2)
+    assert done[1].returncode == 9
+    assert done[0].returncode != 0
+    assert "lost the others" in done[0].stderr
+    assert "go on from the last checkpoint" in done[0].stderr
+    assert not list(tmp_path.glob("[01].safetensors"))
+    resumed, _ = trained("malmen", folder=tmp_path)
+    whole, _ = trained("malmen")
+    assert resumed.step == whole.step == 3
+    for name, tensor in whole.editor.state_dict().items():
+        torch.testing.assert_close(resumed.editor.state_dict()[name], tensor, rtol=1e-7, atol=1e-9)
+
+
+def test_shares_are_everything_once():
+    things = list(range(11))
+    parts = [Processes(rank, 3).share(things) for rank in range(3)]
+    assert sorted(thing for part in parts for thing in part) == things
+    assert {len(part) for part in parts} == {3, 4}
+
+
+def test_a_step_needs_a_fact_for_each_process():
+    with pytest.raises(MalmendError, match="8 facts and there are 9 processes"):
+        trainer_of(SETTINGS, EDITOR, processes=Processes(0, 9))
+
+
+def test_alone_without_an_environment(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with joined() as processes:
+        assert processes == ALONE
+
+
+def test_half_an_environment_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(MalmendError, match="RANK"), joined():
+        pass
