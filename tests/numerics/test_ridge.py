@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from malmend.errors import MalmendError
+from malmend.numerics import ridge
 from malmend.numerics.ridge import Prior, RidgeFactor, mean_residual
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -331,3 +332,27 @@ def test_inputs_are_not_changed(tokens, prior_name, dtype):
     mean_residual(grad, keys, diffs)
     for tensor, copy in zip(given, before, strict=True):
         assert torch.equal(tensor, copy)
+
+
+# --- weights of rows, and rows that are read a few at a time
+
+
+@TOKENS
+@PRIORS
+@pytest.mark.parametrize("at_once", [1, 3, 4096])
+def test_weighted_rows_by_autograd(tokens, prior_name, at_once, monkeypatch):
+    """Equation (14) by LU in the graph: the shift, dL/dD and dL/dw, however many rows at once."""
+    monkeypatch.setattr(ridge, "ROWS", at_once)
+    keys, diffs, grad = problem(tokens)
+    prior = make_prior(prior_name)
+    weights = normal(tokens, seed=8).exp().requires_grad_(True)
+    asked = diffs.clone().requires_grad_(True)
+    weighted = keys.T * weights
+    shift = torch.linalg.solve(weighted @ keys + precision(prior), weighted @ asked).T
+    (shift * grad).sum().backward()
+    factor = RidgeFactor(keys, prior, weights.detach())
+    torch.testing.assert_close(factor.shift(diffs), shift.detach(), **EXACT)
+    torch.testing.assert_close(factor.diff_grads(grad), asked.grad, **EXACT)
+    torch.testing.assert_close(factor.weight_grads(grad, diffs), weights.grad, **EXACT)
+    miss = (keys @ shift.detach().T - diffs).norm(dim=1) / diffs.norm(dim=1)
+    assert mean_residual(shift.detach(), keys, diffs) == pytest.approx(miss.mean().item())

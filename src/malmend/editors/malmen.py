@@ -9,16 +9,14 @@ and the site's shift is the ridge solution S of equation (1), each row j of weig
 
     minimise over S    sum over j of w_j |S u_j - d_j|^2 + tr(S P S^T)                     (14)
 
-which is (1) on the rows sqrt(w_j) u_j and sqrt(w_j) d_j.  Backwards, with G = dL/dS and M = G A^-1,
-the editor is reached through the proxy sum over j of <dL/dd_j, d_j> (Algorithm 2), and the weights
-by dL/dw_j = <d_j - S u_j, M u_j>.
+which is (1) on the rows sqrt(w_j) u_j and sqrt(w_j) d_j.  Backwards the editor is reached through
+the proxy sum over j of <dL/dd_j, d_j> (Algorithm 2).
 
 Shape letters: N tokens, K key width, V value width.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from malmend.editors.pseudo import Pseudo, Received, value_diffs
@@ -44,9 +42,8 @@ class Malmen:
         weights_N: Tensor | None = None,
         summed: Summed | None = None,
     ):
-        self.keys_NK, self.prior, self.summed = keys_NK, prior, summed
-        ones_N = keys_NK.new_ones(len(keys_NK), dtype=torch.float64)
-        self._root_N1 = (ones_N if weights_N is None else weights_N).sqrt().unsqueeze(1)
+        self.keys_NK, self.prior = keys_NK, prior
+        self._weights_N, self._summed = weights_N, summed
         self.diffs_NV = keys_NK.new_zeros(len(keys_NK), value_width)
         self._factor: RidgeFactor | None = None
         self._diff_grads_NV: Tensor | None = None
@@ -55,7 +52,7 @@ class Malmen:
     def factor(self) -> RidgeFactor:
         """Made on first use; the edit and the meta-gradient share it."""
         if self._factor is None:
-            self._factor = RidgeFactor(self.keys_NK * self._root_N1, self.prior, self.summed)
+            self._factor = RidgeFactor(self.keys_NK, self.prior, self._weights_N, self._summed)
         return self._factor
 
     def add(self, rows: slice, pseudo: Pseudo) -> None:
@@ -64,16 +61,13 @@ class Malmen:
 
     def shift(self) -> Tensor:
         """S in float64, V x K."""
-        return self.factor.shift(self.diffs_NV * self._root_N1)
+        return self.factor.shift(self.diffs_NV)
 
     def receive(self, shift_grad_VK: Tensor) -> Received:
         """Takes G = dL/dS and returns the derivatives of the prior and of the rows' weights."""
-        asked_NV = self.diffs_NV * self._root_N1
-        by_asked_NV = self.factor.diff_grads(shift_grad_VK)  # M U, of the weighted rows
-        self._diff_grads_NV = by_asked_NV * self._root_N1
-        missed_NV = self.diffs_NV - self.keys_NK.double() @ self.factor.shift(asked_NV).T
-        by_weight_N = (missed_NV * by_asked_NV / self._root_N1).sum(1)
-        return Received(self.factor.prior_grads(shift_grad_VK, asked_NV), by_weight_N)
+        self._diff_grads_NV = self.factor.diff_grads(shift_grad_VK)
+        by_weight_N = self.factor.weight_grads(shift_grad_VK, self.diffs_NV)
+        return Received(self.factor.prior_grads(shift_grad_VK, self.diffs_NV), by_weight_N)
 
     def proxy(self, rows: slice, pseudo: Pseudo) -> Tensor:
         """A scalar whose gradient is the meta-gradient of this chunk of tokens."""

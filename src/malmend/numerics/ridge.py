@@ -22,7 +22,7 @@ Everything here is float64, whatever comes in: squared key norms of 5e6 beside e
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -32,6 +32,7 @@ from torch import Tensor
 from malmend.errors import MalmendError
 
 Summed = Callable[[Tensor], Tensor]
+ROWS = 4096  # that are made float64 at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,33 +92,44 @@ class RidgeFactor:
     Args:
         keys_NK: U^T, any floating dtype, at least one row; of the tokens of this process.
         prior: P of equation (1).
+        weights_N: of the rows, w_j > 0 of equation (14), float64; None for ones.
         summed: the sum of a tensor over processes; None where all tokens are here.
+
+    In the primal form rows are made float64 a few at a time: beside the keys that are given, memory
+    does not grow with N.
 
     Raises:
         MalmendError: the system is singular (lambda = 0 with dependent keys and no prior), or the
             keys hold NaN or infinity.
     """
 
-    def __init__(self, keys_NK: Tensor, prior: Prior, summed: Summed | None = None):
-        self.keys_NK = keys_NK.to(torch.float64)
-        self.prior = prior
-        self._summed = summed or (lambda tensor: tensor)
+    def __init__(
+        self,
+        keys_NK: Tensor,
+        prior: Prior,
+        weights_N: Tensor | None = None,
+        summed: Summed | None = None,
+    ):
         count, width = keys_NK.shape
+        self.keys_NK, self.prior = keys_NK, prior
+        ones_N = keys_NK.new_ones(count, dtype=torch.float64)
+        self._weights_N1 = (ones_N if weights_N is None else weights_N).unsqueeze(1)
+        self._summed = summed or (lambda tensor: tensor)
         self.is_dual = count < width and summed is None
         if not self.is_dual:
-            gram_KK = prior.add_to(self._summed(self.keys_NK.T @ self.keys_NK))
+            gram_KK = prior.add_to(self._summed(self._sum_with(keys_NK)))
             self._factor = _cholesky(gram_KK, prior.is_zero)
             return
-        # Rows of whitened_NK are P^-1/2 u_j; for P = lambda * I the scaling is left out, so that
-        # lambda = 0 is allowed: U^T U + lambda * I in place of I + U^T U / lambda.
+        # Rows sqrt(w_j) u_j.  Rows of whitened_NK are P^-1/2 times these; for P = lambda * I the
+        # scaling is left out, so that lambda = 0 is allowed: U^T U + lambda * I in place of
+        # I + U^T U / lambda.
+        rows_NK = keys_NK.to(torch.float64) * self._weights_N1.sqrt()
         if prior.is_identity:
-            self._readout_NK = self.keys_NK
-            gram_NN = self.keys_NK @ self.keys_NK.T
+            self._readout_NK = rows_NK
+            gram_NN = rows_NK @ rows_NK.T
             gram_NN.diagonal().add_(prior.ridge)
         else:
-            whitened_KN = torch.linalg.solve_triangular(
-                prior.factor_KK, self.keys_NK.T, upper=False
-            )
+            whitened_KN = torch.linalg.solve_triangular(prior.factor_KK, rows_NK.T, upper=False)
             gram_NN = whitened_KN.T @ whitened_KN
             gram_NN.diagonal().add_(1.0)
             self._readout_NK = torch.linalg.solve_triangular(
@@ -125,20 +137,41 @@ class RidgeFactor:
             ).T
         self._factor = _cholesky(gram_NN, prior.is_zero)
 
+    def _sum_with(self, others_NX: Tensor) -> Tensor:
+        """The sum over rows of w_j u_j x_j^T, K x X, in float64."""
+        width = self.keys_NK.shape[1]
+        total_KX = self._weights_N1.new_zeros(width, others_NX.shape[1])
+        for rows in _rows(len(self.keys_NK)):
+            weighted_NK = self.keys_NK[rows].to(torch.float64) * self._weights_N1[rows]
+            total_KX.addmm_(weighted_NK.T, others_NX[rows].to(torch.float64))
+        return total_KX
+
     def shift(self, diffs_NV: Tensor) -> Tensor:
         """S of equation (2) or (3) in float64, shape V x K."""
-        diffs_NV = diffs_NV.to(torch.float64)
         if self.is_dual:
-            return torch.cholesky_solve(diffs_NV, self._factor).T @ self._readout_NK
-        asked_KV = self._summed(self.keys_NK.T @ diffs_NV)
+            asked_NV = diffs_NV.to(torch.float64) * self._weights_N1.sqrt()
+            return torch.cholesky_solve(asked_NV, self._factor).T @ self._readout_NK
+        asked_KV = self._summed(self._sum_with(diffs_NV))
         return torch.cholesky_solve(asked_KV, self._factor).T
 
     def diff_grads(self, shift_grad_VK: Tensor) -> Tensor:
-        """dL/dD^T, shape N x V, from G = dL/dS: with M = G A^-1, it is U^T M^T (Theorem 1)."""
+        """dL/dD^T, shape N x V, from G = dL/dS: with M = G A^-1, rows w_j M u_j (Theorem 1)."""
         grad_VK = shift_grad_VK.to(torch.float64)
         if self.is_dual:
-            return torch.cholesky_solve(self._readout_NK @ grad_VK.T, self._factor)
-        return self.keys_NK @ torch.cholesky_solve(grad_VK.T, self._factor)
+            solved_NV = torch.cholesky_solve(self._readout_NK @ grad_VK.T, self._factor)
+            return solved_NV * self._weights_N1.sqrt()
+        adjoint_KV = torch.cholesky_solve(grad_VK.T, self._factor)
+        parts = [
+            self.keys_NK[rows].to(torch.float64) @ adjoint_KV for rows in _rows(len(self.keys_NK))
+        ]
+        return torch.cat(parts) * self._weights_N1
+
+    def weight_grads(self, shift_grad_VK: Tensor, diffs_NV: Tensor) -> Tensor:
+        """dL/dw_j = <d_j - S u_j, M u_j>, shape N (equation 14)."""
+        missed_NV = (
+            diffs_NV.to(torch.float64) - self.keys_NK.to(torch.float64) @ self.shift(diffs_NV).T
+        )
+        return (missed_NV * self.diff_grads(shift_grad_VK) / self._weights_N1).sum(1)
 
     def prior_grads(self, shift_grad_VK: Tensor, diffs_NV: Tensor) -> PriorGrads:
         """dL/dlambda = -<M, S> (Theorem 2) and dL/dw_i = -<M C_i, S>.
@@ -148,12 +181,14 @@ class RidgeFactor:
         grad_VK, diffs_NV = shift_grad_VK.to(torch.float64), diffs_NV.to(torch.float64)
         if self.is_dual and self.prior.is_identity and not self.prior.matrices_KK:
             # -<dL/dD (U^T U + lambda)^-1, D>: defined at lambda = 0 too.
-            solved_NV = torch.cholesky_solve(self.diff_grads(grad_VK), self._factor)
-            return PriorGrads((), -(solved_NV * diffs_NV).sum().item())
+            by_row_NV = torch.cholesky_solve(self._readout_NK @ grad_VK.T, self._factor)
+            solved_NV = torch.cholesky_solve(by_row_NV, self._factor)
+            asked_NV = diffs_NV * self._weights_N1.sqrt()
+            return PriorGrads((), -(solved_NV * asked_NV).sum().item())
         shift_VK = self.shift(diffs_NV)
         if self.is_dual:
             # M P = G - (dL/dD) U^T, because A = U U^T + P.
-            rest_VK = grad_VK - self.diff_grads(grad_VK).T @ self.keys_NK
+            rest_VK = grad_VK - self.diff_grads(grad_VK).T @ self.keys_NK.to(torch.float64)
             adjoint_VK = (
                 rest_VK / self.prior.ridge
                 if self.prior.is_identity
@@ -170,11 +205,21 @@ class RidgeFactor:
 
 def mean_residual(shift_VK: Tensor, keys_NK: Tensor, diffs_NV: Tensor) -> float:
     """Mean over tokens of |S u_j - d_j| / |d_j| (MALMEN, section 5.2); d = 0 is left out."""
-    diffs_NV = diffs_NV.to(torch.float64)
-    miss_N = (keys_NK.to(torch.float64) @ shift_VK.to(torch.float64).T - diffs_NV).norm(dim=1)
-    size_N = diffs_NV.norm(dim=1)
-    asked = size_N > 0
-    return (miss_N[asked] / size_N[asked]).mean().item() if asked.any() else 0.0
+    total, count, shift_KV = 0.0, 0, shift_VK.to(torch.float64).T
+    for rows in _rows(len(keys_NK)):
+        asked_NV = diffs_NV[rows].to(torch.float64)
+        miss_N = (keys_NK[rows].to(torch.float64) @ shift_KV - asked_NV).norm(dim=1)
+        size_N = asked_NV.norm(dim=1)
+        asked = size_N > 0
+        total += (miss_N[asked] / size_N[asked]).sum().item()
+        count += int(asked.sum())
+    return total / count if count else 0.0
+
+
+def _rows(count: int) -> Iterator[slice]:
+    """A few thousand rows at a time."""
+    for start in range(0, count, ROWS):
+        yield slice(start, start + ROWS)
 
 
 def _cholesky(matrix: Tensor, unregularised: bool = False) -> Tensor:
