@@ -29,12 +29,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import malmend
-from malmend.bench.memory import peak_memory
 from malmend.editors.checkpoint import load_editor
 from malmend.editors.editor import Editor, log_size
 from malmend.editors.metaloss import Judged, meta_loss
 from malmend.editors.pseudo import value_diffs
 from malmend.facts.fact import Question
+from malmend.memory import peak_memory
 from malmend.models.capture import Captured, capture
 from malmend.models.sites import Site
 from malmend.models.trunk import Trunk

@@ -27,7 +27,6 @@ from straightforward import Straightforward
 from torch.utils.flop_counter import FlopCounterMode
 
 import malmend
-from malmend.bench.memory import peak_memory
 from malmend.editors.calibration import CalibrationSettings
 from malmend.editors.editor import Editor
 from malmend.editors.metaloss import meta_loss
@@ -37,6 +36,7 @@ from malmend.editors.train_settings import TrainSettings, published_training
 from malmend.editors.training import Trainer
 from malmend.facts.fact import Fact, FactSet
 from malmend.material import calibrated
+from malmend.memory import peak_memory
 from malmend.models.capture import capture
 from malmend.models.store import ActivationStore
 from malmend.models.trunk import Trunk, TrunkSettings

@@ -91,6 +91,7 @@ OPTIONS = {
         "--refine.passes",
         "--refine.frames",
         "--refine.gain",
+        "--memory",
     },
     "train": MODEL
     | FACTS
@@ -122,6 +123,7 @@ OPTIONS = {
         "--chunk",
         "--seed",
         "--save-every",
+        "--memory",
     },
     "eval": MODEL
     | FACTS

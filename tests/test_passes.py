@@ -77,3 +77,36 @@ def test_chat_without_a_template_is_refused_before_the_model_is_read(tiny, monke
     monkeypatch.setattr("malmend.workbench.load_model", None)
     with pytest.raises(EditorError, match="no chat template"):
         malmend.edit(tiny.model, FEW, refine=RefineSettings(frames=("chat",)), **own(tiny))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="read from Linux's accounting")
+def test_within_a_budget_the_patch_is_the_same_and_the_peak_is_said(tiny, monkeypatch):
+    from malmend import memory
+    from malmend.models import budget
+
+    plain = malmend.edit(tiny.loaded, make_facts(9), **own(tiny))
+    assert plain.peak is None
+    rooms = []
+
+    class Small(memory.Room):
+        """Everything on disk."""
+
+        def __init__(self, _budget=None, folder=None):
+            super().__init__(0, folder)
+            rooms.append(self)
+
+    monkeypatch.setattr(budget, "Room", Small)
+    said = []
+    tight = malmend.edit(tiny.loaded, make_facts(9), memory="6GB", told=said.append, **own(tiny))
+    assert rooms[0].on_disk > 0
+    assert any(line.startswith("Memory: ") for line in said)
+    assert 0 < tight.peak < 6 * 10**9
+    for name in plain.patch.factors:
+        shift = plain.patch.shift(name)
+        size = shift.abs().max().item()
+        torch.testing.assert_close(tight.patch.shift(name), shift, rtol=0, atol=1e-4 * size)
+
+
+def test_a_budget_that_is_no_size_is_refused(tiny):
+    with pytest.raises(malmend.MalmendError, match="4GB"):
+        malmend.edit(tiny.loaded, FEW, memory="plenty", **own(tiny))

@@ -159,7 +159,7 @@ def _train(arguments: list[str]) -> None:
         "--locality", type=str, help="file of unrelated questions, else each fact's own"
     )
     own = {"model", "facts", "out", "locality", "settings", "editor", "starting", "stepped"}
-    derive(parser, train, own | {"processes"})
+    derive(parser, train, own | {"processes", "told"})
     add_editor_settings(parser, {"method"})
     parser.add_class_arguments(TrainSettings)
     add_trained(parser)
@@ -206,6 +206,7 @@ def _train_together(given: dict[str, Any], training: Any, settings: Any, process
             editor=settings,
             processes=processes,
             progress=bars,
+            told=show.status,
             starting=starting,
             stepped=lambda record: show.step(record, training.steps),
         )

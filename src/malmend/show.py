@@ -90,6 +90,8 @@ def edited(result: EditResult) -> None:
     if result.path is not None:
         size = result.path.stat().st_size / 1e6
         OUT.print(f"Patch: {escape(str(result.path))} ({size:.1f} MB)")
+    if result.peak is not None:
+        OUT.print(f"Memory at the peak: {result.peak / 1e9:.2f} GB.")
     if result.page is not None:
         page(result.page.parent)
 

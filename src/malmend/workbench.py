@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from malmend.facts.alternatives import towards_alternatives
 from malmend.facts.fact import Fact, FactSet
 from malmend.facts.readers import given_facts, read_facts
 from malmend.facts.tokens import Encoder, EndOfAnswer
+from malmend.models.budget import MemoryPlan, plan_memory, within
 from malmend.models.load import (
     LoadedModel,
     cache_folder,
@@ -61,6 +62,22 @@ def lay_out(
     check_bare(loaded)
     cut = Trunk(loaded.model, sites, trunk, trunk_folder(loaded))
     return Workbench(loaded, cut, encoder_for(loaded, end_of_answer, chat))
+
+
+def within_memory(
+    bench: Workbench, facts: FactSet, memory: str | None, extra: int = 0
+) -> tuple[Workbench, MemoryPlan | None]:
+    """The bench within a budget such as "4GB", and how it is spent; as it is without one.
+
+    Raises:
+        MalmendError: as :func:`malmend.models.budget.plan_memory`.
+    """
+    if memory is None:
+        return bench, None
+    questions = bench.encoder.encode_all(fact.question for fact in facts)
+    plan = plan_memory(bench.trunk, questions, memory, extra=extra)
+    spill = cache_folder() / "spill"
+    return replace(bench, trunk=within(bench.trunk, plan, spill)), plan
 
 
 def trunk_folder(loaded: LoadedModel) -> Path:

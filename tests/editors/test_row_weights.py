@@ -45,7 +45,7 @@ def aggregated(keys_NK, weights_N, prior=RIDGE):
     """What Malmen makes of random pseudo rows, and the value differences they ask for."""
     count = len(keys_NK)
     pseudo = Pseudo(normal(count, K, seed=2), normal(count, V, seed=3))
-    found = Malmen(keys_NK, V, prior, weights_N)
+    found = Malmen(keys_NK, torch.empty(len(keys_NK), V, dtype=keys_NK.dtype), prior, weights_N)
     found.add(slice(0, count), pseudo)
     gains = torch.tensor([k @ u for k, u in zip(pseudo.keys_NK, keys_NK, strict=True)])
     return found, -gains[:, None] * pseudo.grads_NV

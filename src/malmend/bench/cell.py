@@ -15,13 +15,13 @@ from typing import Any
 
 from malmend.bench.asking import Asked, Asking
 from malmend.bench.context import ContextEncoder
-from malmend.bench.memory import peak_memory
 from malmend.bench.plan import Cell, Way, way_of
 from malmend.commands.edit import edit
 from malmend.evaluation.protocols import scores
 from malmend.evaluation.replies import Asked as Reply
 from malmend.evaluation.replies import FactRow, Replies
 from malmend.facts.fact import Fact
+from malmend.memory import peak_memory
 from malmend.models.load import LoadedModel
 from malmend.patch import Patch
 from malmend.progress import Progress, silent

@@ -22,13 +22,22 @@ from malmend.evaluation.examiner import Examiner
 from malmend.evaluation.page import PAGE, page_folder
 from malmend.facts.fact import Fact, FactSet
 from malmend.files import writable
+from malmend.memory import peak_memory
 from malmend.methods.method import Method, settings_of
 from malmend.methods.trained import trained_method
 from malmend.models.load import LoadedModel
 from malmend.models.trunk import TrunkSettings
 from malmend.patch import Patch, applied, load_patch, make_patch, save_patch
 from malmend.progress import Progress, silent
-from malmend.workbench import Workbench, aimed, checked_facts, encoder_for, lay_out, opened
+from malmend.workbench import (
+    Workbench,
+    aimed,
+    checked_facts,
+    encoder_for,
+    lay_out,
+    opened,
+    within_memory,
+)
 
 DECODED = 200  # facts of a report that are also answered free-running, the slow part
 
@@ -45,6 +54,7 @@ class EditResult:
         edited: the same after.
         seconds: capture, transform, aggregation and writing; loading and calibration aside.
         page: where the report lies, or None.
+        peak: bytes of anonymous memory that the process held at most, where a budget was given.
     """
 
     patch: Patch
@@ -54,6 +64,7 @@ class EditResult:
     edited: float
     seconds: float
     page: Path | None = None
+    peak: int | None = None
 
 
 def edit(
@@ -73,6 +84,7 @@ def edit(
     calibration: CalibrationSettings = CalibrationSettings(),
     refine: RefineSettings = RefineSettings(),
     trunk: TrunkSettings = TrunkSettings(),
+    memory: str | None = None,
     dtype: str = "float32",
     progress: Progress = silent,
     told: Callable[[str], None] = lambda line: None,
@@ -102,9 +114,12 @@ def edit(
         refine: how often the edit is solved, and in which frames; an editor that sums, or takes
             plain gradients, solves once.
         trunk: grouping of questions and the disk budget for trunk activations.
+        memory: what the process may hold, as "4GB": micro-batches are chosen by it, and captured
+            tensors go to disk beyond it; null for micro-batches of ``trunk`` and no bound.
         dtype: the model is loaded in.
         progress: called with stage and share done.
-        told: called with a line about the editor, once it is known and before the work.
+        told: called with a line about the editor, once it is known and before the work, and with
+            the memory's plan.
 
     Raises:
         MalmendError: any bad input, in one sentence.
@@ -137,7 +152,14 @@ def edit(
     bench = lay_out(loaded, working.sites_in(loaded.model), working.end_of_answer, trunk=trunk)
     known = aimed(bench, known, away)
     aims = {"alternative": alternative, "away": away, "created": now()}
-    done = _edited(bench, working, known, aims, out, progress)
+    bench, plan = within_memory(bench, known, memory)
+    if plan is None:
+        done = _edited(bench, working, known, aims, out, progress)
+    else:
+        told(plan.said)
+        with peak_memory() as taken:
+            done = _edited(bench, working, known, aims, out, progress)
+        done = replace(done, peak=plan.held + (taken.most or 0))
     if report is None:
         return done
     evaluate(

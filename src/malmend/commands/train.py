@@ -34,6 +34,7 @@ from malmend.workbench import (
     lay_out,
     opened,
     trunk_folder,
+    within_memory,
 )
 
 MOST_SEED = 10**18  # what a generator takes is a little more
@@ -71,11 +72,13 @@ def train(
     text: str | Path | None = None,
     calibration: CalibrationSettings = CalibrationSettings(prior_facts=1536),
     trunk: TrunkSettings = TrunkSettings(),
+    memory: str | None = None,
     dtype: str = "float32",
     processes: Processes = ALONE,
     progress: Progress = silent,
     starting: Callable[[Trainer, float], None] = lambda trainer, seconds: None,
     stepped: Callable[[StepRecord], None] = lambda record: None,
+    told: Callable[[str], None] = lambda line: None,
 ) -> TrainResult:
     """Trains an editor, or goes on with the one that ``out`` holds.
 
@@ -94,11 +97,13 @@ def train(
         text: calibration text in place of the project's own.
         calibration: how the model is calibrated.
         trunk: grouping of questions and the disk budget.
+        memory: what the process may hold, as "4GB"; see :func:`malmend.edit`.
         dtype: the model is loaded in.
         processes: that the facts of each step are spread over; see :mod:`malmend.processes`.
         progress: called with stage and share done, before training starts.
         starting: called with the trainer and the expected seconds, before the first step.
         stepped: called after every step.
+        told: called with the memory's plan, before the first step.
 
     Raises:
         MalmendError: any bad input, in one sentence.
@@ -119,6 +124,10 @@ def train(
     with processes.first_then_others():  # who find it in the cache
         found = calibrated(bench, editor, calibrate or own, text, calibration, progress, others)
     start = found.editor(editor, bench.trunk, settings.seed)
+    parameters = sum(one.numel() * one.element_size() for one in start.parameters())
+    bench, plan = within_memory(bench, known, memory, 3 * parameters)  # gradient, Adam's moments
+    if plan is not None:
+        told(plan.said)
     store = _pairs_store(bench, editor, trunk)
     trainer = Trainer(start, bench.trunk, bench.encoder, known, others, settings, store, processes)
     about = _about(bench, known, others, settings)

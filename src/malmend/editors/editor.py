@@ -91,7 +91,7 @@ class Aggregation(Protocol):
         """A scalar whose gradient is the meta-gradient of a chunk."""
 
 
-METHODS: dict[str, Callable[[Tensor, int, Prior, Tensor | None, Summed | None], Aggregation]] = {
+METHODS: dict[str, Callable[[Tensor, Tensor, Prior, Tensor | None, Summed | None], Aggregation]] = {
     "malmen": Malmen,
     "mend": Mend,
     "mend-single": Mend,
@@ -240,7 +240,7 @@ class Editor(nn.Module):
         for site, pair in enumerate(captured):
             aggregation = METHODS[self.settings.method](
                 pair.keys_NK,
-                pair.value_grads_NV.shape[1],
+                pair.room.empty(*pair.value_grads_NV.shape, dtype=pair.keys_NK.dtype),
                 self.prior(site, int(counts[site])),
                 self.row_weights(site, pair),
                 processes.summed if processes.count > 1 else None,

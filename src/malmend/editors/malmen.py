@@ -28,7 +28,7 @@ class Malmen:
 
     Args:
         keys_NK: keys of all tokens, from the unedited model.
-        value_width: V.
+        diffs_NV: room for what the tokens ask, which :meth:`add` fills.
         prior: of the ridge.
         weights_N: w_j > 0 of equation (14), float64; None for ones, as published.
         summed: the sum of a tensor over the processes that the tokens are spread over.
@@ -37,14 +37,13 @@ class Malmen:
     def __init__(
         self,
         keys_NK: Tensor,
-        value_width: int,
+        diffs_NV: Tensor,
         prior: Prior,
         weights_N: Tensor | None = None,
         summed: Summed | None = None,
     ):
-        self.keys_NK, self.prior = keys_NK, prior
+        self.keys_NK, self.diffs_NV, self.prior = keys_NK, diffs_NV, prior
         self._weights_N, self._summed = weights_N, summed
-        self.diffs_NV = keys_NK.new_zeros(len(keys_NK), value_width)
         self._factor: RidgeFactor | None = None
         self._diff_grads_NV: Tensor | None = None
 

@@ -24,16 +24,15 @@ class Mend:
     def __init__(
         self,
         keys_NK: Tensor,
-        value_width: int,
+        diffs_NV: Tensor,
         prior: Prior,
         weights_N: Tensor | None = None,
         summed: Summed | None = None,
     ):
         del prior, weights_N  # a sum has none
         self.summed = summed
-        self.keys_NK = keys_NK
-        self.diffs_NV = keys_NK.new_zeros(len(keys_NK), value_width)
-        self._shift_VK = torch.zeros(value_width, keys_NK.shape[1], dtype=torch.float64)
+        self.keys_NK, self.diffs_NV = keys_NK, diffs_NV
+        self._shift_VK = torch.zeros(diffs_NV.shape[1], keys_NK.shape[1], dtype=torch.float64)
         self._shift_grad_VK: Tensor | None = None
 
     def add(self, rows: slice, pseudo: Pseudo) -> None:

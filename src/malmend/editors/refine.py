@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from malmend.editors.editor import Aggregation, Editor
+from malmend.editors.editor import Aggregation, Editor, chunks
 from malmend.editors.malmen import Malmen
 from malmend.errors import EditorError, MalmendError
 from malmend.facts.encoded import Encoded
@@ -36,6 +36,7 @@ from malmend.facts.fact import Question
 from malmend.facts.tokens import Encoder
 from malmend.models.capture import Captured, capture, token_counts
 from malmend.models.trunk import Trunk
+from malmend.numerics.ridge import ROWS
 from malmend.patch import shifted
 
 PROMPT = "{prompt}"
@@ -164,12 +165,16 @@ def further(
     for site, (name, where, pair) in enumerate(everything):
         one = Malmen(
             pair.keys_NK,
-            pair.value_grads_NV.shape[1],
+            pair.room.empty(*pair.value_grads_NV.shape, dtype=pair.keys_NK.dtype),
             editor.prior(site, sum(token_counts(questions, settings.tokens, where.in_encoder))),
             editor.row_weights(site, pair),
         )
-        kept_NV = pair.keys_NK.double() @ shifts[name].double().T
-        one.diffs_NV.copy_(kept_NV - gain * pair.value_grads_NV.double())
+        shift_KV = shifts[name].double().T
+        for rows in chunks(len(pair.keys_NK), ROWS):
+            kept_NV = pair.keys_NK[rows].double() @ shift_KV
+            one.diffs_NV[rows] = (kept_NV - gain * pair.value_grads_NV[rows].double()).to(
+                one.diffs_NV
+            )
         found.append(one)
     return captured, found
 

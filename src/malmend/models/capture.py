@@ -28,7 +28,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from torch import Tensor, nn
 
 from malmend.errors import MalmendError
 from malmend.facts.encoded import Encoded, Tokens, collate, settled
+from malmend.memory import Room
 from malmend.models.sites import Site
 from malmend.models.trunk import Batch, Trunk
 from malmend.numerics.losses import answer_nll
@@ -73,16 +75,18 @@ class Captured:
     """What one site saw: key u_j and value gradient g_j of each chosen token.
 
     ``ends_N`` marks the tokens that output an end-of-answer token; None where there are none.
+    ``room`` is where more tensors of as many rows go.
     """
 
     keys_NK: Tensor
     value_grads_NV: Tensor
     ends_N: Tensor | None = None
+    room: Room = field(default_factory=Room)
 
     def rows(self, chosen: slice) -> Captured:
         """Some tokens of the pair."""
         ends_N = None if self.ends_N is None else self.ends_N[chosen]
-        return Captured(self.keys_NK[chosen], self.value_grads_NV[chosen], ends_N)
+        return Captured(self.keys_NK[chosen], self.value_grads_NV[chosen], ends_N, self.room)
 
 
 class Trace:
@@ -148,22 +152,19 @@ def capture(
         progress: called with the number of questions just finished.
     """
     dtype = trunk.wide
-    counts = {side: token_counts(questions, tokens, side) for side in _sides(trunk)}
-    starts = {side: torch.tensor([0, *many]).cumsum(0).tolist() for side, many in counts.items()}
-    ends = {side: ends_of(questions, tokens, side) for side in counts}
+    starts = _starts(trunk, questions, tokens)
+    ends = {side: ends_of(questions, tokens, side) for side in starts}
     out = [
         Captured(
-            torch.empty(starts[site.in_encoder][-1], site.shape_VK[1], dtype=dtype),
-            torch.empty(starts[site.in_encoder][-1], site.shape_VK[0], dtype=dtype),
+            trunk.room.empty(starts[site.in_encoder][-1], site.shape_VK[1], dtype=dtype),
+            trunk.room.empty(starts[site.in_encoder][-1], site.shape_VK[0], dtype=dtype),
             ends[site.in_encoder],
+            trunk.room,
         )
         for site in trunk.sites
     ]
     for indices, batch in trunk.batches(questions):
-        rows = {
-            side: torch.cat([torch.arange(start[i], start[i + 1]) for i in indices])
-            for side, start in starts.items()
-        }
+        rows = _rows_of(starts, indices)
         group = _Group(trunk, [questions[i] for i in indices], batch, tokens)
         keys, value_grads = group.descended(descent) if descent else group.plain()
         for site, site_out, key, grad in zip(trunk.sites, out, keys, value_grads, strict=True):
@@ -187,15 +188,32 @@ def keys_in(trunk: Trunk, batch: Batch, tokens: Tokens) -> list[Tensor]:
 
 
 def keys_of(trunk: Trunk, questions: Sequence[Encoded], tokens: Tokens = "auto") -> list[Tensor]:
-    """The keys of :func:`capture` without its gradients, as the model is now, in float64."""
-    counts = {side: token_counts(questions, tokens, side) for side in _sides(trunk)}
-    parts: list[list[Tensor]] = [[Tensor()] * len(questions) for _ in trunk.sites]
+    """The keys of :func:`capture` without its gradients, as the model is now."""
+    starts = _starts(trunk, questions, tokens)
+    out = [
+        trunk.room.empty(starts[site.in_encoder][-1], site.shape_VK[1], dtype=trunk.wide)
+        for site in trunk.sites
+    ]
     for indices, batch in trunk.batches(questions):
-        for site, keys, rows in zip(trunk.sites, keys_in(trunk, batch, tokens), parts, strict=True):
-            split = keys.split([counts[site.in_encoder][index] for index in indices])
-            for index, keys_NK in zip(indices, split, strict=True):
-                rows[index] = keys_NK
-    return [torch.cat(rows) for rows in parts]
+        rows = _rows_of(starts, indices)
+        for site, keys, keys_NK in zip(
+            trunk.sites, keys_in(trunk, batch, tokens), out, strict=True
+        ):
+            keys_NK[rows[site.in_encoder]] = keys.to(keys_NK.dtype)
+    return out
+
+
+def _starts(trunk: Trunk, questions: Sequence[Encoded], tokens: Tokens) -> dict[bool, list[int]]:
+    """Of each side the first row of every question, and behind the last one the count of rows."""
+    return {side: [0, *accumulate(token_counts(questions, tokens, side))] for side in _sides(trunk)}
+
+
+def _rows_of(starts: dict[bool, list[int]], indices: Sequence[int]) -> dict[bool, Tensor]:
+    """The rows of some questions, by side."""
+    return {
+        side: torch.cat([torch.arange(start[i], start[i + 1]) for i in indices])
+        for side, start in starts.items()
+    }
 
 
 def _sides(trunk: Trunk) -> list[bool]:

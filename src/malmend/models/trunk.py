@@ -9,6 +9,7 @@ width.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 
 from malmend.errors import MalmendError
 from malmend.facts.encoded import Encoded, TokenBatch, collate
+from malmend.memory import Room
 from malmend.models.cut import Cut
 from malmend.models.sites import Site
 from malmend.models.store import ActivationStore
@@ -61,6 +63,7 @@ class Trunk:
         sites: the layers to be edited, in any order.
         settings: grouping and budget.
         store_folder: where activations are kept; None keeps none.
+        room: where captured tensors stand.
 
     Raises:
         ModelError: the model cannot be cut.
@@ -72,14 +75,22 @@ class Trunk:
         sites: Sequence[Site],
         settings: TrunkSettings = TrunkSettings(),
         store_folder: Path | None = None,
+        room: Room | None = None,
     ):
         self.model, self.sites, self.settings = model, tuple(sites), settings
+        self.room = room or Room()
         self.cut = Cut(model, sites)
         folder = None if store_folder is None else store_folder / self.cut.name
         states = None if store_folder is None else store_folder / "unedited-states"
         budget = settings.store_bytes
         self.store = ActivationStore(folder, self.cut.width, model.dtype, budget)
         self._states = ActivationStore(states, self._states_width(), model.dtype, budget)
+
+    def again(self, settings: TrunkSettings, room: Room) -> Trunk:
+        """The same cut and stores, with other micro-batches and another room."""
+        other = copy.copy(self)
+        other.settings, other.room = settings, room
+        return other
 
     @property
     def wide(self) -> torch.dtype:

@@ -1,0 +1,109 @@
+"""A memory budget in one number: how large micro-batches are, and how much is captured in memory.
+
+What one position of a micro-batch takes is measured: the longest questions run forward and backward
+once more, after a first run that loads what is loaded once.  Of what the budget leaves beyond what
+is held already and the sums of the least squares, half is for micro-batches, half for captured
+tensors, which go to disk beyond it (:class:`malmend.memory.Room`).
+
+Shape letters: K key width, V value width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from malmend.errors import MalmendError
+from malmend.facts.encoded import Encoded, Tokens
+from malmend.memory import Room, held, peak_memory, size_of
+from malmend.models.capture import capture
+from malmend.models.sites import Site
+from malmend.models.trunk import Trunk
+
+REHEARSED, MOST_POSITIONS = 256, 8192
+SPARED = 0.9  # of the budget is planned with: allocators round up, and a peak may be missed
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How a budget is spent, in bytes but for ``positions``.
+
+    Attributes:
+        budget: what the process may hold.
+        held: what it holds before the work: model, libraries, editor.
+        positions: of a micro-batch.
+        rows: captured tensors that stay in memory.
+    """
+
+    budget: int
+    held: int
+    positions: int
+    rows: int
+
+    @property
+    def said(self) -> str:
+        """In a line for a person."""
+        return (
+            f"Memory: {self.held / 1e9:.2f} of {self.budget / 1e9:.2f} GB is held; micro-batches "
+            f"of {self.positions:,} positions; what is captured goes to disk beyond "
+            f"{self.rows / 1e9:.2f} GB."
+        )
+
+
+def plan_memory(
+    trunk: Trunk, questions: Sequence[Encoded], memory: str, tokens: Tokens = "auto", extra: int = 0
+) -> MemoryPlan:
+    """Measures what a micro-batch takes, and spends the budget.
+
+    Args:
+        trunk: the unedited model.
+        questions: that will be captured.
+        memory: as people write it: "4GB".
+        tokens: that will be captured.
+        extra: bytes that the work needs beside micro-batches, sums and captured tensors.
+
+    Raises:
+        MalmendError: no size, less than the work needs at least, or a system that does not say
+            what a process holds.
+    """
+    budget, now = size_of(memory), held()
+    if now is None:
+        raise MalmendError(
+            "--memory is measured by Linux's accounting, which this system lacks; leave it out."
+        )
+    longest = sorted(questions, key=lambda one: -len(one.ids))
+    width = len(longest[0].ids)
+    some = longest[: max(1, REHEARSED // width)]
+    each = _taken(lambda: capture(trunk, some, tokens)) / (len(some) * width)
+    left = SPARED * budget - now - extra - sum(sums_of(site) for site in trunk.sites)
+    if left < 2 * each * width:
+        least = (budget * SPARED - left + 2 * each * width) / SPARED
+        raise MalmendError(
+            f"--memory is {memory}, expected at least {least / 1e9:.1f}GB: {now / 1e9:.1f} GB is "
+            "held before the work begins; give more, or edit fewer layers."
+        )
+    positions = min(MOST_POSITIONS, int(left / 2 / each))
+    return MemoryPlan(budget, now, positions, int(left / 2))
+
+
+def within(trunk: Trunk, plan: MemoryPlan, folder: Path) -> Trunk:
+    """The same cut with a plan's micro-batches and room; what goes to disk lies in the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return trunk.again(
+        replace(trunk.settings, batch_tokens=plan.positions), Room(plan.rows, folder)
+    )
+
+
+def sums_of(site: Site) -> int:
+    """Bytes of a site's least squares: the factor and one copy, K x K, and the shift twice."""
+    value_width, key_width = site.shape_VK
+    return 8 * (2 * key_width * key_width + 2 * value_width * key_width)
+
+
+def _taken(run: Callable[[], object]) -> int:
+    """Bytes at the peak of a second run."""
+    run()
+    with peak_memory() as taken:
+        run()
+    return max(taken.most or 0, 1)

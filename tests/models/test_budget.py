@@ -1,0 +1,81 @@
+"""A memory budget: what it is spent on, that it is kept, and that it changes no result."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+import tiny
+from malmend.errors import MalmendError
+from malmend.memory import Room, held
+from malmend.models import budget
+from malmend.models.budget import plan_memory, sums_of, within
+from malmend.models.capture import Descent, capture, keys_of
+from malmend.models.sites import find_sites
+from malmend.models.trunk import Trunk, TrunkSettings
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="read from Linux's accounting")
+QUESTIONS = tiny.questions(40)
+
+
+def trunk_of(**settings) -> Trunk:
+    model = tiny.model_of("llama")
+    return Trunk(model, find_sites(model, 2), TrunkSettings(**settings))
+
+
+def bytes_of(room: int) -> str:
+    """A budget of so much beyond what is held now."""
+    return str((held() or 0) + room)
+
+
+def test_half_of_what_is_left_is_for_micro_batches_and_half_for_rows(monkeypatch):
+    trunk = trunk_of()
+    width = max(len(one.ids) for one in QUESTIONS)
+    some = max(1, budget.REHEARSED // width)
+    monkeypatch.setattr(budget, "held", lambda: 1_000_000_000)
+    monkeypatch.setattr(budget, "_taken", lambda run: 5_000 * width * min(some, len(QUESTIONS)))
+    plan = plan_memory(trunk, QUESTIONS, "1.2GB", extra=10_000_000)
+    sums = sum(sums_of(site) for site in trunk.sites)
+    left = 0.9 * 1.2e9 - 1e9 - 1e7 - sums
+    assert plan.rows == int(left / 2)
+    assert plan.positions == int(left / 2 / 5_000)
+    assert "1.00 of 1.20 GB is held" in plan.said
+    assert f"{plan.positions:,} positions" in plan.said
+
+
+def test_less_than_the_work_needs_is_refused_and_what_is_asked_for_then_suffices(monkeypatch):
+    trunk = trunk_of()
+    monkeypatch.setattr(budget, "held", lambda: 1_000_000_000)
+    monkeypatch.setattr(budget, "_taken", lambda run: 10_000_000)
+    with pytest.raises(MalmendError, match=r"expected at least (\d\.\d)GB") as refused:
+        plan_memory(trunk, QUESTIONS, "1GB")
+    least = str(refused.value).split("at least ")[1].split(":")[0]
+    plan_memory(trunk, QUESTIONS, str(float(least.removesuffix("GB")) + 0.1) + "GB")
+
+
+def test_a_system_without_accounting_is_told_so(monkeypatch):
+    monkeypatch.setattr(budget, "held", lambda: None)
+    with pytest.raises(MalmendError, match="Linux"):
+        plan_memory(trunk_of(), QUESTIONS, "4GB")
+
+
+@pytest.mark.parametrize("descent", [None, Descent(3)])
+def test_what_is_captured_is_the_same_in_files(descent, tmp_path):
+    plain = trunk_of()
+    wanted = capture(plain, QUESTIONS, "answer", descent)
+    plan = plan_memory(plain, QUESTIONS, bytes_of(2_000_000_000))
+    other = within(plain, replace(plan, rows=0, positions=30), tmp_path / "spill")
+    found = capture(other, QUESTIONS, "answer", descent)
+    assert other.room.on_disk > 0 == other.room.in_memory
+    assert other.settings.batch_tokens == 30
+    assert plain.settings.batch_tokens == 1024  # the first trunk is as it was
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine.keys_NK, theirs.keys_NK, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(mine.value_grads_NV, theirs.value_grads_NV, rtol=1e-7, atol=1e-9)
+    for mine, theirs in zip(keys_of(other, QUESTIONS), wanted, strict=True):
+        torch.testing.assert_close(mine, theirs.keys_NK, rtol=1e-9, atol=1e-12)
+    assert isinstance(found[0].room, Room)
+    assert list((tmp_path / "spill").iterdir()) == []
