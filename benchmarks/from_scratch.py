@@ -1,12 +1,15 @@
 """A small T5 or BART learns facts from scratch until it knows them, then is edited (MEND, Table 3).
 
     python benchmarks/from_scratch.py train    # benchmarks/out/t5, resumes where it was
+    python benchmarks/from_scratch.py settle   # a T5: the same facts again, with dropout
     python benchmarks/from_scratch.py editor   # an editor for it, likewise
     python benchmarks/from_scratch.py edit     # 5, 25, 75 and 125 edits at once
 
 With ``--family bart`` another model in another folder.
 
-Facts are of the project's own, each in two wordings.  Edits aim at the false alternatives.
+Facts are of the project's own, each in four wordings.  A small T5 first learns each wording by
+itself; trained on with dropout it comes to hold a fact in one place.  Edits aim at the false
+alternatives.
 Success is sequence-wise (every token of the answer), over edit prompts and over paraphrases;
 drawdown is how much fewer of the facts that were not edited the model says right, as a share of
 them.  What the editor is calibrated or trained on is neither edited nor asked.
@@ -17,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +47,7 @@ from malmend.workbench import shipped
 
 FOLDERS = Path(__file__).resolve().parent / "out"
 FACTS, LEARNED, SIZES, SEEDS = 1500, 1024, (5, 25, 75, 125), (0, 1, 2)
+SETTLING = 40  # epochs with dropout
 WIDTH, FFN, BLOCKS, HEADS = 128, 512, 3, 4
 RATES = {"t5": 1e-3, "bart": 5e-4}  # a BART normalises after its blocks, and learns nothing at 1e-3
 
@@ -84,7 +89,7 @@ def random_model(family: str, vocabulary: int) -> PreTrainedModel:
                 num_heads=HEADS,
                 vocab_size=vocabulary,
                 decoder_start_token_id=0,
-                dropout_rate=0.1,
+                dropout_rate=0.0,
             )
         )
     return BartForConditionalGeneration(
@@ -145,11 +150,25 @@ def train(family: str) -> None:
     settings = FinetuneSettings(
         rate=RATES[family], batch=64, epochs=80, validation=0.0, until=0.995
     )
+    model = out / ("learned" if family == "t5" else "model")
+    finetune(str(base), out / "facts.jsonl", model, settings, asked="all", stepped=print)
 
-    def show(record: object) -> None:
-        print(record, flush=True)
 
-    finetune(str(base), out / "facts.jsonl", out / "model", settings, asked="all", stepped=show)
+def settle() -> None:
+    """Trains a T5 that knows its facts with dropout, then for a little without it again."""
+    out = FOLDERS / "t5"
+    for name, base, dropout, settings in (
+        ("dropout", "learned", 0.1, FinetuneSettings(rate=1e-3, batch=64, epochs=SETTLING)),
+        ("model", "dropout", 0.0, FinetuneSettings(rate=2e-4, batch=64, epochs=10, until=0.995)),
+    ):
+        start = out / f"{name}-start"
+        if not start.is_dir():
+            shutil.copytree(out / base, start)
+            config = json.loads((start / "config.json").read_text(encoding="utf-8"))
+            config["dropout_rate"] = dropout
+            (start / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        settings = replace(settings, validation=0.0)
+        finetune(str(start), out / "facts.jsonl", out / name, settings, "all", stepped=print)
 
 
 def learned(facts: Sequence[Fact]) -> list[Fact]:
@@ -238,12 +257,15 @@ def edit_all(
 def main() -> None:
     """Which of the three, of which family."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=["train", "editor", "edit"])
+    parser.add_argument("what", choices=["train", "settle", "editor", "edit"])
     parser.add_argument("--family", choices=["t5", "bart"], default="t5")
     given = parser.parse_args()
     out = FOLDERS / given.family
     if given.what == "train":
         train(given.family)
+        return
+    if given.what == "settle":
+        settle()
         return
     if given.what == "editor":
         train_editor(out)
