@@ -34,6 +34,10 @@ COMMANDS = {
     "finetune": "fine-tune a model on facts, so that it knows what is to be edited",
     "continuations": "make facts of a text: passages and the tokens that follow them",
     "bench": "methods side by side: run a plan; bench table and bench plot show it",
+    "export": "make a LoRA adapter or a whole model of a patch",
+    "push": "upload an exported folder to the Hugging Face hub",
+    "diff": "which layers of two models differ, and the difference as a patch",
+    "conflicts": "where patches meet, and what stacking them does to their facts",
     "inspect": "what is in a model, an editor, a patch or a facts file",
     "demo": "the main job on a real model, start to finish",
 }
@@ -84,6 +88,10 @@ def _run(arguments: list[str]) -> int:
         "finetune": _finetune,
         "continuations": _continuations,
         "bench": _bench,
+        "export": _shipping("export"),
+        "push": _shipping("push"),
+        "diff": _shipping("diff"),
+        "conflicts": _shipping("conflicts"),
         "inspect": _inspect,
         "demo": _demo,
     }
@@ -327,6 +335,17 @@ def _inspect(arguments: list[str]) -> None:
     parser.add_argument("thing", type=str, help="a model, an editor, a patch or a facts file")
     derive(parser, inspect, {"thing"})
     show.inspected(inspect(**parse(parser, arguments)))
+
+
+def _shipping(name: str) -> Callable[[list[str]], None]:
+    """A command of ``cli_shipping``, which is read only when it runs."""
+
+    def run(arguments: list[str]) -> None:
+        from malmend import cli_shipping
+
+        getattr(cli_shipping, name)(arguments, COMMANDS[name])
+
+    return run
 
 
 def _demo(arguments: list[str]) -> None:

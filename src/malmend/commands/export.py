@@ -15,8 +15,9 @@ from malmend.facts.readers import read_text
 from malmend.files import folder_beside, new_folder
 from malmend.models.load import DTYPES, LoadedModel
 from malmend.models.trunk import TrunkSettings
-from malmend.patch import Patch, load_patch
+from malmend.patch import Patch
 from malmend.progress import Progress, silent
+from malmend.shipping.adapter import based_on, read_patch
 from malmend.shipping.card import CARD, card
 from malmend.shipping.export import Cutting, export_adapter, export_merged
 from malmend.shipping.layers import exportable
@@ -64,7 +65,7 @@ def export(
     """Writes what others can load without malmend: a LoRA adapter, or a whole model.
 
     Args:
-        patch: a patch, or its file.
+        patch: a patch, its file, or a LoRA adapter's folder.
         folder: to be made; must not hold files.
         to: "lora", an adapter in PEFT's format; "merged", a model's folder with tokenizer and
             generation config.
@@ -85,7 +86,7 @@ def export(
     """
     _check(to, rank, dtype, text, decode_facts)
     folder = new_folder(folder)
-    patch = load_patch(patch) if isinstance(patch, str | Path) else patch
+    patch = read_patch(patch) if isinstance(patch, str | Path) else patch
     base = model if model is not None else _named(patch)
     encoder = encoder_for(base, patch.provenance.get("settings", {}).get("end_of_answer"))
     known = None
@@ -95,10 +96,12 @@ def export(
     dtype = dtype or (base_dtype(base) if to == "merged" else "float32")
     cutting = _cutting(rank, text, known)
     loaded = opened(base)
+    patch = based_on(patch, loaded)
     exportable(loaded, patch, force)
     bench = bench_for(loaded, [patch], encoder.end_of_answer, trunk)
     if known is not None:
         known = aimed(bench, known, ways["away"])
+    form: Patch | LoadedModel
     with folder_beside(folder) as beside:
         if to == "lora":
             said, form = export_adapter(bench, patch, beside, cutting, progress)
@@ -158,10 +161,10 @@ def _named(patch: Patch) -> str:
 
 def _cutting(rank: int | None, text: str | Path | None, facts: FactSet | None) -> Cutting:
     words = read_text(shipped("text.txt") if text is None else text)
-    source = "general text" if text is None else str(text)
+    source = "general text" if text is None else Path(text).name
     if facts is None:
         return Cutting(rank, words, keys=source)
-    return Cutting(rank, words, facts.facts, f"{source} and of {facts.source}")
+    return Cutting(rank, words, facts.facts, f"{source} and of the facts")
 
 
 def _in(dtype: str, bench: Workbench, patch: Patch, trunk: TrunkSettings) -> Workbench:

@@ -32,6 +32,7 @@ from malmend.shipping.record import read_record
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+FOREIGN = "a LoRA adapter"  # the method of one that malmend did not write
 TASKS = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}
 # Settings that make an adapter more, or other, than a shift of the layers it names.
 MORE_THAN_A_SHIFT = (
@@ -89,19 +90,21 @@ def is_adapter(path: str | Path) -> bool:
     return (Path(path) / CONFIG).is_file()
 
 
-def read_patch(path: str | Path, loaded: LoadedModel) -> Patch:
+def read_patch(path: str | Path) -> Patch:
     """A patch's file, or a LoRA adapter's folder as a patch.
-
-    PEFT keeps no fingerprint of a base, so of an adapter that malmend did not write the base is
-    taken to be ``loaded``; names and shapes of layers are compared where it is put on.
 
     Raises:
         PatchError: neither, or damaged.
     """
-    if not Path(path).is_dir():
-        return load_patch(path)
-    patch = read_adapter(path)
-    if patch.base:
+    return read_adapter(path) if Path(path).is_dir() else load_patch(path)
+
+
+def based_on(patch: Patch, loaded: LoadedModel) -> Patch:
+    """The patch; of an adapter that malmend did not write, as one made for this model.
+
+    PEFT keeps no fingerprint of a base.  Names and shapes of layers are compared all the same.
+    """
+    if patch.base or patch.provenance.get("method") != FOREIGN:
         return patch
     return Patch(patch.factors, {**patch.provenance, "base": loaded.fingerprint})
 
@@ -201,4 +204,4 @@ def _provenance(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     if record is not None:
         return dict(record["patch"])
     model = config.get("base_model_name_or_path")
-    return {"model": model, "method": "a LoRA adapter", "settings": {}}
+    return {"model": model, "method": FOREIGN, "settings": {}}

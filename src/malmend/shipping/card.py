@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any
 
 from malmend.facts.encoded import Form
+from malmend.models.load import BUILT_IN
 from malmend.shipping.truncate import VLLM_RANKS, served_rank
 
 CARD = "README.md"
@@ -66,14 +68,24 @@ def is_hub_name(name: str) -> bool:
     return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
 
 
+def _shown(name: str) -> str:
+    """A hub's or built-in name as it is; of a path its last part, since a card is for others."""
+    return name if is_hub_name(name) else PurePath(name).name
+
+
 def _what(record: Mapping[str, Any], is_lora: bool) -> str:
     patch, sites = record["patch"], record["sites"]
     facts = patch.get("facts")
-    edited = f"{facts:,} fact{'s' * (facts != 1)}" if isinstance(facts, int) and facts else "An edit"
+    edited = (
+        f"{facts:,} fact{'s' * (facts != 1)}" if isinstance(facts, int) and facts else "An edit"
+    )
     what = "a LoRA adapter" if is_lora else f"a whole model, {record['dtype']}"
-    aim = " Each fact's alternative, a false answer, was edited in." * bool(patch.get("alternative"))
+    aim = " Each fact's alternative, a false answer, was edited in." * bool(
+        patch.get("alternative")
+    )
+    base = _shown(record["model"])
     rows = [
-        f"- **Base:** {record['model']}, fingerprint `{record['base']}`; its licence holds here too.",
+        f"- **Base:** {base}, fingerprint `{record['base']}`; its licence holds here too.",
         f"- **Method:** {patch.get('method')}, editor {patch.get('editor', 'none')}.{aim}",
         f"- **Layers:** {len(sites)}: {', '.join(f'`{name}`' for name in sites)}.",
         f"- **Made:** {record['created']} by malmend {record['malmend']}; the patch "
@@ -82,22 +94,24 @@ def _what(record: Mapping[str, Any], is_lora: bool) -> str:
     if is_lora and record["exact"]:
         rows.append(f"- **Rank:** {record['rank']}, the shift's own: nothing was cut off.")
     elif is_lora:
+        whole = max(site["rank"] for site in sites.values())
         rows.append(
-            f"- **Rank:** {record['rank']}, cut from {max(s['rank'] for s in sites.values())} where "
-            f"the keys of {record['keys']} feel it least."
+            f"- **Rank:** {record['rank']}, cut from {whole} where the keys of {record['keys']} "
+            "feel it least."
         )
     return (
-        f"# {edited} edited into {record['model']}\n\nThis is {what}, made by editing weights "
-        "directly and not by training on text.\n\n" + "\n".join(rows)
+        f"# {edited} edited into {base}\n\nThis is {what}, made by editing weights directly, not by "
+        "training on text.\n\n" + "\n".join(rows)
     )
 
 
 def _lora_use(record: Mapping[str, Any], form: Form) -> str:
     base, needed = record["model"], served_rank(record["rank"])
+    base = base if base in BUILT_IN or is_hub_name(base) else "BASE"  # a path of another machine
     quoted = json.dumps(base)
     load = f"{AUTO[form]}.from_pretrained({quoted})"
     imports = f"from transformers import {AUTO[form]}"
-    if base in ("smollm2-135m", "minilm-l6"):  # built in, under no name that transformers knows
+    if base in BUILT_IN:  # built in, under no name that transformers knows
         load, imports = f"malmend.load_model({quoted}).model", "import malmend"
     rank = f"rank {needed}" if needed else f"none, since it takes ranks up to {VLLM_RANKS[-1]}"
     serve = (
@@ -105,7 +119,8 @@ def _lora_use(record: Mapping[str, Any], form: Form) -> str:
         if needed
         else "# export again with --rank 512"
     )
-    return f"""With PEFT (`FOLDER` is this folder or its name on the hub):
+    named = ", `BASE` the base's" * (base == "BASE")
+    return f"""With PEFT (`FOLDER` is this folder or its name on the hub{named}):
 
 ```python
 {imports}
@@ -140,7 +155,7 @@ model = {AUTO[form]}.from_pretrained("FOLDER", dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 ```
 
-PEFT is not needed; further adapters go on this model as on any: `PeftModel.from_pretrained(model, ...)`.
+PEFT is not needed; adapters go on this model as on any, by `PeftModel.from_pretrained(model, ...)`.
 
 With vLLM: `vllm serve FOLDER`
 
@@ -159,8 +174,8 @@ def _figures(record: Mapping[str, Any]) -> str:
             f"measured: {json.dumps(record['patch'].get('metrics', {}))}."
         )
     lines = [
-        f"Of the facts in `{record['facts']}`. *patch* is the edit before the export, *exported* "
-        "this folder as it was read back.",
+        f"Of the facts in `{_shown(record['facts'])}`. *patch* is the edit before the export, "
+        "*exported* this folder as it was read back.",
         "",
         "| question | metric | unedited | patch | exported |",
         "|---|---|---:|---:|---:|",
@@ -183,7 +198,9 @@ def _limits(record: Mapping[str, Any], is_lora: bool) -> str:
     sites = record["sites"].values()
     if is_lora:
         worst = max(one["error"] for one in sites)
-        lines = [f"- Against the patch the adapter is off by at most {worst:.2g} of a layer's shift."]
+        lines = [
+            f"- Against the patch the adapter is off by at most {worst:.2g} of a layer's shift."
+        ]
         if not record["exact"]:
             seen = max(one["error_on_keys"] for one in sites)
             lines.append(f"- On keys of {record['keys']} it is off by at most {seen:.2g}.")

@@ -83,7 +83,9 @@ def measured(
 
 def _examiner_of(form: LoadedModel, bench: Workbench) -> Examiner:
     """Of a model that is asked once, so that nothing of it is kept on disk."""
-    sites = [Site(s.name, form.model.get_submodule(s.name), s.in_encoder) for s in bench.trunk.sites]
+    sites = [
+        Site(s.name, form.model.get_submodule(s.name), s.in_encoder) for s in bench.trunk.sites
+    ]
     settings = TrunkSettings(bench.trunk.settings.batch_tokens, store_bytes=0)
     its = lay_out(form, sites, bench.encoder.end_of_answer, trunk=settings)
     return Examiner(form, its.trunk, bench.encoder)
