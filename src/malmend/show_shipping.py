@@ -50,7 +50,7 @@ def _adapter(record: Mapping[str, Any], sites: Mapping[str, Mapping[str, Any]]) 
     else:
         table = Table(title=f"cut to rank {rank}, relative errors")
         for heading in ("layer", "rank was", "on keys", "Frobenius"):
-            table.add_column(heading, justify="left" if heading == "layer" else "right")
+            _column(table, heading, left=heading == "layer")
         for name, one in sites.items():
             cells = (f"{one['error_on_keys']:.3g}", f"{one['error']:.3g}")
             table.add_row(escape(name), f"{one['rank']:,}", *cells)
@@ -73,8 +73,8 @@ def differing(result: DiffResult) -> None:
     edited, rounded = found.edited, len(found.differences) - len(found.edited)
     if edited:
         table = Table(title=f"{escape(result.model)} and {escape(result.other)}")
-        for heading in ("weight", "shape", "norm of the difference", "rank"):
-            table.add_column(heading, justify="left" if heading == "weight" else "right")
+        for heading in ("weight", "shape", "norm", "rank"):
+            _column(table, heading, left=heading == "weight")
         for one in edited[:MOST_ROWS]:
             rank = "" if one.rank is None else f"{one.rank:,} of {min(one.shape):,}"
             shape = " x ".join(map(str, one.shape))
@@ -82,7 +82,7 @@ def differing(result: DiffResult) -> None:
         OUT.print(table)
         if len(edited) > MOST_ROWS:
             _say(f"  and {len(edited) - MOST_ROWS:,} more")
-        _say("  norm: relative to the weight; rank: above what rounding gives")
+        _say("  norm: of the difference, relative to the weight; rank: above what rounding gives")
     _say(f"{len(edited):,} weights differ, {found.same:,} are equal bit for bit.")
     if rounded:
         _say(f"{rounded:,} more differ by rounding alone: one model is kept in less precision.")
@@ -98,22 +98,27 @@ def differing(result: DiffResult) -> None:
 
 def conflicting(result: ConflictsResult) -> None:
     """Where patches meet, then each one's facts, alone and stacked."""
-    if not result.meetings:
-        _say("No two of the patches shift the same layer.")
-    else:
-        table = Table(title="layers that two patches shift")
-        for heading in ("layer", "patches", "ranks", "cosine", "keys", "values"):
-            left = heading in ("layer", "patches")
-            table.add_column(heading, justify="left" if left else "right")
+    pairs = dict.fromkeys(one.patches for one in result.meetings)
+    for pair in pairs:
+        table = Table(title=escape(" and ".join(pair)))
+        for heading in ("layer of both", "ranks", "cosine", "keys", "values"):
+            _column(table, heading, left=heading == "layer of both")
         for one in result.meetings:
-            names = " + ".join(escape(name) for name in one.patches)
-            ranks = " + ".join(map(str, one.ranks))
-            cells = (f"{one.cosine:+.3f}", _overlap(one.keys), _overlap(one.values))
-            table.add_row(escape(one.site), names, ranks, *cells)
+            if one.patches == pair:
+                ranks = " + ".join(map(str, one.ranks))
+                cells = (f"{one.cosine:+.3f}", _overlap(one.keys), _overlap(one.values))
+                table.add_row(escape(one.site), ranks, *cells)
         OUT.print(table)
+    if pairs:
         _say("  keys, values: overlap of row and of column spaces (what chance gives)")
+    else:
+        _say("No two of the patches shift the same layer.")
     for name, found in result.metrics.items():
         _scores(f"facts of {name}", found)
+
+
+def _column(table: Table, heading: str, left: bool) -> None:
+    table.add_column(heading, justify="left" if left else "right", overflow="fold")
 
 
 def _overlap(one: Overlap) -> str:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-PRECISION = torch.finfo(torch.float32).eps  # of what patches and adapters hold
+FLOAT32 = torch.finfo(torch.float32).eps  # what patches and adapters are kept in
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,12 +41,14 @@ class Spectrum:
         return self.left_VR * root_R, root_R.unsqueeze(1) * self.right_RK
 
 
-def spectrum(factors: Sequence[Tensor], precision: float = PRECISION) -> Spectrum:
+def spectrum(factors: Sequence[Tensor]) -> Spectrum:
     """Equation (S1) of a shift, or of a product (left, right) without forming it.
+
+    Singular values that are lost when the shift is rounded to float32 are left out: those under
+    :func:`rounding_floor` of the shift.
 
     Args:
         factors: the shift (V x K), or left (V x R) and right (R x K).
-        precision: singular values up to max(V, K) * precision of the largest count as rounding.
     """
     if len(factors) == 1:
         left_VR, sizes_R, right_RK = torch.linalg.svd(factors[0].double(), full_matrices=False)
@@ -54,15 +56,28 @@ def spectrum(factors: Sequence[Tensor], precision: float = PRECISION) -> Spectru
         first, second = (one.double() for one in factors)
         outer_VR, inner_RR = torch.linalg.qr(first)
         outer_KR, other_RR = torch.linalg.qr(second.T)
-        turn_RR, sizes_R, back_RR = torch.linalg.svd(inner_RR @ other_RR.T)
+        turn_RR, sizes_R, back_RR = torch.linalg.svd(inner_RR @ other_RR.T, full_matrices=False)
         left_VR, right_RK = outer_VR @ turn_RR, back_RR @ outer_KR.T
-    return _without(left_VR, sizes_R, right_RK, precision * max(len(left_VR), right_RK.shape[1]))
-
-
-def _without(left_VR: Tensor, sizes_R: Tensor, right_RK: Tensor, share: float) -> Spectrum:
-    """The part whose singular values are above a share of the largest."""
-    kept = int((sizes_R > share * sizes_R.max()).sum()) if len(sizes_R) else 0
+    floor = rounding_floor(sizes_R.norm().item(), (len(left_VR), right_RK.shape[1]), FLOAT32)
+    kept = int((sizes_R > floor).sum())
     return Spectrum(left_VR[:, :kept], sizes_R[:kept], right_RK[:kept])
+
+
+def rounding_floor(norm: float, shape: tuple[int, int], eps: float) -> float:
+    """What no singular value of a matrix's rounding noise exceeds:
+
+        eps * |W| / sqrt(V K) * (sqrt(V) + sqrt(K))                                            (S3)
+
+    the edge of the spectrum of independent noise (Marchenko and Pastur) of size eps * rms(W), with
+    eps the spacing of the precision; rounding makes less than a third of that.
+
+    Args:
+        norm: |W|, Frobenius.
+        shape: V and K.
+        eps: of the precision that the matrix was rounded to.
+    """
+    rows, columns = shape
+    return eps * norm / (rows * columns) ** 0.5 * (rows**0.5 + columns**0.5)
 
 
 def truncated(whole: Spectrum, moment_KK: Tensor, rank: int) -> Spectrum:

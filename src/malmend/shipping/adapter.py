@@ -76,6 +76,7 @@ def write_adapter(
         fan_in_fan_out=any(site.is_transposed for site in sites),
         inference_mode=True,
     )
+    config.target_modules = sorted(shifts)  # it has made a set of them, of no order
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     config.save_pretrained(str(folder))
     return rank

@@ -100,26 +100,22 @@ def _what(record: Mapping[str, Any], is_lora: bool) -> str:
             "feel it least."
         )
     return (
-        f"# {edited} edited into {base}\n\nThis is {what}, made by editing weights directly, not by "
+        f"# {edited} edited into {base}\n\nThis is {what}, made by editing weights, not by "
         "training on text.\n\n" + "\n".join(rows)
     )
 
 
 def _lora_use(record: Mapping[str, Any], form: Form) -> str:
-    base, needed = record["model"], served_rank(record["rank"])
-    base = base if base in BUILT_IN or is_hub_name(base) else "BASE"  # a path of another machine
-    quoted = json.dumps(base)
-    load = f"{AUTO[form]}.from_pretrained({quoted})"
-    imports = f"from transformers import {AUTO[form]}"
-    if base in BUILT_IN:  # built in, under no name that transformers knows
-        load, imports = f"malmend.load_model({quoted}).model", "import malmend"
-    rank = f"rank {needed}" if needed else f"none, since it takes ranks up to {VLLM_RANKS[-1]}"
-    serve = (
-        f"vllm serve {base} --enable-lora --max-lora-rank {needed} --lora-modules edit=FOLDER"
-        if needed
-        else "# export again with --rank 512"
-    )
+    base, built_in = record["model"], record["model"] in BUILT_IN
+    base = base if built_in or is_hub_name(base) else "BASE"  # a path of another machine
     named = ", `BASE` the base's" * (base == "BASE")
+    load, imports = (
+        f'{AUTO[form]}.from_pretrained("{base}")',
+        f"from transformers import {AUTO[form]}",
+    )
+    if built_in:
+        load, imports = f'malmend.load_model("{base}").model', "import malmend"
+    elsewhere = BUILT_IN_BASE if built_in else _serving(base, served_rank(record["rank"]))
     return f"""With PEFT (`FOLDER` is this folder or its name on the hub{named}):
 
 ```python
@@ -132,7 +128,21 @@ model = PeftModel.from_pretrained(base, "FOLDER")  # model.disable_adapter() tak
 
 With transformers alone, PEFT installed: `base.load_adapter("FOLDER")`.
 
-With vLLM, for the architectures whose LoRA it serves ({rank}):
+{elsewhere}"""
+
+
+BUILT_IN_BASE = """vLLM and lm-evaluation-harness do not know the base, which is built into malmend: give them the
+merged model (`malmend export PATCH --to merged FOLDER`)."""
+
+
+def _serving(base: str, needed: int | None) -> str:
+    """How vLLM and lm-evaluation-harness take an adapter."""
+    serve = (
+        f"vllm serve {base} --enable-lora --max-lora-rank {needed} --lora-modules edit=FOLDER"
+        if needed
+        else f"# not served: ranks go up to {VLLM_RANKS[-1]}; export again with --rank"
+    )
+    return f"""With vLLM, for the architectures whose LoRA it serves:
 
 ```
 {serve}

@@ -1,18 +1,12 @@
 """Which weights of two models differ, and how.
 
-Shape letters: V value width, K key width.
-
 Two models that hold the same numbers in unlike precision differ everywhere, by rounding.  So a
 weight is *edited* only where rounding one model's weight to the other's precision does not give
 the other's.  The precision of a weight is the coarsest dtype that holds all of its numbers: what is
 loaded in float32 may have been kept in bfloat16.
 
-The rank of a difference counts singular values above what rounding alone would give it,
-
-    eps * rms(W) * (sqrt(V) + sqrt(K))                                                         (S5)
-
-the edge of the spectrum of noise of relative size eps (Marchenko and Pastur), with eps the spacing
-of the coarser precision: some three times the largest that rounding makes.
+The rank of a difference counts singular values above what rounding alone would give it: (S3) of
+malmend.numerics.truncation, with the larger of the two weights and the coarser precision.
 """
 
 from __future__ import annotations
@@ -25,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from malmend.numerics.truncation import rounding_floor
 from malmend.progress import Progress, counted, silent
 
 PRECISIONS = (torch.bfloat16, torch.float16, torch.float32)
@@ -39,7 +34,7 @@ class Difference:
         shape: as the model keeps it.
         kind: "edited", or "rounding" where one is the other in coarser precision.
         norm: |other - model| / |model|, Frobenius; infinite where the model's is zero.
-        rank: of the difference, by (S5); None but for edited matrices.
+        rank: of the difference, by (S3); None but for edited matrices.
     """
 
     name: str
@@ -127,9 +122,8 @@ def _precision(weight: Tensor) -> torch.dtype:
 
 
 def difference_rank(mine: Tensor, theirs: Tensor, eps: float) -> int:
-    """Equation (S5), for two matrices of one shape."""
-    rows, columns = mine.shape
-    rms = max(one.double().square().mean().sqrt().item() for one in (mine, theirs))
-    noise = eps * rms * (rows**0.5 + columns**0.5)
+    """Singular values above (S3), for two matrices of one shape."""
+    norm = max(one.double().norm().item() for one in (mine, theirs))
+    noise = rounding_floor(norm, (mine.shape[0], mine.shape[1]), eps)
     sizes = torch.linalg.svdvals(theirs.double() - mine.double())
     return int((sizes > noise).sum())

@@ -2,7 +2,7 @@
 
 Shape letters: V value width, K key width.
 
-    stored = round(W_0 + S),    lost = |(stored - round(W_0)) - S| / |S|                       (S4)
+    stored = round(W_0 + S),    lost = |(stored - round(W_0)) - S| / |S|                       (S5)
 
 round is the cast to the dtype that is written; W_0 + S is taken in the wider one that is loaded.
 """
@@ -27,7 +27,7 @@ class Rounding:
     """What a dtype took of one site's shift.
 
     Attributes:
-        lost: (S4), relative; 0 is nothing.
+        lost: (S5), relative; 0 is nothing.
         unmoved: share of the weights that the shift should move and that stayed as they were.
     """
 
@@ -92,7 +92,7 @@ def read_back(folder: Path, meant: LoadedModel, dtype: str) -> LoadedModel:
 
 
 def rounding(loaded: LoadedModel, whole: LoadedModel, patch: Patch, site: Site) -> Rounding:
-    """Equation (S4) of one site.
+    """Equation (S5) of one site.
 
     Args:
         loaded: the base.

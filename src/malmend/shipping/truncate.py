@@ -1,6 +1,6 @@
 """Shifts cut to a rank that serving engines accept, in the metric of the keys.
 
-    C = C_text + C_facts + floor * mean(diag) * I                                              (S3)
+    C = C_text + C_facts + floor * mean(diag) * I                                              (S4)
 
 C_text is the mean of k k^T over general text, C_facts the same over the answer tokens of the edit
 prompts, where facts are given: the text says where a cut must not be felt, the facts where the
@@ -46,7 +46,7 @@ def served_rank(rank: int) -> int | None:
 def key_metric(
     bench: Workbench, text: str, facts: Sequence[Fact] = (), progress: Progress = silent
 ) -> dict[str, Tensor]:
-    """Equation (S3) of every site by its name, K x K, float64.
+    """Equation (S4) of every site by its name, K x K, float64.
 
     Args:
         bench: the unedited model, cut at the patch's sites.
