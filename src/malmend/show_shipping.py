@@ -105,7 +105,7 @@ def conflicting(result: ConflictsResult) -> None:
             _column(table, heading, left=heading == "layer of both")
         for one in result.meetings:
             if one.patches == pair:
-                ranks = " + ".join(map(str, one.ranks))
+                ranks = "+".join(map(str, one.ranks))
                 cells = (f"{one.cosine:+.3f}", _overlap(one.keys), _overlap(one.values))
                 table.add_row(escape(one.site), ranks, *cells)
         OUT.print(table)

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from malmend.errors import MalmendError
+from malmend.facts.fact import FactSet
+from malmend.facts.tokens import EndOfAnswer
 from malmend.models.load import LoadedModel
 from malmend.models.trunk import TrunkSettings
+from malmend.patch import Patch
 from malmend.progress import Progress, silent
 from malmend.shipping.adapter import based_on, read_patch
 from malmend.shipping.conflict import Meeting, meetings, stacked
@@ -69,22 +72,30 @@ def conflicts(
             f"{len(facts)} facts files were given for {len(patches)} patches, expected one for "
             "each, in their order, or none."
         )
-    loaded = opened(model, dtype)
     read = {name: read_patch(path) for name, path in _named(patches).items()}
+    asked = [
+        _asked(model, patch, path, limit) for patch, path in zip(read.values(), facts, strict=False)
+    ]
+    loaded = opened(model, dtype)
     known = {name: based_on(patch, loaded) for name, patch in read.items()}
     for patch in known.values():
         exportable(loaded, patch, force)
-    met = meetings(known)
+    met, forms = meetings(known), {"stacked": stacked(known, loaded.fingerprint)}
     found = {}
-    for (name, patch), path in zip(known.items(), facts, strict=False):
-        encoder = encoder_for(loaded, patch.provenance.get("settings", {}).get("end_of_answer"))
-        ways = {way: bool(patch.provenance.get(way)) for way in ("alternative", "away")}
-        asked = checked_facts(path, encoder, limit, **ways)
-        bench = bench_for(loaded, list(known.values()), encoder.end_of_answer, trunk)
-        asking = Asking(aimed(bench, asked, ways["away"]), decode_facts)
-        forms = {"alone": patch, "stacked": stacked(known, loaded.fingerprint)}
-        found[name] = measured(bench, asking, forms, progress)
+    for (name, patch), (end, chosen) in zip(known.items(), asked, strict=False):
+        bench = bench_for(loaded, list(known.values()), end, trunk)
+        asking = Asking(aimed(bench, chosen, bool(patch.provenance.get("away"))), decode_facts)
+        found[name] = measured(bench, asking, {"alone": patch, **forms}, progress)
     return ConflictsResult(loaded.name, tuple(known), met, found)
+
+
+def _asked(
+    model: str | LoadedModel, patch: Patch, facts: str | Path, limit: int | None
+) -> tuple[EndOfAnswer, FactSet]:
+    """A patch's facts as they were edited, checked, with the end that their answers have."""
+    encoder = encoder_for(model, patch.provenance.get("settings", {}).get("end_of_answer"))
+    ways = {way: bool(patch.provenance.get(way)) for way in ("alternative", "away")}
+    return encoder.end_of_answer, checked_facts(facts, encoder, limit, **ways)
 
 
 def _named(patches: Sequence[str | Path]) -> dict[str, str | Path]:

@@ -36,14 +36,17 @@ FOREIGN = "a LoRA adapter"  # the method of one that malmend did not write
 TASKS = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}
 # Settings that make an adapter more, or other, than a shift of the layers it names.
 MORE_THAN_A_SHIFT = (
-    "use_dora",
     "modules_to_save",
     "trainable_token_indices",
     "lora_bias",
     "layer_replication",
     "target_parameters",
     "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
 )
+PLAIN_USES = ("use_rslora",)  # of PEFT's use_..., those that only scale
 
 
 def write_adapter(
@@ -160,7 +163,8 @@ def _config(folder: Path) -> dict[str, Any]:
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "LORA":
         raise PatchError(f"{folder} is an adapter of type {kind!r}, expected 'LORA'.")
-    more = [name for name in MORE_THAN_A_SHIFT if config.get(name)]
+    uses = [name for name in config if name.startswith("use_") and name not in PLAIN_USES]
+    more = [name for name in (*uses, *MORE_THAN_A_SHIFT) if config.get(name)]
     more += ["bias"] if config.get("bias", "none") != "none" else []
     if more:
         raise PatchError(

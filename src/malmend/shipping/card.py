@@ -131,7 +131,8 @@ With transformers alone, PEFT installed: `base.load_adapter("FOLDER")`.
 {elsewhere}"""
 
 
-BUILT_IN_BASE = """vLLM and lm-evaluation-harness do not know the base, which is built into malmend: give them the
+BUILT_IN_BASE = """vLLM and lm-evaluation-harness do not know the base, which is built into
+malmend: give them the
 merged model (`malmend export PATCH --to merged FOLDER`)."""
 
 
