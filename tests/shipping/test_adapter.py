@@ -96,6 +96,17 @@ def test_peft_gives_the_patched_models_logits(family, bound, tmp_path):
         )
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+def test_transformers_loads_it_by_itself(family, tmp_path):
+    loaded, folder = loaded_of(family), tmp_path / "adapter"
+    patch, inputs, model = patch_for(loaded), batch_for(loaded.model), twin(loaded)
+    write(loaded, patch, folder)
+    model.load_adapter(str(folder))
+    with applied(loaded, patch) as wanted:
+        gold = logits_of(wanted, inputs)
+    assert (logits_of(model, inputs) - gold).abs().max() < 1e-4 * gold.abs().max()
+
+
 @EVERY_FAMILY
 def test_the_adapter_stays_out_of_all_other_layers(family, tmp_path):
     loaded, folder = loaded_of(family), tmp_path / "adapter"

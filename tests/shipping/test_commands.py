@@ -135,6 +135,7 @@ def test_nothing_half_written_is_left(tiny, patch, tmp_path, monkeypatch, to):
         (["--to", "merged", "--dtype", "bfloat61"], "did you mean 'bfloat16'?"),
         (["--to", "lora", "--facts", "typo.jsonl"], "typo.jsonl"),
         (["--to", "lora", "--rank", "8", "--text", "typo.txt"], "typo.txt"),
+        (["--to", "lora", "--text", "text.txt"], "give --rank too"),
         (["--to", "lora", "--model", "smollm2-135n"], "did you mean 'smollm2-135m'?"),
         (["--to", "lora", "--rnk", "8"], "did you mean '--rank'?"),
         ([], "--to must be given"),

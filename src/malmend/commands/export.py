@@ -138,6 +138,8 @@ def _check(
             "A merged model holds the whole shift, so --rank and --text are of --to lora; leave "
             "them out."
         )
+    if to == "lora" and rank is None and text is not None:
+        raise MalmendError("--text says which keys a cut spares; give --rank too, or leave it out.")
     if to == "lora" and dtype is not None:
         raise MalmendError("An adapter is float32; leave --dtype out, or give --to merged.")
     if dtype is not None and dtype not in DTYPES:
