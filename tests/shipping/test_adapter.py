@@ -176,8 +176,8 @@ def test_what_is_read_back_is_the_patch(bound, tmp_path):
     for name in patch.factors:
         torch.testing.assert_close(found.shift(name), patch.shift(name), rtol=0, atol=2e-7)
     assert (found.base, found.provenance["method"]) == ("", FOREIGN)
-    assert based_on(found, loaded).base == loaded.fingerprint
-    other = loaded_of("gpt2", seed=1)
+    based, other = based_on(found, loaded), loaded_of("gpt2", seed=1)
+    assert based.base == based_on(based, other).base == loaded.fingerprint
     assert based_on(patch, other).base == loaded.fingerprint  # a patch's own is never replaced
 
 
