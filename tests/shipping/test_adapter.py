@@ -295,5 +295,5 @@ def test_files_that_are_no_adapter_are_refused(adapter, tmp_path):
     with pytest.raises(PatchError, match="cannot be read"):
         read_adapter(adapter)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(PatchError, match=f"holds no {CONFIG}"):
+    with pytest.raises(PatchError, match=f"it is a folder without {CONFIG}"):
         read_patch(tmp_path / "empty")

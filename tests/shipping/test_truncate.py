@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import shipping_support
 import torch
+from shipping_support import loaded_of
 
 import command_support
+from malmend.errors import MalmendError
 from malmend.facts.readers import read_facts, read_text
+from malmend.models.sites import Site
 from malmend.models.trunk import TrunkSettings
 from malmend.patch import load_patch
 from malmend.shipping.export import Cutting, export_adapter
 from malmend.shipping.measure import bench_for
-from malmend.shipping.truncate import FLOOR
+from malmend.shipping.truncate import FLOOR, key_metric
 
 tiny = command_support.tiny
 cache = command_support.cache
@@ -58,3 +62,12 @@ def test_the_cut_is_the_best_for_the_keys_of_the_text_and_of_the_edit_prompts(
         sizes = torch.linalg.svdvals(shift @ root)
         assert lost.item() == pytest.approx((sizes[8:].norm() / sizes.norm()).item(), rel=1e-3)
         assert said["sites"][name]["error_on_keys"] == pytest.approx(lost.item(), rel=1e-3)
+
+
+def test_a_layer_that_reads_another_halfs_tokens_has_no_keys_to_cut_by():
+    loaded = loaded_of("t5")
+    name = "decoder.block.1.layer.1.EncDecAttention.k"
+    site = Site(name, loaded.model.get_submodule(name))
+    bench = SimpleNamespace(loaded=loaded, trunk=SimpleNamespace(sites=[site]))
+    with pytest.raises(MalmendError, match="does not see every token once.*leave --rank out"):
+        key_metric(bench, "a line")

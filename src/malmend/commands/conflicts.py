@@ -69,7 +69,7 @@ def conflicts(
         raise MalmendError(f"{len(patches)} patch was given, expected two or more to compare.")
     if facts and len(facts) != len(patches):
         raise MalmendError(
-            f"{len(facts)} facts files were given for {len(patches)} patches, expected one for "
+            f"--facts names {len(facts)} for {len(patches)} patches, expected one facts file for "
             "each, in their order, or none."
         )
     read = {name: read_patch(path) for name, path in _named(patches).items()}

@@ -88,17 +88,17 @@ def export(
     folder = new_folder(folder)
     patch = read_patch(patch) if isinstance(patch, str | Path) else patch
     base = model if model is not None else _named(patch)
-    encoder = encoder_for(base, patch.provenance.get("settings", {}).get("end_of_answer"))
+    end = patch.provenance.get("settings", {}).get("end_of_answer")
+    ways = {name: bool(patch.provenance.get(name)) for name in ("alternative", "away")}
     known = None
-    if facts is not None:
-        ways = {name: bool(patch.provenance.get(name)) for name in ("alternative", "away")}
-        known = checked_facts(facts, encoder, limit, **ways)
+    if facts is not None:  # whatever is wrong with them is found before a weight is read
+        known = checked_facts(facts, encoder_for(base, end), limit, **ways)
     dtype = dtype or (base_dtype(base) if to == "merged" else "float32")
     cutting = _cutting(rank, text, known)
     loaded = opened(base)
     patch = based_on(patch, loaded)
     exportable(loaded, patch, force)
-    bench = bench_for(loaded, [patch], encoder.end_of_answer, trunk)
+    bench = bench_for(loaded, [patch], encoder_for(loaded, end).end_of_answer, trunk)
     if known is not None:
         known = aimed(bench, known, ways["away"])
     form: Patch | LoadedModel
@@ -131,7 +131,7 @@ def _check(
     """What can be refused before anything is read."""
     if to not in get_args(Form):
         raise MalmendError(
-            f"to is {to!r}{nearest(to, get_args(Form)) or ''}; expected lora or merged."
+            f"--to is {to!r}{nearest(to, get_args(Form)) or '.'} Expected lora or merged."
         )
     if to == "merged" and (rank is not None or text is not None):
         raise MalmendError(
@@ -144,7 +144,7 @@ def _check(
         raise MalmendError("An adapter is float32; leave --dtype out, or give --to merged.")
     if dtype is not None and dtype not in DTYPES:
         raise MalmendError(
-            f"dtype {dtype!r} is unknown{nearest(dtype, DTYPES) or ''}; expected one of "
+            f"--dtype is {dtype!r}{nearest(dtype, DTYPES) or '.'} Expected one of "
             f"{', '.join(DTYPES)}."
         )
     if decode_facts is not None and decode_facts < 0:

@@ -151,8 +151,8 @@ def read_adapter(folder: str | Path) -> Patch:
 def _config(folder: Path) -> dict[str, Any]:
     if not is_adapter(folder):
         raise PatchError(
-            f"The folder {folder} holds no {CONFIG}, expected a LoRA adapter that PEFT or `malmend "
-            "export --to lora` wrote, or the file of a patch."
+            f"There is no patch file {folder}: it is a folder without {CONFIG}; give the file of a "
+            "patch, or the folder of a LoRA adapter."
         )
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))

@@ -18,8 +18,11 @@ from torch import Tensor
 
 from malmend.editors.calibration import CalibrationSettings
 from malmend.editors.keymoments import asked_moment, passages_of, text_moment
-from malmend.errors import MalmendError
+from malmend.errors import MalmendError, ModelError
 from malmend.facts.fact import Fact
+from malmend.models.blocks import check_runs, run_matrices
+from malmend.models.forms import find_stacks
+from malmend.models.sites import stack_of
 from malmend.numerics.truncation import Spectrum, truncated
 from malmend.progress import Progress, silent
 from malmend.workbench import Workbench
@@ -53,7 +56,11 @@ def key_metric(
         text: general text, a passage per line.
         facts: whose edit prompts and answers count too; paraphrases are for measuring only.
         progress: called with stage and share done.
+
+    Raises:
+        MalmendError: a layer does not see every token once, so that its keys are not known.
     """
+    _check_sees_all(bench)
     passages = passages_of(bench.encoder, text)
     moments = text_moment(bench.trunk, passages, CalibrationSettings().text_tokens, progress)
     if facts:
@@ -65,6 +72,19 @@ def key_metric(
         + FLOOR * moment_KK.diagonal().mean() * torch.eye(len(moment_KK), dtype=torch.float64)
         for site, moment_KK in zip(bench.trunk.sites, moments, strict=True)
     }
+
+
+def _check_sees_all(bench: Workbench) -> None:
+    model = bench.loaded.model
+    runs = run_matrices(model, find_stacks(model))
+    for site in bench.trunk.sites:
+        try:
+            check_runs(model, site.name, stack_of(model, site.name), runs)
+        except ModelError as error:
+            raise MalmendError(
+                f"{site.name} does not see every token once (it may be an expert of a mixture), so "
+                "that there are no keys to cut its shift by; leave --rank out, or merge."
+            ) from error
 
 
 def cut(
