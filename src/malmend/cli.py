@@ -240,7 +240,9 @@ def _eval(arguments: list[str]) -> None:
     parser = parser_of("eval", COMMANDS["eval"])
     parser.add_argument("model", type=str, help="name, folder or GGUF file")
     parser.add_argument("facts", type=str, help="facts file")
-    parser.add_argument("--patch", type=str, help="a patch; without it the model is asked alone")
+    parser.add_argument(
+        "--patch", type=str, help="a patch or LoRA adapter; without it the model is asked alone"
+    )
     derive(parser, evaluate, {"model", "facts", "patch"})
     parser.add_argument("--json", type=str, help="file to write all figures and answers to")
     given = parse(parser, arguments)
@@ -263,7 +265,9 @@ def _ask(arguments: list[str]) -> None:
     parser = parser_of("ask", COMMANDS["ask"])
     parser.add_argument("model", type=str, help="name, folder or GGUF file")
     parser.add_argument("prompt", type=str, help="a question, or text to go on with")
-    parser.add_argument("--patch", type=str, help="a patch; the answer is then shown with it too")
+    parser.add_argument(
+        "--patch", type=str, help="a patch or LoRA adapter; the answer is then shown with it too"
+    )
     derive(parser, ask, {"model", "prompt", "patch"})
     show.asked(ask(**parse(parser, arguments)))
 
@@ -332,7 +336,7 @@ def _inspect(arguments: list[str]) -> None:
     from malmend.commands.inspect import inspect
 
     parser = parser_of("inspect", COMMANDS["inspect"])
-    parser.add_argument("thing", type=str, help="a model, an editor, a patch or a facts file")
+    parser.add_argument("thing", type=str, help="a model, editor, patch, adapter or facts file")
     derive(parser, inspect, {"thing"})
     show.inspected(inspect(**parse(parser, arguments)))
 

@@ -69,5 +69,5 @@ def test_a_layer_that_reads_another_halfs_tokens_has_no_keys_to_cut_by():
     name = "decoder.block.1.layer.1.EncDecAttention.k"
     site = Site(name, loaded.model.get_submodule(name))
     bench = SimpleNamespace(loaded=loaded, trunk=SimpleNamespace(sites=[site]))
-    with pytest.raises(MalmendError, match="does not see every token once.*leave --rank out"):
+    with pytest.raises(MalmendError, match=r"does not see every token once.*leave --rank out"):
         key_metric(bench, "a line")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from malmend.errors import ModelError
@@ -48,29 +49,34 @@ def base_dtype(model: str | LoadedModel) -> str:
 def merged(loaded: LoadedModel, patch: Patch, dtype: str) -> LoadedModel:
     """A copy of the model with the patch in its weights, each rounded once; the model stays."""
     with applied(loaded, patch, force=True) as model:  # its base was checked
-        whole = copy.deepcopy(model)
-    return prepared(_cast(whole, DTYPES[dtype]), loaded.tokenizer, loaded.name)
+        return prepared(_copied(model, DTYPES[dtype]), loaded.tokenizer, loaded.name)
 
 
 def cast_copy(loaded: LoadedModel, dtype: str) -> LoadedModel:
     """A copy of the model itself as it is when loaded in a dtype."""
-    return prepared(_cast(copy.deepcopy(loaded.model), DTYPES[dtype]), loaded.tokenizer)
+    return prepared(_copied(loaded.model, DTYPES[dtype]), loaded.tokenizer, loaded.name)
 
 
-def _cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Weights and what is saved with them, in place.
+def _copied(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """A copy whose weights, and what is saved with them, are of a dtype.
 
-    Not ``model.to``: that would round what a load computes anew (the angles of rotary positions).
+    Each is cast as it is copied, so that no second model in the wider dtype is held.  Not by
+    ``model.to``, which would round what a load computes anew (the angles of rotary positions).
     """
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
     saved = model.state_dict()
-    for name, buffer in list(model.named_buffers()):
-        if name in saved and buffer.is_floating_point():
-            inside, _, last = name.rpartition(".")
-            setattr(model.get_submodule(inside), last, buffer.to(dtype))
-    model.config.dtype = dtype
-    return model
+    instead: dict[int, torch.Tensor] = {
+        id(one): nn.Parameter(one.detach().to(dtype, copy=True), requires_grad=False)
+        for one in model.parameters()
+        if one.is_floating_point()
+    }
+    instead |= {
+        id(one): one.detach().to(dtype, copy=True)
+        for name, one in model.named_buffers()
+        if name in saved and one.is_floating_point()
+    }
+    whole = copy.deepcopy(model, instead)
+    whole.config.dtype = dtype
+    return whole
 
 
 def read_back(folder: Path, meant: LoadedModel, dtype: str) -> LoadedModel:
