@@ -138,6 +138,12 @@ OPTIONS = {
         *("--epochs", "--validation", "--patience", "--until", "--seed"),
     },
     "bench": {"-h", "--help", "--out"},
+    "export": TRUNK
+    | {"-h", "--help", "--to", "--model", "--rank", "--dtype", "--facts", "--limit"}
+    | {"--decode-facts", "--text", "--force"},
+    "push": {"-h", "--help", "--private"},
+    "diff": MODEL | {"--out"},
+    "conflicts": MODEL | TRUNK | {"--facts", "--limit", "--decode-facts", "--force"},
     "inspect": MODEL | {"--layers", "--linear", "--side", "--sites"},
     "cache": {"-h", "--help", "--clear"},
     "demo": {"-h", "--help", "--out", "--model", "--facts", "--spoken"},

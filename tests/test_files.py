@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from malmend.files import kept, prune, written_beside
+from malmend.errors import MalmendError
+from malmend.files import folder_beside, kept, new_folder, prune, written_beside
 
 MUCH = 10**6
 
@@ -116,3 +117,40 @@ def test_writing_one_removes_what_was_used_longest_ago(tmp_path):
     assert names(tmp_path) == {"file0", "new"}
     assert not second.exists()
     assert not third.exists()
+
+
+def test_a_folder_is_filled_beside_and_renamed(tmp_path):
+    with folder_beside(tmp_path / "out") as beside:
+        (beside / "file").write_text("whole")
+        assert not (tmp_path / "out").exists()
+    assert [one.name for one in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "file").read_text() == "whole"
+    (tmp_path / "empty").mkdir()
+    with folder_beside(tmp_path / "empty") as beside:
+        (beside / "file").write_text("whole")
+    assert (tmp_path / "empty" / "file").read_text() == "whole"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, OSError(errno.ENOSPC, "full")])
+def test_nothing_is_left_of_a_folder_that_was_not_finished(tmp_path, error):
+    def fill():
+        with folder_beside(tmp_path / "out") as beside:
+            (beside / "file").write_text("half")
+            raise error
+
+    with pytest.raises((KeyboardInterrupt, ValueError)):
+        fill()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_holds_files_is_never_written_over(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").write_text("mine")
+    with pytest.raises(MalmendError, match="holds files already"), folder_beside(tmp_path / "out"):
+        raise AssertionError("the block must not be run")
+    with pytest.raises(MalmendError, match="is a file"):
+        new_folder(tmp_path / "out" / "file")
+    with pytest.raises(MalmendError, match="There is no folder"):
+        new_folder(tmp_path / "no" / "out")
+    assert new_folder(tmp_path / "new") == tmp_path / "new"
+    assert [one.name for one in tmp_path.iterdir()] == ["out"]

@@ -6,6 +6,7 @@ The commands of the command line are functions with the same words::
 
     result = malmend.edit("smollm2-135m", "facts.jsonl", out="patch.safetensors")
     report = malmend.eval("smollm2-135m", "facts.jsonl", patch="patch.safetensors")
+    malmend.export("patch.safetensors", "adapter", to="lora")
 
     loaded = malmend.load_model("smollm2-135m")
     with malmend.applied(loaded, malmend.load_patch("patch.safetensors")) as model:
@@ -22,13 +23,20 @@ if TYPE_CHECKING:
     from malmend.commands.ask import ask as ask
     from malmend.commands.cache import CacheResult as CacheResult
     from malmend.commands.cache import cache as cache
+    from malmend.commands.conflicts import ConflictsResult as ConflictsResult
+    from malmend.commands.conflicts import conflicts as conflicts
     from malmend.commands.demo import DemoResult as DemoResult
     from malmend.commands.demo import demo as demo
+    from malmend.commands.diff import DiffResult as DiffResult
+    from malmend.commands.diff import diff as diff
     from malmend.commands.edit import EditResult as EditResult
     from malmend.commands.edit import edit as edit
     from malmend.commands.evaluate import evaluate as evaluate
+    from malmend.commands.export import ExportResult as ExportResult
+    from malmend.commands.export import export as export
     from malmend.commands.inspect import Inspection as Inspection
     from malmend.commands.inspect import inspect as inspect
+    from malmend.commands.push import push as push
     from malmend.commands.train import TrainResult as TrainResult
     from malmend.commands.train import train as train
     from malmend.editors.network import NetworkSettings as NetworkSettings
@@ -60,10 +68,14 @@ if TYPE_CHECKING:
 _HOME = {
     "commands.ask": ("AskResult", "ask"),
     "commands.cache": ("CacheResult", "cache"),
+    "commands.conflicts": ("ConflictsResult", "conflicts"),
     "commands.demo": ("DemoResult", "demo"),
+    "commands.diff": ("DiffResult", "diff"),
     "commands.edit": ("EditResult", "edit"),
     "commands.evaluate": ("evaluate",),
+    "commands.export": ("ExportResult", "export"),
     "commands.inspect": ("Inspection", "inspect"),
+    "commands.push": ("push",),
     "commands.train": ("TrainResult", "train"),
     "editors.settings": ("EditorSettings", "published", "training_free"),
     "editors.network": ("NetworkSettings",),

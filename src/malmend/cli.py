@@ -34,6 +34,10 @@ COMMANDS = {
     "finetune": "fine-tune a model on facts, so that it knows what is to be edited",
     "continuations": "make facts of a text: passages and the tokens that follow them",
     "bench": "methods side by side: run a plan; bench table and bench plot show it",
+    "export": "make a LoRA adapter or a whole model of a patch",
+    "push": "upload an exported folder to the Hugging Face hub",
+    "diff": "which layers of two models differ, and the difference as a patch",
+    "conflicts": "where patches meet, and what stacking them does to their facts",
     "inspect": "what is in a model, an editor, a patch or a facts file",
     "cache": "what is kept of models and facts, and how to be rid of it",
     "demo": "the main job on a real model, start to finish",
@@ -85,6 +89,10 @@ def _run(arguments: list[str]) -> int:
         "finetune": _finetune,
         "continuations": _continuations,
         "bench": _bench,
+        "export": _shipping("export"),
+        "push": _shipping("push"),
+        "diff": _shipping("diff"),
+        "conflicts": _shipping("conflicts"),
         "inspect": _inspect,
         "cache": _cache,
         "demo": _demo,
@@ -246,7 +254,9 @@ def _eval(arguments: list[str]) -> None:
     parser = parser_of("eval", COMMANDS["eval"])
     parser.add_argument("model", type=str, help="name, folder or GGUF file")
     parser.add_argument("facts", type=str, help="facts file")
-    parser.add_argument("--patch", type=str, help="a patch; without it the model is asked alone")
+    parser.add_argument(
+        "--patch", type=str, help="a patch or LoRA adapter; without it the model is asked alone"
+    )
     derive(parser, evaluate, {"model", "facts", "patch"})
     parser.add_argument("--json", type=str, help="file to write all figures and answers to")
     given = parse(parser, arguments)
@@ -269,7 +279,9 @@ def _ask(arguments: list[str]) -> None:
     parser = parser_of("ask", COMMANDS["ask"])
     parser.add_argument("model", type=str, help="name, folder or GGUF file")
     parser.add_argument("prompt", type=str, help="a question, or text to go on with")
-    parser.add_argument("--patch", type=str, help="a patch; the answer is then shown with it too")
+    parser.add_argument(
+        "--patch", type=str, help="a patch or LoRA adapter; the answer is then shown with it too"
+    )
     derive(parser, ask, {"model", "prompt", "patch"})
     show.asked(ask(**parse(parser, arguments)))
 
@@ -338,7 +350,7 @@ def _inspect(arguments: list[str]) -> None:
     from malmend.commands.inspect import inspect
 
     parser = parser_of("inspect", COMMANDS["inspect"])
-    parser.add_argument("thing", type=str, help="a model, an editor, a patch or a facts file")
+    parser.add_argument("thing", type=str, help="a model, editor, patch, adapter or facts file")
     derive(parser, inspect, {"thing"})
     show.inspected(inspect(**parse(parser, arguments)))
 
@@ -350,6 +362,17 @@ def _cache(arguments: list[str]) -> None:
     parser = parser_of("cache", COMMANDS["cache"])
     derive(parser, cache, set())
     show.cached(cache(**parse(parser, arguments)))
+
+
+def _shipping(name: str) -> Callable[[list[str]], None]:
+    """A command of ``cli_shipping``, which is read only when it runs."""
+
+    def run(arguments: list[str]) -> None:
+        from malmend import cli_shipping
+
+        getattr(cli_shipping, name)(arguments, COMMANDS[name])
+
+    return run
 
 
 def _demo(arguments: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -84,6 +85,43 @@ def writable_folder(path: str | Path) -> Path:
             f"{path} cannot be made ({reason(error)}); give another path."
         ) from error
     writable(path / "probe")
+    return path
+
+
+@contextmanager
+def folder_beside(path: str | Path) -> Iterator[Path]:
+    """Yields a new folder in the same place to fill; renamed to ``path`` if the block succeeds.
+
+    Raises:
+        MalmendError: ``path`` holds files, or cannot be written; nothing is left.
+    """
+    path = new_folder(path)
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        beside.mkdir()
+        yield beside
+        os.replace(beside, path)
+    except (OSError, SafetensorError) as error:
+        raise MalmendError(
+            f"{path} cannot be written ({reason(error)}); give another path."
+        ) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def new_folder(path: str | Path) -> Path:
+    """Checks before long work that a folder can be made at ``path``.
+
+    Raises:
+        MalmendError: it is a file or holds files, or the folder around it takes none.
+    """
+    path = Path(path).absolute()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        what = "holds files already" if path.is_dir() else "is a file"
+        raise MalmendError(f"{path} {what}, expected a new folder; give another path.")
+    if not path.parent.is_dir():
+        raise MalmendError(f"There is no folder {path.parent} to make {path.name} in.")
+    writable(path.with_name(f".{path.name}.probe"))
     return path
 
 

@@ -11,7 +11,8 @@ from malmend.evaluation.generate import Answer, generate
 from malmend.models.load import LoadedModel
 from malmend.models.sites import find_sites
 from malmend.models.trunk import Trunk
-from malmend.patch import Patch, applied, load_patch
+from malmend.patch import Patch, applied
+from malmend.shipping.adapter import based_on, read_patch
 from malmend.workbench import encoder_for, opened
 
 
@@ -45,7 +46,7 @@ def ask(
     Args:
         model: a name, a folder, a GGUF file, or a loaded model.
         prompt: what to ask.
-        patch: a patch, or its file.
+        patch: a patch, its file, or a LoRA adapter's folder.
         chat: ask through the model's chat template.
         max_new_tokens: where the answer is cut at the latest.
         force: accept a patch that was made for another base.
@@ -56,8 +57,9 @@ def ask(
     if max_new_tokens < 1:
         raise MalmendError(f"max_new_tokens is {max_new_tokens}, expected 1 or more.")
     if isinstance(patch, str | Path):
-        patch = load_patch(patch)
+        patch = read_patch(patch)
     loaded = opened(model, dtype)
+    patch = None if patch is None else based_on(patch, loaded)
     encoder = encoder_for(loaded, "none", chat)
 
     def answer() -> Answer:

@@ -21,8 +21,9 @@ from malmend.facts.tokens import Encoder
 from malmend.models.load import LoadedModel
 from malmend.models.sites import Site, find_sites
 from malmend.models.trunk import TrunkSettings
-from malmend.patch import Patch, applied, check_base, load_patch, sites_of
+from malmend.patch import Patch, applied, check_base, sites_of
 from malmend.progress import Progress, silent
+from malmend.shipping.adapter import based_on, read_patch
 from malmend.workbench import (
     aimed,
     checked_facts,
@@ -56,7 +57,7 @@ def evaluate(
     Args:
         model: a name, a folder, a GGUF file, or a loaded model.
         facts: a facts file, or facts.
-        patch: a patch, or its file.
+        patch: a patch, its file, or a LoRA adapter's folder.
         limit: the first so many facts.
         strict: refuse duplicates and contradictions in place of skipping the later ones.
         alternative: ask for each fact's alternative (a false answer) in place of its answer.
@@ -80,7 +81,7 @@ def evaluate(
         raise MalmendError(f"decode_facts is {decode_facts}, expected 0 or more.")
     inputs = (facts, patch, text)
     if isinstance(patch, str | Path):
-        patch = load_patch(patch)
+        patch = read_patch(patch)
     # As the patch was made, so that its facts are read as they were edited.
     made = patch.provenance.get("settings", {}) if patch else {}
     encoder = encoder_for(model, made.get("end_of_answer"), chat)
@@ -90,6 +91,7 @@ def evaluate(
     if report is not None:
         page_folder(report, *inputs)
     loaded = opened(model, dtype)
+    patch = None if patch is None else based_on(patch, loaded)
     bench = lay_out(loaded, _sites(loaded, patch, force), encoder.end_of_answer, chat, trunk)
     known = aimed(bench, known, away)
     count = _Counter(progress, 2 if patch else 1)

@@ -15,7 +15,7 @@ from malmend.methods.trained import TRAINED, method_in, trained_method
 from malmend.models.cut import Cut
 from malmend.models.load import BUILT_IN, LoadedModel, load_model
 from malmend.models.sites import Linear, Side, Site, find_sites
-from malmend.patch import load_patch
+from malmend.shipping.adapter import is_adapter, read_patch
 
 FORMS = {
     "causal": "decoder",
@@ -44,7 +44,8 @@ def inspect(
     """Looks at a model, editor, patch or facts file and says what it is.
 
     Args:
-        thing: a model's name, folder or GGUF file; an editor's folder; a patch; a facts file.
+        thing: a model's name, folder or GGUF file; an editor's folder; a patch, or a LoRA adapter's
+            folder; a facts file.
         layers: which sites of a model to show: the last so many blocks', null for six.
         sites: which sites of a model to show, by name or pattern.
         linear: which of a block's feed-forward layers, "second", "first" or "both".
@@ -60,6 +61,8 @@ def inspect(
     if str(thing) in BUILT_IN or path.suffix == ".gguf":
         return model()
     if path.is_dir():
+        if is_adapter(path):
+            return _patch(path)
         if method_in(path) in TRAINED:
             return _trained(path)
         is_editor = (path / "editor.json").is_file()
@@ -104,7 +107,7 @@ def _trained(path: Path) -> Inspection:
 
 
 def _patch(path: Path) -> Inspection:
-    patch = load_patch(path)
+    patch = read_patch(path)
     shifts = {}
     for name, factors in patch.factors.items():
         rows, columns = patch.shift(name).shape

@@ -1,0 +1,69 @@
+"""The commands that hand an edit on or look at others' edits: export, push, diff, conflicts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from malmend.options import derive, parse, parser_of
+
+
+def export(arguments: list[str], what: str) -> None:
+    """A patch as an adapter or a model."""
+    from malmend import show, show_shipping
+    from malmend.commands.export import export
+
+    parser = parser_of("export", what)
+    parser.add_argument("patch", type=str, help="a patch")
+    parser.add_argument("folder", type=str, help="folder to make")
+    derive(parser, export, {"patch", "folder", "to", "model"})
+    parser.add_argument("--to", type=str, required=True, help="lora or merged")
+    parser.add_argument("--model", type=str, help="the base, where the patch's name is not its own")
+    given: dict[str, Any] = parse(parser, arguments)
+    with show.bars() as bars:
+        result = export(**given, progress=bars)
+    show_shipping.exported(result)
+
+
+def push(arguments: list[str], what: str) -> None:
+    """An exported folder to the hub."""
+    from malmend import show_shipping
+    from malmend.commands.push import push
+
+    parser = parser_of("push", what)
+    parser.add_argument("folder", type=str, help="folder that malmend export wrote")
+    parser.add_argument("repo", type=str, help="repository on the hub, org/name")
+    derive(parser, push, {"folder", "repo", "api"})
+    show_shipping.pushed(push(**parse(parser, arguments)))
+
+
+def diff(arguments: list[str], what: str) -> None:
+    """Two models side by side."""
+    from malmend import show, show_shipping
+    from malmend.commands.diff import diff
+
+    parser = parser_of("diff", what)
+    parser.add_argument("model", type=str, help="name, folder or GGUF file")
+    parser.add_argument("other", type=str, help="name, folder or GGUF file")
+    derive(parser, diff, {"model", "other"})
+    given = parse(parser, arguments)
+    with show.bars() as bars:
+        result = diff(**given, progress=bars)
+    show_shipping.differing(result)
+
+
+def conflicts(arguments: list[str], what: str) -> None:
+    """Several patches on one model."""
+    from malmend import show, show_shipping
+    from malmend.commands.conflicts import conflicts
+
+    parser = parser_of("conflicts", what)
+    parser.add_argument("model", type=str, help="name, folder or GGUF file")
+    parser.add_argument("patches", type=str, nargs="+", help="patches, or LoRA adapters' folders")
+    derive(parser, conflicts, {"model", "patches", "facts"})
+    parser.add_argument(
+        "--facts", type=str, nargs="+", default=[], help="a facts file for each patch, in order"
+    )
+    given = parse(parser, arguments)
+    with show.bars() as bars:
+        result = conflicts(**given, progress=bars)
+    show_shipping.conflicting(result)

@@ -1,0 +1,107 @@
+"""What patches do to one another on one model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from malmend.errors import MalmendError
+from malmend.facts.fact import FactSet
+from malmend.facts.tokens import EndOfAnswer
+from malmend.models.load import LoadedModel
+from malmend.models.trunk import TrunkSettings
+from malmend.patch import Patch
+from malmend.progress import Progress, silent
+from malmend.shipping.adapter import based_on, read_patch
+from malmend.shipping.conflict import Meeting, meetings, stacked
+from malmend.shipping.layers import exportable
+from malmend.shipping.measure import Asking, Measured, bench_for, measured
+from malmend.workbench import aimed, checked_facts, encoder_for, opened
+
+
+@dataclass(frozen=True, eq=False)
+class ConflictsResult:
+    """What several patches have in common.
+
+    Attributes:
+        model: the base's name.
+        patches: names of the patches, in order.
+        meetings: layers that two of them shift; empty where no two meet.
+        metrics: of each patch whose facts were given, by its name: scores of the unedited model,
+            of the patch ``alone`` and of all ``stacked``, on these facts.
+    """
+
+    model: str
+    patches: tuple[str, ...]
+    meetings: tuple[Meeting, ...]
+    metrics: Mapping[str, Measured]
+
+
+def conflicts(
+    model: str | LoadedModel,
+    patches: Sequence[str | Path],
+    facts: Sequence[str | Path] = (),
+    limit: int | None = None,
+    decode_facts: int | None = 0,
+    force: bool = False,
+    trunk: TrunkSettings = TrunkSettings(),
+    dtype: str = "float32",
+    progress: Progress = silent,
+) -> ConflictsResult:
+    """Says where patches meet, and what stacking them does to each one's facts.
+
+    Args:
+        model: a name, a folder, a GGUF file, or a loaded model.
+        patches: two or more patches; a PEFT LoRA adapter's folder counts as one.
+        facts: a facts file for each patch, in their order, or none.
+        limit: the first so many facts of each.
+        decode_facts: for how many of them the model also answers free-running; null for all.
+        force: accept patches that were made for another base.
+        trunk: grouping of questions and the disk budget for trunk activations.
+        dtype: the model is loaded in.
+        progress: called with stage and share done.
+
+    Raises:
+        MalmendError: any bad input, in one sentence.
+    """
+    if len(patches) < 2:
+        raise MalmendError(f"{len(patches)} patch was given, expected two or more to compare.")
+    if facts and len(facts) != len(patches):
+        raise MalmendError(
+            f"--facts names {len(facts)} for {len(patches)} patches, expected one facts file for "
+            "each, in their order, or none."
+        )
+    read = {name: read_patch(path) for name, path in _named(patches).items()}
+    asked = [
+        _asked(model, patch, path, limit) for patch, path in zip(read.values(), facts, strict=False)
+    ]
+    loaded = opened(model, dtype)
+    known = {name: based_on(patch, loaded) for name, patch in read.items()}
+    for patch in known.values():
+        exportable(loaded, patch, force)
+    met, forms = meetings(known), {"stacked": stacked(known, loaded.fingerprint)}
+    found = {}
+    for (name, patch), (end, chosen) in zip(known.items(), asked, strict=False):
+        bench = bench_for(loaded, list(known.values()), end, trunk)
+        asking = Asking(aimed(bench, chosen, bool(patch.provenance.get("away"))), decode_facts)
+        found[name] = measured(bench, asking, {"alone": patch, **forms}, progress)
+    return ConflictsResult(loaded.name, tuple(known), met, found)
+
+
+def _asked(
+    model: str | LoadedModel, patch: Patch, facts: str | Path, limit: int | None
+) -> tuple[EndOfAnswer, FactSet]:
+    """A patch's facts as they were edited, checked, with the end that their answers have."""
+    encoder = encoder_for(model, patch.provenance.get("settings", {}).get("end_of_answer"))
+    ways = {way: bool(patch.provenance.get(way)) for way in ("alternative", "away")}
+    return encoder.end_of_answer, checked_facts(facts, encoder, limit, **ways)
+
+
+def _named(patches: Sequence[str | Path]) -> dict[str, str | Path]:
+    """Paths by what they are called: the last part, or the whole where two are alike."""
+    lasts = [Path(path).name for path in patches]
+    if len(set(map(str, patches))) < len(patches):
+        raise MalmendError("The same patch was given twice; give two different ones.")
+    alike = len(set(lasts)) < len(lasts)
+    return {str(path) if alike else last: path for path, last in zip(patches, lasts, strict=True)}

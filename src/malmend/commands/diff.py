@@ -1,0 +1,113 @@
+"""What differs between two models, and the difference as a patch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from malmend.commands.edit import now
+from malmend.errors import PatchError
+from malmend.files import writable
+from malmend.models.load import LoadedModel
+from malmend.models.sites import Site
+from malmend.patch import Patch, load_patch, save_patch
+from malmend.progress import Progress, silent
+from malmend.shipping.compare import Comparison, compared
+from malmend.shipping.layers import not_plain
+from malmend.workbench import opened
+
+
+@dataclass(frozen=True, eq=False)
+class DiffResult:
+    """Two models compared.
+
+    Attributes:
+        model: name of the one.
+        other: name of the other.
+        comparison: what differs.
+        patch: the difference as read back from the file, where one was asked for.
+        path: of that file.
+    """
+
+    model: str
+    other: str
+    comparison: Comparison
+    patch: Patch | None = None
+    path: Path | None = None
+
+
+def diff(
+    model: str | LoadedModel,
+    other: str | LoadedModel,
+    out: str | Path | None = None,
+    dtype: str = "float32",
+    progress: Progress = silent,
+) -> DiffResult:
+    """Finds the layers of two models that differ, with rank and size of each difference.
+
+    Args:
+        model: a name, a folder, a GGUF file, or a loaded model.
+        other: likewise.
+        out: path of a patch that makes the other model of this one, to be measured with ``eval``
+            and taken off; refused unless all that differs are linear layers' weights.
+        dtype: both are loaded in.
+        progress: called with stage and share done.
+
+    Raises:
+        MalmendError: a model cannot be read, or the difference is no patch.
+    """
+    if out is not None:
+        writable(out, model, other)
+    mine, theirs = opened(model, dtype), opened(other, dtype)
+    found = compared(mine.model, theirs.model, progress)
+    if out is None:
+        return DiffResult(mine.name, theirs.name, found)
+    patch = _patch(mine, theirs, found)
+    save_patch(patch, out)
+    return DiffResult(mine.name, theirs.name, found, load_patch(out), Path(out))
+
+
+def _patch(mine: LoadedModel, theirs: LoadedModel, found: Comparison) -> Patch:
+    """The edited weights as shifts, whole: W_0 + S is the other's weight but for one rounding."""
+    lone = [*found.only_here, *found.only_there, *found.reshaped]
+    if lone:
+        raise PatchError(
+            f"{lone[0]} (one of {len(lone)}) is in only one of the models, or of another shape "
+            "there, so that no patch leads from one to the other; --out is for models of one build."
+        )
+    if not found.edited:
+        raise PatchError(
+            f"{mine.name} and {theirs.name} do not differ by more than rounding, so there is no "
+            "patch to write."
+        )
+    factors = {}
+    for one in found.edited:
+        name, _, last = one.name.rpartition(".")
+        why = "is no weight of a linear layer"
+        if last == "weight" and len(one.shape) == 2:
+            site = Site(name, mine.model.get_submodule(name))
+            why = not_plain(mine, site) or ""
+        if why:
+            raise PatchError(
+                f"{one.name} differs and {why}, so that the difference is no patch; without --out "
+                "it is shown."
+            )
+        before, after = (m.model.get_parameter(one.name).detach().cpu() for m in (mine, theirs))
+        factors[name] = (site.oriented(after.double() - before.double()).float().contiguous(),)
+    return Patch(factors, _provenance(mine, theirs))
+
+
+def _provenance(mine: LoadedModel, theirs: LoadedModel) -> dict[str, object]:
+    return {
+        "malmend": version("malmend"),
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+        "model": mine.name,
+        "base": mine.fingerprint,
+        "method": "diff",
+        "other": theirs.name,
+        "other_base": theirs.fingerprint,
+        "created": now(),
+        "settings": {},
+    }

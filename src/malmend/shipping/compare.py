@@ -1,0 +1,129 @@
+"""Which weights of two models differ, and how.
+
+Two models that hold the same numbers in unlike precision differ everywhere, by rounding.  So a
+weight is *edited* only where rounding one model's weight to the other's precision does not give
+the other's.  The precision of a weight is the coarsest dtype that holds all of its numbers: what is
+loaded in float32 may have been kept in bfloat16.
+
+The rank of a difference counts singular values above what rounding alone would give it: (S3) of
+malmend.numerics.truncation, with the larger of the two weights and the coarser precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from malmend.numerics.truncation import rounding_floor
+from malmend.progress import Progress, counted, silent
+
+PRECISIONS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One weight that the two models have otherwise.
+
+    Attributes:
+        name: the parameter's.
+        shape: as the model keeps it.
+        kind: "edited", or "rounding" where one is the other in coarser precision.
+        norm: |other - model| / |model|, Frobenius; infinite where the model's is zero.
+        rank: of the difference, by (S3); None but for edited matrices.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: Literal["edited", "rounding"]
+    norm: float
+    rank: int | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models side by side.
+
+    Attributes:
+        differences: in the model's order.
+        same: how many weights are equal, bit for bit.
+        only_here: names that the other model lacks.
+        only_there: names that this model lacks.
+        reshaped: names that both have, to the two shapes.
+    """
+
+    differences: tuple[Difference, ...]
+    same: int
+    only_here: tuple[str, ...]
+    only_there: tuple[str, ...]
+    reshaped: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+
+    @property
+    def edited(self) -> tuple[Difference, ...]:
+        """Those that are more than rounding."""
+        return tuple(one for one in self.differences if one.kind == "edited")
+
+
+def compared(
+    model: PreTrainedModel, other: PreTrainedModel, progress: Progress = silent
+) -> Comparison:
+    """Every parameter and saved buffer of two models, on the CPU, in float64 where they differ."""
+    mine, theirs = weights_of(model), weights_of(other)
+    both = [name for name in mine if name in theirs]
+    reshaped = {
+        name: (tuple(mine[name].shape), tuple(theirs[name].shape))
+        for name in both
+        if mine[name].shape != theirs[name].shape
+    }
+    count = counted(progress, "comparing weights", max(1, len(both)))
+    found = []
+    for name in both:
+        if name not in reshaped and not torch.equal(mine[name], theirs[name]):
+            found.append(_difference(name, mine[name], theirs[name]))
+        count(1)
+    return Comparison(
+        tuple(found),
+        len(both) - len(found) - len(reshaped),
+        tuple(name for name in mine if name not in theirs),
+        tuple(name for name in theirs if name not in mine),
+        reshaped,
+    )
+
+
+def weights_of(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Parameters and saved buffers by name, tied ones once."""
+    found = {name: one.detach().cpu() for name, one in model.named_parameters()}
+    saved = model.state_dict()
+    return found | {name: one.cpu() for name, one in model.named_buffers() if name in saved}
+
+
+def _difference(name: str, mine: Tensor, theirs: Tensor) -> Difference:
+    shape = tuple(mine.shape)
+    moved = theirs.double() - mine.double()
+    size = mine.double().norm().item()
+    norm = moved.norm().item() / size if size else float("inf")
+    coarse, fine = sorted((_precision(mine), _precision(theirs)), key=PRECISIONS.index)
+    if coarse != fine and torch.equal(mine.to(coarse), theirs.to(coarse)):
+        return Difference(name, shape, "rounding", norm, None)
+    rank = difference_rank(mine, theirs, torch.finfo(coarse).eps) if mine.ndim == 2 else None
+    return Difference(name, shape, "edited", norm, rank)
+
+
+def _precision(weight: Tensor) -> torch.dtype:
+    """The coarsest dtype that holds all numbers."""
+    for dtype in PRECISIONS[:-1]:
+        if torch.equal(weight.to(dtype).to(weight.dtype), weight):
+            return dtype
+    return PRECISIONS[-1]
+
+
+def difference_rank(mine: Tensor, theirs: Tensor, eps: float) -> int:
+    """Singular values above (S3), for two matrices of one shape."""
+    norm = max(one.double().norm().item() for one in (mine, theirs))
+    noise = rounding_floor(norm, (mine.shape[0], mine.shape[1]), eps)
+    sizes = torch.linalg.svdvals(theirs.double() - mine.double())
+    return int((sizes > noise).sum())

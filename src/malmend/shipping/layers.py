@@ -1,0 +1,56 @@
+"""The layers that a patch shifts, as far as an export can carry them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from malmend.errors import PatchError
+from malmend.models.blocks import PLAIN, is_linear
+from malmend.models.forms import find_stacks
+from malmend.models.load import LoadedModel
+from malmend.models.sites import Site, stack_of
+from malmend.patch import Patch, check_base, sites_of
+
+
+def exportable(loaded: LoadedModel, patch: Patch, force: bool = False) -> list[Site]:
+    """The patch's sites, each a plain linear layer with a weight of its own.
+
+    Raises:
+        PatchError: the patch was made for another base (unless ``force``) or other layers, or a
+            layer of it is tied to another, no linear one, quantised, or in no block.
+    """
+    check_base(loaded, patch, force)
+    sites = sites_of(loaded.model, patch)
+    for site in sites:
+        why = not_plain(loaded, site)
+        if why is not None:
+            raise PatchError(
+                f"{site.name} {why}, so that its shift cannot be exported; make the patch again "
+                "without that layer."
+            )
+    return [placed(loaded, site) for site in sites]
+
+
+def placed(loaded: LoadedModel, site: Site) -> Site:
+    """The site with the half of an encoder-decoder that it lies in."""
+    return replace(site, in_encoder=stack_of(loaded.model, site.name).in_encoder)
+
+
+def not_plain(loaded: LoadedModel, site: Site) -> str | None:
+    """Why a layer's shift cannot stand beside or in it alone; None where it can."""
+    weight = site.weight
+    if not is_linear(site.module):
+        return f"is of class {type(site.module).__name__}, not a plain linear layer"
+    if weight.dtype not in PLAIN or weight.is_meta:
+        return f"keeps its weight as {weight.dtype} (quantised or offloaded)"
+    shared = [
+        name
+        for name, other in loaded.model.named_parameters(remove_duplicate=False)
+        if other is weight and name != f"{site.name}.weight"
+    ]
+    if shared:
+        return f"shares its weight with {shared[0]}"
+    stacks = find_stacks(loaded.model)
+    if not any(site.name.startswith(f"{stack.prefix}.") for stack in stacks):
+        return "lies in none of the model's blocks"
+    return None

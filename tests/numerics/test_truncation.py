@@ -1,0 +1,155 @@
+"""Exact factors, and the truncation against whitening, competitors and the plain SVD."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from malmend.numerics.truncation import (
+    FLOAT32,
+    relative_error,
+    rounding_floor,
+    spectrum,
+    truncated,
+)
+
+ROWS, COLUMNS = 9, 14
+
+
+def random(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def moment(seed=0, rank=COLUMNS, spread=3.0):
+    """A second moment whose eigenvalues span orders of magnitude."""
+    basis = torch.linalg.qr(random(COLUMNS, COLUMNS, seed=seed + 100))[0]
+    values = torch.logspace(0, -spread, COLUMNS, dtype=torch.float64)
+    values[rank:] = 0
+    return basis @ values.diag() @ basis.T
+
+
+def product(one):
+    left, right = one.halves()
+    return left @ right
+
+
+def cost(shift, kept, metric):
+    """|(S - S_r) C^(1/2)|^2, by the definition: the trace."""
+    return ((shift - kept) @ metric @ (shift - kept).T).trace().item()
+
+
+@given(st.integers(1, 6), st.integers(0, 50))
+@settings(max_examples=25, deadline=None)
+def test_the_spectrum_of_factors_is_that_of_their_product(rank, seed):
+    left, right = random(ROWS, rank, seed=seed), random(rank, COLUMNS, seed=seed + 1)
+    found = spectrum((left, right))
+    whole = torch.linalg.svd(left @ right)
+    assert found.rank == rank
+    torch.testing.assert_close(found.sizes_R, whole.S[:rank], rtol=1e-10, atol=0)
+    torch.testing.assert_close(product(found), left @ right, rtol=0, atol=1e-12)
+    for basis in (found.left_VR, found.right_RK.T):
+        torch.testing.assert_close(basis.T @ basis, torch.eye(rank, dtype=torch.float64))
+    first, second = found.halves()
+    torch.testing.assert_close(first.norm(dim=0), second.norm(dim=1))  # balanced
+
+
+def test_a_product_of_more_columns_than_the_matrix_has_is_one_too():
+    left, right = random(ROWS, 30), random(30, COLUMNS, seed=1)
+    found = spectrum((left, right))
+    assert found.rank == ROWS
+    torch.testing.assert_close(product(found), left @ right)
+
+
+def test_factors_that_cancel_do_so_in_float64():
+    # Two huge directions that nearly cancel: a product of float32 matrices would lose the rest.
+    left = torch.cat([1e6 * random(ROWS, 1), -1e6 * random(ROWS, 1) + random(ROWS, 1, seed=2)], 1)
+    right = random(1, COLUMNS, seed=3).expand(2, -1)
+    wanted = random(ROWS, 1, seed=2) @ random(1, COLUMNS, seed=3)
+    torch.testing.assert_close(product(spectrum((left, right))), wanted, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 4, ROWS])
+def test_rounding_to_float32_adds_no_rank(rank):
+    shift = random(ROWS, rank) @ random(rank, COLUMNS, seed=1)
+    assert spectrum((shift.float(),)).rank == rank
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(40, 300), (200, 200), (1, 50)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_noise_stays_under_the_floor_and_is_not_far_under(rows, columns, dtype):
+    whole = random(rows, columns)
+    noise = torch.linalg.svdvals(whole.to(dtype).double() - whole)[0].item()
+    floor = rounding_floor(whole.norm().item(), (rows, columns), torch.finfo(dtype).eps)
+    assert floor / 20 < noise < floor / 2
+
+
+@given(st.integers(1, ROWS - 1), st.integers(0, 50))
+@settings(max_examples=25, deadline=None)
+def test_truncation_is_the_svd_between_whitening_and_its_inverse(rank, seed):
+    shift, metric = random(ROWS, COLUMNS, seed=seed), moment(seed)
+    values, basis = torch.linalg.eigh(metric)
+    root = basis @ values.sqrt().diag() @ basis.T
+    back = basis @ values.rsqrt().diag() @ basis.T
+    left, sizes, right = torch.linalg.svd(shift @ root, full_matrices=False)
+    wanted = left[:, :rank] @ sizes[:rank].diag() @ right[:rank] @ back
+    found = truncated(spectrum((shift,)), metric, rank)
+    assert found.rank == rank
+    torch.testing.assert_close(product(found), wanted, rtol=0, atol=1e-8)
+    # and its cost is the sum of what is left out
+    wanted_cost = sizes[rank:].square().sum().item()
+    assert cost(shift, product(found), metric) == pytest.approx(wanted_cost, rel=1e-8)
+
+
+def test_no_competitor_of_the_same_rank_costs_less():
+    rank, shift, metric = 4, random(ROWS, COLUMNS, seed=5), moment(5)
+    found = truncated(spectrum((shift,)), metric, rank)
+    least = cost(shift, product(found), metric)
+    left, right = found.halves()
+    plain = truncated(spectrum((shift,)), torch.eye(COLUMNS, dtype=torch.float64), rank)
+    assert least < 0.9 * cost(shift, product(plain), metric)  # else the metric would not matter
+    for seed in range(200):
+        size = 10.0 ** -(seed % 5)
+        near = (left + size * random(*left.shape, seed=seed)) @ (
+            right + size * random(*right.shape, seed=seed + 1000)
+        )
+        assert cost(shift, near, metric) > least
+        # a random column space, with the best right factor for it
+        basis = torch.linalg.qr(random(ROWS, rank, seed=seed))[0]
+        assert cost(shift, basis @ basis.T @ shift, metric) > least
+
+
+def test_without_a_metric_it_is_the_plain_svd():
+    shift = random(ROWS, COLUMNS)
+    left, sizes, right = torch.linalg.svd(shift, full_matrices=False)
+    found = truncated(spectrum((shift,)), torch.eye(COLUMNS, dtype=torch.float64), 3)
+    torch.testing.assert_close(product(found), left[:, :3] @ sizes[:3].diag() @ right[:3])
+
+
+def test_a_singular_metric_costs_nothing_where_it_sees_all():
+    shift, metric = random(ROWS, COLUMNS), moment(rank=3)
+    found = truncated(spectrum((shift,)), metric, 3)
+    assert cost(shift, product(found), metric) < 1e-12
+    assert relative_error(shift, product(found), metric) < 1e-6
+    assert relative_error(shift, product(found)) > 0.1
+
+
+def test_a_shift_of_no_larger_rank_is_left_as_it_is():
+    shift = random(ROWS, 2) @ random(2, COLUMNS, seed=1)
+    whole = spectrum((shift,))
+    for rank in (2, 5):
+        assert truncated(whole, moment(), rank) is whole
+
+
+def test_relative_errors_by_their_definition():
+    shift, kept, metric = random(ROWS, COLUMNS), random(ROWS, COLUMNS, seed=1), moment()
+    values, basis = torch.linalg.eigh(metric)
+    root = basis @ values.clamp(min=0).sqrt().diag()
+    wanted = ((shift - kept) @ root).norm() / (shift @ root).norm()
+    assert relative_error(shift, kept, metric) == pytest.approx(wanted.item())
+    plain = (shift - kept).norm() / shift.norm()
+    assert relative_error(shift, kept) == pytest.approx(plain.item())
+    assert relative_error(torch.zeros(2, 2), torch.zeros(2, 2)) == 0
+    assert rounding_floor(0.0, (2, 2), FLOAT32) == 0

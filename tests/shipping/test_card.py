@@ -1,0 +1,106 @@
+"""The model card: front matter in YAML, code in Python, figures that are the record's."""
+
+from __future__ import annotations
+
+import ast
+import re
+
+import pytest
+import yaml
+
+from malmend.errors import MalmendError
+from malmend.shipping.card import card, is_hub_name
+from malmend.shipping.truncate import check_rank, served_rank
+
+SITE = {"rank": 70, "error": 0.25, "error_on_keys": 0.125, "lost": 0.5, "unmoved": 0.1}
+RECORD = {
+    "malmend": "1.0",
+    "created": "2026-01-31T12:00:00Z",
+    "model": "org/base-1b",
+    "base": "abc123",
+    "dtype": "bfloat16",
+    "patch": {"facts": 1200, "method": "malmen", "editor": "none", "alternative": False},
+    "sites": {"layer.1": SITE, "layer.2": SITE | {"error": 0.01, "lost": 0.01}},
+    "exact": False,
+    "rank": 64,
+    "keys": "general text",
+    "facts": "secret/folder/facts.jsonl",
+    "metrics": {
+        "unedited": {"ES": {"token_ratio": 0.1}, "LS": {"token_ratio": 0.5}},
+        "patch": {"ES": {"token_ratio": 1.0}, "LS": {"token_ratio": 0.5, "retention": 0.75}},
+        "exported": {"ES": {"token_ratio": 0.9}, "LS": {"token_ratio": 0.5, "retention": 0.7}},
+    },
+}
+
+
+def front(text):
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+@pytest.mark.parametrize("form", ["causal", "classes", "seq2seq"])
+@pytest.mark.parametrize("to", ["lora", "merged"])
+def test_the_card_says_what_it_must(to, form):
+    text = card(RECORD | {"to": to}, form)
+    about = front(text)
+    assert about["base_model"] == "org/base-1b"
+    assert about["library_name"] == {"lora": "peft", "merged": "transformers"}[to]
+    assert "malmend" in about["tags"]
+    for word in ("1,200 facts", "malmen", "abc123", "layer.1", "misuse", "limits"):
+        assert word in text.lower() or word in text
+    for word in ("transformers", "PEFT", "vllm serve", "lm_eval --model hf"):
+        assert word in text
+    assert "| edit prompts (ES) | token ratio | 0.100 | 1.000 | 0.900 |" in text
+    assert "| unrelated questions (LS) | retention |  | 0.750 | 0.700 |" in text
+    assert "`facts.jsonl`" in text
+    assert "secret" not in text
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        ast.parse(code)
+        assert {"causal": "CausalLM", "classes": "Classification", "seq2seq": "Seq2Seq"}[
+            form
+        ] in code
+
+
+def test_what_was_cut_and_what_was_rounded_is_said():
+    text = card(RECORD | {"to": "lora"}, "causal")
+    assert "off by at most 0.25 of a layer's shift" in text
+    assert "cut from 70" in text
+    assert "--max-lora-rank 64" in text
+    assert "nothing was cut off" in card(RECORD | {"to": "lora", "exact": True}, "causal")
+    assert "not served" in card(RECORD | {"to": "lora", "exact": True, "rank": 600}, "causal")
+    assert "Rounding to bfloat16 took at most 0.5" in card(RECORD | {"to": "merged"}, "causal")
+
+
+def test_no_path_of_this_machine_is_told():
+    for to in ("lora", "merged"):
+        text = card(RECORD | {"to": to, "model": "/home/me/base"}, "causal")
+        assert "/home" not in text
+        assert "base_model" not in front(text)
+    assert "pretrained=BASE,peft=FOLDER" in card(RECORD | {"to": "lora", "model": "./m"}, "causal")
+
+
+def test_a_built_in_base_is_loaded_by_malmend_and_served_merged():
+    text = card(RECORD | {"to": "lora", "model": "smollm2-135m"}, "causal")
+    assert 'malmend.load_model("smollm2-135m").model' in text
+    assert "vllm serve" not in text
+    assert "--to merged" in text
+
+
+def test_an_export_without_facts_says_that_nothing_was_measured():
+    text = card(RECORD | {"to": "lora", "metrics": {}, "facts": None}, "causal")
+    assert "Nothing was measured" in text
+
+
+def test_names_of_the_hub():
+    assert all(map(is_hub_name, ("org/name", "a-b/c.d_e-1")))
+    assert not any(map(is_hub_name, ("name", "./m", "/a/b", "../x", "a/b/c", "org/", "a b/c")))
+
+
+def test_ranks():
+    assert [served_rank(rank) for rank in (1, 2, 64, 65, 300, 512, 513)] == [
+        *(1, 8, 64, 128, 320, 512),
+        None,
+    ]
+    check_rank(320)
+    for rank, near in ((100, 128), (0, 1), (40, 32), (9999, 512)):
+        with pytest.raises(MalmendError, match=f"--rank is {rank}.*the nearest is {near}\\)"):
+            check_rank(rank)

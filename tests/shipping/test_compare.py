@@ -1,0 +1,121 @@
+"""Differences of two models: found exactly, told from rounding, and turned into a patch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from shipping_support import FAMILIES, assert_untouched, bits_of, loaded_of, patch_for
+
+from malmend.commands.diff import diff
+from malmend.errors import MalmendError, PatchError
+from malmend.patch import applied
+from malmend.shipping.compare import compared, difference_rank
+from malmend.shipping.merged import cast_copy, merged
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exactly_the_edited_layers_are_found_with_their_ranks(family):
+    loaded = loaded_of(family)
+    patch = patch_for(loaded)
+    other = merged(loaded, patch, "float32")
+    found = compared(loaded.model, other.model)
+    ranks = {name: factors[0].shape[1] for name, factors in patch.factors.items()}
+    true_ranks = {
+        name: int(torch.linalg.matrix_rank(patch.shift(name).double(), rtol=1e-4)) for name in ranks
+    }
+    assert {one.name.removesuffix(".weight"): one.rank for one in found.edited} == true_ranks
+    assert found.differences == found.edited
+    assert found.same == len(dict(loaded.model.named_parameters())) - len(ranks)
+    for one in found.edited:
+        weight = loaded.model.get_parameter(one.name)
+        assert one.shape == tuple(weight.shape)
+        wanted = patch.shift(one.name.removesuffix(".weight")).norm() / weight.norm()
+        assert one.norm == pytest.approx(wanted.item(), rel=1e-4)
+
+
+def test_a_model_does_not_differ_from_itself():
+    loaded = loaded_of("llama")
+    found = compared(loaded.model, loaded_of("llama").model)
+    assert found.differences == ()
+    assert found.same == len(dict(loaded.model.named_parameters()))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_rounding_is_told_from_an_edit(dtype, swapped):
+    loaded = loaded_of("llama")
+    patch = patch_for(loaded, layers=1)
+    rounded = cast_copy(merged(loaded, patch, dtype), "float32")  # as a float32 load of it
+    pair = (loaded.model, rounded.model)
+    found = compared(*(pair[::-1] if swapped else pair))
+    assert {one.name.removesuffix(".weight") for one in found.edited} == set(patch.factors)
+    others = [one for one in found.differences if one.kind == "rounding"]
+    assert len(others) > 10
+    assert all(one.rank is None and one.norm < 0.01 for one in others)
+
+
+def test_the_rank_of_an_edit_that_was_rounded_too():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(60, 80, generator=generator)
+    shift = torch.randn(60, 5, generator=generator) @ torch.randn(5, 80, generator=generator)
+    for dtype in (torch.float32, torch.bfloat16):
+        mine, theirs = weight.to(dtype), (weight + 0.1 * shift).to(dtype)
+        assert difference_rank(mine, theirs, torch.finfo(dtype).eps) == 5
+
+
+def test_what_only_one_model_has_is_said():
+    loaded, other = loaded_of("llama"), loaded_of("llama", num_hidden_layers=3)
+    found = compared(loaded.model, other.model)
+    assert len(found.only_here) == 9
+    assert all(name.startswith("model.layers.3.") for name in found.only_here)
+    assert found.only_there == ()
+    wider = loaded_of("llama", intermediate_size=32)
+    found = compared(loaded.model, wider.model)
+    assert found.reshaped["model.layers.0.mlp.down_proj.weight"] == ((16, 24), (16, 32))
+    assert (
+        compared(other.model, loaded.model).only_there
+        == compared(loaded.model, other.model).only_here
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_patch_of_a_difference_makes_the_other_model(family, tmp_path):
+    loaded = loaded_of(family)
+    other = merged(loaded, patch_for(loaded), "float32")
+    before = bits_of(loaded.model)
+    result = diff(loaded, other, out=tmp_path / "patch")
+    assert result.patch is not None
+    assert result.patch.provenance["method"] == "diff"
+    with applied(loaded, result.patch) as model:
+        weights = dict(other.model.named_parameters())
+        for name, weight in model.named_parameters():
+            torch.testing.assert_close(weight, weights[name], rtol=0, atol=2e-7)
+    assert_untouched(loaded.model, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("model.norm.weight", "model.norm.weight differs and is no weight of a linear layer"),
+        ("model.embed_tokens.weight", "differs and is of class Embedding"),
+        ("lm_head.weight", "differs and lies in none of the model's blocks"),
+    ],
+)
+def test_a_difference_that_is_no_patch_is_refused(name, said, tmp_path):
+    loaded = loaded_of("llama", tie_word_embeddings=False)
+    other = loaded_of("llama", tie_word_embeddings=False)
+    other.model.get_parameter(name).data += 1
+    with pytest.raises(PatchError, match=said):
+        diff(loaded, other, out=tmp_path / "patch")
+    assert [one.name for one in diff(loaded, other).comparison.edited] == [name]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_models_of_unlike_builds_and_equal_ones_give_no_patch(tmp_path):
+    loaded = loaded_of("llama")
+    with pytest.raises(PatchError, match="is in only one of the models"):
+        diff(loaded, loaded_of("llama", num_hidden_layers=3), out=tmp_path / "patch")
+    with pytest.raises(PatchError, match="do not differ by more than rounding"):
+        diff(loaded, loaded_of("llama"), out=tmp_path / "patch")
+    with pytest.raises(MalmendError, match="There is no folder"):
+        diff(loaded, loaded, out=tmp_path / "no" / "patch")

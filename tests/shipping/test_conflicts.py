@@ -1,0 +1,84 @@
+"""``conflicts`` as a user runs it: patches and adapters, alone and stacked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import shipping_support
+from shipping_support import refusal, save_patch_of
+
+import command_support
+import malmend as api
+from command_support import malmend
+from malmend.commands.conflicts import conflicts
+from malmend.commands.evaluate import evaluate
+from malmend.commands.export import export
+from malmend.patch import load_patch, make_patch, save_patch
+
+tiny = command_support.tiny
+cache = command_support.cache
+patch = shipping_support.patch
+
+
+def test_conflicts_by_the_command_line(tiny, patch, tmp_path, capsys):
+    other = save_patch_of(tiny, tmp_path / "other", 3, seed=40)
+    arguments = ["conflicts", tiny.model, patch, other, "--facts", tiny.facts, tiny.calibrate]
+    assert malmend(*arguments, "--limit", 3) == 0
+    shown = capsys.readouterr().out
+    for word in ("patch and other", "20+3", "facts of patch", "facts of other", "stacked"):
+        assert word in shown
+    assert malmend("conflicts", tiny.model, patch, other) == 0
+    assert "facts of" not in capsys.readouterr().out
+
+
+def test_alone_and_stacked_are_measured_as_eval_measures(tiny, patch, tmp_path):
+    other = save_patch_of(tiny, tmp_path / "other", 3, seed=40)
+    export(other, tmp_path / "adapter", model=tiny.loaded)
+    facts = [tiny.facts, tiny.calibrate]
+    found = conflicts(tiny.loaded, [patch, tmp_path / "adapter"], facts)
+    assert found.patches == ("patch", "adapter")
+    alone = evaluate(tiny.loaded, tiny.facts, patch, decode_facts=0, text="none")
+    assert found.metrics["patch"]["alone"] == alone.edited
+    assert found.metrics["patch"]["unedited"] == alone.unedited
+    both = load_patch(patch), load_patch(other)
+    sums = {name: sum(one.shift(name).double() for one in both) for name in both[0].factors}
+    whole = make_patch(sums, 999, both[0].provenance)
+    for name, path in (("patch", tiny.facts), ("adapter", tiny.calibrate)):
+        wanted = evaluate(tiny.loaded, path, whole, decode_facts=0, text="none").edited
+        kl = found.metrics[name]["stacked"]["LS"].kl
+        assert kl == pytest.approx(wanted["LS"].kl, rel=1e-3)
+        assert kl != pytest.approx(found.metrics[name]["alone"]["LS"].kl, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["PATCH"], "1 patch was given, expected two or more"),
+        (["PATCH", "PATCH"], "The same patch was given twice"),
+        (["PATCH", "typo"], "There is no patch file typo"),
+        (["PATCH", "OTHER", "--facts", "FACTS"], "--facts names 1 for 2 patches"),
+        (["PATCH", "OTHER", "--facts", "FACTS", "typo"], "typo"),
+    ],
+)
+def test_a_typo_in_each_input_of_conflicts_is_one_sentence(
+    tiny, patch, tmp_path, capsys, arguments, said
+):
+    other = save_patch_of(tiny, tmp_path / "other", 3, seed=40)
+    known = {"PATCH": patch, "OTHER": other, "FACTS": tiny.facts}
+    assert malmend("conflicts", tiny.model, *(known.get(one, one) for one in arguments)) == 2
+    assert said in refusal(capsys)
+
+
+def test_patches_of_another_base_are_refused(tiny, patch, tmp_path):
+    other = load_patch(save_patch_of(tiny, tmp_path / "other", 3, seed=40))
+    save_patch(type(other)(other.factors, other.provenance | {"base": "b" * 64}), tmp_path / "x")
+    with pytest.raises(api.PatchError, match="or --force"):
+        conflicts(tiny.loaded, [patch, tmp_path / "x"])
+    assert len(conflicts(tiny.loaded, [patch, tmp_path / "x"], force=True).meetings) == 2
+
+
+def test_paths_of_one_name_are_told_apart(tiny, patch, tmp_path):
+    save_patch_of(tiny, tmp_path / "patch", 3, seed=40)
+    found = conflicts(tiny.loaded, [patch, tmp_path / "patch"])
+    assert found.patches == (str(patch), str(Path(tmp_path) / "patch"))

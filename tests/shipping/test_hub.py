@@ -1,0 +1,103 @@
+"""Uploads through a fake of huggingface_hub's HfApi; every failure is one sentence."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+from malmend.commands.push import push
+from malmend.errors import MalmendError
+from malmend.shipping.record import RECORD, write_record
+
+
+class FakeApi:
+    """Remembers calls; ``fault`` is raised by the call of that name."""
+
+    def __init__(self, fault=None, at="create_repo"):
+        self.calls, self.fault, self.at = [], fault, at
+
+    def _call(self, name, keywords):
+        self.calls.append((name, keywords))
+        if self.fault is not None and name == self.at:
+            raise self.fault
+
+    def create_repo(self, **keywords):
+        self._call("create_repo", keywords)
+
+    def upload_folder(self, **keywords):
+        self._call("upload_folder", keywords)
+        return SimpleNamespace(commit_url="https://hub/me/edit/commit/1")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_record(tmp_path, {"to": "lora", "malmend": "1.2", "patch": {}})
+    return tmp_path
+
+
+def refused(status):
+    response = SimpleNamespace(status_code=status, headers={}, request=None)
+    return HfHubHTTPError("no", response=response)
+
+
+class Unreachable(Exception):
+    """As an HTTP library's own."""
+
+
+def test_the_folder_goes_up_whole(folder):
+    api = FakeApi()
+    assert push(folder, "me/edit", private=True, api=api) == "https://hub/me/edit/commit/1"
+    assert api.calls == [
+        ("create_repo", {"repo_id": "me/edit", "private": True, "exist_ok": True}),
+        (
+            "upload_folder",
+            {
+                "repo_id": "me/edit",
+                "folder_path": str(folder),
+                "commit_message": "lora export by malmend 1.2",
+            },
+        ),
+    ]
+
+
+@pytest.mark.parametrize("at", ["create_repo", "upload_folder"])
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (LocalTokenNotFoundError("none"), "asks for a token"),
+        (refused(401), "asks for a token"),
+        (refused(403), "does not let this token write to me/edit"),
+        (refused(500), "refused the upload to me/edit"),
+        (Unreachable("name or service not known"), "cannot be reached .name or service"),
+        (OfflineModeIsEnabled("offline"), "cannot be reached"),
+        (ConnectionError("down"), "cannot be reached"),
+    ],
+)
+def test_each_failure_is_one_sentence(folder, fault, at, said):
+    with pytest.raises(MalmendError, match=said) as caught:
+        push(folder, "me/edit", api=FakeApi(fault, at))
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_export_stays_here(folder, tmp_path):
+    api = FakeApi()
+    with pytest.raises(MalmendError, match="expected a name like org/name"):
+        push(folder, "edit", api=api)
+    with pytest.raises(MalmendError, match=f"it has no {RECORD}"):
+        push(tmp_path / "typo", "me/edit", api=api)
+    (folder / RECORD).write_text("{")
+    with pytest.raises(MalmendError, match="is damaged"):
+        push(folder, "me/edit", api=api)
+    (folder / RECORD).write_text('{"format": 9, "patch": {}}')
+    with pytest.raises(MalmendError, match="has format 9, this version reads 1"):
+        push(folder, "me/edit", api=api)
+    assert api.calls == []
+
+
+def test_the_real_api_without_a_network_is_one_sentence(folder, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_TOKEN", "hf_none")
+    with pytest.raises(MalmendError, match=r"cannot be reached|asks for a token"):
+        push(folder, "me/edit")
