@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from malmend.commands.evaluate import evaluate as evaluate
     from malmend.commands.inspect import Inspection as Inspection
     from malmend.commands.inspect import inspect as inspect
+    from malmend.commands import ledger as ledger
     from malmend.commands.train import TrainResult as TrainResult
     from malmend.commands.train import train as train
     from malmend.editors.network import NetworkSettings as NetworkSettings
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from malmend.editors.training import published_training as published_training
     from malmend.errors import EditorError as EditorError
     from malmend.errors import FactsError as FactsError
+    from malmend.errors import LedgerError as LedgerError
     from malmend.errors import MalmendError as MalmendError
     from malmend.errors import ModelError as ModelError
     from malmend.errors import PatchError as PatchError
@@ -65,7 +67,7 @@ _HOME = {
     "editors.settings": ("EditorSettings", "published", "training_free"),
     "editors.network": ("NetworkSettings",),
     "editors.training": ("TrainSettings", "published_training"),
-    "errors": ("EditorError", "FactsError", "MalmendError", "ModelError", "PatchError"),
+    "errors": ("EditorError", "FactsError", "LedgerError", "MalmendError", "ModelError", "PatchError"),
     "evaluation.report": ("Report",),
     "facts.fact": ("Fact", "FactSet", "Question"),
     "facts.readers": ("read_facts",),
@@ -75,7 +77,10 @@ _HOME = {
 }
 _MODULES = {name: module for module, names in _HOME.items() for name in names}
 
-__all__ = ["__version__", "eval", *_MODULES]
+# Modules whose functions are the words of one command: malmend.ledger.add(...)
+_COMMANDS = {"ledger": "commands.ledger"}
+
+__all__ = ["__version__", "eval", *_COMMANDS, *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
@@ -83,6 +88,8 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("malmend")
+    if name in _COMMANDS:
+        return importlib.import_module(f"malmend.{_COMMANDS[name]}")
     known = "evaluate" if name == "eval" else name  # the command line's word
     if known not in _MODULES:
         raise AttributeError(f"module 'malmend' has no attribute {name!r}")

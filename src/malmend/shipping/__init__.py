@@ -1,0 +1,1 @@
+"""What becomes of edits: kept in a ledger."""

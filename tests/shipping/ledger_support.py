@@ -1,0 +1,55 @@
+"""A ledger of the tiny model, and the direct edit that it must equal.
+
+begun(tiny, folder)             a ledger of the editor without a network, calibrated on a dozen facts
+direct(tiny, facts)             the patch of `edit` with one solve by the same editor
+assert_same(patch, other)       shifts equal within 1e-4 of their own norm
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import malmend
+from command_support import CALIBRATION, Tiny
+from malmend.editors.editor import Editor
+from malmend.editors.refine import RefineSettings
+from malmend.facts.fact import Fact
+from malmend.patch import Patch
+from malmend.shipping.ledger_watch import StopRule
+
+ONCE = RefineSettings(passes=1)
+QUIET = StopRule(questions=0)
+
+
+def own(tiny: Tiny) -> dict[str, Any]:
+    return {"calibrate": tiny.calibrate, "text": tiny.text, "calibration": CALIBRATION}
+
+
+def begun(tiny: Tiny, folder: Path, rule: StopRule = QUIET) -> Path:
+    malmend.ledger.init(folder, tiny.loaded, rule=rule, **own(tiny))
+    return folder
+
+
+def added(tiny: Tiny, ledger: Path, facts: Sequence[Fact]) -> Any:
+    return malmend.ledger.add(ledger, facts, model=tiny.loaded)
+
+
+def direct(tiny: Tiny, facts: Sequence[Fact], editor: Editor | None = None) -> Patch:
+    by = own(tiny) if editor is None else {"editor": editor}
+    return malmend.edit(tiny.loaded, facts, refine=ONCE, **by).patch
+
+
+def apart(one: Patch, other: Patch) -> float:
+    """The greatest distance between two patches' shifts, as a share of the other's norm."""
+    assert list(one.factors) == list(other.factors)
+    shares = [
+        ((one.shift(name) - other.shift(name)).norm() / other.shift(name).norm()).item()
+        for name in one.factors
+    ]
+    return max(shares)
+
+
+def assert_same(one: Patch, other: Patch) -> None:
+    assert apart(one, other) < 1e-4
