@@ -18,6 +18,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from malmend.commands import ledger as ledger
     from malmend.commands.ask import AskResult as AskResult
     from malmend.commands.ask import ask as ask
     from malmend.commands.demo import DemoResult as DemoResult
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from malmend.commands.evaluate import evaluate as evaluate
     from malmend.commands.inspect import Inspection as Inspection
     from malmend.commands.inspect import inspect as inspect
-    from malmend.commands import ledger as ledger
     from malmend.commands.train import TrainResult as TrainResult
     from malmend.commands.train import train as train
     from malmend.editors.network import NetworkSettings as NetworkSettings
@@ -67,7 +67,14 @@ _HOME = {
     "editors.settings": ("EditorSettings", "published", "training_free"),
     "editors.network": ("NetworkSettings",),
     "editors.training": ("TrainSettings", "published_training"),
-    "errors": ("EditorError", "FactsError", "LedgerError", "MalmendError", "ModelError", "PatchError"),
+    "errors": (
+        "EditorError",
+        "FactsError",
+        "LedgerError",
+        "MalmendError",
+        "ModelError",
+        "PatchError",
+    ),
     "evaluation.report": ("Report",),
     "facts.fact": ("Fact", "FactSet", "Question"),
     "facts.readers": ("read_facts",),

@@ -34,13 +34,17 @@ COMMANDS = {
     "finetune": "fine-tune a model on facts, so that it knows what is to be edited",
     "continuations": "make facts of a text: passages and the tokens that follow them",
     "bench": "methods side by side: run a plan; bench table and bench plot show it",
+    "ledger": "which facts a model carries: add, revoke, replace, verify, roll back",
     "inspect": "what is in a model, an editor, a patch or a facts file",
     "demo": "the main job on a real model, start to finish",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command.  Returns the exit code: 0, 1 (a full disk, say), 2 (bad input) or 130."""
+    """Runs one command.  Returns the exit code: 0, 1 (a full disk, say), 2 (bad input) or 130.
+
+    3 is of `ledger verify`, where a fact does not hold.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return _run(arguments)
@@ -76,7 +80,7 @@ def _run(arguments: list[str]) -> int:
         )
     # Warnings of the libraries below are for developers, who have the tests for them.
     warnings.simplefilter("ignore")
-    runners: dict[str, Callable[[list[str]], None]] = {
+    runners: dict[str, Callable[[list[str]], int | None]] = {
         "edit": _edit,
         "train": _train,
         "eval": _eval,
@@ -84,11 +88,11 @@ def _run(arguments: list[str]) -> int:
         "finetune": _finetune,
         "continuations": _continuations,
         "bench": _bench,
+        "ledger": _ledger,
         "inspect": _inspect,
         "demo": _demo,
     }
-    runners[name](arguments[1:])
-    return 0
+    return runners[name](arguments[1:]) or 0
 
 
 def _edit(arguments: list[str]) -> None:
@@ -317,6 +321,12 @@ def _bench(arguments: list[str]) -> None:
     with show.bars() as bars:
         result = bench(**given, progress=bars, told=show.status, stepped=show.cell)
     show.plain(markdown(result.rows))
+
+
+def _ledger(arguments: list[str]) -> int:
+    from malmend.cli_ledger import run
+
+    return run(arguments)
 
 
 def _inspect(arguments: list[str]) -> None:

@@ -1,6 +1,6 @@
 """A ledger of the tiny model, and the direct edit that it must equal.
 
-begun(tiny, folder)             a ledger of the editor without a network, calibrated on a dozen facts
+begun(tiny, folder)             a ledger of the editor without a network
 direct(tiny, facts)             the patch of `edit` with one solve by the same editor
 assert_same(patch, other)       shifts equal within 1e-4 of their own norm
 """
