@@ -63,6 +63,18 @@ def _parser(action: str) -> Any:
     return parser
 
 
+def _with_model(action: str, function: Callable[..., Any], skip: set[str]) -> Any:
+    """The parser of an action that loads the model."""
+    parser = _parser(action)
+    if "facts" in skip:
+        parser.add_argument("facts", type=str, help="facts file")
+    parser.add_argument(
+        "--model", type=str, help="where the model lies now; null for where it lay at the start"
+    )
+    derive(parser, function, {"ledger", "model", "told"} | skip)
+    return parser
+
+
 def _init(arguments: list[str]) -> None:
     from malmend.editors.settings import training_free
     from malmend.shipping.ledger_watch import StopRule
@@ -98,20 +110,14 @@ def _init(arguments: list[str]) -> None:
 
 
 def _add(arguments: list[str]) -> None:
-    parser = _parser("add")
-    parser.add_argument("facts", type=str, help="facts file")
-    derive(parser, actions.add, {"ledger", "facts", "told"})
-    given = parse(parser, arguments)
+    given = parse(_with_model("add", actions.add, {"facts"}), arguments)
     with show.bars() as bars:
         done = actions.add(**given, progress=bars, told=show.status)
     _changed(done)
 
 
 def _replace(arguments: list[str]) -> None:
-    parser = _parser("replace")
-    parser.add_argument("facts", type=str, help="facts file")
-    derive(parser, actions.replace, {"ledger", "facts", "told"})
-    given = parse(parser, arguments)
+    given = parse(_with_model("replace", actions.replace, {"facts"}), arguments)
     with show.bars() as bars:
         done = actions.replace(**given, progress=bars, told=show.status)
     _changed(done)
@@ -203,9 +209,7 @@ def _state(one: Generation) -> str:
 
 
 def _verify(arguments: list[str]) -> int:
-    parser = _parser("verify")
-    derive(parser, actions.verify, {"ledger"})
-    given = parse(parser, arguments)
+    given = parse(_with_model("verify", actions.verify, set()), arguments)
     with show.bars() as bars:
         found = actions.verify(**given, progress=bars)
     failing = found.failing

@@ -17,6 +17,7 @@ from malmend.errors import LedgerError
 
 FILE = "ledger.sqlite"
 FORMAT = 1
+LONGEST = 86_400.0  # seconds to wait
 APPLICATION = 0x6D6C6564  # "mled", in the file's header
 TABLES = """
 CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -47,6 +48,10 @@ def transaction(folder: Path, write: bool, wait: float) -> Iterator[sqlite3.Conn
         LedgerError: there is no ledger, it is busy, damaged, or of another format.
     """
     path = folder / FILE
+    if not 0 <= wait <= LONGEST:
+        raise LedgerError(
+            f"wait is {wait:g}, expected seconds from 0 to {LONGEST:g}; change --wait."
+        )
     if not path.is_file():
         raise LedgerError(
             f"There is no ledger in {folder} (no {FILE}); give a folder that `malmend ledger init` "

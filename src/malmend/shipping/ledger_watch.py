@@ -27,8 +27,8 @@ class StopRule:
     unedited model's.
 
     Attributes:
-        retention: warn below this share.
-        questions: so many of them; 0 measures nothing.
+        retention: warn where general questions keep less than this share.
+        questions: how many general questions are asked; 0 measures nothing.
         refuse: refuse facts that would bring the model there, in place of warning.
     """
 
