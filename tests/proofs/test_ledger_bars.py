@@ -41,12 +41,14 @@ def facts():
     return known[:1000]
 
 
-def compared(loaded, ledger, facts) -> float:
-    found = malmend.ledger.patch(ledger)
-    wanted = malmend.edit(loaded, facts, refine=ONCE).patch
+def direct(loaded, facts):
+    return malmend.edit(loaded, facts, refine=ONCE).patch
+
+
+def apart(one, other) -> float:
     return max(
-        ((found.shift(name) - wanted.shift(name)).norm() / wanted.shift(name).norm()).item()
-        for name in wanted.factors
+        ((one.shift(name) - other.shift(name)).norm() / other.shift(name).norm()).item()
+        for name in other.factors
     )
 
 
@@ -58,18 +60,26 @@ def timed(what, *arguments, **named):
 
 
 def test_a_thousand_facts(loaded, facts, tmp_path):
-    ledger = tmp_path / "ledger"
+    ledger, misses = tmp_path / "ledger", {}
     timed(malmend.ledger.init, ledger, loaded)
-    done = timed(malmend.ledger.add, ledger, facts[:600], model=loaded)
-    timed(malmend.ledger.add, ledger, facts[600:], model=loaded)
-    print(f" norm {done.generation.norm:.3%} retention {done.generation.retention}")
-    misses = {"1,000 added in two": compared(loaded, ledger, facts)}
+    for part in (facts[:256], facts[256:]):
+        done = timed(malmend.ledger.add, ledger, part, model=loaded)
+        one, held = done.generation, sum(entry.held for entry in done.entered)
+        print(f" {one.facts} facts, {held} new ones hold, norm {one.norm:.3f}", end="")
+        print(f" retention {one.retention:.3f}", end="", flush=True)
     timed(malmend.ledger.revoke, ledger, [facts[0].id])
-    misses["less one"] = compared(loaded, ledger, facts[1:])
+    less = malmend.ledger.patch(ledger)
+    timed(malmend.ledger.rollback, ledger, 2)
+    size = sum(path.stat().st_size for path in ledger.rglob("*") if path.is_file())
+    print(f" folder {size / 1e6:.0f} MB", flush=True)
+    misses["1,000 added in two"] = apart(malmend.ledger.patch(ledger), direct(loaded, facts))
+    print(f"{misses}", flush=True)
+    misses["one revoked"] = apart(less, direct(loaded, facts[1:]))
+    print(f"{misses}", flush=True)
     new = [dataclasses.replace(fact, answer=fact.alternative) for fact in facts[1:3]]
     timed(malmend.ledger.replace, ledger, new, model=loaded)
-    timed(malmend.ledger.revoke, ledger, [fact.id for fact in facts[500:]])
-    misses["half, two replaced"] = compared(loaded, ledger, [*facts[3:500], *new])
-    size = sum(path.stat().st_size for path in ledger.rglob("*") if path.is_file())
-    print(f"\nfolder {size / 1e6:.0f} MB; relative distances {misses}")
+    timed(malmend.ledger.revoke, ledger, [facts[0].id, *(fact.id for fact in facts[300:])])
+    few = [*facts[3:300], *new]
+    misses["most revoked, two replaced"] = apart(malmend.ledger.patch(ledger), direct(loaded, few))
+    print(f"{misses}")
     assert max(misses.values()) < 1e-4

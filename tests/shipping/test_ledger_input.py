@@ -90,6 +90,15 @@ def test_an_id_that_is_taken_is_refused(tiny, ledger):
         malmend.ledger.replace(ledger, [taken], model=tiny.model)
 
 
+def test_one_id_for_two_facts_is_refused(tiny, ledger):
+    two = [FACTS[38], dataclasses.replace(FACTS[39], id="f38")]
+    with pytest.raises(FactsError, match="an earlier fact has its id"):
+        malmend.ledger.add(ledger, two, model=tiny.model)
+    two = [dataclasses.replace(fact, id="same", answer="Nene") for fact in FACTS[:2]]
+    with pytest.raises(FactsError, match="an earlier fact has its id"):
+        malmend.ledger.replace(ledger, two, model=tiny.model)
+
+
 def test_a_fact_that_comes_back_may_have_its_id_again(tiny, ledger):
     malmend.ledger.revoke(ledger, ["f3"])
     added(tiny, ledger, [FACTS[3]])
@@ -148,6 +157,23 @@ def test_an_init_that_was_killed_is_done_again(tiny, tmp_path):
     assert "did not finish" in refused(malmend.ledger.history, folder)
     begun(tiny, folder)
     assert len(malmend.ledger.history(folder)) == 1
+
+
+def test_an_init_that_was_killed_while_it_wrote_its_tables(tiny, tmp_path):
+    """SQLite has begun to write then, and left the journal that takes it back."""
+    folder = tmp_path / "ledger"
+    folder.mkdir()
+    other = sqlite3.connect(folder / "ledger.sqlite", isolation_level=None)
+    other.execute("PRAGMA cache_size = 1")
+    other.execute("BEGIN IMMEDIATE")
+    other.execute("CREATE TABLE about (name TEXT, value TEXT)")
+    other.executemany("INSERT INTO about VALUES (?, ?)", [("x" * 3000, "y")] * 50)  # spills
+    killed = shutil.copytree(folder, tmp_path / "killed")
+    other.close()
+    assert (killed / "ledger.sqlite").stat().st_size
+    assert (killed / "ledger.sqlite-journal").stat().st_size
+    begun(tiny, killed)
+    assert len(malmend.ledger.history(killed)) == 1
 
 
 @pytest.mark.parametrize("method", ["mend", "memit", "ft", "lora", "ultraedit", "enn", "ke", "mm"])

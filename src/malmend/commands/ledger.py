@@ -160,7 +160,7 @@ def patch_of(ledger: Ledger, moved: Moved) -> Patch:
         "facts_source": str(ledger.folder),
         "facts_sha256": facts_digest(entry.fact for entry in moved.entries),
         "created": ledger.current.time,
-        **about.editor,
+        **{name: about.editor[name] for name in ("editor", "editor_id") if name in about.editor},
         **described(ledger.editor, about.form),
         "passes": 1,
         "frames": [],

@@ -23,7 +23,7 @@ from malmend.progress import Progress, silent
 from malmend.shipping.ledger import EDITOR, Signed
 from malmend.shipping.ledger_about import About
 from malmend.shipping.ledger_entries import Generation, insert_about, insert_generation
-from malmend.shipping.ledger_table import FILE, created
+from malmend.shipping.ledger_table import FILE, created, holds_tables
 from malmend.shipping.ledger_watch import StopRule
 from malmend.shipping.sums import sync
 from malmend.workbench import SHIPPED, Workbench, lay_out, opened, shipped
@@ -137,11 +137,11 @@ def _check_folder(folder: Path) -> None:
         raise LedgerError(f"{folder} is a file, expected a folder to be made.")
     if not folder.exists() and not folder.absolute().parent.is_dir():
         raise LedgerError(f"There is no folder {folder.parent} to make {folder.name} in.")
-    table = folder / FILE
-    if table.exists() and table.stat().st_size:
+    if holds_tables(folder):
         raise LedgerError(f"{folder} holds a ledger already; give another folder.")
     # What an `init` that was killed left is written over.
-    other = [path.name for path in folder.glob("*") if path.name not in (FILE, EDITOR)]
+    own = (FILE, f"{FILE}-journal", EDITOR)
+    other = [path.name for path in folder.glob("*") if path.name not in own]
     if other:
         raise LedgerError(f"{folder} is not empty (it holds {other[0]}); give another folder.")
 

@@ -165,6 +165,7 @@ class Ledger:
         """Writes new facts' tokens and makes their entries, which no table holds yet."""
         path = self._new("rows")
         save_rows(taken, path)
+        source = source.encode(errors="replace").decode()  # a path may be no UTF-8
         number, coming = len(self.entries) + 1, self.current.number + 1
         return [
             Entry(

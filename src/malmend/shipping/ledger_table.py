@@ -84,6 +84,20 @@ def created(folder: Path) -> Iterator[sqlite3.Connection]:
         db.execute("COMMIT")
 
 
+def holds_tables(folder: Path) -> bool:
+    """Whether a folder holds tables; a file that a killed `init` left holds none.
+
+    Raises:
+        LedgerError: the file is another program's, or damaged.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return False
+    # Opening it takes back what was not committed.
+    with _in_words(path, 0.0), closing(_connected(path, 0.0)) as db:
+        return not _is_empty(db)
+
+
 def _is_empty(db: sqlite3.Connection) -> bool:
     return not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
 
