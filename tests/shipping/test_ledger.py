@@ -159,7 +159,7 @@ def test_sums_are_built_anew_before_more_is_taken_off_than_is_left(tiny, ledger)
     for fact in FACTS[:30]:
         malmend.ledger.revoke(ledger, [fact.id])
         with reading(ledger) as held:
-            for site, sums in enumerate(held._sums().values()):
+            for site, sums in enumerate(held.sums().values()):
                 assert sums.removed <= sum(entry.tokens[site] for entry in held.active)
     assert_same(malmend.ledger.patch(ledger), direct(tiny, FACTS[30:]))
 

@@ -34,7 +34,7 @@ def test_added_in_parts_and_revoked(family, tmp_path, monkeypatch):
     wanted = malmend.edit(loaded, rest, refine=RefineSettings(passes=1), **aim, **own).patch
     assert_same(malmend.ledger.patch(ledger), wanted)
     with reading(ledger) as held:
-        summed = set(held._sums())
+        summed = set(held.sums())
     # An encoder's sites see every token, a decoder's the answers: too few for sums here.
     assert summed == {name for name in wanted.factors if family == "bert" or "encoder" in name}
     assert len(malmend.ledger.verify(ledger, loaded).rows) == len(rest)

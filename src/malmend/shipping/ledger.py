@@ -194,7 +194,7 @@ class Ledger:
             LedgerError: a file is damaged, or a shift is not finite.
         """
         editor, shifts, sums = self.editor, {}, {}
-        known = self._sums() if wanted and self.current.sums else {}
+        known = self.sums() if wanted and self.current.sums else {}
         for site, (name, shape_VK) in enumerate(editor.shapes.items()):
             progress("least squares", site / len(editor.shapes))
             count = sum(entry.tokens[site] for entry in wanted)
@@ -236,7 +236,7 @@ class Ledger:
             known.remove(some)
         return known
 
-    def _sums(self) -> dict[str, Sums]:
+    def sums(self) -> dict[str, Sums]:
         """The current generation's, of the sites that have any."""
         shapes = {
             name: shape_VK

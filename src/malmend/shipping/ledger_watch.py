@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from malmend.errors import LedgerError
 from malmend.evaluation.examiner import Examiner
-from malmend.evaluation.protocols import stayed
 from malmend.evaluation.replies import Asked
 from malmend.facts.fact import Fact
 from malmend.material import held_out_questions
@@ -83,9 +83,11 @@ def holds(reply: Asked) -> bool:
 class Watch:
     """Asks the same of the unedited model, at once, and later of the model with a shift on.
 
+    ``known`` says which facts the unedited model answers already, every token of them.
+
     Args:
         bench: the model, unedited.
-        facts: their edit prompts are asked; at least one.
+        facts: their edit prompts are asked.
         rule: says how many general questions.
         progress: called with stage and share done.
     """
@@ -93,23 +95,38 @@ class Watch:
     def __init__(
         self, bench: Workbench, facts: Sequence[Fact], rule: StopRule, progress: Progress = silent
     ):
-        others = held_out_questions(bench.encoder, rule.questions)
-        first, *rest = (fact.alone for fact in facts)
-        self._bench, self._facts = bench, [replace(first, unrelated=others), *rest]
+        self._bench, self._facts = bench, [fact.alone for fact in facts]
         self._examiner = Examiner(bench.loaded, bench.trunk, bench.encoder)
+        questions = held_out_questions(bench.encoder, rule.questions)
+        self._general = bench.encoder.encode_all(questions)
         # A right answer of the unedited model is known teacher forced; nothing need be decoded.
         total = self._examiner.count(self._facts, 0) + self._examiner.count(self._facts)
-        self._examiner.progress = counted(progress, "asking before and after", total)
-        self._before = self._examiner.examine(self._facts, decode_facts=0, remember=True)
-
-    @property
-    def known(self) -> list[bool]:
-        """Which facts the unedited model answers already, every token of them."""
-        return [reply.exact == 1.0 for reply in self._before.rows if reply.kind == "ES"]
+        self._count = counted(progress, "asking before and after", total + 2 * len(questions))
+        self._examiner.progress = self._count
+        before = self._examiner.examine(self._facts, decode_facts=0)
+        self.known = [reply.exact == 1.0 for reply in before.rows]
+        self._before = self._first_choices()
 
     def with_shifts(self, shifts: Mapping[str, Tensor]) -> Watched:
         """What the model says with the shifts on, V x K by site."""
         with shifted(list(self._bench.trunk.sites), shifts):
             after = self._examiner.examine(self._facts)
-        replies = [reply for reply in after.rows if reply.kind == "ES"]
-        return Watched(replies, stayed(self._before, after, "LS").retention)
+            now = self._first_choices()
+        same = [one == other for one, other in zip(self._before, now, strict=True)]
+        return Watched(after.rows, sum(same) / len(same) if same else None)
+
+    @torch.no_grad()
+    def _first_choices(self) -> list[int]:
+        """The model's, at the counted tokens of the general questions.
+
+        Of a question without an answer the next token is what should stay.
+        """
+        found: dict[int, list[int]] = {}
+        for indices, batch in self._bench.trunk.batches(self._general):
+            top = self._bench.trunk.logits(batch).argmax(-1).tolist()
+            for index in indices:
+                one = self._general[index]
+                found[index] = top[: max(one.counted, 1)]
+                top = top[len(one.sources) :]
+            self._count(len(indices))
+        return [token for index in sorted(found) for token in found[index]]
