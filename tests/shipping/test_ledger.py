@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 import shutil
 
+import ledger_support
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from ledger_support import added, apart, assert_same, begun, direct, own
+from ledger_support import added, apart, assert_same, direct, own
 
 import command_support
 import malmend
-from command_support import make_facts
 from malmend.commands.choice import choose
 from malmend.editors.editor import log_size
 from malmend.models.capture import capture
@@ -22,8 +22,10 @@ from malmend.workbench import lay_out
 
 tiny = command_support.tiny
 cache = command_support.cache
+ledger = ledger_support.empty
+empty = ledger_support.empty
 
-FACTS = make_facts(60, seed=5)
+FACTS = ledger_support.HELD
 WIDE = 40  # facts that have more tokens than the keys' 128 dimensions
 
 
@@ -41,19 +43,6 @@ def summed(ledger) -> bool:
     found = {path.name for path in ledger.glob("sums-*")}
     assert found == ({last.generation.sums} if last.generation.sums else set())
     return bool(found)
-
-
-@pytest.fixture(scope="module")
-def begun_once(tiny, tmp_path_factory):
-    patched = pytest.MonkeyPatch()
-    patched.setenv("MALMEND_CACHE", str(tiny.folder / "cache"))
-    yield begun(tiny, tmp_path_factory.mktemp("begun") / "ledger")
-    patched.undo()
-
-
-@pytest.fixture
-def ledger(begun_once, tmp_path):
-    return shutil.copytree(begun_once, tmp_path / "ledger")
 
 
 @pytest.mark.parametrize(("first", "then"), [(4, 9), (20, WIDE), (WIDE, WIDE + 5)])
@@ -209,8 +198,8 @@ ACTIONS = st.lists(
 )
 @given(actions=ACTIONS)
 @example(actions=[("add", 59), ("revoke", 77), ("replace", 5), ("rollback", 1), ("add", 3)])
-def test_any_history_comes_to_what_it_holds(tiny, begun_once, tmp_path_factory, actions):
-    ledger = shutil.copytree(begun_once, tmp_path_factory.mktemp("history") / "ledger")
+def test_any_history_comes_to_what_it_holds(tiny, empty, tmp_path_factory, actions):
+    ledger = shutil.copytree(empty, tmp_path_factory.mktemp("history") / "ledger")
     for action, seed in actions:
         active = holding(ledger)
         prompts = {fact.prompt for fact in active}

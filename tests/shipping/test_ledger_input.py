@@ -9,6 +9,7 @@ import dataclasses
 import shutil
 import sqlite3
 
+import ledger_support
 import pytest
 import torch
 from ledger_support import added, begun
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import command_support
 import malmend
-from command_support import as_lines, files_in, make_facts, save_model
+from command_support import as_lines, files_in, save_model
 from malmend.editors.checkpoint import save_editor
 from malmend.editors.editor import Editor, SiteStatistics
 from malmend.editors.settings import training_free
@@ -27,23 +28,10 @@ from malmend.shipping.ledger_watch import StopRule
 
 tiny = command_support.tiny
 cache = command_support.cache
+empty = ledger_support.empty
+ledger = ledger_support.filled
 
-FACTS = make_facts(40, seed=5)
-
-
-@pytest.fixture(scope="module")
-def filled_once(tiny, tmp_path_factory):
-    patched = pytest.MonkeyPatch()
-    patched.setenv("MALMEND_CACHE", str(tiny.folder / "cache"))
-    folder = begun(tiny, tmp_path_factory.mktemp("filled") / "ledger")
-    added(tiny, folder, FACTS[:38])
-    yield folder
-    patched.undo()
-
-
-@pytest.fixture
-def ledger(filled_once, tmp_path):
-    return shutil.copytree(filled_once, tmp_path / "ledger")
+FACTS = ledger_support.HELD[:40]
 
 
 def refused(what, *arguments, **named) -> str:

@@ -13,13 +13,14 @@ import threading
 import time
 from pathlib import Path
 
+import ledger_support
 import pytest
 import torch
-from ledger_support import added, begun
+from ledger_support import added
 
 import command_support
 import malmend
-from command_support import files_in, make_facts
+from command_support import files_in
 from malmend.errors import LedgerError
 from malmend.shipping.ledger_access import reading
 from malmend.shipping.ledger_rows import rows_of
@@ -27,16 +28,11 @@ from malmend.shipping.sums import Sums
 
 tiny = command_support.tiny
 cache = command_support.cache
+empty = ledger_support.empty
+ledger = ledger_support.filled
 
-FACTS = make_facts(60, seed=5)
+FACTS = ledger_support.HELD
 TESTS = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def ledger(tiny, tmp_path):
-    folder = begun(tiny, tmp_path / "ledger")
-    added(tiny, folder, FACTS[:38])
-    return folder
 
 
 def whole(ledger: Path) -> None:
