@@ -145,12 +145,13 @@ def test_what_needs_no_model_loads_none(tiny, ledger, monkeypatch):
 
 def test_sums_are_built_anew_before_more_is_taken_off_than_is_left(tiny, ledger):
     added(tiny, ledger, FACTS)
-    for fact in FACTS[:30]:
+    for fact in FACTS[:32]:
         malmend.ledger.revoke(ledger, [fact.id])
         with reading(ledger) as held:
             for site, sums in enumerate(held.sums().values()):
                 assert sums.removed <= sum(entry.tokens[site] for entry in held.active)
-    assert_same(malmend.ledger.patch(ledger), direct(tiny, FACTS[30:]))
+    assert_same(malmend.ledger.patch(ledger), direct(tiny, FACTS[32:]))
+    assert summed(ledger)
 
 
 def test_the_shift_against_the_formula_in_float64(tiny, ledger):

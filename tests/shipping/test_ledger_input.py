@@ -228,6 +228,16 @@ def test_truncated_tables(ledger, share):
         assert "damaged" in refused(action)
 
 
+def test_every_page_of_the_tables_is_checked(ledger):
+    path = ledger / "ledger.sqlite"
+    whole = path.read_bytes()
+    size = int.from_bytes(whole[16:18], "big")
+    assert len(whole) > 4 * size
+    for start in range(size, len(whole), size):
+        path.write_bytes(whole[:start] + bytes(size) + whole[start + size :])
+        assert "damaged" in refused(malmend.ledger.list_facts, ledger)
+
+
 def test_no_ledger_and_other_files(ledger, tmp_path):
     assert "no ledger.sqlite" in refused(malmend.ledger.list_facts, tmp_path / "none")
     (ledger / "ledger.sqlite").write_bytes(b"SQLite format 3\0" + b"\1" * 4000)

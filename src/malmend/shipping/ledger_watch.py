@@ -32,7 +32,7 @@ class StopRule:
         refuse: refuse facts that would bring the model there, in place of warning.
     """
 
-    retention: float = 0.7
+    retention: float = 0.75
     questions: int = 200
     refuse: bool = False
 
