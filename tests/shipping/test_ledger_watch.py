@@ -30,11 +30,11 @@ KNOWN = [
 
 
 def test_retention_is_the_share_of_first_choices_that_stay(tiny, tmp_path):
-    ledger = begun(tiny, tmp_path / "ledger", StopRule(retention=0.999, questions=7))
+    ledger = begun(tiny, tmp_path / "ledger", StopRule(retention=0.999, questions=40))
     done = added(tiny, ledger, FACTS)
     encoder = encoder_for(tiny.loaded)
-    questions = held_out_questions(encoder, 7)
-    assert len(questions) == 7
+    questions = held_out_questions(encoder, 40)
+    assert len(questions) == 40
 
     def said() -> list[int]:
         found = []
