@@ -53,6 +53,7 @@ EDITOR = {
     "--descent",
     "--descent.help",
     "--prior",
+    "--normalise",
     "--eta",
 }
 _TUNED = ("layers", "rate", "decay", "epochs", "batch", "locality", "seed", "end-of-answer")
@@ -114,6 +115,7 @@ OPTIONS = {
         "--network.blocks",
         "--network.placement",
         "--network.start",
+        "--network.identity",
         "--facts-per-step",
         "--halvings",
         "--steps",
