@@ -18,6 +18,7 @@ import pytest
 import command_support
 from command_support import files_in, malmend
 from malmend.cli import COMMANDS
+from malmend.cli_ledger import ACTIONS
 from malmend.editors.network import NetworkSettings
 from malmend.editors.settings import EditorSettings, published, published_mend
 from malmend.editors.train_settings import (
@@ -38,6 +39,7 @@ TRUNK = {"--trunk", "--trunk.batch-tokens", "--trunk.store-bytes"}
 MODEL = {"-h", "--help", "--dtype"}
 FACTS = {"--limit", "--strict", "--alternative", "--away"}
 CALIBRATION = {"--calibrate", "--text"}
+WITH_MODEL = TRUNK | {"-h", "--help", "--model", "--author", "--wait"}
 EDITOR = {
     "--method",
     "--form",
@@ -74,6 +76,9 @@ TRAINED = {
         *("steps", "facts-per-step", "seed", "save-every", "end-of-answer"),
     ),
 }
+# Every command, and of the ledger its actions.
+SHOWN = {name: what for name, what in COMMANDS.items() if name != "ledger"}
+SHOWN |= {f"ledger {name}": what for name, what in ACTIONS.items()}
 # The whole public surface: a change here is a change for users.
 OPTIONS = {
     "edit": MODEL
@@ -144,6 +149,19 @@ OPTIONS = {
     "push": {"-h", "--help", "--private"},
     "diff": MODEL | {"--out"},
     "conflicts": MODEL | TRUNK | {"--facts", "--limit", "--decode-facts", "--force"},
+    "ledger init": MODEL
+    | TRUNK
+    | CALIBRATION
+    | EDITOR
+    | {"--editor", "--author", "--rule", "--rule.retention", "--rule.questions", "--rule.refuse"},
+    "ledger add": WITH_MODEL | FACTS | {"--skip-known"},
+    "ledger replace": WITH_MODEL | FACTS - {"--away"},
+    "ledger verify": WITH_MODEL - {"--author"},
+    "ledger revoke": {"-h", "--help", "--author", "--wait"},
+    "ledger rollback": {"-h", "--help", "--author", "--wait"},
+    "ledger list": {"-h", "--help", "--former", "--out"},
+    "ledger history": {"-h", "--help"},
+    "ledger patch": {"-h", "--help", "--out"},
     "inspect": MODEL | {"--layers", "--linear", "--side", "--sites"},
     "cache": {"-h", "--help", "--clear"},
     "demo": {"-h", "--help", "--out", "--model", "--facts", "--spoken"},
@@ -152,12 +170,12 @@ OPTIONS = {
 
 def help_of(command: str, capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as stopped:
-        malmend(command, "--help")
+        malmend(*command.split(), "--help")
     assert stopped.value.code == 0
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", SHOWN)
 def test_the_options_of_every_command(command, capsys):
     shown = help_of(command, capsys)
     rows = re.findall(r"^  (-.*?)(?:  |$)", shown, re.MULTILINE)
@@ -166,16 +184,24 @@ def test_the_options_of_every_command(command, capsys):
     assert not re.search(r"--\w+_\w", shown)  # options are written with hyphens
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", SHOWN)
 def test_every_option_is_explained(command, capsys):
     shown = help_of(command, capsys)
-    assert COMMANDS[command] in shown
+    assert SHOWN[command] in " ".join(shown.split())
     entries = re.split(r"^  (?=-)", shown, flags=re.MULTILINE)[1:]
     for entry in entries:
         text = " ".join(entry.split())
         assert len(re.sub(r"\((type|required).*|-\S+|\{.*?\}|\b[A-Z_]+\b", "", text).split()) > 1, (
             text
         )
+
+
+def test_the_ledger_shows_its_actions(capsys):
+    assert malmend("ledger") == 2
+    shown = capsys.readouterr().out
+    assert all(f"  {name} " in shown and what in shown for name, what in ACTIONS.items())
+    assert malmend("ledger", "--help") == 0
+    assert capsys.readouterr().out == shown
 
 
 def test_without_a_command_the_usage_is_shown(capsys):

@@ -19,6 +19,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from malmend.commands import ledger as ledger
     from malmend.commands.ask import AskResult as AskResult
     from malmend.commands.ask import ask as ask
     from malmend.commands.cache import CacheResult as CacheResult
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from malmend.editors.train_settings import published_training as published_training
     from malmend.errors import EditorError as EditorError
     from malmend.errors import FactsError as FactsError
+    from malmend.errors import LedgerError as LedgerError
     from malmend.errors import MalmendError as MalmendError
     from malmend.errors import ModelError as ModelError
     from malmend.errors import PatchError as PatchError
@@ -80,7 +82,14 @@ _HOME = {
     "editors.settings": ("EditorSettings", "published", "training_free"),
     "editors.network": ("NetworkSettings",),
     "editors.train_settings": ("TrainSettings", "published_training"),
-    "errors": ("EditorError", "FactsError", "MalmendError", "ModelError", "PatchError"),
+    "errors": (
+        "EditorError",
+        "FactsError",
+        "LedgerError",
+        "MalmendError",
+        "ModelError",
+        "PatchError",
+    ),
     "evaluation.report": ("Report",),
     "facts.fact": ("Fact", "FactSet", "Question"),
     "facts.readers": ("read_facts",),
@@ -90,7 +99,10 @@ _HOME = {
 }
 _MODULES = {name: module for module, names in _HOME.items() for name in names}
 
-__all__ = ["__version__", "eval", *_MODULES]
+# Modules whose functions are the words of one command: malmend.ledger.add(...)
+_COMMANDS = {"ledger": "commands.ledger"}
+
+__all__ = ["__version__", "eval", *_COMMANDS, *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
@@ -98,6 +110,8 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("malmend")
+    if name in _COMMANDS:
+        return importlib.import_module(f"malmend.{_COMMANDS[name]}")
     known = "evaluate" if name == "eval" else name  # the command line's word
     if known not in _MODULES:
         raise AttributeError(f"module 'malmend' has no attribute {name!r}")

@@ -38,6 +38,7 @@ COMMANDS = {
     "push": "upload an exported folder to the Hugging Face hub",
     "diff": "which layers of two models differ, and the difference as a patch",
     "conflicts": "where patches meet, and what stacking them does to their facts",
+    "ledger": "which facts a model carries: add, revoke, replace, verify, roll back",
     "inspect": "what is in a model, an editor, a patch or a facts file",
     "cache": "what is kept of models and facts, and how to be rid of it",
     "demo": "the main job on a real model, start to finish",
@@ -45,7 +46,10 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command.  Returns the exit code: 0, 1 (a full disk, say), 2 (bad input) or 130."""
+    """Runs one command.  Returns the exit code: 0, 1 (a full disk, say), 2 (bad input) or 130.
+
+    3 is of `ledger verify`, where a fact does not hold.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return _run(arguments)
@@ -81,7 +85,7 @@ def _run(arguments: list[str]) -> int:
         )
     # Warnings of the libraries below are for developers, who have the tests for them.
     warnings.simplefilter("ignore")
-    runners: dict[str, Callable[[list[str]], None]] = {
+    runners: dict[str, Callable[[list[str]], int | None]] = {
         "edit": _edit,
         "train": _train,
         "eval": _eval,
@@ -93,12 +97,12 @@ def _run(arguments: list[str]) -> int:
         "push": _shipping("push"),
         "diff": _shipping("diff"),
         "conflicts": _shipping("conflicts"),
+        "ledger": _ledger,
         "inspect": _inspect,
         "cache": _cache,
         "demo": _demo,
     }
-    runners[name](arguments[1:])
-    return 0
+    return runners[name](arguments[1:]) or 0
 
 
 def _edit(arguments: list[str]) -> None:
@@ -343,6 +347,12 @@ def _bench(arguments: list[str]) -> None:
     with show.bars() as bars:
         result = bench(**given, progress=bars, told=show.status, stepped=show.cell)
     show.plain(markdown(result.rows))
+
+
+def _ledger(arguments: list[str]) -> int:
+    from malmend.cli_ledger import run
+
+    return run(arguments)
 
 
 def _inspect(arguments: list[str]) -> None:

@@ -38,6 +38,10 @@ class EditorError(MalmendError):
     """An editor or a calibration is damaged, or was made for another model."""
 
 
+class LedgerError(MalmendError):
+    """A ledger is damaged, busy, or is asked for what it does not hold."""
+
+
 def nearest(given: str, valid: Iterable[str]) -> str:
     """``; did you mean 'x'?`` for the closest valid name, or an empty string."""
     close = difflib.get_close_matches(given, list(valid), n=1)

@@ -69,6 +69,18 @@ def calibrated(
     )
 
 
+def held_out_questions(encoder: Encoder, count: int) -> tuple[Question, ...]:
+    """So many of the project's general questions that this model can be asked, from the last on.
+
+    Calibrations read the first of them, so that no prior has seen these.
+    """
+    asked = list(read_questions(shipped("questions.jsonl")))
+    if encoder.reading.form == "classes":
+        asked = [Question(_stated(one.prompt, one.answer)) for one in asked if one.answer]
+    usable = [question for question in asked if _can_be_asked(encoder, question)]
+    return tuple(usable[len(usable) - min(count, len(usable)) :])
+
+
 def _calibration_data(
     bench: Workbench,
     facts: str | Path | Sequence[Fact] | None,

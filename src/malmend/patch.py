@@ -117,6 +117,8 @@ def shifted(sites: list[Site], shifts: Mapping[str, Tensor]) -> Iterator[None]:
     kept = [site.weight.data for site in sites]
     try:
         for site, before in zip(sites, kept, strict=True):
+            if not shifts[site.name].any():
+                continue  # -0.0 + 0.0 is 0.0, which is another bit
             wide = torch.float64 if before.dtype == torch.float64 else torch.float32
             shift = site.oriented(shifts[site.name]).to(before.device, wide)
             site.weight.data = (before.to(wide) + shift).to(before.dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from malmend.editors.settings import EditorSettings
 from malmend.errors import EditorError, MalmendError
 from malmend.evaluation.examiner import Examiner
 from malmend.evaluation.page import PAGE, page_folder
-from malmend.facts.fact import Fact, FactSet
+from malmend.facts.fact import Fact, FactSet, facts_digest
 from malmend.files import writable
 from malmend.memory import peak_memory
 from malmend.methods.method import Method, settings_of
@@ -211,7 +210,7 @@ def _edited(
         "facts": len(facts),
         "skipped": len(facts.skipped),
         "facts_source": facts.source,
-        "facts_sha256": _digest(facts),
+        "facts_sha256": facts_digest(facts),
         **said,
         **found.said,
     }
@@ -222,7 +221,7 @@ def _edited(
         save_patch(patch, out)
         patch = load_patch(out)
     seconds = time.perf_counter() - start - found.once
-    prompts = [_alone(fact) for fact in facts]
+    prompts = [fact.alone for fact in facts]
     examiner = Examiner(bench.loaded, bench.trunk, bench.encoder)
     progress("edit prompts before and after", 0.0)
     before = examiner.examine(prompts, decode_facts=0).mean("ES", "token_ratio") or 0.0
@@ -235,16 +234,3 @@ def _edited(
     if out is not None:
         save_patch(patch, out)
     return EditResult(patch, facts, None if out is None else Path(out), before, after, seconds)
-
-
-def _alone(fact: Fact) -> Fact:
-    """The fact with its edit prompt only."""
-    return replace(fact, paraphrases=(), unrelated=(), neighbours=(), reversed=None)
-
-
-def _digest(facts: FactSet) -> str:
-    """SHA-256 over prompts and answers, in order: what the shift depends on."""
-    digest = hashlib.sha256()
-    for fact in facts:
-        digest.update(f"{fact.prompt}\x1f{fact.answer}\x1e".encode())
-    return digest.hexdigest()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,11 @@ class Fact:
         return Question(self.prompt, self.answer)
 
     @property
+    def alone(self) -> Fact:
+        """The fact with its edit prompt only."""
+        return replace(self, paraphrases=(), unrelated=(), neighbours=(), reversed=None)
+
+    @property
     def equivalents(self) -> tuple[Question, ...]:
         """The paraphrases with the fact's answer."""
         return tuple(Question(prompt, self.answer) for prompt in self.paraphrases)
@@ -95,6 +100,14 @@ def subject_hash(subject: str) -> str:
     """
     plain = " ".join(subject.casefold().split())
     return hashlib.sha256(plain.encode()).hexdigest()[:10]
+
+
+def facts_digest(facts: Iterable[Fact]) -> str:
+    """SHA-256 over prompts and answers, in order: what a shift depends on."""
+    digest = hashlib.sha256()
+    for fact in facts:
+        digest.update(f"{fact.prompt}\x1f{fact.answer}\x1e".encode())
+    return digest.hexdigest()
 
 
 def spread(facts: Sequence[Fact], count: int) -> list[Fact]:

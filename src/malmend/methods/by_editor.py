@@ -11,7 +11,7 @@ from torch import Tensor
 from malmend.editors.editor import Aggregation, Editor
 from malmend.editors.refine import RefineSettings, framed, further, missed
 from malmend.errors import EditorError
-from malmend.facts.encoded import settled
+from malmend.facts.encoded import Form, settled
 from malmend.facts.fact import Fact
 from malmend.methods.method import Found
 from malmend.models.capture import Captured, capture, keys_of
@@ -64,15 +64,8 @@ def find_by_editor(
             break
         solved, kept, left = later, kept + 1, now_left
     tokens = max(len(pair.keys_NK) for pair in solved.captured)
-    said: dict[str, Any] = {
-        "settings": {**asdict(settings), "tokens": settled(settings.tokens, form)},
-        "eta": editor.log_eta_S.exp().tolist(),
-        "prior": {
-            term: editor.log_weights_SP[:, index].exp().tolist()
-            for index, term in enumerate(editor.terms)
-        },
-        "lambda": editor.log_ridge_S.exp().tolist(),
-        "end_weight": editor.log_end_weight_S.exp().tolist(),
+    said = {
+        **described(editor, form),
         "passes": kept,
         "frames": list(frames) if kept > 1 else [],
         "tokens": tokens,
@@ -82,6 +75,21 @@ def find_by_editor(
         moved = keys_of(trunk, questions, settings.tokens)
     said["residual_after"] = solved.mean_residual(moved)
     return Found(solved.shifts, tokens, said)
+
+
+def described(editor: Editor, form: Form) -> dict[str, Any]:
+    """What a patch's header says of the editor itself: settings and learned numbers."""
+    settings = editor.settings
+    return {
+        "settings": {**asdict(settings), "tokens": settled(settings.tokens, form)},
+        "eta": editor.log_eta_S.exp().tolist(),
+        "prior": {
+            term: editor.log_weights_SP[:, index].exp().tolist()
+            for index, term in enumerate(editor.terms)
+        },
+        "lambda": editor.log_ridge_S.exp().tolist(),
+        "end_weight": editor.log_end_weight_S.exp().tolist(),
+    }
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ Shape letters: N tokens, K key width, V value width.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -85,6 +85,15 @@ class UltraEdit:
 
     def find(self, bench: Workbench, facts: Sequence[Fact], progress: Progress) -> Found:
         """Batch after batch."""
+        found = Found({}, 0)
+        for last in self.batches(bench, facts, progress):
+            found = last
+        return found
+
+    def batches(
+        self, bench: Workbench, facts: Sequence[Fact], progress: Progress
+    ) -> Iterator[Found]:
+        """What is found after each batch, those before it included."""
         sites = bench.trunk.sites
         questions = bench.encoder.encode_all(fact.question for fact in facts)
         size = self.batch or len(questions)
@@ -100,7 +109,7 @@ class UltraEdit:
                 grads.add(pair.value_grads_NV)
                 shifts[site.name] = shifts[site.name] + self._solved(pair, keys, grads)
             rows += max(len(pair.keys_NK) for pair in captured)
-        return Found(shifts, rows)
+            yield Found(dict(shifts), rows)
 
     def _solved(self, pair: Captured, keys: RunningMoments, grads: RunningMoments) -> Tensor:
         """One site's shift for a batch."""

@@ -203,6 +203,16 @@ class RidgeFactor:
         return PriorGrads(weights, -(adjoint_VK * shift_VK).sum().item())
 
 
+def solved(gram_KK: Tensor, cross_VK: Tensor, prior: Prior) -> Tensor:
+    """S of equation (2) in float64, shape V x K, from the sums U U^T and D U^T (float64).
+
+    Raises:
+        MalmendError: as :class:`RidgeFactor`.
+    """
+    factor = _cholesky(prior.add_to(gram_KK.clone()), prior.is_zero)
+    return torch.cholesky_solve(cross_VK.T, factor).T
+
+
 def mean_residual(shift_VK: Tensor, keys_NK: Tensor, diffs_NV: Tensor) -> float:
     """Mean over tokens of |S u_j - d_j| / |d_j| (MALMEN, section 5.2); d = 0 is left out."""
     total, count, shift_KV = 0.0, 0, shift_VK.to(torch.float64).T

@@ -1,1 +1,1 @@
-"""An edit on its way to others: LoRA adapters, merged models, what two models or patches share."""
+"""An edit on its way to others, and what becomes of it: adapters, merged models, ledgers."""

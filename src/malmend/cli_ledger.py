@@ -1,0 +1,264 @@
+"""``malmend ledger ACTION ...``: the options of its actions, and what they say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.markup import escape
+
+from malmend import show
+from malmend.commands import ledger as actions
+from malmend.errors import MalmendError, nearest
+from malmend.options import add_editor_settings, derive, parse, parser_of, take_editor_settings
+from malmend.shipping.ledger_entries import Entry, Generation
+
+ACTIONS = {
+    "init": "begin a ledger: fix the model, the editor and its calibration",
+    "add": "add facts; the shift is as if all had been added at once",
+    "revoke": "take facts out, as if they had never been added",
+    "replace": "give prompts that the ledger holds other answers",
+    "list": "the facts that the model carries",
+    "verify": "ask the model every active fact; exit code 3 where one does not hold",
+    "history": "every generation, and what it did",
+    "rollback": "make the facts of an earlier generation active again",
+    "patch": "write the current generation as a patch",
+}
+FAILING = 3  # exit code of a `verify` that found facts that do not hold
+SHOWN = 20  # facts of a list that are named one by one
+
+
+def run(arguments: list[str]) -> int:
+    """Runs one action and returns the exit code."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        show.plain(
+            "usage: malmend ledger ACTION ...   (malmend ledger ACTION --help says more)\n\n"
+        )
+        show.plain("".join(f"  {name:<10} {what}\n" for name, what in ACTIONS.items()))
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in ACTIONS:
+        raise MalmendError(
+            f"There is no action {name!r} of malmend ledger{nearest(name, ACTIONS) or '.'} "
+            f"Expected one of {', '.join(ACTIONS)}."
+        )
+    runners: dict[str, Callable[[list[str]], int | None]] = {
+        "init": _init,
+        "add": _add,
+        "revoke": _revoke,
+        "replace": _replace,
+        "list": _list,
+        "verify": _verify,
+        "history": _history,
+        "rollback": _rollback,
+        "patch": _patch,
+    }
+    return runners[name](rest) or 0
+
+
+def _parser(action: str) -> Any:
+    parser = parser_of(f"ledger {action}", ACTIONS[action])
+    parser.add_argument("ledger", type=str, help="the ledger's folder")
+    return parser
+
+
+def _with_model(action: str, function: Callable[..., Any], skip: set[str]) -> Any:
+    """The parser of an action that loads the model."""
+    parser = _parser(action)
+    if "facts" in skip:
+        parser.add_argument("facts", type=str, help="facts file")
+    parser.add_argument(
+        "--model", type=str, help="where the model lies now; null for where it lay at the start"
+    )
+    derive(parser, function, {"ledger", "model", "told"} | skip)
+    return parser
+
+
+def _init(arguments: list[str]) -> None:
+    from malmend.editors.settings import training_free
+    from malmend.shipping.ledger_watch import StopRule
+
+    parser = _parser("init")
+    parser.add_argument("model", type=str, help="name, folder or GGUF file")
+    own = {"ledger", "model", "editor", "settings", "method", "told", "rule"}
+    derive(parser, actions.init, own)
+    parser.add_argument(
+        "--editor",
+        type=str,
+        default="auto",
+        help="an editor's folder; none; or auto, the one that is shipped for this model",
+    )
+    parser.add_argument("--method", type=str, default="malmen", help="malmen; others do not add up")
+    parser.add_class_arguments(StopRule, "rule")
+    add_editor_settings(parser, {"network", "method"})
+    given = parse(parser, arguments)
+    rule, method = StopRule(**given.pop("rule")), given["method"]
+    settings = take_editor_settings({**given, "method": "malmen"}, network=False)
+    given = {name: value for name, value in given.items() if not hasattr(settings, name)}
+    untouched = settings == training_free()
+    with show.bars() as bars:
+        actions.init(
+            **given,
+            method=method,
+            settings=None if untouched else settings,
+            rule=rule,
+            progress=bars,
+            told=show.status,
+        )
+    show.status(f"Ledger: {given['ledger']}, generation 0, no facts.")
+
+
+def _add(arguments: list[str]) -> None:
+    given = parse(_with_model("add", actions.add, {"facts"}), arguments)
+    with show.bars() as bars:
+        done = actions.add(**given, progress=bars, told=show.status)
+    _changed(done)
+
+
+def _replace(arguments: list[str]) -> None:
+    given = parse(_with_model("replace", actions.replace, {"facts"}), arguments)
+    with show.bars() as bars:
+        done = actions.replace(**given, progress=bars, told=show.status)
+    _changed(done)
+
+
+def _revoke(arguments: list[str]) -> None:
+    parser = _parser("revoke")
+    parser.add_argument("ids", type=str, nargs="+", help="ids of the facts, as list shows them")
+    derive(parser, actions.revoke, {"ledger", "ids"})
+    given = parse(parser, arguments)
+    with show.bars() as bars:
+        done = actions.revoke(**given, progress=bars)
+    _changed(done)
+
+
+def _rollback(arguments: list[str]) -> None:
+    parser = _parser("rollback")
+    parser.add_argument("generation", type=int, help="as history shows them; 0 holds no fact")
+    derive(parser, actions.rollback, {"ledger", "generation"})
+    given = parse(parser, arguments)
+    with show.bars() as bars:
+        done = actions.rollback(**given, progress=bars)
+    _changed(done)
+
+
+def _patch(arguments: list[str]) -> None:
+    parser = _parser("patch")
+    parser.add_argument("--out", type=str, required=True, help="path of the patch to write")
+    given = parse(parser, arguments)
+    with show.bars() as bars:
+        made = actions.patch(**given, progress=bars)
+    count, generation = made.provenance["facts"], made.provenance["generation"]
+    empty = " The shift is zero: the model with it is the base, bit for bit." * (not count)
+    _say(f"Patch of generation {generation}, {_facts(count)}: {given['out']}.{empty}")
+
+
+def _list(arguments: list[str]) -> None:
+    from malmend.files import writable, written_beside
+
+    parser = _parser("list")
+    derive(parser, actions.list_facts, {"ledger"})
+    parser.add_argument("--out", type=str, help="facts file to write them to, as JSON Lines")
+    given = parse(parser, arguments)
+    out = given.pop("out")
+    if out is not None:
+        writable(out)
+    entries = actions.list_facts(**given)
+    for one in entries:
+        _say(f"{one.id}  {one.prompt} -> {one.answer}")
+        where = f"{one.status} since generation {one.generation}"
+        show.OUT.print(
+            escape(f"    {where}; {one.author}, {one.time}, {one.source}"),
+            style="dim",
+            highlight=False,
+            soft_wrap=True,
+        )
+    if not entries:
+        _say("The ledger holds no fact.")
+    if out is not None:
+        with written_beside(out) as beside:
+            beside.write_text("".join(map(_line, entries)), encoding="utf-8")
+        _say(f"Facts file: {out}")
+
+
+def _line(entry: Entry) -> str:
+    """A fact in malmend's own format."""
+    fields = {"id": entry.id, "prompt": entry.prompt, "answer": entry.answer}
+    about = {} if entry.subject is None else {"subject": entry.subject}
+    return json.dumps(fields | about, ensure_ascii=False) + "\n"
+
+
+def _history(arguments: list[str]) -> None:
+    for step in actions.history(**parse(_parser("history"), arguments)):
+        one = step.generation
+        moved = f"{step.entered:,} came, {step.left:,} went, {_facts(one.facts)}"
+        _say(f"{one.number:>4}  {one.time}  {one.action}: {moved}{_state(one)}  ({one.author})")
+    show.OUT.print(
+        "norm: of all shifts, as a share of the edited weights' own\n"
+        "kept: general questions' answer tokens that keep their first choice",
+        style="dim",
+        highlight=False,
+    )
+
+
+def _state(one: Generation) -> str:
+    """How far the model is from the unedited one."""
+    kept = "" if one.retention is None else f", kept {one.retention:.1%}"
+    return f", norm {one.norm:.2%}{kept}"
+
+
+def _verify(arguments: list[str]) -> int:
+    given = parse(_with_model("verify", actions.verify, set()), arguments)
+    with show.bars() as bars:
+        found = actions.verify(**given, progress=bars)
+    failing = found.failing
+    _say(f"{len(found.rows) - len(failing):,} of {_facts(len(found.rows))} hold.")
+    for row in failing:
+        said = row.reply.text if row.reply.text is not None else row.reply.top
+        since = "held when it was added" if row.entry.held else "did not hold when it was added"
+        _say(
+            f"  {row.entry.id}: {row.entry.prompt!r} should give {row.entry.answer!r}, gives "
+            f"{said!r} ({since})"
+        )
+    if found.retention is not None:
+        _say(f"General questions keep {found.retention:.1%} of their answer tokens.")
+    _warn(found.warning)
+    return FAILING if failing else 0
+
+
+def _changed(done: actions.LedgerChange) -> None:
+    """What a change came to."""
+    one = done.generation
+    if not done.entered and not done.left:
+        _say(f"Nothing changed: generation {one.number}, {_facts(one.facts)}.")
+        return
+    parts = []
+    for what, entries in (("came", done.entered), ("went", done.left)):
+        if entries:
+            parts.append(f"{_facts(len(entries))} {what} ({_ids(entries)})")
+    _say(f"Generation {one.number}: {', '.join(parts)}; {_facts(one.facts)} now.")
+    new = [entry for entry in done.entered if entry.generation == one.number]
+    if new and one.action in ("add", "replace"):
+        _say(f"{sum(entry.held for entry in new):,} of the {len(new):,} new ones hold.")
+    kept = "" if one.retention is None else f", general questions keep {one.retention:.1%}"
+    _say(f"Norm of the shift: {one.norm:.2%} of the edited weights' own{kept}.")
+    _warn(done.warning)
+
+
+def _warn(warning: str | None) -> None:
+    if warning:
+        _say(f"Warning: {warning}. Revoke facts, or expect other answers to go.")
+
+
+def _ids(entries: Sequence[Entry]) -> str:
+    shown = ", ".join(entry.id for entry in entries[:SHOWN])
+    return shown + (f" and {len(entries) - SHOWN:,} more" if len(entries) > SHOWN else "")
+
+
+def _facts(count: int) -> str:
+    return f"{count:,} fact{'s' * (count != 1)}"
+
+
+def _say(line: str) -> None:
+    show.OUT.print(escape(line), highlight=False, soft_wrap=True)

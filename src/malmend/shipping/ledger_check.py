@@ -1,0 +1,109 @@
+"""Facts against a ledger that holds some: which are new, which contradict, which replace."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from malmend.errors import FactsError, nearest
+from malmend.facts.fact import Fact, FactSet
+from malmend.facts.lint import same_prompt, short
+from malmend.shipping.ledger_entries import Entry
+
+
+def unlike(active: Sequence[Entry], known: FactSet, strict: bool) -> tuple[list[Fact], list[Fact]]:
+    """The facts that the ledger lacks, and those that it holds as they are.
+
+    Raises:
+        FactsError: with every fact that contradicts an active one, or has its id.
+    """
+    by_prompt = {same_prompt(entry.prompt): entry for entry in active}
+    by_id = {entry.id: entry for entry in active}
+    fresh, duplicates, faults = [], [], []
+    for fact in known:
+        other = by_prompt.get(same_prompt(fact.prompt))
+        if other is not None and _same_answer(fact, other):
+            duplicates.append(fact)
+            if strict:
+                faults.append(f"{_place(known, fact)}: the ledger holds it already as {other.id!r}")
+        elif other is not None:
+            faults.append(
+                f"{_place(known, fact)}: prompt {short(fact.prompt)} has answer "
+                f"{short(fact.answer)} here and {short(other.answer)} in the ledger "
+                f"({other.id!r}, generation {other.generation}); take it out, or give it to "
+                "`malmend ledger replace`"
+            )
+        elif fact.id in by_id:
+            faults.append(
+                f"{_place(known, fact)}: its id is that of an active fact with the prompt "
+                f"{short(by_id[fact.id].prompt)}; give it another"
+            )
+        else:
+            fresh.append(fact)
+    _raise(known, [*faults, *_same_ids(known, fresh)])
+    return fresh, duplicates
+
+
+def paired(
+    active: Sequence[Entry], known: FactSet, strict: bool
+) -> tuple[list[tuple[Fact, Entry]], list[Fact]]:
+    """Facts with the active ones that they replace, and those that change nothing.
+
+    Raises:
+        FactsError: with every fact whose prompt no active one has, or whose id another one has.
+    """
+    by_prompt = {same_prompt(entry.prompt): entry for entry in active}
+    by_id = {entry.id: entry for entry in active}
+    pairs, duplicates, faults = [], [], []
+    for fact in known:
+        prompt = same_prompt(fact.prompt)
+        other = by_prompt.get(prompt)
+        if other is None:
+            faults.append(
+                f"{_place(known, fact)}: no active fact has the prompt {short(fact.prompt)}"
+                f"{nearest(prompt, by_prompt)}; give it to `malmend ledger add`"
+            )
+        elif _same_answer(fact, other):
+            duplicates.append(fact)
+            if strict:
+                faults.append(f"{_place(known, fact)}: the ledger holds it already as {other.id!r}")
+        elif by_id.get(fact.id, other) is not other:
+            faults.append(
+                f"{_place(known, fact)}: its id is that of an active fact with the prompt "
+                f"{short(by_id[fact.id].prompt)}; give it another"
+            )
+        else:
+            pairs.append((fact, other))
+    _raise(known, [*faults, *_same_ids(known, [fact for fact, _ in pairs])])
+    return pairs, duplicates
+
+
+def _same_ids(known: FactSet, facts: Sequence[Fact]) -> list[str]:
+    """A fault for each fact with an earlier one's id; a file's reader has refused those already."""
+    seen: set[str] = set()
+    faults = []
+    for fact in facts:
+        if fact.id in seen:
+            faults.append(f"{_place(known, fact)}: an earlier fact has its id; give it another")
+        seen.add(fact.id)
+    return faults
+
+
+def _raise(known: FactSet, faults: Sequence[str]) -> None:
+    if faults:
+        count = "1 fact does" if len(faults) == 1 else f"{len(faults)} facts do"
+        raise FactsError(f"{known.source}: {count} not fit the ledger, which is unchanged:", faults)
+
+
+def _same_answer(fact: Fact, entry: Entry) -> bool:
+    return fact.answer.strip() == entry.answer.strip()
+
+
+def _place(known: FactSet, fact: Fact) -> str:
+    return f"{known.source}: line {fact.line}" if fact.line else f"fact {fact.id!r}"
+
+
+def named(facts: Sequence[Fact]) -> str:
+    """How many facts, and the first of their ids."""
+    ids = ", ".join(fact.id for fact in facts[:5])
+    more = f" and {len(facts) - 5:,} more" if len(facts) > 5 else ""
+    return f"{len(facts):,} fact{'s' * (len(facts) != 1)} ({ids}{more})"

