@@ -7,19 +7,17 @@ same names from YAML.
 
 from __future__ import annotations
 
+import importlib
 import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from malmend.errors import MalmendError, nearest
 from malmend.options import (
     add_editor_settings,
     add_methods,
-    add_trained,
     derive,
-    flat,
     parse,
     parser_of,
     take_editor_settings,
@@ -87,16 +85,16 @@ def _run(arguments: list[str]) -> int:
     warnings.simplefilter("ignore")
     runners: dict[str, Callable[[list[str]], int | None]] = {
         "edit": _edit,
-        "train": _train,
+        "train": _elsewhere("training", "train"),
         "eval": _eval,
         "ask": _ask,
-        "finetune": _finetune,
+        "finetune": _elsewhere("training", "finetune"),
         "continuations": _continuations,
         "bench": _bench,
-        "export": _shipping("export"),
-        "push": _shipping("push"),
-        "diff": _shipping("diff"),
-        "conflicts": _shipping("conflicts"),
+        "export": _elsewhere("shipping", "export"),
+        "push": _elsewhere("shipping", "push"),
+        "diff": _elsewhere("shipping", "diff"),
+        "conflicts": _elsewhere("shipping", "conflicts"),
         "ledger": _ledger,
         "inspect": _inspect,
         "cache": _cache,
@@ -144,112 +142,6 @@ def _edit(arguments: list[str]) -> None:
     show.edited(result)
 
 
-def _train(arguments: list[str]) -> None:
-    from malmend import show
-    from malmend.commands.train import train
-    from malmend.editors.settings import published, published_mend
-    from malmend.editors.train_settings import (
-        TrainSettings,
-        published_mend_training,
-        published_training,
-    )
-    from malmend.methods.trained import TRAINED
-    from malmend.processes import joined
-
-    parser = parser_of("train", COMMANDS["train"])
-    parser.add_argument("--config", action="config", help="YAML file with any of these options")
-    parser.add_argument("model", type=str, help="name, folder or GGUF file")
-    parser.add_argument("facts", type=str, help="facts file, with paraphrases")
-    parser.add_argument("--out", type=str, required=True, help="the editor's folder")
-    parser.add_argument(
-        "--paper",
-        type=bool,
-        default=False,
-        help="MALMEN A.6 and the published code; --method mend-single is MEND's own",
-    )
-    parser.add_argument(
-        "--locality", type=str, help="file of unrelated questions, else each fact's own"
-    )
-    own = {"model", "facts", "out", "locality", "settings", "editor", "starting", "stepped"}
-    derive(parser, train, own | {"processes", "told"})
-    add_editor_settings(parser, {"method"})
-    parser.add_class_arguments(TrainSettings)
-    add_trained(parser)
-    given = parse(parser, arguments)
-    if given["method"] in TRAINED:
-        _learn(given, usual=parse(parser, ["model", "facts", "--out", "folder"]))
-        return
-    paper = {**vars(published()), **vars(published_training())} if given["paper"] else {}
-    if given["method"] == "mend-single":
-        paper = {**vars(published_mend()), **vars(published_mend_training())}
-    if paper:  # other defaults; what was given still counts
-        parser.set_defaults(flat(paper))
-        given = parse(parser, arguments)
-    take_method(given, {name: kind.settings for name, kind in TRAINED.items()})
-    given.pop("paper")
-    given.pop("config", None)
-    names = TrainSettings.__dataclass_fields__
-    training = TrainSettings(**{name: given.pop(name) for name in names})
-    settings = take_editor_settings(given, network=True)
-    with joined() as processes:
-        if not processes.is_first:
-            show.silence()
-        _train_together(given, training, settings, processes)
-
-
-def _train_together(given: dict[str, Any], training: Any, settings: Any, processes: Any) -> None:
-    """Trains among the processes of a run, or alone; the first says how it goes."""
-    from malmend import show
-    from malmend.commands.train import train
-
-    with show.bars() as bars:
-
-        def starting(trainer: Any, seconds: float) -> None:
-            left = training.steps - trainer.step
-            resumed = f" (resumed after step {trainer.step})" if trainer.step else ""
-            show.status(
-                f"{left} steps of {training.facts_per_step} facts{resumed}: "
-                f"about {max(1, round(seconds / 60))} minutes."
-            )
-
-        result = train(
-            **given,
-            settings=training,
-            editor=settings,
-            processes=processes,
-            progress=bars,
-            told=show.status,
-            starting=starting,
-            stepped=lambda record: show.step(record, training.steps),
-        )
-    show.trained(result)
-
-
-def _learn(given: dict[str, Any], usual: dict[str, Any]) -> None:
-    """Trains a method that is no editor; none of an editor's options suit it."""
-    from malmend import show
-    from malmend.commands.learn import learn
-    from malmend.methods.trained import TRAINED
-
-    name = given["method"]
-    settings = take_method(given, {one: kind.settings for one, kind in TRAINED.items()})
-    taken = {"model", "facts", "out", "locality", "limit", "strict", "alternative", "away"}
-    taken |= {"trunk", "dtype"}
-    for option in set(given) - taken - {"method", "config"}:
-        if given[option] != usual[option]:
-            raise MalmendError(
-                f"--{option.replace('_', '-')} is of editors, and the method is {name}; leave it "
-                f"out, or see --{name}.* in malmend train --help."
-            )
-    result = learn(
-        **{option: given[option] for option in taken},
-        method=name,
-        settings=settings,
-        stepped=lambda record: show.learning(record, settings.steps),
-    )
-    show.status(f"Trained {len(result.records)} steps of {name}.  Editor: {result.folder}")
-
-
 def _eval(arguments: list[str]) -> None:
     from malmend import show
     from malmend.commands.evaluate import evaluate
@@ -288,28 +180,6 @@ def _ask(arguments: list[str]) -> None:
     )
     derive(parser, ask, {"model", "prompt", "patch"})
     show.asked(ask(**parse(parser, arguments)))
-
-
-def _finetune(arguments: list[str]) -> None:
-    from malmend import show
-    from malmend.commands.finetune import finetune
-    from malmend.models.finetune import FinetuneSettings
-
-    parser = parser_of("finetune", COMMANDS["finetune"])
-    parser.add_argument("model", type=str, help="name or folder")
-    parser.add_argument("facts", type=str, nargs="+", help="facts files; of claims for an encoder")
-    parser.add_argument("--out", type=str, required=True, help="the fine-tuned model's folder")
-    derive(parser, finetune, {"model", "facts", "out", "settings", "stepped", "told"})
-    parser.add_class_arguments(FinetuneSettings)
-    given = parse(parser, arguments)
-    settings = FinetuneSettings(
-        **{name: given.pop(name) for name in FinetuneSettings.__dataclass_fields__}
-    )
-    with show.bars() as bars:
-        result = finetune(
-            **given, settings=settings, progress=bars, stepped=show.epoch, told=show.status
-        )
-    show.finetuned(result)
 
 
 def _continuations(arguments: list[str]) -> None:
@@ -374,13 +244,12 @@ def _cache(arguments: list[str]) -> None:
     show.cached(cache(**parse(parser, arguments)))
 
 
-def _shipping(name: str) -> Callable[[list[str]], None]:
-    """A command of ``cli_shipping``, which is read only when it runs."""
+def _elsewhere(part: str, name: str) -> Callable[[list[str]], None]:
+    """A command of ``cli_PART.py``, which is read only when it runs."""
 
     def run(arguments: list[str]) -> None:
-        from malmend import cli_shipping
-
-        getattr(cli_shipping, name)(arguments, COMMANDS[name])
+        module = importlib.import_module(f"malmend.cli_{part}")
+        getattr(module, name)(arguments, COMMANDS[name])
 
     return run
 
