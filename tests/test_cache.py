@@ -8,17 +8,17 @@ from command_support import make_facts
 from command_support import malmend as command
 
 tiny = command_support.tiny
-cache = command_support.cache
 
 
-def test_what_is_kept_is_counted_and_cleared_and_made_again(tiny, cache, tmp_path):
+def test_what_is_kept_is_counted_and_cleared_and_made_again(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("MALMEND_CACHE", str(tmp_path))  # the others' would be counted too
     facts = make_facts(3)
     given = {"calibrate": tiny.calibrate, "text": tiny.text}
     given |= {"calibration": command_support.CALIBRATION}
     first = malmend.edit(tiny.loaded, facts, **given).patch
     held = {one.kind: one for one in malmend.cache().kinds}
     assert held["trunk"].entries == held["calibrations"].entries == 1
-    on_disk = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
+    on_disk = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
     assert sum(one.size for one in held.values()) == on_disk > 0
     assert malmend.cache(clear=True).cleared
     assert [one.entries for one in malmend.cache().kinds] == [0, 0, 0]
