@@ -325,8 +325,8 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_parameters(monkeypatch)
     trainer = trainer_of()
     trainer.take_step()
 
-    def broken(*rest):
-        loss = meta_loss(*rest)
+    def broken(*rest, **named):
+        loss = meta_loss(*rest, **named)
         next(iter(loss.shift_grads.values()))[0, 0] = math.inf
         return loss
 
@@ -341,8 +341,8 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_parameters(monkeypatch)
 def test_a_loss_that_is_not_finite_never_reaches_the_parameters(monkeypatch):
     trainer = trainer_of()
 
-    def broken(*rest):
-        return replace(meta_loss(*rest), gen=math.nan)
+    def broken(*rest, **named):
+        return replace(meta_loss(*rest, **named), gen=math.nan)
 
     monkeypatch.setattr(training, "meta_loss", broken)
     before = copies(trainer.editor.state_dict())
@@ -475,8 +475,8 @@ def test_the_model_comes_back_after_an_interrupted_step(monkeypatch):
     model = trainer.trunk.model
     before = copies(model.state_dict())
 
-    def broken(trunk, judged, *rest):
-        meta_loss(trunk, judged[:2], *rest)
+    def broken(trunk, judged, *rest, **named):
+        meta_loss(trunk, judged[:2], *rest, **named)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(training, "meta_loss", broken)
