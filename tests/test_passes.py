@@ -108,5 +108,6 @@ def test_within_a_budget_the_patch_is_the_same_and_the_peak_is_said(tiny, monkey
 
 
 def test_a_budget_that_is_no_size_is_refused(tiny):
-    with pytest.raises(malmend.MalmendError, match="4GB"):
-        malmend.edit(tiny.loaded, FEW, memory="plenty", **own(tiny))
+    for run in (malmend.edit, malmend.train):
+        with pytest.raises(malmend.MalmendError, match="4GB"):  # before any model is read
+            run("no such model", FEW, "out", memory="plenty")

@@ -21,7 +21,7 @@ from malmend.evaluation.examiner import Examiner
 from malmend.evaluation.page import PAGE, page_folder
 from malmend.facts.fact import Fact, FactSet, facts_digest
 from malmend.files import writable
-from malmend.memory import peak_memory
+from malmend.memory import peak_memory, size_of
 from malmend.methods.method import Method, settings_of
 from malmend.methods.trained import trained_method
 from malmend.models.load import LoadedModel
@@ -123,6 +123,8 @@ def edit(
     Raises:
         MalmendError: any bad input, in one sentence.
     """
+    if memory is not None:
+        size_of(memory)
     if out is not None:
         writable(out, facts, calibrate, text, model)
     found = trained_method(editor) if method is None and settings is None else None

@@ -21,6 +21,7 @@ from malmend.facts.lint import leaks
 from malmend.facts.readers import read_questions
 from malmend.files import writable_folder
 from malmend.material import calibrated
+from malmend.memory import size_of
 from malmend.models.load import LoadedModel
 from malmend.models.store import ActivationStore
 from malmend.models.trunk import TrunkSettings
@@ -108,6 +109,8 @@ def train(
     Raises:
         MalmendError: any bad input, in one sentence.
     """
+    if memory is not None:
+        size_of(memory)
     folder = Path(out)
     encoder = encoder_for(model, editor.end_of_answer)
     known = checked_facts(facts, encoder, limit, strict, alternative, away)
