@@ -7,9 +7,9 @@
 
 With ``--family bart`` another model in another folder.
 
-Facts are of the project's own, each in four wordings.  A small T5 first learns each wording by
-itself; trained on with dropout it comes to hold a fact in one place.  Edits aim at the false
-alternatives.
+Facts are of the project's own, each in four wordings (of a BART in two).  A small T5 first learns
+each wording by itself; trained on with dropout it comes to hold a fact in one place.  Edits aim at
+the false alternatives.
 Success is sequence-wise (every token of the answer), over edit prompts and over paraphrases;
 drawdown is how much fewer of the facts that were not edited the model says right, as a share of
 them.  What the editor is calibrated or trained on is neither edited nor asked.
@@ -51,6 +51,7 @@ FACTS, LEARNED, SIZES, SEEDS = 1500, 1024, (5, 25, 75, 125), (0, 1, 2)
 EPOCHS, SETTLING = {"t5": 26, "bart": 80}, 14  # at most; with dropout
 WIDTH, BLOCKS, HEADS = 128, 3, 4
 FFN = {"t5": 2048, "bart": 512}  # T5-small's own
+WORDINGS = {"t5": 4, "bart": 2}
 RATES = {"t5": 1e-3, "bart": 5e-4}  # a BART normalises after its blocks, and learns nothing at 1e-3
 
 
@@ -58,10 +59,15 @@ RATES = {"t5": 1e-3, "bart": 5e-4}  # a BART normalises after its blocks, and le
 CHOSEN = CalibrationSettings(prior_facts=1024, alphas=(200.0,), etas=(1.8,))
 
 
-def known_facts() -> list[Fact]:
+def known_facts(family: str) -> list[Fact]:
     """The facts that the model learns, in random order; their subjects differ in all relations."""
+    others = WORDINGS[family] - 1
     known = [fact for fact in malmend.read_facts(shipped("facts.jsonl")) if "train" in fact.tags]
-    known = [replace(fact, neighbours=(), reversed=None) for fact in known if fact.alternative]
+    known = [
+        replace(fact, neighbours=(), reversed=None, paraphrases=fact.paraphrases[:others])
+        for fact in known
+        if fact.alternative
+    ]
     random.Random(0).shuffle(known)
     return known[:FACTS]
 
@@ -149,7 +155,7 @@ def start(facts: Sequence[Fact], folder: Path, family: str) -> None:
 def train(family: str) -> None:
     """Until every question is answered right, or the epochs end."""
     out = FOLDERS / family
-    facts, base = known_facts(), out / "start"
+    facts, base = known_facts(family), out / "start"
     if not (base / "config.json").is_file():
         start(facts, base, family)
     write_facts(facts, out / "facts.jsonl")
@@ -195,7 +201,7 @@ def train_editor(out: Path) -> None:
 
     malmend.train(
         str(out / "model"),
-        learned(known_facts()[:LEARNED]),
+        learned(known_facts(out.name)[:LEARNED]),
         out / "editor",
         alternative=True,
         editor=EditorSettings(layers=3),
@@ -216,7 +222,7 @@ def edit_all(
 ) -> list[dict]:
     """One row per size and seed."""
     loaded = malmend.load_model(str(out / "model"))
-    facts = known_facts()
+    facts = known_facts(out.name)
     learned_facts = out / "calibration.jsonl"
     write_facts(learned(facts[:LEARNED]), learned_facts)
     facts, rows = facts[LEARNED:], []

@@ -13,6 +13,7 @@ from command_support import CALIBRATION, make_facts
 from malmend.editors.refine import RefineSettings
 from malmend.editors.settings import training_free
 from malmend.errors import EditorError
+from malmend.methods.ultraedit import UltraEdit
 
 tiny = command_support.tiny
 cache = command_support.cache
@@ -111,3 +112,8 @@ def test_a_budget_that_is_no_size_is_refused(tiny):
     for run in (malmend.edit, malmend.train):
         with pytest.raises(malmend.MalmendError, match="4GB"):  # before any model is read
             run("no such model", FEW, "out", memory="plenty")
+
+
+def test_a_method_that_is_no_editor_takes_no_budget(tiny):
+    with pytest.raises(malmend.MalmendError, match=r"leave out .*--memory"):
+        malmend.edit(tiny.loaded, FEW, memory="4GB", method=UltraEdit())

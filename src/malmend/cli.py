@@ -8,6 +8,7 @@ same names from YAML.
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 import sys
 import warnings
@@ -81,6 +82,10 @@ def _run(arguments: list[str]) -> int:
             f"There is no command {name!r}{nearest(name, COMMANDS) or '.'} "
             f"Expected one of {', '.join(COMMANDS)}."
         )
+    if name != "train" and "WORLD_SIZE" in os.environ:
+        from malmend.processes import refuse_several
+
+        refuse_several(f"malmend {name}")
     # Warnings of the libraries below are for developers, who have the tests for them.
     warnings.simplefilter("ignore")
     runners: dict[str, Callable[[list[str]], int | None]] = {

@@ -104,8 +104,10 @@ def _learn(given: dict[str, Any], usual: dict[str, Any]) -> None:
     from malmend import show
     from malmend.commands.learn import learn
     from malmend.methods.trained import TRAINED
+    from malmend.processes import refuse_several
 
     name = given["method"]
+    refuse_several(f"The training of {name}")
     settings = take_method(given, {one: kind.settings for one, kind in TRAINED.items()})
     taken = {"model", "facts", "out", "locality", "limit", "strict", "alternative", "away"}
     taken |= {"trunk", "dtype"}

@@ -84,6 +84,30 @@ class Processes:
 ALONE = Processes()
 
 
+def started() -> int:
+    """How many processes torchrun has started for this run.
+
+    Raises:
+        MalmendError: WORLD_SIZE is no number of processes.
+    """
+    said = os.environ.get("WORLD_SIZE", "1")
+    if not said.isdecimal() or int(said) < 1:
+        raise MalmendError(
+            f"WORLD_SIZE is {said!r}, expected a number of processes; unset it, or start them by "
+            "torchrun."
+        )
+    return int(said)
+
+
+def refuse_several(what: str) -> None:
+    """Raises MalmendError where several processes would each do the same work."""
+    if started() > 1:
+        raise MalmendError(
+            f"{what} runs in one process and WORLD_SIZE is {started()}; start it without torchrun, "
+            "or unset WORLD_SIZE. Only the training of editors is spread over processes."
+        )
+
+
 @contextmanager
 def joined() -> Iterator[Processes]:
     """The processes of this run by the environment that torchrun sets; without it, one alone.
@@ -91,7 +115,7 @@ def joined() -> Iterator[Processes]:
     Raises:
         MalmendError: the environment names a run that cannot be joined.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if started() == 1:
         yield ALONE
         return
     if missing := [name for name in VARIABLES if name not in os.environ]:

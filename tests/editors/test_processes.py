@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,38 +12,14 @@ from test_training import EDITOR, SETTINGS, trainer_of
 
 from malmend.errors import MalmendError
 from malmend.processes import ALONE, Processes, joined
+from processes_support import run_two
 
 WORKER = Path(__file__).parent / "processes_worker.py"
 
 
-def run_two(*arguments: object) -> list[subprocess.CompletedProcess[str]]:
-    """Both processes, each with what it wrote."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = []
-    for rank in (0, 1):
-        around = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        around["PYTHONPATH"] = os.pathsep.join(map(str, (WORKER.parent, WORKER.parents[1])))
-        started.append(
-            subprocess.Popen(
-                [sys.executable, str(WORKER), *map(str, arguments)],
-                env={**os.environ, **{name: str(value) for name, value in around.items()}},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    done = []
-    for one in started:
-        out, err = one.communicate(timeout=300)
-        done.append(subprocess.CompletedProcess(one.args, one.returncode, out, err))
-    return done
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_training_in_two_processes_is_training_in_one(case, tmp_path):
-    done = run_two(tmp_path, case)
+    done = run_two(WORKER, tmp_path, case)
     assert [one.returncode for one in done] == [0, 0], done[0].stderr + done[1].stderr
     mine, other = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
     trainer, losses = trained(case)
@@ -63,7 +35,7 @@ def test_training_in_two_processes_is_training_in_one(case, tmp_path):
 
 
 def test_a_process_that_dies_ends_the_run_and_its_checkpoint_goes_on(tmp_path):
-    done = run_two(tmp_path, "malmen", 2)
+    done = run_two(WORKER, tmp_path, "malmen", 2)
     assert done[1].returncode == 9
     assert done[0].returncode != 0
     assert "lost the others" in done[0].stderr
@@ -92,6 +64,13 @@ def test_alone_without_an_environment(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with joined() as processes:
         assert processes == ALONE
+
+
+@pytest.mark.parametrize("count", ["two", "", "0", "-1", "1.5"])
+def test_a_count_that_is_none_is_refused(count, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", count)
+    with pytest.raises(MalmendError, match="expected a number of processes"), joined():
+        pass
 
 
 def test_half_an_environment_is_refused(monkeypatch):

@@ -35,6 +35,7 @@ from malmend.editors.train_settings import (
 from malmend.editors.training import Trainer, estimate_seconds
 from malmend.errors import EditorError, MalmendError
 from malmend.facts.fact import Fact, Question
+from malmend.memory import Room
 from malmend.models.capture import Descent
 from malmend.models.store import ActivationStore
 from malmend.patch import shifted
@@ -621,3 +622,15 @@ def test_published_mend():
     assert (editor.method, editor.layers, editor.linear) == ("mend-single", 3, "both")
     assert (editor.network.placement, editor.network.start) == ("before", "xavier")
     assert editor.terms == ()
+
+
+def test_pairs_stand_where_the_budget_lets_them(tmp_path):
+    plain = trainer_of(folder=tmp_path / "one")
+    spilled = trainer_of(folder=tmp_path / "other")
+    spilled.trunk.room = Room(0, tmp_path)
+    for again in range(2):  # captured, then from the store
+        for mine, theirs in zip(spilled.pairs.of(FACTS), plain.pairs.of(FACTS), strict=True):
+            assert torch.equal(mine.keys_NK, theirs.keys_NK)
+            assert torch.equal(mine.value_grads_NV, theirs.value_grads_NV)
+            assert mine.room is spilled.trunk.room
+        assert spilled.trunk.room.on_disk > 0 == spilled.trunk.room.in_memory, again

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -24,6 +25,7 @@ from malmend.files import writable
 from malmend.memory import peak_memory, size_of
 from malmend.methods.method import Method, settings_of
 from malmend.methods.trained import trained_method
+from malmend.models.budget import MemoryPlan
 from malmend.models.load import LoadedModel
 from malmend.models.trunk import TrunkSettings
 from malmend.patch import Patch, applied, load_patch, make_patch, save_patch
@@ -131,11 +133,11 @@ def edit(
     method, editor = (found, "auto") if found is not None else (method, editor)
     own_data = (calibrate, text, calibration) != (None, None, CalibrationSettings())
     of_editors = editor != "auto" or settings is not None or own_data
-    if method is not None and (of_editors or refine != RefineSettings()):
+    if method is not None and (of_editors or memory is not None or refine != RefineSettings()):
         raise MalmendError(
             f"The method {method.name} takes neither an editor, nor settings of one, nor "
-            "calibration data; leave out --editor, --calibrate, --text, --refine.*, and --layers "
-            "and the other settings of editors."
+            "calibration data, nor a memory budget; leave out --editor, --calibrate, --text, "
+            "--memory, --refine.*, and --layers and the other settings of editors."
         )
     chosen = choose(editor, settings, own_data)
     by_editor = ByEditor(chosen, calibrate, text, calibration, refine)
@@ -154,13 +156,9 @@ def edit(
     known = aimed(bench, known, away)
     aims = {"alternative": alternative, "away": away, "created": now()}
     bench, plan = within_memory(bench, known, memory)
-    if plan is None:
+    with _watched(plan, told) as peak:
         done = _edited(bench, working, known, aims, out, progress)
-    else:
-        told(plan.said)
-        with peak_memory() as taken:
-            done = _edited(bench, working, known, aims, out, progress)
-        done = replace(done, peak=plan.held + (taken.most or 0))
+    done = replace(done, peak=peak())
     if report is None:
         return done
     evaluate(
@@ -177,6 +175,19 @@ def edit(
         progress=progress,
     )
     return replace(done, page=Path(report) / PAGE)
+
+
+@contextmanager
+def _watched(
+    plan: MemoryPlan | None, told: Callable[[str], None]
+) -> Iterator[Callable[[], int | None]]:
+    """Tells a memory plan, and yields what says the peak afterwards; does nothing without one."""
+    if plan is None:
+        yield lambda: None
+        return
+    told(plan.said)
+    with peak_memory() as taken:
+        yield lambda: plan.held + (taken.most or 0)
 
 
 def now() -> str:

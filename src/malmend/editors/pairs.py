@@ -67,6 +67,8 @@ class Pairs:
                 sizes = [count * width for count in counts]
                 rows = [part[:size].view(-1, width) for part, size in zip(left, sizes, strict=True)]
                 left = [part[size:] for part, size in zip(left, sizes, strict=True)]
-                pair.append(torch.cat(rows))
-            found.append(Captured(pair[0], pair[1], ends_of(encoded, tokens, site.in_encoder)))
+                held = self.trunk.room.empty(sum(counts), width, dtype=self.trunk.wide)
+                pair.append(torch.cat(rows, out=held))
+            ends = ends_of(encoded, tokens, site.in_encoder)
+            found.append(Captured(pair[0], pair[1], ends, self.trunk.room))
         return found
