@@ -159,7 +159,7 @@ class Straightforward:
         """Theorems 1 and 2, the matrix factorised again."""
         pair = self.pair(site)
         gram_KK = self.normal(pair.keys_NK, site)
-        adjoint_VK = torch.linalg.solve(gram_KK, grad_VK.double().T).T.float()
+        adjoint_VK = torch.linalg.solve(gram_KK, grad_VK.double().T).T
         by_ridge = -(adjoint_VK * shift_VK).sum() * self.editor.log_ridge_S[site].exp().detach()
         ridge = self.editor.log_ridge_S
         ridge.grad = torch.zeros_like(ridge) if ridge.grad is None else ridge.grad
@@ -167,4 +167,5 @@ class Straightforward:
         for rows in chunks(len(pair.keys_NK), self.chunk):
             chunk = pair.rows(rows)
             diffs_NV = value_diffs(chunk.keys_NK, self.editor.pseudo(site, chunk))
-            ((chunk.keys_NK @ adjoint_VK.T) * diffs_NV).sum().backward()
+            # In float64, as the matrix: M u is small beside M and u, which nearly cancel.
+            ((chunk.keys_NK.double() @ adjoint_VK.T) * diffs_NV).sum().backward()

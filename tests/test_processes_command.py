@@ -13,7 +13,22 @@ from processes_support import run_two
 tiny = command_support.tiny
 cache = command_support.cache
 
-RUN = ("-c", "import sys; from malmend.cli import main; raise SystemExit(main(sys.argv[1:]))")
+# The command line, which says of every checkpoint on standard error that it writes one.
+RUN = (
+    "-c",
+    """
+import sys
+from malmend.cli import main
+from malmend.commands import train
+
+def noted(*given, save=train._save):
+    print("WRITES", file=sys.stderr)
+    save(*given)
+
+train._save = noted
+raise SystemExit(main(sys.argv[1:]))
+""",
+)
 SMALL = ("--layers", 2, "--network.rank", 4, "--facts-per-step", 4, "--steps", 3)
 
 
@@ -24,6 +39,7 @@ def test_two_processes_write_the_editor_that_one_writes_and_one_of_them_speaks(t
     assert [one.returncode for one in done] == [0, 0], done[0].stderr + done[1].stderr
     assert "Trained 3 steps" in done[0].stdout
     assert done[1].stdout == ""
+    assert [one.stderr.count("WRITES") for one in done] == [1, 0]  # after the last step
     alone, both = (load_editor(tmp_path / name).editor for name in ("alone", "both"))
     for name, tensor in alone.state_dict().items():
         torch.testing.assert_close(both.state_dict()[name], tensor, rtol=1e-3, atol=1e-5)

@@ -91,9 +91,13 @@ def edited(result: EditResult) -> None:
         size = result.path.stat().st_size / 1e6
         OUT.print(f"Patch: {escape(str(result.path))} ({size:.1f} MB)")
     if result.peak is not None:
-        OUT.print(f"Memory at the peak: {result.peak / 1e9:.2f} GB.")
+        _peak(result.peak)
     if result.page is not None:
         page(result.page.parent)
+
+
+def _peak(held: int) -> None:
+    OUT.print(f"Memory at the peak: {held / 1e9:.2f} GB.")
 
 
 def _trained_on(seen: int | None, facts: int) -> None:
@@ -278,6 +282,8 @@ def trained(result: TrainResult) -> None:
         f"Trained {last.step} steps: meta-loss {first.loss:.3f} at the first, "
         f"{last.loss:.3f} at the last.  Editor: {escape(str(result.folder))}"
     )
+    if result.peak is not None:
+        _peak(result.peak)
 
 
 def epoch(record: EpochRecord) -> None:

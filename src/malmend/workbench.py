@@ -7,7 +7,7 @@ fingerprint of its weights.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -16,6 +16,7 @@ from malmend.editors.checkpoint import seen_in_training
 from malmend.errors import FactsError, MalmendError
 from malmend.evaluation.classes import away as away_from_said
 from malmend.facts.alternatives import towards_alternatives
+from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact, FactSet
 from malmend.facts.readers import given_facts, read_facts
 from malmend.facts.tokens import Encoder, EndOfAnswer
@@ -65,9 +66,15 @@ def lay_out(
 
 
 def within_memory(
-    bench: Workbench, facts: FactSet, memory: str | None, extra: int = 0
+    bench: Workbench,
+    facts: FactSet,
+    memory: str | None,
+    extra: int = 0,
+    also: Callable[[Sequence[Encoded]], object] | None = None,
 ) -> tuple[Workbench, MemoryPlan | None]:
     """The bench within a budget such as "4GB", and how it is spent; as it is without one.
+
+    ``extra`` and ``also`` as of :func:`malmend.models.budget.plan_memory`.
 
     Raises:
         MalmendError: as :func:`malmend.models.budget.plan_memory`.
@@ -75,7 +82,7 @@ def within_memory(
     if memory is None:
         return bench, None
     questions = bench.encoder.encode_all(fact.question for fact in facts)
-    plan = plan_memory(bench.trunk, questions, memory, extra=extra)
+    plan = plan_memory(bench.trunk, questions, memory, extra=extra, also=also)
     spill = cache_folder() / "spill"
     return replace(bench, trunk=within(bench.trunk, plan, spill)), plan
 

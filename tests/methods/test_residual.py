@@ -11,15 +11,33 @@ import torch
 import command_support
 import malmend
 from command_support import CALIBRATION, make_facts
+from malmend.editors.mend import Mend
+from malmend.editors.pseudo import Pseudo
 from malmend.editors.refine import RefineSettings
 from malmend.editors.settings import training_free
 from malmend.models.capture import Descent, capture
+from malmend.numerics.ridge import Prior
 from malmend.workbench import lay_out
 
 tiny = command_support.tiny
 cache = command_support.cache
 
 FACTS = make_facts(5)
+
+
+def test_what_a_token_asks_of_a_sum_is_its_own_shift_times_its_key():
+    """Equation (9), of pseudo rows that are none of the captured ones."""
+    made = torch.Generator().manual_seed(0)
+    rows = {"dtype": torch.float64, "generator": made}
+    keys_NK, other_NK = torch.randn(4, 5, **rows), torch.randn(4, 5, **rows)
+    grads_NV = torch.randn(4, 3, **rows)
+    summed = Mend(keys_NK, torch.empty(4, 3, dtype=torch.float64), Prior(ridge=1.0))
+    for part in (slice(0, 3), slice(3, 4)):
+        summed.add(part, Pseudo(other_NK[part], grads_NV[part]))
+    for key, other, grad, asked in zip(keys_NK, other_NK, grads_NV, summed.diffs_NV, strict=True):
+        torch.testing.assert_close(asked, -torch.outer(grad, other) @ key)
+
+
 ETA = 0.8
 
 

@@ -56,6 +56,13 @@ def test_less_than_the_work_needs_is_refused_and_what_is_asked_for_then_suffices
     plan_memory(trunk, QUESTIONS, str(float(least.removesuffix("GB")) + 0.1) + "GB")
 
 
+def test_room_for_less_than_one_question_forth_and_back_is_refused(monkeypatch):
+    monkeypatch.setattr(budget, "held", lambda: 1_000_000_000)
+    monkeypatch.setattr(budget, "_taken", lambda run: 2_000_000_000)
+    with pytest.raises(MalmendError, match="expected at least"):
+        plan_memory(trunk_of(), QUESTIONS, "1.2GB")  # some of which is left
+
+
 def test_a_system_without_accounting_is_told_so(monkeypatch):
     monkeypatch.setattr(budget, "held", lambda: None)
     with pytest.raises(MalmendError, match="Linux"):
@@ -71,7 +78,9 @@ def test_what_is_captured_is_the_same_in_files(descent, tmp_path):
     found = capture(other, QUESTIONS, "answer", descent)
     assert other.room.on_disk > 0 == other.room.in_memory
     assert other.settings.batch_tokens == 30
-    assert plain.settings.batch_tokens == 1024  # the first trunk is as it was
+    assert (
+        plain.settings.batch_tokens == TrunkSettings().batch_tokens
+    )  # the first trunk is as it was
     for mine, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(mine.keys_NK, theirs.keys_NK, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(mine.value_grads_NV, theirs.value_grads_NV, rtol=1e-7, atol=1e-9)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import shutil
 from functools import partial
 from pathlib import Path
@@ -396,3 +397,32 @@ def test_a_cache_that_cannot_be_written_is_named_and_not_the_model(gguf, tmp_pat
     monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", full)
     assert "cannot be written (No space left on device)" in refused(gguf)
     assert copies() == []
+
+
+def test_pickled_weights_are_never_read(folder):
+    """Unpickling this file would make a folder beside it."""
+    (folder / "model.safetensors").unlink()
+
+    class Harm:
+        def __reduce__(self):
+            return os.mkdir, (str(folder / "harmed"),)
+
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Harm()))
+    assert "pickled weights" in refused(folder)
+    assert not (folder / "harmed").exists()
+
+
+def test_of_two_kinds_of_weights_the_pickled_ones_are_left_alone(folder):
+    (folder / "pytorch_model.bin").write_bytes(b"no pickle at all")
+    load_model(str(folder))
+
+
+def test_code_that_a_model_brings_is_not_run(folder, monkeypatch):
+    """Nor is anybody asked whether it may be."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    (folder / "mine.py").write_text(f"import os\nos.mkdir({str(folder / 'harmed')!r})\n")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "cannot be loaded" in refused(folder)
+    assert not (folder / "harmed").exists()

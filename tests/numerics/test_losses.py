@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from malmend.numerics.losses import answer_nll, kl_per_token
+from malmend.numerics.losses import answer_nll, kl_and_grad, kl_per_token, nll_and_grad
 
 EXACT = {"rtol": 1e-12, "atol": 1e-13}  # float64, sums of eleven terms
 NARROW = {"rtol": 1e-5, "atol": 1e-5}  # float32 sums of eleven terms of size ten or less
@@ -121,3 +121,48 @@ def test_nothing_in_nothing_out():
     empty = torch.zeros(0, W)
     assert answer_nll(empty, torch.zeros(0, dtype=torch.long)).shape == (0,)
     assert kl_per_token(empty, empty).shape == (0,)
+
+
+LABELLED = [LABELS, torch.tensor([0, -100, 3, -100, 7])]
+
+
+@pytest.mark.parametrize("labels", LABELLED, ids=["all", "some without a label"])
+def test_nll_and_its_derivative_are_autograds(labels):
+    free = logits(0).requires_grad_()
+    wanted = answer_nll(free, labels)
+    wanted.sum().backward()
+    before = free.detach().clone()
+    loss, grad = nll_and_grad(free, labels)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, wanted.detach(), **EXACT)
+    torch.testing.assert_close(grad, free.grad, **EXACT)
+    assert torch.equal(free, before)  # it works in place, on what is its own
+
+
+def test_kl_and_its_derivative_are_autograds():
+    free, known = logits(1).requires_grad_(), logits(0)
+    wanted = kl_per_token(known, free)
+    wanted.sum().backward()
+    before = free.detach().clone()
+    loss, grad = kl_and_grad(known, free)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, wanted.detach(), **EXACT)
+    torch.testing.assert_close(grad, free.grad, **EXACT)
+    assert torch.equal(free, before)
+    assert torch.equal(known, logits(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_derivatives_of_narrow_logits_are_float32(dtype):
+    before, after = logits(0).to(dtype), logits(1).to(dtype)
+    for loss, grad in (nll_and_grad(after, LABELS), kl_and_grad(before, after)):
+        assert loss.dtype == grad.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), kl_by_hand(before, after), **NARROW)
+    expected = functional.softmax(after.double(), -1) - functional.softmax(before.double(), -1)
+    torch.testing.assert_close(grad.double(), expected, **NARROW)
+
+
+def test_derivatives_of_extreme_logits_stay_finite():
+    wide = torch.tensor([[1e4, 0.0, -1e4]])
+    assert nll_and_grad(wide, torch.tensor([2]))[0].item() == pytest.approx(2e4)
+    assert torch.isfinite(kl_and_grad(wide, wide.flip(1))[1]).all()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -22,10 +21,10 @@ from malmend.evaluation.examiner import Examiner
 from malmend.evaluation.page import PAGE, page_folder
 from malmend.facts.fact import Fact, FactSet, facts_digest
 from malmend.files import writable
-from malmend.memory import peak_memory, size_of
+from malmend.memory import size_of
 from malmend.methods.method import Method, settings_of
 from malmend.methods.trained import trained_method
-from malmend.models.budget import MemoryPlan
+from malmend.models.budget import watched
 from malmend.models.load import LoadedModel
 from malmend.models.trunk import TrunkSettings
 from malmend.patch import Patch, applied, load_patch, make_patch, save_patch
@@ -156,7 +155,7 @@ def edit(
     known = aimed(bench, known, away)
     aims = {"alternative": alternative, "away": away, "created": now()}
     bench, plan = within_memory(bench, known, memory)
-    with _watched(plan, told) as peak:
+    with watched(plan, told) as peak:
         done = _edited(bench, working, known, aims, out, progress)
     done = replace(done, peak=peak())
     if report is None:
@@ -175,19 +174,6 @@ def edit(
         progress=progress,
     )
     return replace(done, page=Path(report) / PAGE)
-
-
-@contextmanager
-def _watched(
-    plan: MemoryPlan | None, told: Callable[[str], None]
-) -> Iterator[Callable[[], int | None]]:
-    """Tells a memory plan, and yields what says the peak afterwards; does nothing without one."""
-    if plan is None:
-        yield lambda: None
-        return
-    told(plan.said)
-    with peak_memory() as taken:
-        yield lambda: plan.held + (taken.most or 0)
 
 
 def now() -> str:

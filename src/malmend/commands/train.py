@@ -5,26 +5,30 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from malmend.editors.calibration import CalibrationSettings
 from malmend.editors.checkpoint import SavedEditor, load_editor, save_editor
+from malmend.editors.editor import Editor
+from malmend.editors.metaloss import Judged, meta_loss
 from malmend.editors.settings import EditorSettings
 from malmend.editors.train_settings import TrainSettings
 from malmend.editors.training import StepRecord, Trainer, estimate_seconds
 from malmend.errors import EditorError, MalmendError
-from malmend.facts.encoded import settled
+from malmend.facts.encoded import Encoded, settled
 from malmend.facts.fact import Fact, FactSet, Question, subject_hash
 from malmend.facts.lint import leaks
 from malmend.facts.readers import read_questions
 from malmend.files import writable_folder
 from malmend.material import calibrated
 from malmend.memory import size_of
+from malmend.models.budget import watched
 from malmend.models.load import LoadedModel
 from malmend.models.store import ActivationStore
-from malmend.models.trunk import TrunkSettings
+from malmend.models.trunk import Trunk, TrunkSettings
 from malmend.processes import ALONE, Processes
 from malmend.progress import Progress, silent
 from malmend.workbench import (
@@ -50,12 +54,14 @@ class TrainResult:
         folder: where it lies.
         records: every step, those of interrupted runs included.
         leaks: unrelated or neighbouring questions that are also edit prompts.
+        peak: bytes of anonymous memory that the process held at most, where a budget was given.
     """
 
     saved: SavedEditor
     folder: Path
     records: tuple[StepRecord, ...]
     leaks: tuple[str, ...]
+    peak: int | None = None
 
 
 def train(
@@ -127,24 +133,38 @@ def train(
     with processes.first_then_others():  # who find it in the cache
         found = calibrated(bench, editor, calibrate or own, text, calibration, progress, others)
     start = found.editor(editor, bench.trunk, settings.seed)
-    parameters = sum(one.numel() * one.element_size() for one in start.parameters())
-    bench, plan = within_memory(bench, known, memory, 3 * parameters)  # gradient, Adam's moments
-    if plan is not None:
-        told(plan.said)
+    bench, plan = within_memory(
+        bench, known, memory, _beside(start, settings), partial(_rehearsed, bench.trunk)
+    )
     store = _pairs_store(bench, editor, trunk)
     trainer = Trainer(start, bench.trunk, bench.encoder, known, others, settings, store, processes)
     about = _about(bench, known, others, settings)
     records = _resumed(trainer, folder, about)
-    starting(trainer, _seconds_left(trainer, records))
-    for record in trainer.run():
-        records.append(record)
-        stepped(record)
-        due = record.step % settings.save_every == 0 or record.step == settings.steps
-        if due and processes.is_first:
-            _save(trainer, {**about, "curve": [asdict(one) for one in records]}, folder)
+    with watched(plan, told) as peak:
+        starting(trainer, _seconds_left(trainer, records))
+        for record in trainer.run():
+            records.append(record)
+            stepped(record)
+            due = record.step % settings.save_every == 0 or record.step == settings.steps
+            if due and processes.is_first:
+                _save(trainer, {**about, "curve": [asdict(one) for one in records]}, folder)
     with processes.first_then_others():  # once it is written
         saved = load_editor(folder)
-    return TrainResult(saved, folder, tuple(records), tuple(leaks(known, others)))
+    return TrainResult(saved, folder, tuple(records), tuple(leaks(known, others)), peak())
+
+
+def _beside(editor: Editor, settings: TrainSettings) -> int:
+    """Bytes of gradient and Adam's moments, and of the network's graph over one chunk of tokens."""
+    parameters = sum(one.numel() * one.element_size() for one in editor.parameters())
+    network = editor.settings.network
+    widest = max(value + key for value, key in editor.shapes.values())
+    numbers = network.blocks * (4 * widest + min(network.rank, widest))
+    return 3 * parameters + 4 * settings.chunk * numbers
+
+
+def _rehearsed(trunk: Trunk, questions: Sequence[Encoded]) -> None:
+    """The loss of a step, forward and backward."""
+    meta_loss(trunk, [Judged(one) for one in questions])
 
 
 def _save(trainer: Trainer, about: dict[str, Any], folder: Path) -> None:

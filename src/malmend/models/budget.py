@@ -10,7 +10,8 @@ Shape letters: K key width, V value width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -52,7 +53,12 @@ class MemoryPlan:
 
 
 def plan_memory(
-    trunk: Trunk, questions: Sequence[Encoded], memory: str, tokens: Tokens = "auto", extra: int = 0
+    trunk: Trunk,
+    questions: Sequence[Encoded],
+    memory: str,
+    tokens: Tokens = "auto",
+    extra: int = 0,
+    also: Callable[[Sequence[Encoded]], object] | None = None,
 ) -> MemoryPlan:
     """Measures what a micro-batch takes, and spends the budget.
 
@@ -62,6 +68,7 @@ def plan_memory(
         memory: as people write it: "4GB".
         tokens: that will be captured.
         extra: bytes that the work needs beside micro-batches, sums and captured tensors.
+        also: what else is done with micro-batches of such questions, and is rehearsed too.
 
     Raises:
         MalmendError: no size, less than the work needs at least, or a system that does not say
@@ -75,7 +82,10 @@ def plan_memory(
     longest = sorted(questions, key=lambda one: -len(one.ids))
     width = len(longest[0].ids)
     some = longest[: max(1, REHEARSED // width)]
-    each = _taken(lambda: capture(trunk, some, tokens)) / (len(some) * width)
+    done: list[Callable[[], object]] = [lambda: capture(trunk, some, tokens)]
+    if also is not None:
+        done.append(lambda: also(some))
+    each = max(map(_taken, done)) / (len(some) * width)
     left = SPARED * budget - now - extra - sum(sums_of(site) for site in trunk.sites)
     if left < 2 * each * width:
         least = (budget * SPARED - left + 2 * each * width) / SPARED
@@ -93,6 +103,19 @@ def within(trunk: Trunk, plan: MemoryPlan, folder: Path) -> Trunk:
     return trunk.again(
         replace(trunk.settings, batch_tokens=plan.positions), Room(plan.rows, folder)
     )
+
+
+@contextmanager
+def watched(
+    plan: MemoryPlan | None, told: Callable[[str], None]
+) -> Iterator[Callable[[], int | None]]:
+    """Tells a plan, and yields what says the peak afterwards; does nothing without a plan."""
+    if plan is None:
+        yield lambda: None
+        return
+    told(plan.said)
+    with peak_memory() as taken:
+        yield lambda: plan.held + (taken.most or 0)
 
 
 def sums_of(site: Site) -> int:

@@ -48,6 +48,9 @@ LOADERS: dict[Form, Any] = {
     "classes": AutoModelForSequenceClassification,
     "seq2seq": AutoModelForSeq2SeqLM,
 }
+# Nothing that a model brings is run or unpickled; who trusts its code loads it and calls prepared.
+SAFE: dict[str, Any] = {"trust_remote_code": False}
+WEIGHTS: dict[str, Any] = {**SAFE, "use_safetensors": True}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -119,8 +122,8 @@ def load_tokenizer(name: str) -> Any:
         folder, gguf = _locate(name)
         if gguf is not None:
             copy = _float_copy(folder, gguf)
-            return AutoTokenizer.from_pretrained(copy)
-        return AutoTokenizer.from_pretrained(folder)
+            return AutoTokenizer.from_pretrained(copy, **SAFE)
+        return AutoTokenizer.from_pretrained(folder, **SAFE)
 
 
 def load_config(name: str) -> Any:
@@ -132,7 +135,7 @@ def load_config(name: str) -> Any:
     with quiet(), _explained(name):
         folder, gguf = _locate(name)
         source = folder if gguf is None else _float_copy(folder, gguf)
-        return AutoConfig.from_pretrained(source)
+        return AutoConfig.from_pretrained(source, **SAFE)
 
 
 def stated_reading(config: Any) -> Reading:
@@ -155,10 +158,10 @@ def load_model(name: str, dtype: str = "float32") -> LoadedModel:
     with quiet(), _explained(name):
         folder, gguf = _locate(name)
         source = _float_copy(folder, gguf) if gguf is not None else folder
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        reading = stated_reading(AutoConfig.from_pretrained(source))
+        tokenizer = AutoTokenizer.from_pretrained(source, **SAFE)
+        reading = stated_reading(AutoConfig.from_pretrained(source, **SAFE))
         model, found = LOADERS[reading.form].from_pretrained(
-            source, dtype=DTYPES[dtype], output_loading_info=True
+            source, dtype=DTYPES[dtype], output_loading_info=True, **WEIGHTS
         )
         if missing := sorted(found["missing_keys"]):  # the loader has made them up at random
             raise ModelError(
@@ -186,7 +189,7 @@ def load_base(name: str, classes: Sequence[str]) -> tuple[PreTrainedModel, Any]:
     with quiet(), _explained(name):
         folder, gguf = _locate(name)
         source = _float_copy(folder, gguf) if gguf is not None else folder
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, **SAFE)
         kind = (config.architectures or [""])[0]
         keywords: dict[str, Any] = {"dtype": torch.float32}
         form: Form = "classes"
@@ -202,8 +205,8 @@ def load_base(name: str, classes: Sequence[str]) -> tuple[PreTrainedModel, Any]:
             keywords["id2label"] = dict(enumerate(classes))
             keywords["label2id"] = {label: index for index, label in enumerate(classes)}
             keywords["ignore_mismatched_sizes"] = True
-        model = LOADERS[form].from_pretrained(source, **keywords)
-        return model, AutoTokenizer.from_pretrained(source)
+        model = LOADERS[form].from_pretrained(source, **keywords, **WEIGHTS)
+        return model, AutoTokenizer.from_pretrained(source, **SAFE)
 
 
 def _check_classes(classes: Sequence[str]) -> None:
@@ -274,6 +277,11 @@ def _locate(name: str) -> tuple[str, str | None]:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"The folder {name} holds no config.json, expected a model's folder.")
+        if any(path.glob("*.bin")) and not any(path.glob("*.safetensors")):
+            raise ModelError(
+                f"The folder {name} holds pickled weights, which can run code and are never read; "
+                "save the model anew as safetensors (model.save_pretrained does)."
+            )
         return str(path), None
     if (
         path.exists()
@@ -301,9 +309,9 @@ def _float_copy(folder: str, gguf: str) -> Path:
         with _blaming_the_cache():  # before the file is read, which takes long
             beside.mkdir(parents=True)
         with redirect_stderr(io.StringIO()):  # the converter draws a bar of its own
-            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf, **SAFE)
             model = AutoModelForCausalLM.from_pretrained(
-                folder, gguf_file=gguf, dtype=torch.float32
+                folder, gguf_file=gguf, dtype=torch.float32, **SAFE
             )
         # A model that still names its GGUF quantisation refuses to be saved.
         del model.config.quantization_config

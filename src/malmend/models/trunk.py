@@ -35,7 +35,7 @@ class TrunkSettings:
         store_bytes: disk budget for trunk activations; 0 keeps none.
     """
 
-    batch_tokens: int = 1024
+    batch_tokens: int = 640
     store_bytes: int = 6_000_000_000
 
     def __post_init__(self) -> None:
@@ -134,7 +134,7 @@ class Trunk:
 
         def keep(states_AH: Tensor) -> Tensor:
             kept.append(states_AH)
-            return states_AH[:1]
+            return states_AH[:0]  # no logits are wanted
 
         self.cut.head(batch.tokens, batch.stored_BTF, keep)
         return kept[0]
@@ -157,6 +157,13 @@ class Trunk:
     def logits_of(self, states_AH: Tensor) -> Tensor:
         """Logits of :meth:`final_states`, shape A x W, through the model's own output code."""
         return self.cut.logits_of(states_AH)
+
+    @property
+    def words(self) -> int:
+        """W, how many logits there are of a token."""
+        if self.cut.form == "classes":
+            return int(self.model.config.num_labels)
+        return int(self.model.get_output_embeddings().weight.shape[0])
 
     def _states_width(self) -> int:
         if self.cut.form == "classes":

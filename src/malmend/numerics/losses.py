@@ -29,5 +29,27 @@ def kl_per_token(before_AW: Tensor, after_AW: Tensor) -> Tensor:
     return (before_log_AW.exp() * (before_log_AW - after_log_AW)).sum(-1)
 
 
+def nll_and_grad(logits_AW: Tensor, labels_A: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`answer_nll`, shape A, and its derivative by the logits, A x W: softmax less one-hot.
+
+    One matrix of the logits' size is made and no graph, of which autograd would keep several.
+    """
+    log_AW = functional.log_softmax(_wide(logits_AW.detach()), dim=-1)
+    asked_A1 = (labels_A >= 0).unsqueeze(1)  # a token without a label costs nothing
+    chosen_A1 = labels_A.clamp(min=0).unsqueeze(1)
+    nll_A1 = -log_AW.gather(1, chosen_A1) * asked_A1
+    grad_AW = log_AW.exp_().scatter_add_(1, chosen_A1, torch.full_like(nll_A1, -1))
+    return nll_A1.squeeze(1), grad_AW.mul_(asked_A1)
+
+
+def kl_and_grad(before_AW: Tensor, after_AW: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`kl_per_token`, shape A, and its derivative by ``after``: the softmaxes' difference."""
+    before_log_AW = functional.log_softmax(_wide(before_AW.detach()), dim=-1)
+    after_log_AW = functional.log_softmax(_wide(after_AW.detach()), dim=-1)
+    before_p_AW = before_log_AW.exp()
+    kl_A = before_log_AW.sub_(after_log_AW).mul_(before_p_AW).sum(-1)
+    return kl_A, after_log_AW.exp_().sub_(before_p_AW)
+
+
 def _wide(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
