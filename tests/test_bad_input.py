@@ -533,6 +533,7 @@ def test_an_editor_in_training_under_other_settings(place, capsys):
     assert "seed = 0, now 3" in refused(arguments, place.folder, capsys)
 
 
+@pytest.mark.slow
 def test_an_editor_in_training_at_another_dtype(place, capsys):
     place.copied("good")
     arguments = place.train("--dtype", "bfloat16", out=place.folder / "good")

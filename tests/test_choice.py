@@ -129,6 +129,7 @@ def test_a_carried_editor_is_found_under_another_name(tiny, carried):
     assert malmend.eval(tiny.loaded, FEW, patch).about["trained_on"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["shipped:../../outside", "shipped:", "a\0b", 7, None])
 def test_a_name_in_a_patch_leads_nowhere_outside(tiny, carried, tmp_path, name):
     shutil.copytree(carried[2], tmp_path / "outside")

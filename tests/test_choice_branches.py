@@ -137,6 +137,7 @@ def test_a_package_without_editors_gives_none(tiny, package):
     assert choose("auto").on(tiny.loaded).name == "none"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "what", ["nothing", "none", "settings", "calibrate", "text", "calibration"]
 )
@@ -202,6 +203,7 @@ def edited(tiny, path: Path, *options: object) -> dict:
     return dict(malmend.load_patch(path).provenance)
 
 
+@pytest.mark.slow
 def test_the_command_line_says_which(tiny, carried, tmp_path, capsys):
     """The first facts of the file are FEW: the editor was trained on two of them."""
     out = tmp_path / "patch"

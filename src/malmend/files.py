@@ -174,4 +174,5 @@ def prune(folder: Path, most_bytes: int) -> None:
 
 def reason(error: Exception) -> str:
     """The short reason in an exception, one line."""
-    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
+    said = str(getattr(error, "strerror", None) or str(error)).strip() or type(error).__name__
+    return said.splitlines()[0][:300]

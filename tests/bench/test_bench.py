@@ -187,6 +187,7 @@ def test_facts_alone_are_each_edited_and_asked_alone(plan, tiny, tmp_path):
     assert row["edited"]["LS"]["retention"] == pytest.approx(kept / asked)
 
 
+@pytest.mark.slow
 def test_a_stopped_bench_goes_on_and_does_nothing_twice(plan, tmp_path, monkeypatch):
     ran, run = [], bench_module.run_cell
 

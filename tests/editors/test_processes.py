@@ -17,7 +17,10 @@ from processes_support import run_two
 WORKER = Path(__file__).parent / "processes_worker.py"
 
 
-@pytest.mark.parametrize("case", CASES)
+ONE_AND_MORE = [c if c == "malmen" else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
+
+
+@pytest.mark.parametrize("case", ONE_AND_MORE)
 def test_training_in_two_processes_is_training_in_one(case, tmp_path):
     done = run_two(WORKER, tmp_path, case)
     assert [one.returncode for one in done] == [0, 0], done[0].stderr + done[1].stderr

@@ -21,6 +21,7 @@ from malmend.models.trunk import Trunk, TrunkSettings
 from malmend.patch import applied
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("edited", [False, True])
 @pytest.mark.parametrize("end", ["eos", "newline", "none"])
 def test_generated_is_what_full_greedy_decoding_of_every_prompt_gives(end, edited):

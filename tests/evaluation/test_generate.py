@@ -52,6 +52,7 @@ def texts(*given: Any, **named: Any) -> list[str]:
     return [answer.text for answer in generate(*given, **named)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("whole", [False, True])
 def test_a_batch_of_different_lengths_says_what_each_prompt_alone_says(family, whole):

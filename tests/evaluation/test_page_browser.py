@@ -148,6 +148,7 @@ def test_its_policy_lets_no_other_script_run(opened):
     assert any("Content Security Policy" in one for one in refused)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [320, 390, 640, 641, 800])
 def test_nothing_overflows_a_narrow_screen(opened, width):
     page = opened(report())
@@ -234,6 +235,7 @@ def test_the_keyboard_is_enough(opened):
     assert len(page.all("tr.more li")) == 2
 
 
+@pytest.mark.slow
 def test_four_thousand_facts_stay_quick(opened):
     page = opened(many(4096))
     assert page.shown == [f"f{index}" for index in range(50)]

@@ -190,6 +190,7 @@ ACTIONS = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(
     max_examples=8,
     deadline=None,

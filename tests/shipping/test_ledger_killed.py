@@ -95,6 +95,7 @@ def killed(ledger: Path, cache: Path, kills: int, seed: int) -> int:
     return latest
 
 
+@pytest.mark.slow
 def test_a_writer_killed_at_random_moments(tiny, ledger, cache):
     assert killed(ledger, cache, 10, seed=0) > 1
     malmend.ledger.rollback(ledger, 0)

@@ -7,14 +7,17 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from malmend.bench.plan import Protocol
 from malmend.errors import MalmendError
 
 NAME = "cells.jsonl"
 # What tables, figures and estimates read of a row.
 FIELDS = {"model", "name", "protocol", "m", "seed", "unedited", "edited", "edit_seconds", "seconds"}
 FIELDS |= {"failures", "patch"}
+SAID = ("prompt", "wanted", "unedited", "edited")  # of a failure
+MOST = 1e300  # of a number; the mean of larger ones is none
 
 
 class Results:
@@ -40,9 +43,9 @@ class Results:
         try:
             row = json.loads(line)
             key = row["key"]
-            if not isinstance(key, str) or not set(row) >= FIELDS:
+            if not isinstance(key, str) or not set(row) >= FIELDS or not _makes_sense(row):
                 raise TypeError(key)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise MalmendError(
                 f"{self.path}: line {number} is no row of a bench; remove it, or give another "
                 "folder."
@@ -80,6 +83,26 @@ class Results:
             return None
         largest = max(mine, key=lambda row: row["m"])
         return float(largest["seconds"]) / float(largest["m"])
+
+
+def _makes_sense(row: Mapping[str, Any]) -> bool:
+    """Whether what tables and figures read of a row is of the kind that they read."""
+    scores = [row[one].values() for one in ("unedited", "edited")]
+    numbers = [value for kinds in scores for kind in kinds for value in kind.values()]
+    numbers += [row["patch"].get(one) for one in ("mean_residual", "residual_after")]
+    known = [row["edit_seconds"], row["seconds"], row["seed"], row["m"]]
+    said = [one[part] for one in row["failures"] for part in SAID]
+    words = [row["model"], row["name"], *said]
+    return (
+        all(value is None or _is_number(value) for value in [*numbers, row.get("edit_bytes")])
+        and all(map(_is_number, known))
+        and all(isinstance(one, str) for one in words)
+        and row["protocol"] in get_args(Protocol)
+    )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MOST
 
 
 def _plain(value: Any) -> Any:

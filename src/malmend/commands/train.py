@@ -22,7 +22,7 @@ from malmend.facts.encoded import Encoded, settled
 from malmend.facts.fact import Fact, FactSet, Question, subject_hash
 from malmend.facts.lint import leaks
 from malmend.facts.readers import read_questions
-from malmend.files import writable_folder
+from malmend.files import reason, writable_folder
 from malmend.material import calibrated
 from malmend.memory import size_of
 from malmend.models.budget import watched
@@ -213,8 +213,13 @@ def _resumed(trainer: Trainer, folder: Path, about: dict[str, Any]) -> list[Step
             f"The editor in {folder} has taken {trainer.step} steps, --steps "
             f"{trainer.settings.steps} asks for fewer; give as many or more, or another --out."
         )
-    # JSON knows no tuple.
-    return [StepRecord(**{**row, "weights": tuple(row["weights"])}) for row in said["curve"]]
+    try:  # JSON knows no tuple
+        return [StepRecord(**{**row, "weights": tuple(row["weights"])}) for row in said["curve"]]
+    except (TypeError, KeyError) as error:
+        raise EditorError(
+            f"{folder} holds a damaged training.safetensors ({reason(error)}); remove it to train "
+            "from the start."
+        ) from error
 
 
 def _seconds_left(trainer: Trainer, records: Sequence[StepRecord]) -> float:

@@ -15,9 +15,10 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -245,10 +246,30 @@ class Trainer:
             with safe_open(path, framework="pt") as file:
                 about = json.loads(file.metadata()["training"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            self._check_same(about, path)
+            step, state = about["step"], dict[int, dict[str, Tensor]]()
+            if not isinstance(step, int) or step < 0:
+                raise ValueError(f"it stands at step {step!r}")
+            if not all(torch.isfinite(tensor).all() for tensor in self._finite(tensors)):
+                raise ValueError("a tensor holds NaN or infinity")
+            for key in [key for key in tensors if key.startswith("optimiser.")]:
+                _, index, name = key.split(".")
+                state.setdefault(int(index), {})[name] = tensors.pop(key)
+            self._check_moments(state)
+            self._take_weights({k.removeprefix("editor."): t for k, t in tensors.items()}, path)
+            groups = self.optimiser.state_dict()["param_groups"]
+            self.optimiser.load_state_dict({"state": state, "param_groups": groups})
+        except EditorError:
+            raise
         except Exception as error:
             raise EditorError(
                 f"{path} is damaged ({reason(error)}); remove it to train from the start."
             ) from error
+        self.step = step
+        return dict(about)
+
+    def _check_same(self, about: Mapping[str, Any], path: Path) -> None:
+        """Raises EditorError where a run was of other settings than this."""
         mine = {"settings": asdict(self.settings), "editor": asdict(self.editor.settings)}
         for part, wanted in json.loads(json.dumps(mine)).items():
             for name, value in wanted.items():
@@ -257,24 +278,32 @@ class Trainer:
                         f"{path} was trained with {name} = {about[part].get(name)!r}, now "
                         f"{value!r} is asked for; give the same settings, or another --out."
                     )
-        self.step = about["step"]
-        prefix = "editor."
-        weights = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+
+    @staticmethod
+    def _finite(tensors: Mapping[str, Tensor]) -> Iterator[Tensor]:
+        """All that must be: the logarithm of a prior's weight of zero is minus infinity."""
+        for name, tensor in tensors.items():
+            yield tensor.exp() if name == "editor.log_weights_SP" else tensor
+
+    def _check_moments(self, state: Mapping[int, Mapping[str, Tensor]]) -> None:
+        """Raises ValueError unless Adam's state is one of these parameters."""
+        every = [one for group in self.optimiser.param_groups for one in group["params"]]
+        for index, found in state.items():
+            if set(found) != {"step", "exp_avg", "exp_avg_sq"}:
+                raise ValueError(f"the optimiser's state {index} lacks a moment, or has others")
+            for name, tensor in found.items():
+                wanted = torch.Size() if name == "step" else every[index].shape
+                if tensor.shape != wanted or not tensor.is_floating_point():
+                    raise ValueError(f"the optimiser's {name} {index} is of another shape")
+
+    def _take_weights(self, weights: Mapping[str, Tensor], path: Path) -> None:
         try:
-            self.editor.load_state_dict(weights)
+            self.editor.load_state_dict(dict(weights))
         except RuntimeError as error:
             raise EditorError(
                 f"{path} holds an editor for layers of another shape; give the same model, or "
                 "another --out."
             ) from error
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, tensor in tensors.items():
-            if key.startswith("optimiser."):
-                _, index, name = key.split(".")
-                state.setdefault(int(index), {})[name] = tensor
-        groups = self.optimiser.state_dict()["param_groups"]
-        self.optimiser.load_state_dict({"state": state, "param_groups": groups})
-        return about
 
 
 def estimate_seconds(trainer: Trainer, sample: int = 24) -> float:

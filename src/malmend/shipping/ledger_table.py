@@ -139,8 +139,8 @@ def _in_words(path: Path, wait: float) -> Iterator[None]:
 def spoilt(path: Path, why: str) -> LedgerError:
     """What is said of tables that cannot be used."""
     return LedgerError(
-        f"{path} is no ledger or is damaged ({why}); give a folder that `malmend ledger init` "
-        "made, or put back a copy of it."
+        f"{path} is no ledger or is damaged ({why[:300]}); give a folder that `malmend ledger "
+        "init` made, or put back a copy of it."
     )
 
 
