@@ -293,3 +293,74 @@ def test_ten_thousand_bad_inputs(targets, name, tmp_path):
     taken = [broken(targets[name], 1000 + seed, tmp_path) for seed in range(count)]
     print(f"\n{name}: {count} read, {count - sum(taken)} refused in one sentence")
     assert not all(taken)
+
+
+def command_lines(tiny: Tiny, targets: dict[str, Target], place: Path) -> list[list[str]]:
+    """Good ones, short work each."""
+    patch = str(targets["patch"].folder / "p.safetensors")
+    few = ["--limit", "2", *tiny.fast]
+    return [
+        ["edit", tiny.model, tiny.facts, "--out", str(place / "p"), "--layers", "2", *few],
+        ["eval", tiny.model, tiny.facts, "--patch", patch, "--limit", "2", "--decode-facts", "1"],
+        ["ask", tiny.model, "Lake Ora lies in", "--patch", patch],
+        ["inspect", patch],
+        ["inspect", tiny.model, "--layers", "1", "--linear", "first"],
+        ["export", patch, str(place / "lora"), "--to", "lora", "--model", tiny.model],
+        ["conflicts", tiny.model, patch, patch],
+        ["bench", "table", str(targets["cells"].folder), "--failed", "true"],
+        ["ledger", "list", str(targets["ledger"].folder)],
+        ["continuations", tiny.model, tiny.text, "--out", str(place / "c.jsonl")],
+    ]
+
+
+def broken_line(line: list[str], generator: random.Random) -> list[str]:
+    """One to three words of it wrong, gone, twice, or where another was."""
+    for _ in range(generator.randint(1, 3)):
+        at = generator.randrange(len(line) + 1)
+        # No path outside: a command writes where it is told to.
+        known = [one for one in fuzz_support.WRONG if "/" not in str(one)]
+        wrong = str(generator.choice(known)).encode("utf-8", "replace").decode()
+        kind = generator.randrange(5)
+        if kind == 0 and line:
+            line = line[: at - 1] + line[at:]
+        elif kind == 1:
+            line = [*line[:at], wrong, *line[at:]]
+        elif kind == 2:
+            options = ("--limit", "--layers", "--eta", "--dtype", "--trunk.batch-tokens", "--xyz")
+            line = [*line, f"{generator.choice(options)}={wrong}"]
+        elif line:
+            at = min(at, len(line) - 1)
+            line = [*line[:at], wrong.replace("\x00", ""), *line[at + 1 :]]
+    return line
+
+
+def check_line(tiny: Tiny, targets: dict[str, Target], place: Path, seed: int, capfd) -> bool:
+    """Runs it; whether it was taken."""
+    generator = random.Random(seed)
+    folder = place / str(seed)
+    folder.mkdir()
+    line = broken_line(generator.choice(command_lines(tiny, targets, folder)), generator)
+    try:
+        code = command_support.malmend(*line)
+    except SystemExit as error:  # --help
+        code = error.code
+    said = capfd.readouterr().err
+    shutil.rmtree(folder)
+    assert code in (0, 1, 2), (seed, line, code)
+    assert "Traceback" not in said, (seed, line, said)
+    return code == 0
+
+
+def test_broken_command_lines_end_in_one_sentence(tiny, targets, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    taken = [check_line(tiny, targets, tmp_path, seed, capfd) for seed in range(25)]
+    assert not all(taken)
+
+
+@pytest.mark.proof
+def test_a_thousand_broken_command_lines(tiny, targets, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    taken = [check_line(tiny, targets, tmp_path, 1000 + seed, capfd) for seed in range(1000)]
+    with capfd.disabled():
+        print(f"\ncommand lines: 1,000 run, {1000 - sum(taken)} refused")
+    assert not all(taken)

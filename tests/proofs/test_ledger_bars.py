@@ -59,6 +59,17 @@ def timed(what, *arguments, **named):
     return done
 
 
+def logits_apart(loaded, one, other, facts) -> float:
+    """At every position of the edit prompts, as a share of the largest logit."""
+    said = []
+    for patch in (one, other):
+        with malmend.applied(loaded, patch) as model, torch.no_grad():
+            rows = [loaded.tokenizer(fact.prompt, return_tensors="pt").input_ids for fact in facts]
+            said.append([model(input_ids=row).logits for row in rows])
+    far = max((a - b).abs().max().item() for a, b in zip(*said, strict=True))
+    return far / max(b.abs().max().item() for b in said[1])
+
+
 def test_a_thousand_facts(loaded, facts, tmp_path):
     ledger, misses = tmp_path / "ledger", {}
     timed(malmend.ledger.init, ledger, loaded)
@@ -74,12 +85,19 @@ def test_a_thousand_facts(loaded, facts, tmp_path):
     print(f" folder {size / 1e6:.0f} MB", flush=True)
     misses["1,000 added in two"] = apart(malmend.ledger.patch(ledger), direct(loaded, facts))
     print(f"{misses}", flush=True)
-    misses["one revoked"] = apart(less, direct(loaded, facts[1:]))
+    others = direct(loaded, facts[1:])
+    misses["one revoked"] = apart(less, others)
+    misses["its logits"] = logits_apart(loaded, less, others, facts[:64])
     print(f"{misses}", flush=True)
     new = [dataclasses.replace(fact, answer=fact.alternative) for fact in facts[1:3]]
     timed(malmend.ledger.replace, ledger, new, model=loaded)
     timed(malmend.ledger.revoke, ledger, [facts[0].id, *(fact.id for fact in facts[300:])])
     few = [*facts[3:300], *new]
     misses["most revoked, two replaced"] = apart(malmend.ledger.patch(ledger), direct(loaded, few))
+    timed(malmend.ledger.revoke, ledger, [entry.id for entry in malmend.ledger.list_facts(ledger)])
+    before = {name: weight.clone() for name, weight in loaded.model.named_parameters()}
+    with malmend.applied(loaded, malmend.ledger.patch(ledger)) as model:
+        for name, weight in model.named_parameters():  # not even a zero's sign
+            assert torch.equal(weight.view(torch.int32), before[name].view(torch.int32)), name
     print(f"{misses}")
     assert max(misses.values()) < 1e-4

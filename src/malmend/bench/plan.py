@@ -196,7 +196,7 @@ def _made(name: str, kind: Any, values: Mapping[str, Any], skip: Collection[str]
         return parser.instantiate(parser.parse_object({"settings": dict(values)})).settings
     except MalmendError:
         raise
-    except (ArgumentError, TypeError, ValueError, KeyError) as error:
+    except (ArgumentError, TypeError, ValueError, KeyError, RecursionError) as error:
         said = " ".join(str(error).split())[:300]
         raise MalmendError(f"The plan's method {name!r} cannot be made: {said}.") from error
 
@@ -235,9 +235,9 @@ def read_plan(path: str | Path) -> Plan:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise MalmendError(f"There is no plan {path} to be read; give a YAML file.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         said = " ".join(str(error).split())
-        raise MalmendError(f"The plan {path} is no YAML ({said}).") from error
+        raise MalmendError(f"The plan {path} is no YAML ({said[:300]}).") from error
     if not isinstance(given, dict):
         raise MalmendError(f"The plan {path} holds no fields, expected models, facts and methods.")
     valid = [one.name for one in fields(Plan)]
@@ -267,7 +267,7 @@ def _checked(path: Path, given: dict[str, Any]) -> Plan:
         plan: Plan = parser.instantiate(parser.parse_object({"plan": given})).plan
     except MalmendError:
         raise
-    except (ArgumentError, TypeError, ValueError, KeyError) as error:
+    except (ArgumentError, TypeError, ValueError, KeyError, RecursionError) as error:
         said = " ".join(str(error).split())
         raise MalmendError(f"The plan {path} cannot be used: {said[:300]}.") from error
     return plan

@@ -61,7 +61,7 @@ def method_in(folder: str | Path) -> str | None:
     """The name that a folder's ``editor.json`` says; None of an editor, or where there is none."""
     try:
         about = json.loads((Path(folder) / "editor.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None  # whoever reads it next says what is wrong
     name = about.get("method") if isinstance(about, dict) else None
     return name if isinstance(name, str) else None

@@ -168,8 +168,8 @@ def _config(folder: Path) -> dict[str, Any]:
     more += ["bias"] if config.get("bias", "none") != "none" else []
     if more:
         raise PatchError(
-            f"{folder} is a LoRA adapter with {more[0]} {config[more[0]]!r}, which is more than "
-            "a shift of weights; merge it with PEFT, and compare models with `malmend diff`."
+            f"{folder} is a LoRA adapter with {more[0]} {config[more[0]]!r:.80}, which is more "
+            "than a shift of weights; merge it with PEFT, and compare models with `malmend diff`."
         )
     return config
 
