@@ -53,7 +53,7 @@ from malmend.workbench import Workbench, lay_out, shipped
 
 OUT = Path(__file__).resolve().parent / "out" / "lifelong.json"
 BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data"
-GENERAL = 200  # questions whose answers should stay
+GENERAL = 60  # questions whose answers should stay
 Shifts = Mapping[str, Tensor]
 
 
@@ -65,6 +65,7 @@ class Judge:
     batches: Sequence[Sequence[Fact]]
     text: str
     weight_norm: float
+    decode: int
 
     def asked(self, batch: int) -> list[Fact]:
         """A batch's edit prompts and paraphrases; beside its first fact, the general questions."""
@@ -78,7 +79,7 @@ class Judge:
         examiner = Examiner(bench.loaded, bench.trunk, bench.encoder)
         before = examiner.examine(facts, decode_facts=0, remember=True)
         with shifted(list(bench.trunk.sites), shifts):
-            after = examiner.examine(facts, decode_facts=len(facts))
+            after = examiner.examine(facts, decode_facts=self.decode)
             surprise = perplexity(bench.loaded, self.text)
         left = stayed(before, after, "LS")
         return {
@@ -95,7 +96,7 @@ class Judge:
         examiner = Examiner(bench.loaded, bench.trunk, bench.encoder)
         with shifted(list(bench.trunk.sites), shifts):
             return [
-                success(examiner.examine(self.asked(one), decode_facts=len(self.batches[one])))
+                success(examiner.examine(self.asked(one), decode_facts=self.decode))
                 for one in range(len(self.batches))
             ]
 
@@ -220,6 +221,7 @@ def main() -> None:
     parser.add_argument("--facts", help="else those beside the project, or its own test facts")
     parser.add_argument("--batches", type=int, default=20)
     parser.add_argument("--size", type=int, default=100)
+    parser.add_argument("--decode", type=int, default=20, help="facts asked free-running")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--text", help="for perplexity; else the lines the prior has not read")
     parser.add_argument("--editor", default="auto", help="as of malmend edit")
@@ -248,7 +250,7 @@ def main() -> None:
         text = read_text(given.text) if given.text else plain.words
         with reading(folder) as held:
             weight_norm = held.about.weight_norm
-        judge = Judge(bench, batches, text, weight_norm)
+        judge = Judge(bench, batches, text, weight_norm, given.decode)
         print(f"unedited: perplexity {perplexity(loaded, text):.2f}", flush=True)
         ways = {
             "ledger": lambda: by_ledger(bench, folder, batches),

@@ -121,7 +121,7 @@ def load_sums(path: Path, shapes: Shapes) -> dict[str, Sums]:
             removed = {name: int(header["removed"][name]) for name in shapes}
             # Copies: sums are added to, and a tensor of the file changes with the file.
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError, LookupError, TypeError) as error:
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise damaged(path, reason(error)) from error
     found = {}
     for name, (value, key) in shapes.items():
