@@ -68,9 +68,9 @@ class Judge:
     decode: int
 
     def asked(self, batch: int) -> list[Fact]:
-        """A batch's edit prompts and paraphrases; beside its first fact, the general questions."""
+        """Edit prompts and first paraphrases; beside the first fact, the general questions."""
         general = held_out_questions(self.bench.encoder, GENERAL)
-        facts = [replace(one.alone, paraphrases=one.paraphrases) for one in self.batches[batch]]
+        facts = [replace(one.alone, paraphrases=one.paraphrases[:1]) for one in self.batches[batch]]
         return [replace(facts[0], unrelated=general), *facts[1:]]
 
     def judge(self, batch: int, shifts: Shifts) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ WORKER = Path(__file__).parent / "killed_worker.py"
 
 
 class Worker:
-    """Runs command lines in children, and kills them."""
+    """Runs command lines in children and kills them; what they keep of a model has its folder."""
 
     def __init__(self, cache: Path):
         paths = os.pathsep.join([str(WORKER.parent), *sys.path])
@@ -54,15 +55,18 @@ class Worker:
         child = int(self.process.stdout.readline())
         if seconds is not None:
             time.sleep(seconds)
-            os.kill(child, signal.SIGKILL)  # of one that has ended nobody else has the number yet
+            with suppress(ProcessLookupError):  # it has ended
+                os.kill(child, signal.SIGKILL)
         return self.process.stdout.readline().strip()
 
 
 @pytest.fixture
-def worker(cache: Path) -> Iterator[Worker]:
-    made = Worker(cache)
+def workers(tmp_path: Path, cache: Path) -> Iterator[tuple[Worker, Worker]]:
+    """One to be left alone and one to be killed, neither with anything in its cache."""
+    made = Worker(tmp_path / "cache"), Worker(tmp_path / "other cache")
     yield made
-    made.process.communicate(timeout=60)
+    for one in made:
+        one.process.communicate(timeout=60)
 
 
 def train(tiny: Tiny, out: Path, _patch: Path) -> list[object]:
@@ -101,14 +105,21 @@ def tensors_of(folder: Path) -> list[dict[str, Tensor]]:
 
 
 def killed(
-    work: Arguments, worker: Worker, tiny: Tiny, patch: Path, place: Path, kills: int, seed: int
+    work: Arguments,
+    workers: tuple[Worker, Worker],
+    tiny: Tiny,
+    patch: Path,
+    place: Path,
+    kills: int,
+    seed: int,
 ) -> int:
     """Kills the command so many times, then lets it end; how many runs had not ended by then."""
     generator, out, whole = random.Random(seed), place / "out", place / "whole"
     out.mkdir()
     whole.mkdir()
+    alone, worker = workers
     start = time.monotonic()
-    assert worker.run(work(tiny, whole, patch)) == "0"
+    assert alone.run(work(tiny, whole, patch)) == "0"
     lasts = time.monotonic() - start
     wanted, stopped = tensors_of(whole), 0
     for _ in range(kills):
@@ -136,13 +147,13 @@ def patch(tiny: Tiny, cache: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WORKS)
-def test_a_run_that_is_killed_loses_nothing(name, tiny, worker, patch, tmp_path):
-    assert killed(WORKS[name], worker, tiny, patch, tmp_path, 3, seed=0) > 0
+def test_a_run_that_is_killed_loses_nothing(name, tiny, workers, patch, tmp_path):
+    assert killed(WORKS[name], workers, tiny, patch, tmp_path, 3, seed=0) > 0
 
 
 @pytest.mark.proof
 @pytest.mark.parametrize("name", WORKS)
-def test_a_run_that_is_killed_thirty_times(name, tiny, worker, patch, tmp_path):
-    stopped = killed(WORKS[name], worker, tiny, patch, tmp_path, 30, seed=1)
+def test_a_run_that_is_killed_thirty_times(name, tiny, workers, patch, tmp_path):
+    stopped = killed(WORKS[name], workers, tiny, patch, tmp_path, 30, seed=1)
     print(f"\n{name}: {stopped} of 30 were killed before they had ended")
     assert stopped > 10

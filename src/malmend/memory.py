@@ -95,7 +95,7 @@ def size_of(text: str) -> int:
         MalmendError: no such size.
     """
     found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?I?)B?\s*", text.upper())
-    if found is None or found[2] not in UNITS:
+    if found is None or found[2] not in UNITS or len(found[1]) > 40:
         raise MalmendError(f"--memory is {text!r}, expected a size such as 4GB, 500MB or 1.5GiB.")
     return int(float(found[1]) * UNITS[found[2]])
 

@@ -196,12 +196,12 @@ def load_patch(path: str | Path) -> Patch:
             "use the malmend version that wrote it."
         )
     del header["format"]
-    _check_settings(path, header.get("settings", {}))
+    check_settings(path, header.get("settings", {}))
     return Patch(_grouped(path, tensors), header)
 
 
-def _check_settings(path: Path, settings: object) -> None:
-    """The part of the header that evaluation reads."""
+def check_settings(path: Path, settings: object) -> None:
+    """Raises PatchError unless the part of a header that evaluation reads makes sense."""
     if not isinstance(settings, dict):
         raise PatchError(
             f"{path} is damaged: its settings are {json.dumps(settings)[:40]}, expected an object."

@@ -91,10 +91,10 @@ def started() -> int:
         MalmendError: WORLD_SIZE is no number of processes.
     """
     said = os.environ.get("WORLD_SIZE", "1")
-    if not said.isdecimal() or int(said) < 1:
+    if not said.isdecimal() or len(said) > 9 or int(said) < 1:
         raise MalmendError(
-            f"WORLD_SIZE is {said!r}, expected a number of processes; unset it, or start them by "
-            "torchrun."
+            f"WORLD_SIZE is {said!r:.40}, expected a number of processes; unset it, or start them "
+            "by torchrun."
         )
     return int(said)
 

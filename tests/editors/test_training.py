@@ -22,7 +22,7 @@ from support import (
     tiny_trunk,
 )
 
-from malmend.editors import training
+from malmend.editors import metaloss, training
 from malmend.editors.editor import Editor
 from malmend.editors.metaloss import meta_loss
 from malmend.editors.network import NetworkSettings
@@ -634,3 +634,61 @@ def test_pairs_stand_where_the_budget_lets_them(tmp_path):
             assert torch.equal(mine.value_grads_NV, theirs.value_grads_NV)
             assert mine.room is spilled.trunk.room
         assert spilled.trunk.room.on_disk > 0 == spilled.trunk.room.in_memory, again
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_loss_in_parts_of_the_vocabularys_product_is_the_whole_one(rows, monkeypatch):
+    trainer = trainer_of(SETTINGS, dtype=torch.float64)
+    judged = trainer.judged(trainer.draw(0)[1])
+    shifts = trainer.editor.shifts(trainer.pairs.of(trainer.facts))
+    found = []
+    for size in (10**9, rows * trainer.trunk.words):
+        monkeypatch.setattr(metaloss, "LOGITS", size)
+        with shifted(list(trainer.trunk.sites), shifts):
+            found.append(meta_loss(trainer.trunk, judged, 0.7))
+    whole, parts = found
+    assert (parts.gen, parts.loc) == pytest.approx((whole.gen, whole.loc), rel=1e-12)
+    for name, grad in whole.shift_grads.items():
+        torch.testing.assert_close(parts.shift_grads[name], grad, rtol=1e-9, atol=1e-12)
+
+
+def _rewritten(path, change) -> None:
+    """The same checkpoint with other words in its header, or other tensors."""
+    with safe_open(path, framework="pt") as file:
+        about = json.loads(file.metadata()["training"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    change(about, tensors)
+    save_file(tensors, path, {"training": json.dumps(about)})
+
+
+def _without(tensors, part):
+    for name in [name for name in tensors if part in name]:
+        del tensors[name]
+
+
+DAMAGE = {
+    "no optimiser state": lambda about, tensors: _without(tensors, "optimiser."),
+    "one moment gone": lambda about, tensors: _without(tensors, "optimiser.0.exp_avg_sq"),
+    "a parameter's moments gone": lambda about, tensors: _without(tensors, "optimiser.1."),
+    "another shape": lambda about, t: t.update({"optimiser.0.exp_avg": torch.zeros(3)}),
+    "a negative square": lambda about, t: t["optimiser.0.exp_avg_sq"].sub_(1.0),
+    "a weight that is none": lambda about, t: t["editor.log_eta_S"].fill_(torch.nan),
+    "a moment that is none": lambda about, t: t["optimiser.0.exp_avg"].fill_(torch.inf),
+    "no settings": lambda about, tensors: about.pop("settings"),
+    "settings that are a list": lambda about, tensors: about.update(settings=[]),
+    "a step in words": lambda about, tensors: about.update(step="two"),
+    "a step that is true": lambda about, tensors: about.update(step=True),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_checkpoint_that_lacks_a_part_is_refused_and_nothing_changes(tmp_path, damage):
+    trainer = trainer_of(SETTINGS)
+    trainer.take_step()
+    trainer.save(tmp_path, {})
+    trainer_of(SETTINGS).resume(tmp_path)  # whole, it is taken
+    _rewritten(tmp_path / "training.safetensors", DAMAGE[damage])
+    other = trainer_of(SETTINGS)
+    with pytest.raises(MalmendError, match="is damaged"):
+        other.resume(tmp_path)
+    assert other.step == 0

@@ -41,7 +41,8 @@ def test_half_of_what_is_left_is_for_micro_batches_and_half_for_rows(monkeypatch
     sums = sum(sums_of(site) for site in trunk.sites)
     left = 0.9 * 1.2e9 - 1e9 - 1e7 - sums
     assert plan.rows == int(left / 2)
-    assert plan.positions == int(left / 2 / 5_000)
+    assert plan.positions <= left / 2 / 5_000 < 2 * plan.positions
+    assert plan.positions & (plan.positions - 1) == 0  # a power of two
     assert "1.00 of 1.20 GB is held" in plan.said
     assert f"{plan.positions:,} positions" in plan.said
 
@@ -88,3 +89,22 @@ def test_what_is_captured_is_the_same_in_files(descent, tmp_path):
         torch.testing.assert_close(mine, theirs.keys_NK, rtol=1e-9, atol=1e-12)
     assert isinstance(found[0].room, Room)
     assert list((tmp_path / "spill").iterdir()) == []
+
+
+def test_what_else_is_done_with_micro_batches_is_rehearsed_and_the_greater_counts(monkeypatch):
+    monkeypatch.setattr(budget, "held", lambda: 1_000_000_000)
+    taken = {"capture": 100_000_000, "loss": 400_000_000}
+    seen = []
+
+    def measured(run):
+        seen.clear()
+        run()
+        return taken["loss" if seen else "capture"]
+
+    monkeypatch.setattr(budget, "_taken", measured)
+    trunk = trunk_of()
+    alone = plan_memory(trunk, QUESTIONS, "4GB")
+    both = plan_memory(trunk, QUESTIONS, "4GB", also=seen.append)
+    assert both.positions * 4 == alone.positions
+    taken["loss"] = 1
+    assert plan_memory(trunk, QUESTIONS, "4GB", also=seen.append).positions == alone.positions

@@ -375,3 +375,24 @@ def test_segments_that_cannot_be_removed(tmp_path, monkeypatch):
     store = opened(tmp_path, budget=10)
     fill(store, KEYS)
     assert all(rows is None or same(rows, rows_of(k)) for k in KEYS for rows in [store.get(k)])
+
+
+def test_what_was_found_together_is_kept_together_or_not_at_all(tmp_path, monkeypatch):
+    store = opened(tmp_path, torch.float32)
+    fill(store, KEYS[:1])
+
+    class Killed(BaseException):
+        pass
+
+    def rows():
+        yield KEYS[1], rows_of(KEYS[1])
+        yield KEYS[2], rows_of(KEYS[2])
+        raise Killed
+
+    with pytest.raises(Killed):
+        store.put_all(rows())
+    again = opened(tmp_path, torch.float32)
+    assert holds(again, KEYS[:3]) == [True, False, False]
+    store.put_all((key, rows_of(key)) for key in [*KEYS, KEYS[3]])
+    assert all(holds(store, KEYS))
+    assert all(holds(opened(tmp_path, torch.float32), KEYS))

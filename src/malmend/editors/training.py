@@ -231,6 +231,7 @@ class Trainer:
             "settings": asdict(self.settings),
             "editor": asdict(self.editor.settings),
             "threads": torch.get_num_threads(),
+            "moments": sorted(self.optimiser.state_dict()["state"]),
             **about,
         }
         save_training(tensors, what, folder)
@@ -248,14 +249,14 @@ class Trainer:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             self._check_same(about, path)
             step, state = about["step"], dict[int, dict[str, Tensor]]()
-            if not isinstance(step, int) or step < 0:
+            if type(step) is not int or step < 1:
                 raise ValueError(f"it stands at step {step!r}")
             if not all(torch.isfinite(tensor).all() for tensor in self._finite(tensors)):
                 raise ValueError("a tensor holds NaN or infinity")
             for key in [key for key in tensors if key.startswith("optimiser.")]:
                 _, index, name = key.split(".")
                 state.setdefault(int(index), {})[name] = tensors.pop(key)
-            self._check_moments(state)
+            self._check_moments(state, about.get("moments", sorted(state)))
             self._take_weights({k.removeprefix("editor."): t for k, t in tensors.items()}, path)
             groups = self.optimiser.state_dict()["param_groups"]
             self.optimiser.load_state_dict({"state": state, "param_groups": groups})
@@ -285,16 +286,22 @@ class Trainer:
         for name, tensor in tensors.items():
             yield tensor.exp() if name == "editor.log_weights_SP" else tensor
 
-    def _check_moments(self, state: Mapping[int, Mapping[str, Tensor]]) -> None:
-        """Raises ValueError unless Adam's state is one of these parameters."""
+    def _check_moments(
+        self, state: Mapping[int, Mapping[str, Tensor]], wanted: Sequence[int]
+    ) -> None:
+        """Raises ValueError unless Adam's state is one of these parameters, and all of it."""
+        if sorted(state) != wanted or not state:
+            raise ValueError("it lacks a part of the optimiser's state")
         every = [one for group in self.optimiser.param_groups for one in group["params"]]
         for index, found in state.items():
             if set(found) != {"step", "exp_avg", "exp_avg_sq"}:
                 raise ValueError(f"the optimiser's state {index} lacks a moment, or has others")
             for name, tensor in found.items():
-                wanted = torch.Size() if name == "step" else every[index].shape
-                if tensor.shape != wanted or not tensor.is_floating_point():
+                shape = torch.Size() if name == "step" else every[index].shape
+                if tensor.shape != shape or not tensor.is_floating_point():
                     raise ValueError(f"the optimiser's {name} {index} is of another shape")
+                if name != "exp_avg" and (tensor < 0).any():
+                    raise ValueError(f"the optimiser's {name} {index} is negative")
 
     def _take_weights(self, weights: Mapping[str, Tensor], path: Path) -> None:
         try:

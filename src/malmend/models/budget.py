@@ -10,6 +10,7 @@ Shape letters: K key width, V value width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -93,7 +94,8 @@ def plan_memory(
             f"--memory is {memory}, expected at least {least / 1e9:.1f}GB: {now / 1e9:.1f} GB is "
             "held before the work begins; give more, or edit fewer layers."
         )
-    positions = min(MOST_POSITIONS, int(left / 2 / each))
+    # A power of two, so that what else the machine does seldom makes other micro-batches of it.
+    positions = min(MOST_POSITIONS, 2 ** int(math.log2(max(1.0, left / 2 / each))))
     return MemoryPlan(budget, now, positions, int(left / 2))
 
 

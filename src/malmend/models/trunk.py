@@ -113,10 +113,11 @@ class Trunk:
         rows = [self.store.get(question.read) for question in questions]
         missing = [i for i, found in enumerate(rows) if found is None]
         if missing:
-            fresh = self.cut.activations(collate([questions[i] for i in missing]))
-            for i, found in zip(missing, fresh, strict=True):
-                rows[i] = found
-                self.store.put(questions[i].read, found)
+            fresh = list(self.cut.activations(collate([questions[i] for i in missing])))
+            for i, one in zip(missing, fresh, strict=True):
+                rows[i] = one
+            together = zip(missing, fresh, strict=True)
+            self.store.put_all((questions[i].read, one) for i, one in together)
         tokens = collate(questions)
         padded = nn.utils.rnn.pad_sequence([row for row in rows if row is not None], True)
         return Batch(tokens, padded.to(self.model.device))
@@ -151,7 +152,9 @@ class Trunk:
             split = self.final_states(batch).cpu().split(batch.tokens.sources)
             for index, states_AH in zip(indices, split, strict=True):
                 known[missing[index]] = states_AH.clone()
-                self._states.put(missing[index].place, states_AH)
+            self._states.put_all(
+                (missing[index].place, one) for index, one in zip(indices, split, strict=True)
+            )
         return [states_AH for q in questions if (states_AH := known[q]) is not None]
 
     def logits_of(self, states_AH: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ unpickles: an adapter is ``adapter_config.json`` and ``adapter_model.safetensors
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,8 @@ from malmend.files import reason
 from malmend.models.load import LoadedModel
 from malmend.models.sites import Site
 from malmend.numerics.truncation import Spectrum
-from malmend.patch import Patch, load_patch
-from malmend.shipping.record import read_record
+from malmend.patch import Patch, check_settings, load_patch
+from malmend.shipping.record import RECORD, read_record
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -142,6 +143,8 @@ def read_adapter(folder: str | Path) -> Patch:
             raise PatchError(f"{folder} lacks a fitting half of {name}; it is damaged.")
         scaling = _scaling(folder, config, name, halves["A"].shape[0])
         left_VR = (scaling * halves["B"].double()).float()
+        if not left_VR.isfinite().all():
+            raise PatchError(f"{folder} scales {name} beyond what float32 holds; it is damaged.")
         factors[name] = (left_VR, halves["A"].float())
     if not factors:
         raise PatchError(f"{folder} holds no adapter of any layer; it is damaged.")
@@ -191,11 +194,13 @@ def _scaling(folder: Path, config: Mapping[str, Any], name: str, rank: int) -> f
     """alpha / r of a layer, as PEFT has it."""
     from peft.utils.other import get_pattern_key
 
+    if rank < 1:
+        raise PatchError(f"{folder} holds matrices of rank 0 of {name}; it is damaged.")
     try:
         ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
         stated = ranks.get(get_pattern_key(list(ranks), name), config["r"])
         alpha = float(alphas.get(get_pattern_key(list(alphas), name), config["lora_alpha"]))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, re.error) as error:
         raise PatchError(
             f"{folder / CONFIG} says no rank or alpha of {name}; it is damaged."
         ) from error
@@ -207,6 +212,7 @@ def _scaling(folder: Path, config: Mapping[str, Any], name: str, rank: int) -> f
 def _provenance(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     record = read_record(folder)
     if record is not None:
+        check_settings(folder / RECORD, record["patch"].get("settings", {}))
         return dict(record["patch"])
     model = config.get("base_model_name_or_path")
     return {"model": model, "method": FOREIGN, "settings": {}}

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from malmend.errors import ModelError
 from malmend.numerics.truncation import rounding_floor
 from malmend.progress import Progress, counted, silent
 
@@ -103,6 +104,12 @@ def weights_of(model: PreTrainedModel) -> dict[str, Tensor]:
 
 def _difference(name: str, mine: Tensor, theirs: Tensor) -> Difference:
     shape = tuple(mine.shape)
+    for one in (mine, theirs):
+        if not one.isfinite().all():
+            raise ModelError(
+                f"{name} holds NaN or infinity in one of the models, so that they cannot be "
+                "compared; give whole ones."
+            )
     moved = theirs.double() - mine.double()
     size = mine.double().norm().item()
     norm = moved.norm().item() / size if size else float("inf")

@@ -23,7 +23,8 @@ def pushed(folder: str | Path, repo: str, private: bool, api: Any) -> str:
     Raises:
         MalmendError: no exported folder, a name of another form, no token, or no way to the hub.
     """
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+    from huggingface_hub.utils import validate_repo_id
 
     record = read_record(folder) if Path(folder).is_dir() else None
     if record is None:
@@ -31,14 +32,21 @@ def pushed(folder: str | Path, repo: str, private: bool, api: Any) -> str:
             f"{folder} is no exported folder (it has no {RECORD}); give the one that `malmend "
             "export` wrote."
         )
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise MalmendError(
+            f"The repository is {repo!r} ({reason(error)}), expected a name like org/name."
+        ) from error
     if not is_hub_name(repo):
         raise MalmendError(f"The repository is {repo!r}, expected a name like org/name.")
+    message = f"{record.get('to', '')} export by malmend {record.get('malmend', '')}".strip()
     try:
         api.create_repo(repo_id=repo, private=private, exist_ok=True)
         done = api.upload_folder(
             repo_id=repo,
             folder_path=str(folder),
-            commit_message=f"{record['to']} export by malmend {record.get('malmend', '')}".strip(),
+            commit_message=message,
         )
     except LocalTokenNotFoundError as error:
         raise _no_token() from error

@@ -37,6 +37,11 @@ class StopRule:
     refuse: bool = False
 
     def __post_init__(self) -> None:
+        if type(self.questions) is not int or type(self.refuse) is not bool:
+            raise LedgerError(
+                f"rule.questions is {self.questions!r} and rule.refuse {self.refuse!r}, expected a "
+                "whole number, and true or false."
+            )
         if not 0 <= self.retention <= 1:
             raise LedgerError(
                 f"rule.retention is {self.retention}, expected a share from 0 to 1; change "

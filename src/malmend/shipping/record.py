@@ -30,7 +30,7 @@ def read_record(folder: str | Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
+        about = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     except (OSError, ValueError, RecursionError) as error:
         raise PatchError(f"{path} is damaged ({reason(error)}); export again.") from error
     if not isinstance(about, dict) or not isinstance(about.get("patch"), dict):
@@ -41,3 +41,7 @@ def read_record(folder: str | Path) -> dict[str, Any] | None:
             "malmend version that wrote it."
         )
     return about
+
+
+def _no_number(said: str) -> None:
+    raise ValueError(f"{said} is no number of JSON")

@@ -118,7 +118,9 @@ def load_sums(path: Path, shapes: Shapes) -> dict[str, Sums]:
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["malmend"])
-            removed = {name: int(header["removed"][name]) for name in shapes}
+            removed = {name: header["removed"][name] for name in shapes}
+            if not all(type(one) is int and 0 <= one < 2**53 for one in removed.values()):
+                raise ValueError("how much was removed is no count")
             # Copies: sums are added to, and a tensor of the file changes with the file.
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, ValueError, LookupError, TypeError, RecursionError) as error:
