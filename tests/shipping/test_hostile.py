@@ -1,0 +1,111 @@
+"""Adapters, records, ledgers' rules and models that were written to do harm: one sentence each."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import shipping_support
+import torch
+from safetensors.torch import load_file, save_file
+
+import command_support
+import malmend
+from malmend.errors import LedgerError, MalmendError
+from malmend.models.load import load_model
+from malmend.processes import started
+from malmend.shipping.adapter import read_adapter
+from malmend.shipping.ledger_watch import StopRule
+
+tiny = command_support.tiny
+cache = command_support.cache
+patch = shipping_support.patch
+
+
+@pytest.fixture
+def adapter(tiny, patch, tmp_path) -> Path:
+    malmend.export(patch, tmp_path / "lora", model=tiny.loaded)
+    return tmp_path / "lora"
+
+
+def changed(folder: Path, name: str, **values: object) -> None:
+    path = folder / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"rank_pattern": {"(": 4}},
+        {"alpha_pattern": {"[": 4}},
+        {"lora_alpha": 10**400},
+        {"lora_alpha": float("nan")},
+        {"lora_alpha": 1e300},
+        {"lora_alpha": "x"},
+        {"r": None},
+    ],
+    ids=lambda values: f"{next(iter(values))} {str(next(iter(values.values())))[:8]}",
+)
+def test_a_configuration_that_makes_no_sense(adapter, values):
+    changed(adapter, "adapter_config.json", **values)
+    with pytest.raises(MalmendError, match=r"damaged|says rank"):
+        read_adapter(adapter)
+
+
+def test_matrices_of_no_rank(adapter):
+    path = adapter / "adapter_model.safetensors"
+    empty = {
+        name: one[:0] if "lora_A" in name else one[:, :0].contiguous()
+        for name, one in load_file(path).items()
+    }
+    save_file(empty, path)
+    changed(adapter, "adapter_config.json", r=0)
+    with pytest.raises(MalmendError, match="rank 0"):
+        read_adapter(adapter)
+
+
+@pytest.mark.parametrize("settings", [None, [], "x", {"end_of_answer": "zzz"}])
+def test_a_record_whose_settings_are_none(adapter, settings):
+    record = json.loads((adapter / "malmend.json").read_text())
+    changed(adapter, "malmend.json", patch={**record["patch"], "settings": settings})
+    with pytest.raises(MalmendError, match="is damaged"):
+        read_adapter(adapter)
+
+
+def test_a_record_with_what_is_no_number(adapter):
+    changed(adapter, "malmend.json", x=float("nan"))
+    with pytest.raises(MalmendError, match="is damaged"):
+        read_adapter(adapter)
+
+
+def test_a_model_with_a_weight_that_is_none_is_not_compared(tiny, tmp_path):
+    folder = Path(shutil.copytree(tiny.model, tmp_path / "model"))
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    next(one for name, one in tensors.items() if "down_proj" in name).view(-1)[0] = torch.nan
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(MalmendError, match="holds NaN or infinity"):
+        malmend.diff(tiny.loaded, load_model(str(folder)))
+
+
+@pytest.mark.parametrize("rule", [{"questions": 0.5}, {"questions": True}, {"refuse": 1}])
+def test_a_rule_of_another_kind(rule):
+    with pytest.raises(LedgerError, match="expected a whole number, and true or false"):
+        StopRule(**rule)
+
+
+def test_numbers_of_thousands_of_digits(monkeypatch, tiny):
+    monkeypatch.setenv("WORLD_SIZE", "9" * 5000)
+    with pytest.raises(MalmendError, match="expected a number of processes"):
+        started()
+    monkeypatch.delenv("WORLD_SIZE")
+    with pytest.raises(MalmendError, match="expected a size"):
+        malmend.edit(tiny.loaded, tiny.facts, memory="9" * 400 + "GB")
+
+
+@pytest.mark.parametrize("name", ["org/a..b", "org/a--b", "org/x.git", "org/" + "x" * 200])
+def test_a_repository_that_the_hub_never_has(adapter, name):
+    with pytest.raises(MalmendError, match="expected a name like org/name"):
+        malmend.push(adapter, name)
