@@ -275,7 +275,7 @@ CASES: dict[str, tuple[Callable[[Place], Arguments], str]] = {
         lambda p: ["demo", "--model", p.model, "--out", p.folder / "out", "--spoken=-1"],
         "spoken is -1, expected 0 or more",
     ),
-    "corrupt gguf": (lambda p: p.edit(model=p.file("m.gguf", b"GGUFno")), "cannot be loaded"),
+    "corrupt gguf": (lambda p: p.edit(model=p.file("m.gguf", b"GGUFno")), "is no whole GGUF"),
     # patches
     "missing patch": (lambda p: p.eval("--patch", p.folder / "no"), "There is no patch file"),
     "patch that is a folder": (lambda p: p.eval("--patch", p.folder), "There is no patch file"),

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shutil
+import struct
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -326,7 +327,7 @@ def test_a_folder_that_cannot_be_read(folder):
 def gguf(tmp_path, whole, monkeypatch):
     """A file whose loaders give the whole model; what is real is all that the copy is kept by."""
     path = tmp_path / "model.gguf"
-    path.write_bytes(b"GGUF")
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 0))  # a header that states nothing
     read = {kind: kind.from_pretrained for kind in (AutoTokenizer, AutoModelForCausalLM)}
 
     def reading(kind, source, gguf_file=None, **keywords):

@@ -180,7 +180,9 @@ def test_the_shift_against_the_formula_in_float64(tiny, ledger):
             a_KK += times * weight.double().exp() * getattr(editor, f"prior_{term}_{site}")
         wanted = torch.linalg.solve(a_KK, (u_KN * w_N) @ d_VN.T).T
         miss = (found.shift(name).double() - wanted).norm() / wanted.norm()
-        assert miss < 1e-5
+        # The ledger captured them in two parts, so in other micro-batches, in float32: 1.2e-5 here,
+        # 2e-7 where micro-batches are so large that each part is one.
+        assert miss < 5e-5
 
 
 ACTIONS = st.lists(
