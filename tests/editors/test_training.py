@@ -689,6 +689,8 @@ def test_a_checkpoint_that_lacks_a_part_is_refused_and_nothing_changes(tmp_path,
     trainer_of(SETTINGS).resume(tmp_path)  # whole, it is taken
     _rewritten(tmp_path / "training.safetensors", DAMAGE[damage])
     other = trainer_of(SETTINGS)
+    before = copies(other.editor.state_dict())
     with pytest.raises(MalmendError, match="is damaged"):
         other.resume(tmp_path)
     assert other.step == 0
+    assert all(torch.equal(one, before[name]) for name, one in other.editor.state_dict().items())

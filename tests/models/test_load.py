@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -411,6 +412,13 @@ def test_pickled_weights_are_never_read(folder):
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Harm()))
     assert "pickled weights" in refused(folder)
     assert not (folder / "harmed").exists()
+
+
+def test_pickled_weights_beside_tensors_of_something_else_are_not_read(folder):
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    weights = load_file(folder / "other.safetensors")
+    torch.save(weights, folder / "pytorch_model.bin")
+    assert "cannot be loaded" in refused(folder)
 
 
 def test_of_two_kinds_of_weights_the_pickled_ones_are_left_alone(folder):
