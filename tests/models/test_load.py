@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub.utils import logging as hub_logging
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -435,3 +437,12 @@ def test_code_that_a_model_brings_is_not_run(folder, monkeypatch):
     (folder / "config.json").write_text(json.dumps(config))
     assert "cannot be loaded" in refused(folder)
     assert not (folder / "harmed").exists()
+
+
+def test_the_hubs_own_warnings_are_kept_off_the_terminal_and_come_back():
+    level = hub_logging.get_verbosity()
+    logger = hub_logging.get_logger("huggingface_hub.anything")
+    assert logger.isEnabledFor(logging.WARNING)
+    with load.quiet():
+        assert not logger.isEnabledFor(logging.WARNING)
+    assert hub_logging.get_verbosity() == level
