@@ -10,6 +10,7 @@ from command_support import malmend as command
 tiny = command_support.tiny
 
 
+@pytest.mark.slow
 def test_what_is_kept_is_counted_and_cleared_and_made_again(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("MALMEND_CACHE", str(tmp_path))  # the others' would be counted too
     facts = make_facts(3)

@@ -124,6 +124,7 @@ def test_a_model_given_by_name_is_edited_like_a_loaded_one(tiny, tmp_path, stopp
         )
 
 
+@pytest.mark.slow
 def test_the_same_edit_gives_the_same_bytes_with_an_empty_cache_and_a_full_one(
     tiny, tmp_path, monkeypatch, stopped_clock
 ):

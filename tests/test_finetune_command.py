@@ -72,6 +72,7 @@ def judging(monkeypatch):
     return judge
 
 
+@pytest.mark.slow
 @FORMS
 @pytest.mark.parametrize(
     ("settings", "stops"),

@@ -320,6 +320,7 @@ def test_inspect(family, kind, form, sites, learned, capsys):
     assert len(re.findall(r": 32 x 64\n", shown)) == sites
 
 
+@pytest.mark.slow
 @FAMILY
 def test_train_an_editor_and_edit_with_it(family, learned, tmp_path, capsys):
     have, out = learned(family), tmp_path / "editor"

@@ -119,6 +119,7 @@ STAGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", STAGES.values(), ids=STAGES)
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
 def test_what_fails_half_way_never_was(tiny, ledger, monkeypatch, place, error):
