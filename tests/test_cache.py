@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 import command_support
 import malmend
 from command_support import make_facts
