@@ -495,6 +495,22 @@ def test_a_finished_run_may_be_lengthened_and_starting_it_again_changes_nothing(
     assert same_editor(longer, trained(tiny, tmp_path / "whole"))
 
 
+def test_another_number_of_threads_is_said_before_a_run_goes_on(tiny, tmp_path):
+    said: list[str] = []
+    trained(tiny, tmp_path, settings=replace(TRAINING, steps=3), told=said.append)
+    trained(tiny, tmp_path, settings=replace(TRAINING, steps=4), told=said.append)
+    assert said == []
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        trained(tiny, tmp_path, told=said.append)
+    finally:
+        torch.set_num_threads(before)
+    (line,) = said
+    assert f"was on {before} threads and is gone on with on {before + 1}" in line
+    assert f"OMP_NUM_THREADS={before}" in line
+
+
 def test_training_goes_on_only_with_the_same_facts_and_settings(tiny, tmp_path):
     trained(tiny, tmp_path)
     with pytest.raises(MalmendError, match="other facts"):

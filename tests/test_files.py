@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from malmend.errors import MalmendError
-from malmend.files import folder_beside, kept, new_folder, prune, written_beside
+from malmend.files import (
+    folder_beside,
+    kept,
+    new_folder,
+    only_writer,
+    part_of,
+    prune,
+    written_beside,
+)
 
 MUCH = 10**6
 
@@ -154,3 +164,57 @@ def test_a_folder_that_holds_files_is_never_written_over(tmp_path):
         new_folder(tmp_path / "no" / "out")
     assert new_folder(tmp_path / "new") == tmp_path / "new"
     assert [one.name for one in tmp_path.iterdir()] == ["out"]
+
+
+DIES = """
+import os, signal, sys
+from pathlib import Path
+from malmend.files import folder_beside, written_beside
+
+place = Path(sys.argv[1])
+with written_beside(place / "file") as file, folder_beside(place / "folder") as folder:
+    file.write_text("half")
+    (folder / "weights").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_run_left_goes_with_the_next_one(tmp_path):
+    assert subprocess.run([sys.executable, "-c", DIES, str(tmp_path)]).returncode == -9
+    assert len(list(tmp_path.glob(".*.part"))) == 2
+    mine = part_of(tmp_path / "other")  # of a process that lives
+    mine.write_text("half")
+    elsewhere = tmp_path / ".file.abcdef-1-01234567.part"  # of another machine
+    elsewhere.write_text("half")
+    save("whole", tmp_path / "third")
+    assert sorted(tmp_path.iterdir()) == sorted([mine, elsewhere, tmp_path / "third"])
+
+
+HOLDS = """
+import sys
+from pathlib import Path
+from malmend.files import only_writer
+
+with only_writer(Path(sys.argv[1]), "--out"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_one_run_at_a_time_writes_into_a_folder(tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        said = f"Another run is writing into {tmp_path}; let it end, or give another --out."
+        with pytest.raises(MalmendError) as caught, only_writer(tmp_path, "--out"):
+            pass
+        assert str(caught.value) == said
+        other.kill()
+    with only_writer(tmp_path, "--out"):  # the lock ends with its process
+        pass
+    assert not list(tmp_path.iterdir())

@@ -2,32 +2,57 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import shutil
+import socket
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
+import psutil
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from malmend.errors import MalmendError
 
+LOCK = ".malmend.lock"  # of a folder that one run at a time writes into
 Kept = TypeVar("Kept")
+
+
+def part_of(path: Path) -> Path:
+    """A new hidden name beside ``path`` for what is being written.
+
+    It says which process of which machine writes, so that what a killed one has left in the folder
+    is known for it, and is removed here.
+    """
+    machine = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
+    with suppress(OSError):  # a folder that cannot be read, or what another user has left
+        for left in path.parent.glob(f".*.{machine}-*.part"):
+            found = re.search(r"-(\d{1,9})-[0-9a-f]{8}\.part$", left.name)
+            if found and not psutil.pid_exists(int(found[1])):
+                shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+    return path.with_name(f".{path.name}.{machine}-{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
 
 
 @contextmanager
 def written_beside(path: str | Path) -> Iterator[Path]:
     """Yields a path in the same folder to write to; renamed to ``path`` if the block succeeds.
 
+    It is on the disk before it is renamed, so that a failing power supply leaves it whole too.
+
     Raises:
         MalmendError: the folder is missing, not writable, or the disk is full; nothing is left.
     """
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+    beside = part_of(path)
     try:
         yield beside
+        with open(beside, "rb+") as file:
+            os.fsync(file.fileno())
         os.replace(beside, path)
     except (OSError, SafetensorError) as error:
         raise MalmendError(
@@ -56,7 +81,7 @@ def writable(path: str | Path, *inputs: object) -> Path:
         raise MalmendError(
             f"There is no folder {path.parent} to write {path.name} into; make it first."
         )
-    probe = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+    probe = part_of(path)
     try:
         probe.touch()
         probe.unlink()
@@ -96,7 +121,7 @@ def folder_beside(path: str | Path) -> Iterator[Path]:
         MalmendError: ``path`` holds files, or cannot be written; nothing is left.
     """
     path = new_folder(path)
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+    beside = part_of(path)
     try:
         beside.mkdir()
         yield beside
@@ -123,6 +148,37 @@ def new_folder(path: str | Path) -> Path:
         raise MalmendError(f"There is no folder {path.parent} to make {path.name} in.")
     writable(path.with_name(f".{path.name}.probe"))
     return path
+
+
+@contextmanager
+def only_writer(folder: Path, other: str) -> Iterator[None]:
+    """Keeps every other run out of a folder that one is writing into; ends with the process.
+
+    Args:
+        folder: must exist.
+        other: what may be given in place of the folder, for the message.
+
+    Raises:
+        MalmendError: another run holds it.
+    """
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise MalmendError(
+            f"Another run is writing into {folder}; let it end, or give another {other}."
+        ) from None
+    except (OSError, NotImplementedError):  # a file system that knows no locks
+        yield
+        return
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            Path(
+                lock.lock_file
+            ).unlink()  # while it is held: whoever waits sees it gone, and makes one
+        lock.release()
 
 
 def kept(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -26,8 +28,8 @@ class FakeApi:
     def create_repo(self, **keywords):
         self._call("create_repo", keywords)
 
-    def upload_folder(self, **keywords):
-        self._call("upload_folder", keywords)
+    def create_commit(self, **keywords):
+        self._call("create_commit", keywords)
         return SimpleNamespace(commit_url="https://hub/me/edit/commit/1")
 
 
@@ -46,23 +48,66 @@ class Unreachable(Exception):
     """As an HTTP library's own."""
 
 
-def test_the_folder_goes_up_whole(folder):
+def uploaded(api):
+    """What the commit would put where, as bytes."""
+    ((_, commit),) = [call for call in api.calls if call[0] == "create_commit"]
+    return {
+        one.path_in_repo: one.path_or_fileobj
+        if isinstance(one.path_or_fileobj, bytes)
+        else Path(one.path_or_fileobj).read_bytes()
+        for one in commit["operations"]
+    }
+
+
+def test_the_folder_goes_up_whole_in_one_commit(folder):
+    (folder / "README.md").write_text("a card")
+    (folder / "more").mkdir()
+    (folder / "more" / "weights.safetensors").write_bytes(b"12")
+    (folder / ".malmend.lock").touch()
     api = FakeApi()
     assert push(folder, "me/edit", private=True, api=api) == "https://hub/me/edit/commit/1"
-    assert api.calls == [
-        ("create_repo", {"repo_id": "me/edit", "private": True, "exist_ok": True}),
-        (
-            "upload_folder",
-            {
-                "repo_id": "me/edit",
-                "folder_path": str(folder),
-                "commit_message": "lora export by malmend 1.2",
-            },
-        ),
-    ]
+    assert api.calls[0] == (
+        "create_repo",
+        {"repo_id": "me/edit", "private": True, "exist_ok": True},
+    )
+    assert api.calls[1][1]["commit_message"] == "lora export by malmend 1.2"
+    files = uploaded(api)
+    assert sorted(files) == ["README.md", RECORD, "more/weights.safetensors"]
+    assert files["README.md"] == b"a card"
+    assert files["more/weights.safetensors"] == b"12"
+    assert json.loads(files[RECORD]) == json.loads((folder / RECORD).read_text())
 
 
-@pytest.mark.parametrize("at", ["create_repo", "upload_folder"])
+def test_no_path_of_this_machine_goes_up(folder):
+    here = str(folder.absolute())
+    patch = {"model": here, "editor": f"{here}/editor", "sites": {"/odd/name": {"rank": 2}}}
+    write_record(folder, {"to": "lora", "model": here, "facts": f"{here}/f.jsonl", "patch": patch})
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": here, "target_modules": ["/odd/name"], "r": 2})
+    )
+    (folder / "config.json").write_text(json.dumps({"_name_or_path": here, "unk_token": "/"}))
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"/": 1}}}))
+    api = FakeApi()
+    push(folder, "me/edit", api=api)
+    files = uploaded(api)
+    assert all(here.encode() not in said for said in files.values())
+    record = json.loads(files[RECORD])
+    assert record["model"] == record["patch"]["model"] == folder.name
+    assert record["patch"]["editor"] == "editor"
+    assert record["facts"] == "f.jsonl"
+    assert record["patch"]["sites"] == {"/odd/name": {"rank": 2}}
+    config = json.loads(files["adapter_config.json"])
+    assert config == {
+        "base_model_name_or_path": folder.name,
+        "target_modules": ["/odd/name"],
+        "r": 2,
+    }
+    assert json.loads(files["config.json"])["unk_token"] == "/"
+    # Here it stays, where the base is found by it.
+    assert here in (folder / RECORD).read_text()
+
+
+@pytest.mark.parametrize("at", ["create_repo", "create_commit"])
 @pytest.mark.parametrize(
     ("fault", "said"),
     [

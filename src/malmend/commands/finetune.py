@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,7 +25,7 @@ from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact, FactSet, Question, subject_hash
 from malmend.facts.readers import given_facts, read_facts
 from malmend.facts.tokens import Encoder, EndOfAnswer
-from malmend.files import reason, writable_folder, written_beside
+from malmend.files import only_writer, part_of, reason, writable_folder, written_beside
 from malmend.models.finetune import EpochRecord, Finetuner, FinetuneSettings
 from malmend.models.load import LoadedModel, load_base, prepared, save_model
 from malmend.progress import Progress, silent
@@ -92,24 +91,25 @@ def finetune(
     for one in sets:
         check_encodes(one, encoder)
     writable_folder(folder)  # only once the facts are good
-    if classes := encoder.reading.classes:  # a misspelt label would be one of them
-        told(f"Classes: {', '.join(f'{name} ({labels[name]:,})' for name in classes)}.")
+    with only_writer(folder, "--out"):
+        if classes := encoder.reading.classes:  # a misspelt label would be one of them
+            told(f"Classes: {', '.join(f'{name} ({labels[name]:,})' for name in classes)}.")
 
-    def encoded(some: Sequence[Fact]) -> list[Encoded]:
-        return encoder.encode_all(dict.fromkeys(q for f in some for q in _questions(f, asked)))
+        def encoded(some: Sequence[Fact]) -> list[Encoded]:
+            return encoder.encode_all(dict.fromkeys(q for f in some for q in _questions(f, asked)))
 
-    run = _Run(folder, settings, _digest(known, asked, model, encoder), progress, stepped)
-    epochs = settings.epochs
-    if held:
-        run.train(first, encoded(learned), encoded(held), "choice", settings.epochs)
-        epochs = _best(run.records)
-        torch.manual_seed(settings.seed)
-        first = prepared(*load_base(model, sorted(labels)), name=model)
-    everything = encoded(known)
-    run.train(first, everything, everything, "all", epochs)
-    about = {"settings": asdict(settings), "base": model, "facts": len(known), "asked": asked}
-    _put(first, folder, {**about, "epochs": [asdict(record) for record in run.records]})
-    return FinetuneResult(folder, tuple(run.records), len(everything))
+        run = _Run(folder, settings, _digest(known, asked, model, encoder), progress, stepped)
+        epochs = settings.epochs
+        if held:
+            run.train(first, encoded(learned), encoded(held), "choice", settings.epochs)
+            epochs = _best(run.records)
+            torch.manual_seed(settings.seed)
+            first = prepared(*load_base(model, sorted(labels)), name=model)
+        everything = encoded(known)
+        run.train(first, everything, everything, "all", epochs)
+        about = {"settings": asdict(settings), "base": model, "facts": len(known), "asked": asked}
+        _put(first, folder, {**about, "epochs": [asdict(record) for record in run.records]})
+        return FinetuneResult(folder, tuple(run.records), len(everything))
 
 
 class _Run:
@@ -258,7 +258,7 @@ def _digest(facts: Sequence[Fact], asked: Asked, model: str, encoder: Encoder) -
 
 def _put(loaded: LoadedModel, folder: Path, about: dict[str, Any]) -> None:
     """The model in its folder: written beside, moved in whole, its configuration last."""
-    beside = folder / f"{uuid.uuid4().hex[:8]}.part"
+    beside = part_of(folder / "model")
     try:
         save_model(loaded, beside)
         (beside / "finetune.json").write_text(json.dumps(about, indent=2, allow_nan=False))

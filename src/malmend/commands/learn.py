@@ -10,7 +10,7 @@ from typing import Any
 from malmend.errors import MalmendError
 from malmend.facts.fact import Fact, Question
 from malmend.facts.readers import read_questions
-from malmend.files import writable_folder
+from malmend.files import only_writer, writable_folder
 from malmend.methods.trained import TRAINED, Trainer, method_in
 from malmend.models.load import LoadedModel
 from malmend.models.trunk import TrunkSettings
@@ -72,20 +72,21 @@ def learn(
     if (folder / "config.json").is_file():
         raise MalmendError(f"{folder} is a model's folder, expected one for the {method}.")
     writable_folder(folder)
-    loaded = opened(model, dtype)
-    sites = settings.sites_in(loaded.model)
-    bench = lay_out(loaded, sites, settings.end_of_answer, trunk=trunk)
-    trainer = kind.trainer(settings, bench, list(aimed(bench, known, away)), others)
-    _resume(trainer, folder, method, settings.steps)
-    records = []
-    for record in trainer.run():
-        records.append(record)
-        stepped(record)
-        if record.step % settings.save_every == 0 or record.step == settings.steps:
+    with only_writer(folder, "--out"):
+        loaded = opened(model, dtype)
+        sites = settings.sites_in(loaded.model)
+        bench = lay_out(loaded, sites, settings.end_of_answer, trunk=trunk)
+        trainer = kind.trainer(settings, bench, list(aimed(bench, known, away)), others)
+        _resume(trainer, folder, method, settings.steps)
+        records = []
+        for record in trainer.run():
+            records.append(record)
+            stepped(record)
+            if record.step % settings.save_every == 0 or record.step == settings.steps:
+                trainer.save(folder)
+        if not records:  # killed between the files of the last step, it may lack some
             trainer.save(folder)
-    if not records:  # killed between the files of the last step, it may lack some
-        trainer.save(folder)
-    return LearnResult(folder, tuple(records))
+        return LearnResult(folder, tuple(records))
 
 
 def _resume(trainer: Trainer, folder: Path, method: str, steps: int) -> None:

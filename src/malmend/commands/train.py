@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from malmend.editors.calibration import CalibrationSettings
 from malmend.editors.checkpoint import SavedEditor, load_editor, save_editor
@@ -22,7 +25,7 @@ from malmend.facts.encoded import Encoded, settled
 from malmend.facts.fact import Fact, FactSet, Question, subject_hash
 from malmend.facts.lint import leaks
 from malmend.facts.readers import read_questions
-from malmend.files import reason, writable_folder
+from malmend.files import only_writer, reason, writable_folder
 from malmend.material import calibrated
 from malmend.memory import size_of
 from malmend.models.budget import watched
@@ -110,7 +113,8 @@ def train(
         progress: called with stage and share done, before training starts.
         starting: called with the trainer and the expected seconds, before the first step.
         stepped: called after every step.
-        told: called with the memory's plan, before the first step.
+        told: called before the first step, with what the user should know: the memory's plan, and
+            that the run that is gone on with had other threads.
 
     Raises:
         MalmendError: any bad input, in one sentence.
@@ -123,34 +127,37 @@ def train(
     others = read_questions(locality) if isinstance(locality, str | Path) else tuple(locality or ())
     _check(folder, len(known), settings)
     writable_folder(folder)  # before the model is loaded, but only once the facts are good
-    loaded = opened(model, dtype)
-    # What "auto" stands for is said in the editor's folder, and may be given when resuming.
-    editor = replace(editor, tokens=settled(editor.tokens, loaded.reading.form))
-    sites = editor.sites_in(loaded.model)
-    bench = lay_out(loaded, sites, editor.end_of_answer, trunk=trunk)
-    known = aimed(bench, known, away)
-    own = known if any(fact.paraphrases for fact in known) else None
-    with processes.first_then_others():  # who find it in the cache
-        found = calibrated(bench, editor, calibrate or own, text, calibration, progress, others)
-    start = found.editor(editor, bench.trunk, settings.seed)
-    bench, plan = within_memory(
-        bench, known, memory, _beside(start, settings), partial(_rehearsed, bench.trunk)
-    )
-    store = _pairs_store(bench, editor, trunk)
-    trainer = Trainer(start, bench.trunk, bench.encoder, known, others, settings, store, processes)
-    about = _about(bench, known, others, settings)
-    records = _resumed(trainer, folder, about)
-    with watched(plan, told) as peak:
-        starting(trainer, _seconds_left(trainer, records))
-        for record in trainer.run():
-            records.append(record)
-            stepped(record)
-            due = record.step % settings.save_every == 0 or record.step == settings.steps
-            if due and processes.is_first:
-                _save(trainer, {**about, "curve": [asdict(one) for one in records]}, folder)
-    with processes.first_then_others():  # once it is written
-        saved = load_editor(folder)
-    return TrainResult(saved, folder, tuple(records), tuple(leaks(known, others)), peak())
+    with only_writer(folder, "--out") if processes.is_first else nullcontext():
+        loaded = opened(model, dtype)
+        # What "auto" stands for is said in the editor's folder, and may be given when resuming.
+        editor = replace(editor, tokens=settled(editor.tokens, loaded.reading.form))
+        sites = editor.sites_in(loaded.model)
+        bench = lay_out(loaded, sites, editor.end_of_answer, trunk=trunk)
+        known = aimed(bench, known, away)
+        own = known if any(fact.paraphrases for fact in known) else None
+        with processes.first_then_others():  # who find it in the cache
+            found = calibrated(bench, editor, calibrate or own, text, calibration, progress, others)
+        start = found.editor(editor, bench.trunk, settings.seed)
+        bench, plan = within_memory(
+            bench, known, memory, _beside(start, settings), partial(_rehearsed, bench.trunk)
+        )
+        store = _pairs_store(bench, editor, trunk)
+        trainer = Trainer(
+            start, bench.trunk, bench.encoder, known, others, settings, store, processes
+        )
+        about = _about(bench, known, others, settings)
+        records = _resumed(trainer, folder, about, told)
+        with watched(plan, told) as peak:
+            starting(trainer, _seconds_left(trainer, records))
+            for record in trainer.run():
+                records.append(record)
+                stepped(record)
+                due = record.step % settings.save_every == 0 or record.step == settings.steps
+                if due and processes.is_first:
+                    _save(trainer, {**about, "curve": [asdict(one) for one in records]}, folder)
+        with processes.first_then_others():  # once it is written
+            saved = load_editor(folder)
+        return TrainResult(saved, folder, tuple(records), tuple(leaks(known, others)), peak())
 
 
 def _beside(editor: Editor, settings: TrainSettings) -> int:
@@ -190,7 +197,9 @@ def _check(folder: Path, facts: int, settings: TrainSettings) -> None:
         )
 
 
-def _resumed(trainer: Trainer, folder: Path, about: dict[str, Any]) -> list[StepRecord]:
+def _resumed(
+    trainer: Trainer, folder: Path, about: dict[str, Any], told: Callable[[str], None]
+) -> list[StepRecord]:
     """Goes on from the folder's checkpoint, if it has one of the same model and facts."""
     if not (folder / "training.safetensors").is_file():
         return []
@@ -212,6 +221,12 @@ def _resumed(trainer: Trainer, folder: Path, about: dict[str, Any]) -> list[Step
         raise EditorError(
             f"The editor in {folder} has taken {trainer.step} steps, --steps "
             f"{trainer.settings.steps} asks for fewer; give as many or more, or another --out."
+        )
+    threads = torch.get_num_threads()
+    if said.get("threads", threads) != threads:
+        told(
+            f"This run was on {said['threads']} threads and is gone on with on {threads}: its "
+            f"numbers will differ by rounding; set OMP_NUM_THREADS={said['threads']} for the same."
         )
     try:
         return _curve(said["curve"], trainer.step)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -222,5 +221,3 @@ def save_training(state: Mapping[str, Tensor], about: Mapping[str, Any], folder:
     header = {"training": json.dumps(about, allow_nan=False)}
     with written_beside(folder / "training.safetensors") as beside:
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, beside, header)
-        with open(beside, "rb") as file:
-            os.fsync(file.fileno())

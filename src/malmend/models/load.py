@@ -12,7 +12,6 @@ import io
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -37,7 +36,8 @@ from transformers.utils import logging as transformers_logging
 from malmend.errors import ModelError, nearest
 from malmend.facts.encoded import Form
 from malmend.facts.tokens import Reading
-from malmend.files import reason
+from malmend.files import part_of, reason
+from malmend.models.config_check import check_config
 from malmend.models.forms import KINDS, check_told_apart, class_names, form_of, reading_of
 from malmend.models.gguf_header import check_gguf
 
@@ -121,11 +121,7 @@ def load_tokenizer(name: str) -> Any:
         ModelError: there is no such model.
     """
     with quiet(), _explained(name):
-        folder, gguf = _locate(name)
-        if gguf is not None:
-            copy = _float_copy(folder, gguf)
-            return AutoTokenizer.from_pretrained(copy, **SAFE)
-        return AutoTokenizer.from_pretrained(folder, **SAFE)
+        return AutoTokenizer.from_pretrained(_source(name), **SAFE)
 
 
 def load_config(name: str) -> Any:
@@ -135,9 +131,7 @@ def load_config(name: str) -> Any:
         ModelError: there is no such model.
     """
     with quiet(), _explained(name):
-        folder, gguf = _locate(name)
-        source = folder if gguf is None else _float_copy(folder, gguf)
-        return AutoConfig.from_pretrained(source, **SAFE)
+        return AutoConfig.from_pretrained(_source(name), **SAFE)
 
 
 def stated_reading(config: Any) -> Reading:
@@ -158,8 +152,7 @@ def load_model(name: str, dtype: str = "float32") -> LoadedModel:
     if dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r} is unknown, expected one of {', '.join(DTYPES)}.")
     with quiet(), _explained(name):
-        folder, gguf = _locate(name)
-        source = _float_copy(folder, gguf) if gguf is not None else folder
+        source = _source(name)
         tokenizer = AutoTokenizer.from_pretrained(source, **SAFE)
         reading = stated_reading(AutoConfig.from_pretrained(source, **SAFE))
         model, found = LOADERS[reading.form].from_pretrained(
@@ -189,8 +182,7 @@ def load_base(name: str, classes: Sequence[str]) -> tuple[PreTrainedModel, Any]:
         ModelError: not found, or not readable.
     """
     with quiet(), _explained(name):
-        folder, gguf = _locate(name)
-        source = _float_copy(folder, gguf) if gguf is not None else folder
+        source = _source(name)
         config = AutoConfig.from_pretrained(source, **SAFE)
         kind = (config.architectures or [""])[0]
         keywords: dict[str, Any] = {"dtype": torch.float32}
@@ -260,6 +252,14 @@ def fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
+def _source(name: str) -> str:
+    """What the loaders are given: a folder whose header can be believed, or a hub name."""
+    folder, gguf = _locate(name)
+    source = folder if gguf is None else str(_float_copy(folder, gguf))
+    check_config(source, **SAFE)
+    return source
+
+
 def _locate(name: str) -> tuple[str, str | None]:
     """Folder (or hub name) and, for a GGUF file, its name."""
     if name in BUILT_IN:
@@ -307,7 +307,7 @@ def _float_copy(folder: str, gguf: str) -> Path:
     target = cache_folder() / "models" / f"{path.stem}-{tag[:12]}"
     if (target / "complete.json").is_file():
         return target
-    beside = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.part")
+    beside = part_of(target)
     try:
         with _blaming_the_cache():  # before the file is read, which takes long
             beside.mkdir(parents=True)

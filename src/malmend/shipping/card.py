@@ -83,10 +83,10 @@ def _what(record: Mapping[str, Any], is_lora: bool) -> str:
     aim = " Each fact's alternative, a false answer, was edited in." * bool(
         patch.get("alternative")
     )
-    base = _shown(record["model"])
+    base, editor = _shown(record["model"]), _shown(str(patch.get("editor", "none")))
     rows = [
         f"- **Base:** {base}, fingerprint `{record['base']}`; its licence holds here too.",
-        f"- **Method:** {patch.get('method')}, editor {patch.get('editor', 'none')}.{aim}",
+        f"- **Method:** {patch.get('method')}, editor {editor}.{aim}",
         f"- **Layers:** {len(sites)}: {', '.join(f'`{name}`' for name in sites)}.",
         f"- **Made:** {record['created']} by malmend {record['malmend']}; the patch "
         f"{patch.get('created', 'at a time not known')}. `malmend.json` says the rest.",

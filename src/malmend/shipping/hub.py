@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import json
+from collections.abc import Iterator
+from pathlib import Path, PurePath
 from typing import Any
 
 from malmend.errors import MalmendError
@@ -10,9 +12,16 @@ from malmend.files import reason
 from malmend.shipping.card import is_hub_name
 from malmend.shipping.record import RECORD, read_record
 
+# Where the files of an export may name a path of the machine that wrote them.
+SAYING = (RECORD, "adapter_config.json", "config.json", "tokenizer_config.json")
+PATHS = ("model", "editor", "facts", "facts_source", "keys")
+PATHS += ("base_model_name_or_path", "name_or_path", "_name_or_path")
+
 
 def pushed(folder: str | Path, repo: str, private: bool, api: Any) -> str:
     """Uploads the folder to a repository, made if need be; returns the commit's address.
+
+    Of paths of this machine in its JSON only the last part is uploaded; hidden files stay.
 
     Args:
         folder: that ``malmend export`` wrote.
@@ -23,6 +32,7 @@ def pushed(folder: str | Path, repo: str, private: bool, api: Any) -> str:
     Raises:
         MalmendError: no exported folder, a name of another form, no token, or no way to the hub.
     """
+    from huggingface_hub import CommitOperationAdd
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
     from huggingface_hub.utils import validate_repo_id
 
@@ -43,11 +53,11 @@ def pushed(folder: str | Path, repo: str, private: bool, api: Any) -> str:
     message = f"{record.get('to', '')} export by malmend {record.get('malmend', '')}".strip()
     try:
         api.create_repo(repo_id=repo, private=private, exist_ok=True)
-        done = api.upload_folder(
-            repo_id=repo,
-            folder_path=str(folder),
-            commit_message=message,
-        )
+        files = [
+            CommitOperationAdd(path_in_repo=name, path_or_fileobj=what)
+            for name, what in _uploads(Path(folder))
+        ]
+        done = api.create_commit(repo_id=repo, operations=files, commit_message=message)
     except LocalTokenNotFoundError as error:
         raise _no_token() from error
     except HfHubHTTPError as error:
@@ -66,6 +76,33 @@ def pushed(folder: str | Path, repo: str, private: bool, api: Any) -> str:
             f"where there is a network, or copy the folder: it is whole."
         ) from error
     return str(getattr(done, "commit_url", None) or f"https://huggingface.co/{repo}")
+
+
+def _uploads(folder: Path) -> Iterator[tuple[str, str | bytes]]:
+    """Every file by its name in the repository: its path, or its bytes where they are changed."""
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if not path.is_file() or any(part.startswith(".") for part in name.parts):
+            continue
+        if name.as_posix() in SAYING:
+            about = without_paths(json.loads(path.read_text(encoding="utf-8")))
+            yield name.as_posix(), (json.dumps(about, indent=1, ensure_ascii=False) + "\n").encode()
+        else:
+            yield name.as_posix(), str(path)
+
+
+def without_paths(about: Any) -> Any:
+    """A JSON value with the last part alone of every absolute path that is said under PATHS."""
+    if isinstance(about, list):
+        return [without_paths(one) for one in about]
+    if not isinstance(about, dict):
+        return about
+    return {
+        name: PurePath(value).name
+        if name in PATHS and isinstance(value, str) and Path(value).expanduser().is_absolute()
+        else without_paths(value)
+        for name, value in about.items()
+    }
 
 
 def _no_token() -> MalmendError:
