@@ -8,6 +8,7 @@ import torch
 import command_support
 from command_support import malmend
 from malmend.editors.checkpoint import load_editor
+from malmend.patch import load_patch
 from processes_support import run_two
 
 tiny = command_support.tiny
@@ -46,11 +47,60 @@ def test_two_processes_write_the_editor_that_one_writes_and_one_of_them_speaks(t
         torch.testing.assert_close(both.state_dict()[name], tensor, rtol=1e-3, atol=1e-5)
 
 
+EDIT = (
+    "-c",
+    """
+import sys
+from malmend.cli import main
+from malmend.commands import edit
+
+def noted(*given, save=edit.save_patch):
+    print("WRITES", file=sys.stderr)
+    save(*given)
+
+edit.save_patch = noted
+raise SystemExit(main(sys.argv[1:]))
+""",
+)
+
+
+@pytest.mark.parametrize("method", ["malmen", "mend"])
+def test_two_processes_find_the_patch_that_one_finds(method, tiny, tmp_path):
+    """Seven facts, four in one and three in the other; malmen's further passes and frames too."""
+    asked = ["edit", tiny.model, tiny.facts, "--limit", 7, *tiny.fast]
+    asked += ["--refine.frames", '["Say {prompt}"]', "--method", method]
+    assert malmend(*asked, "--out", tmp_path / "alone") == 0
+    done = run_two(*EDIT, *asked, "--out", tmp_path / "both")
+    assert [one.returncode for one in done] == [0, 0], done[0].stderr + done[1].stderr
+    assert done[0].stdout
+    assert done[1].stdout == ""
+    assert [one.stderr.count("WRITES") for one in done] == [2, 0]
+    alone, both = (load_patch(tmp_path / name) for name in ("alone", "both"))
+    passes = 4 if method == "malmen" else 1
+    assert alone.provenance["passes"] == both.provenance["passes"] == passes
+    for name in alone.factors:
+        wanted = alone.shift(name)
+        assert (both.shift(name) - wanted).norm() < 1e-4 * wanted.norm()
+    for said in ("mean_residual", "residual_after"):
+        assert both.provenance[said] == pytest.approx(alone.provenance[said], rel=1e-3)
+    assert both.provenance["tokens"] == alone.provenance["tokens"]
+    assert both.provenance["metrics"] == alone.provenance["metrics"]
+    assert both.provenance["facts_sha256"] == alone.provenance["facts_sha256"]
+
+
+def test_a_process_without_a_fact_is_refused(tiny, tmp_path):
+    asked = ("edit", tiny.model, tiny.facts, "--limit", 1, *tiny.fast)
+    done = run_two(*EDIT, *asked, "--out", tmp_path / "patch")
+    assert [one.returncode for one in done] == [2, 2]
+    assert "1 facts and 2 processes, which need one each" in done[0].stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("command", ["edit", "train", "cache"])
 def test_what_is_not_spread_over_processes_is_refused(command, tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     given = {
-        "edit": ("edit", tiny.model, tiny.facts, "--out", tmp_path / "patch"),
+        "edit": ("edit", tiny.model, tiny.facts, "--out", tmp_path / "patch", "--method", "ft"),
         "train": ("train", tiny.model, tiny.facts, "--out", tmp_path / "ke", "--method", "ke"),
         "cache": ("cache",),
     }[command]

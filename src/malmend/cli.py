@@ -82,7 +82,7 @@ def _run(arguments: list[str]) -> int:
             f"There is no command {name!r}{nearest(name, COMMANDS) or '.'} "
             f"Expected one of {', '.join(COMMANDS)}."
         )
-    if name != "train" and "WORLD_SIZE" in os.environ:
+    if name not in ("train", "edit") and "WORLD_SIZE" in os.environ:
         from malmend.processes import refuse_several
 
         refuse_several(f"malmend {name}")
@@ -113,11 +113,13 @@ def _edit(arguments: list[str]) -> None:
     from malmend.commands.edit import edit
     from malmend.editors.settings import training_free
     from malmend.methods.table import METHODS
+    from malmend.processes import joined, refuse_several
 
     parser = parser_of("edit", COMMANDS["edit"])
     parser.add_argument("model", type=str, help="name, folder or GGUF file")
     parser.add_argument("facts", type=str, help="facts file")
-    derive(parser, edit, {"model", "facts", "out", "editor", "settings", "method", "told"})
+    own = {"model", "facts", "out", "editor", "settings", "method", "processes", "told"}
+    derive(parser, edit, own)
     parser.add_argument("--out", type=str, required=True, help="path of the patch to write")
     parser.add_argument(
         "--editor",
@@ -136,15 +138,21 @@ def _edit(arguments: list[str]) -> None:
             f"The editor {given['editor']} brings its own settings; leave out --method, --layers "
             "and the other settings of editors."
         )
-    with show.bars() as bars:
-        result = edit(
-            **given,
-            settings=None if untouched else settings,
-            method=method,
-            progress=bars,
-            told=show.status,
-        )
-    show.edited(result)
+    if method is not None:
+        refuse_several(f"--method {method.name}")
+    with joined() as processes:
+        if not processes.is_first:
+            show.silence()
+        with show.bars() as bars:
+            result = edit(
+                **given,
+                settings=None if untouched else settings,
+                method=method,
+                processes=processes,
+                progress=bars,
+                told=show.status,
+            )
+        show.edited(result)
 
 
 def _eval(arguments: list[str]) -> None:

@@ -1,6 +1,6 @@
 """Several processes that do one piece of work: torch.distributed, as torchrun starts it.
 
-    torchrun --nproc-per-node 2 --no-python malmend train ...
+    torchrun --nproc-per-node 2 --no-python malmend train|edit ...
 
 Facts are spread over the processes; what is a sum over facts (Gram matrices, losses, gradients) is
 summed over processes too.  Everything else is the same in each.  Alone nothing is sent.
@@ -44,6 +44,14 @@ class Processes:
     def share(self, things: Sequence[T]) -> list[T]:
         """This process's part, as even as can be; the parts together are all, none twice."""
         return list(things[self.rank :: self.count])
+
+    def check_enough(self, facts: int) -> None:
+        """Raises MalmendError where a process would get no fact."""
+        if facts < self.count:
+            raise MalmendError(
+                f"There are {facts} facts and {self.count} processes, which need one each; start "
+                "fewer."
+            )
 
     def summed(self, tensor: Tensor) -> Tensor:
         """The sum over all processes of tensors of one shape, the same bits in each.
@@ -104,7 +112,7 @@ def refuse_several(what: str) -> None:
     if started() > 1:
         raise MalmendError(
             f"{what} runs in one process and WORLD_SIZE is {started()}; start it without torchrun, "
-            "or unset WORLD_SIZE. Only the training of editors is spread over processes."
+            "or unset WORLD_SIZE. Only editors, training and editing, are spread over processes."
         )
 
 

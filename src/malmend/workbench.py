@@ -67,7 +67,7 @@ def lay_out(
 
 def within_memory(
     bench: Workbench,
-    facts: FactSet,
+    facts: Sequence[Fact],
     memory: str | None,
     extra: int = 0,
     also: Callable[[Sequence[Encoded]], object] | None = None,

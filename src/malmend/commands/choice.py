@@ -23,6 +23,7 @@ from malmend.methods.by_editor import find_by_editor
 from malmend.methods.method import Found
 from malmend.models.load import LoadedModel
 from malmend.models.sites import Site
+from malmend.processes import ALONE, Processes
 from malmend.progress import Progress, silent
 from malmend.workbench import SHIPPED, Workbench, shipped_editor
 
@@ -109,6 +110,7 @@ class ByEditor:
     text: str | Path | None = None
     calibration: CalibrationSettings = CalibrationSettings()
     refine: RefineSettings = RefineSettings()
+    processes: Processes = ALONE
 
     @property
     def name(self) -> str:
@@ -132,9 +134,12 @@ class ByEditor:
     def find(self, bench: Workbench, facts: Sequence[Fact], progress: Progress) -> Found:
         """Calibrates where no editor is trained, then Algorithm 1."""
         start = time.perf_counter()
-        editor = self.choice.editor(bench, self.calibrate, self.text, self.calibration, progress)
+        with self.processes.first_then_others():  # who find the calibration in the cache
+            editor = self.choice.editor(
+                bench, self.calibrate, self.text, self.calibration, progress
+            )
         once = time.perf_counter() - start
-        found = find_by_editor(bench, editor, facts, self.refine, progress)
+        found = find_by_editor(bench, editor, facts, self.refine, progress, self.processes)
         said = {**self.choice.provenance(facts), **found.said}
         return replace(found, said=said, once=once)
 

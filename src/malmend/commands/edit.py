@@ -22,12 +22,13 @@ from malmend.evaluation.page import PAGE, page_folder
 from malmend.facts.fact import Fact, FactSet, facts_digest
 from malmend.files import writable
 from malmend.memory import size_of
-from malmend.methods.method import Method, settings_of
+from malmend.methods.method import Found, Method, settings_of
 from malmend.methods.trained import trained_method
 from malmend.models.budget import watched
 from malmend.models.load import LoadedModel
 from malmend.models.trunk import TrunkSettings
 from malmend.patch import Patch, applied, load_patch, make_patch, save_patch
+from malmend.processes import ALONE, Processes
 from malmend.progress import Progress, silent
 from malmend.workbench import (
     Workbench,
@@ -86,6 +87,7 @@ def edit(
     trunk: TrunkSettings = TrunkSettings(),
     memory: str | None = None,
     dtype: str = "float32",
+    processes: Processes = ALONE,
     progress: Progress = silent,
     told: Callable[[str], None] = lambda line: None,
 ) -> EditResult:
@@ -117,6 +119,7 @@ def edit(
         memory: what the process may hold, as "4GB": micro-batches are chosen by it, and captured
             tensors go to disk beyond it; null for micro-batches of ``trunk`` and no bound.
         dtype: the model is loaded in.
+        processes: that the facts are spread over, of an editor; the first one writes.
         progress: called with stage and share done.
         told: called with a line about the editor, once it is known and before the work, and with
             the memory's plan.
@@ -131,17 +134,14 @@ def edit(
     found = trained_method(editor) if method is None and settings is None else None
     method, editor = (found, "auto") if found is not None else (method, editor)
     own_data = (calibrate, text, calibration) != (None, None, CalibrationSettings())
-    of_editors = editor != "auto" or settings is not None or own_data
-    if method is not None and (of_editors or memory is not None or refine != RefineSettings()):
-        raise MalmendError(
-            f"The method {method.name} takes neither an editor, nor settings of one, nor "
-            "calibration data, nor a memory budget; leave out --editor, --calibrate, --text, "
-            "--memory, --refine.*, and --layers and the other settings of editors."
-        )
+    of_editors = editor != "auto" or settings is not None or own_data or memory is not None
+    if method is not None:
+        _check_method(method, of_editors or refine != RefineSettings(), processes)
     chosen = choose(editor, settings, own_data)
-    by_editor = ByEditor(chosen, calibrate, text, calibration, refine)
+    by_editor = ByEditor(chosen, calibrate, text, calibration, refine, processes)
     encoder = encoder_for(model, (method or by_editor).end_of_answer)
     known = checked_facts(facts, encoder, limit, strict, alternative, away)
+    processes.check_enough(len(known))
     if method is None:
         by_editor.check_frames(encoder)
     if report is not None:  # whatever would stop it is found before the work
@@ -154,11 +154,11 @@ def edit(
     bench = lay_out(loaded, working.sites_in(loaded.model), working.end_of_answer, trunk=trunk)
     known = aimed(bench, known, away)
     aims = {"alternative": alternative, "away": away, "created": now()}
-    bench, plan = within_memory(bench, known, memory)
+    bench, plan = within_memory(bench, processes.share(known), memory)
     with watched(plan, told) as peak:
-        done = _edited(bench, working, known, aims, out, progress)
+        done = _edited(bench, working, known, aims, out, progress, processes)
     done = replace(done, peak=peak())
-    if report is None:
+    if report is None or not processes.is_first:
         return done
     evaluate(
         loaded,
@@ -181,6 +181,21 @@ def now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+def _check_method(method: Method, of_editors: bool, processes: Processes) -> None:
+    """What a method that is no editor does not take."""
+    if of_editors:
+        raise MalmendError(
+            f"The method {method.name} takes neither an editor, nor settings of one, nor "
+            "calibration data, nor a memory budget; leave out --editor, --calibrate, --text, "
+            "--memory, --refine.*, and --layers and the other settings of editors."
+        )
+    if processes.count > 1:
+        raise MalmendError(
+            f"The method {method.name} runs in one process and there are {processes.count}; start "
+            "it without torchrun. Only editors are spread over processes."
+        )
+
+
 def _edited(
     bench: Workbench,
     method: Method,
@@ -188,6 +203,7 @@ def _edited(
     said: Mapping[str, Any],
     out: str | Path | None,
     progress: Progress,
+    processes: Processes,
 ) -> EditResult:
     """Makes the patch, writes it, reads it back, and measures the edit prompts on what was read."""
     start = time.perf_counter()
@@ -199,7 +215,28 @@ def _edited(
                 f"the rate of {method.name}, and check that the weights of {bench.loaded.name} are "
                 "whole."
             )
-    header = {
+    patch = make_patch(found.shifts, found.rank, _header(bench, method, facts, said, found))
+    patch = _written(patch, out, processes)
+    seconds = time.perf_counter() - start - found.once
+    prompts = [fact.alone for fact in processes.share(facts)]
+    progress("edit prompts before and after", 0.0)
+    before = _success(bench, prompts, processes)
+    progress("edit prompts before and after", 0.5)
+    with applied(bench.loaded, patch):
+        after = _success(bench, prompts, processes)
+    progress("edit prompts before and after", 1.0)
+    metrics = {"ES": {"token_ratio": {"unedited": before, "edited": after}}}
+    patch = Patch(patch.factors, {**patch.provenance, "metrics": metrics})
+    _written(patch, out, processes)
+    return EditResult(patch, facts, None if out is None else Path(out), before, after, seconds)
+
+
+def _header(
+    bench: Workbench, method: Method, facts: FactSet, said: Mapping[str, Any], found: Found
+) -> dict[str, Any]:
+    """What the patch says of itself."""
+    known = found.said.get("settings", settings_of(method))
+    return {
         "malmend": version("malmend"),
         "torch": version("torch"),
         "transformers": version("transformers"),
@@ -212,24 +249,23 @@ def _edited(
         "facts_sha256": facts_digest(facts),
         **said,
         **found.said,
+        "settings": {"end_of_answer": method.end_of_answer, **known},
     }
-    known = found.said.get("settings", settings_of(method))
-    header["settings"] = {"end_of_answer": method.end_of_answer, **known}
-    patch = make_patch(found.shifts, found.rank, header)
-    if out is not None:
-        save_patch(patch, out)
-        patch = load_patch(out)
-    seconds = time.perf_counter() - start - found.once
-    prompts = [fact.alone for fact in facts]
+
+
+def _written(patch: Patch, out: str | Path | None, processes: Processes) -> Patch:
+    """The patch as it is read back, where it is written; the first process writes it."""
+    if out is None:
+        return patch
+    with processes.first_then_others():
+        if processes.is_first:
+            save_patch(patch, out)
+        return load_patch(out)
+
+
+def _success(bench: Workbench, prompts: Sequence[Fact], processes: Processes) -> float:
+    """ES, token ratio, over the prompts of all processes."""
     examiner = Examiner(bench.loaded, bench.trunk, bench.encoder)
-    progress("edit prompts before and after", 0.0)
-    before = examiner.examine(prompts, decode_facts=0).mean("ES", "token_ratio") or 0.0
-    progress("edit prompts before and after", 0.5)
-    with applied(bench.loaded, patch):
-        after = examiner.examine(prompts, decode_facts=0).mean("ES", "token_ratio") or 0.0
-    progress("edit prompts before and after", 1.0)
-    metrics = {"ES": {"token_ratio": {"unedited": before, "edited": after}}}
-    patch = Patch(patch.factors, {**patch.provenance, "metrics": metrics})
-    if out is not None:
-        save_patch(patch, out)
-    return EditResult(patch, facts, None if out is None else Path(out), before, after, seconds)
+    mean = examiner.examine(prompts, decode_facts=0).mean("ES", "token_ratio") or 0.0
+    total, count = processes.total(mean * len(prompts), len(prompts))
+    return total / count

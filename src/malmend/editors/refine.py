@@ -38,6 +38,7 @@ from malmend.models.capture import Captured, capture, token_counts
 from malmend.models.trunk import Trunk
 from malmend.numerics.ridge import ROWS
 from malmend.patch import shifted
+from malmend.processes import ALONE, Processes
 
 PROMPT = "{prompt}"
 CHAT = "chat"
@@ -139,6 +140,7 @@ def further(
     others: Sequence[Encoded],
     gain: float,
     progress: Callable[[int], None] = lambda count: None,
+    processes: Processes = ALONE,
 ) -> tuple[list[Captured], list[Aggregation]]:
     """Equation (18): one more pass.
 
@@ -150,6 +152,7 @@ def further(
         others: the same in frames.
         gain: of (18).
         progress: called with the number of questions just finished.
+        processes: that the questions are spread over, of which these are this one's.
 
     Returns:
         What was captured per site, plain tokens first, and the aggregations that hold S_(p+1).
@@ -160,14 +163,16 @@ def further(
         captured = capture(
             trunk, [*questions, *others], settings.tokens, settings.descent, progress
         )
+    plain = [sum(token_counts(questions, settings.tokens, one.in_encoder)) for one in trunk.sites]
+    counts = processes.total(*plain)
     found: list[Aggregation] = []
-    everything = zip(editor.names, trunk.sites, captured, strict=True)
-    for site, (name, where, pair) in enumerate(everything):
+    for site, (name, pair) in enumerate(zip(editor.names, captured, strict=True)):
         one = Malmen(
             pair.keys_NK,
             pair.room.empty(*pair.value_grads_NV.shape, dtype=pair.keys_NK.dtype),
-            editor.prior(site, sum(token_counts(questions, settings.tokens, where.in_encoder))),
+            editor.prior(site, int(counts[site])),
             editor.row_weights(site, pair),
+            processes.summed if processes.count > 1 else None,
         )
         shift_KV = shifts[name].double().T
         for rows in chunks(len(pair.keys_NK), ROWS):
@@ -180,7 +185,12 @@ def further(
 
 
 @torch.no_grad()
-def missed(trunk: Trunk, questions: Sequence[Encoded], shifts: Mapping[str, Tensor]) -> float:
+def missed(
+    trunk: Trunk,
+    questions: Sequence[Encoded],
+    shifts: Mapping[str, Tensor],
+    processes: Processes = ALONE,
+) -> float:
     """The share of answer and end tokens that the model with the shift on does not say first."""
     wrong = count = 0
     with shifted(list(trunk.sites), shifts):
@@ -188,4 +198,5 @@ def missed(trunk: Trunk, questions: Sequence[Encoded], shifts: Mapping[str, Tens
             top_A = trunk.logits(batch).argmax(-1).cpu()
             wrong += int((top_A != batch.tokens.labels_A).sum())
             count += len(top_A)
-    return wrong / count
+    all_wrong, everything = processes.total(wrong, count)
+    return all_wrong / everything

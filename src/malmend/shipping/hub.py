@@ -14,8 +14,8 @@ from malmend.shipping.record import RECORD, read_record
 
 # Where the files of an export may name a path of the machine that wrote them.
 SAYING = (RECORD, "adapter_config.json", "config.json", "tokenizer_config.json")
-PATHS = ("model", "editor", "facts", "facts_source", "keys")
-PATHS += ("base_model_name_or_path", "name_or_path", "_name_or_path")
+PATHS = {"model", "editor", "facts", "facts_source", "keys"}
+PATHS |= {"base_model_name_or_path", "name_or_path", "_name_or_path"}
 
 
 def pushed(folder: str | Path, repo: str, private: bool, api: Any) -> str:
