@@ -25,7 +25,7 @@ from malmend.facts.fact import Fact, FactSet, Question, spread
 from malmend.facts.readers import read_facts, read_questions, read_text
 from malmend.facts.tokens import Encoder
 from malmend.files import kept
-from malmend.models.load import cache_folder
+from malmend.models.source import cache_folder
 from malmend.progress import Progress, silent
 from malmend.workbench import Workbench, aimed, checked_facts, shipped
 

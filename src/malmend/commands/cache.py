@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from malmend.models.load import cache_folder
+from malmend.models.source import cache_folder
 
 KINDS = {
     "trunk": "activations of questions, by model",

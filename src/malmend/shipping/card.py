@@ -9,7 +9,7 @@ from pathlib import PurePath
 from typing import Any
 
 from malmend.facts.encoded import Form
-from malmend.models.load import BUILT_IN
+from malmend.models.source import BUILT_IN
 from malmend.shipping.truncate import VLLM_RANKS, served_rank
 
 CARD = "README.md"
