@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from malmend import show
+from malmend import show, show_report
 from malmend.commands.ask import AskResult
 from malmend.evaluation.protocols import scores
 from malmend.evaluation.replies import Asked, Replies
@@ -33,7 +33,7 @@ def report(before: Replies, after: Replies, **more: object) -> Report:
     [((1.0, 1.0, 0.0), r"50\.0% \(1 of 2\)"), ((0.0, 0.0, 0.0), "none was right before")],
 )
 def test_what_was_kept_is_shown_with_what_it_is_a_share_of(before, wanted, capsys):
-    show.report(report(replies(*before), replies(1.0, 0.0, 1.0, edited=True)))
+    show_report.report(report(replies(*before), replies(1.0, 0.0, 1.0, edited=True)))
     assert re.search(rf"kept +│ +│ +{wanted} │", capsys.readouterr().out)
 
 
@@ -49,16 +49,16 @@ def test_an_answer_that_was_cut_at_the_limit_ends_in_a_mark(cut, capsys):
 
 def test_the_text_of_perplexity_and_what_leaked_are_named(capsys):
     same = replies(1.0), replies(1.0, edited=True)
-    show.report(report(*same))
+    show_report.report(report(*same))
     plain = capsys.readouterr().out
     assert "perplexity" not in plain
     assert "also edited" not in plain
     shown = report(*same, perplexity={"unedited": 9.0}, leaks=[f"leak {at} [i]" for at in range(5)])
-    show.report(replace(shown, about={"model": "tiny", "text": "some [b] text"}))
+    show_report.report(replace(shown, about={"model": "tiny", "text": "some [b] text"}))
     said = capsys.readouterr().out
     assert "perplexity: of some [b] text; lower is better" in said
     assert "5 questions that should stay are also edited" in said
     assert "leak 2 [i]\n  and 2 more (--json has all)" in said
     assert "leak 3" not in said
-    show.report(report(*same, leaks=["leak"]))
+    show_report.report(report(*same, leaks=["leak"]))
     assert "1 question that should stay is also edited" in capsys.readouterr().out

@@ -156,7 +156,7 @@ def _edit(arguments: list[str]) -> None:
 
 
 def _eval(arguments: list[str]) -> None:
-    from malmend import show
+    from malmend import show, show_report
     from malmend.commands.evaluate import evaluate
     from malmend.files import writable
 
@@ -176,7 +176,7 @@ def _eval(arguments: list[str]) -> None:
         result = evaluate(**given, progress=bars)
     if path is not None:
         result.save(path)
-    show.report(result)
+    show_report.report(result)
     if given["report"] is not None:
         show.page(given["report"])
 
@@ -268,7 +268,7 @@ def _elsewhere(part: str, name: str) -> Callable[[list[str]], None]:
 
 
 def _demo(arguments: list[str]) -> None:
-    from malmend import show
+    from malmend import show, show_report
     from malmend.commands.demo import demo
 
     parser = parser_of("demo", COMMANDS["demo"])
@@ -276,7 +276,7 @@ def _demo(arguments: list[str]) -> None:
     given = parse(parser, arguments)
     with show.bars() as bars:
         result = demo(**given, progress=bars, told=show.status)
-    show.demonstrated(result)
+    show_report.demonstrated(result)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def train(arguments: list[str], what: str) -> None:
 
 def _train_together(given: dict[str, Any], training: Any, settings: Any, processes: Any) -> None:
     """Trains among the processes of a run, or alone; the first says how it goes."""
-    from malmend import show
+    from malmend import show, show_training
     from malmend.commands.train import train
 
     with show.bars() as bars:
@@ -94,14 +94,14 @@ def _train_together(given: dict[str, Any], training: Any, settings: Any, process
             progress=bars,
             told=show.status,
             starting=starting,
-            stepped=lambda record: show.step(record, training.steps),
+            stepped=lambda record: show_training.step(record, training.steps),
         )
-    show.trained(result)
+    show_training.trained(result)
 
 
 def _learn(given: dict[str, Any], usual: dict[str, Any]) -> None:
     """Trains a method that is no editor; none of an editor's options suit it."""
-    from malmend import show
+    from malmend import show, show_training
     from malmend.commands.learn import learn
     from malmend.methods.trained import TRAINED
     from malmend.processes import refuse_several
@@ -121,14 +121,14 @@ def _learn(given: dict[str, Any], usual: dict[str, Any]) -> None:
         **{option: given[option] for option in taken},
         method=name,
         settings=settings,
-        stepped=lambda record: show.learning(record, settings.steps),
+        stepped=lambda record: show_training.learning(record, settings.steps),
     )
     show.status(f"Trained {len(result.records)} steps of {name}.  Editor: {result.folder}")
 
 
 def finetune(arguments: list[str], what: str) -> None:
     """A model that knows what is to be edited."""
-    from malmend import show
+    from malmend import show, show_training
     from malmend.commands.finetune import finetune
     from malmend.models.finetune import FinetuneSettings
 
@@ -144,6 +144,6 @@ def finetune(arguments: list[str], what: str) -> None:
     )
     with show.bars() as bars:
         result = finetune(
-            **given, settings=settings, progress=bars, stepped=show.epoch, told=show.status
+            **given, settings=settings, progress=bars, stepped=show_training.epoch, told=show.status
         )
-    show.finetuned(result)
+    show_training.finetuned(result)

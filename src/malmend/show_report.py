@@ -1,0 +1,161 @@
+"""How figures look in a terminal, and the demo, which shows all; the rest is in show.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from rich.markup import escape
+from rich.table import Table
+
+from malmend.commands.demo import DemoResult
+from malmend.evaluation.protocols import PROTOCOLS, Group, Scores
+from malmend.evaluation.replies import KINDS
+from malmend.evaluation.report import Report
+from malmend.evaluation.view import QUESTIONS
+from malmend.show import OUT, asked, edited, page, percent, trained_on
+
+METRICS = ("token_ratio", "exact", "generated", "generated_chat", "retention", "kl", "kept")
+# Columns of the tables of groups: a kind and a metric.
+GROUPED = (
+    ("ES", "token_ratio"),
+    ("ES", "generated"),
+    ("GS", "token_ratio"),
+    ("GS", "generated"),
+    ("NS", "token_ratio"),
+)
+MOST_GROUPS = 12  # rows of such a table; all are in the report's JSON
+
+
+def report(result: Report) -> None:
+    """Unedited beside edited, each column's protocol named."""
+    trained_on(result.about.get("trained_on"), result.facts)
+    _leaks(result.leaks)
+    table = Table(title=f"{result.facts:,} facts, {escape(str(result.about['model']))}")
+    table.add_column("question")
+    table.add_column("protocol")
+    table.add_column("unedited", justify="right")
+    if result.edited:
+        table.add_column("edited", justify="right")
+    shown = set()
+    for kind in KINDS:
+        before = result.unedited.get(kind)
+        if before is None or not before.questions:
+            continue
+        after = result.edited.get(kind)
+        for index, (metric, cells) in enumerate(_lines(before, after)):
+            label = f"{kind} ({QUESTIONS[kind][0].lower()})" if index == 0 else ""
+            table.add_row(label, metric.replace("_", " "), *cells[: 2 if result.edited else 1])
+            shown.add(metric)
+        table.add_section()
+    if result.perplexity:
+        cells = [f"{result.perplexity[key]:.2f}" for key in result.perplexity]
+        table.add_row("text", "perplexity", *cells)
+    OUT.print(table)
+    if result.perplexity and result.about.get("text"):
+        text = escape(str(result.about["text"]))
+        OUT.print(f"  perplexity: of {text}; lower is better", style="dim", highlight=False)
+    for metric, meaning in PROTOCOLS.items():
+        if metric in shown:
+            OUT.print(f"  {metric.replace('_', ' ')}: {meaning}", style="dim", highlight=False)
+    for by, groups in result.groups.items():
+        _groups(by.replace("_", " "), groups)
+
+
+def _leaks(leaks: Sequence[str]) -> None:
+    """A warning where questions that should stay are also edited."""
+    if not leaks:
+        return
+    one = len(leaks) == 1
+    OUT.print(
+        f"{len(leaks):,} question{'' if one else 's'} that should stay {'is' if one else 'are'} "
+        "also edited, so what was kept looks worse than it is:"
+    )
+    for leak in leaks[:3]:
+        OUT.print(f"  {escape(leak)}", highlight=False)
+    if len(leaks) > 3:
+        OUT.print(f"  and {len(leaks) - 3:,} more (--json has all)")
+
+
+def _groups(by: str, groups: Mapping[str, Group]) -> None:
+    """One line per group of facts, the largest where there are many; nothing for a single one."""
+    if len(groups) < 2:
+        return
+    largest = sorted(groups, key=lambda name: -groups[name].facts)[:MOST_GROUPS]
+    columns = [
+        (kind, metric)
+        for kind, metric in GROUPED
+        if any(_figure(group.unedited, kind, metric) is not None for group in groups.values())
+    ]
+    title = f"by {by}, unedited to edited"
+    table = Table(title=title if any(g.edited for g in groups.values()) else f"by {by}")
+    table.add_column(by)
+    table.add_column("facts", justify="right")
+    for kind, metric in columns:
+        table.add_column(f"{kind} {metric.replace('_', ' ')}", justify="right")
+    for name in (name for name in groups if name in largest):
+        group = groups[name]
+        cells = []
+        for kind, metric in columns:
+            values = [_figure(model, kind, metric) for model in (group.unedited, group.edited)]
+            cells.append(" → ".join(percent(value) for value in values if value is not None))
+        table.add_row(escape(name), f"{group.facts:,}", *cells)
+    OUT.print(table)
+    if len(groups) > len(largest):
+        OUT.print(f"  and {len(groups) - len(largest)} smaller groups (--json has all)")
+
+
+def _figure(model: Mapping[str, Scores], kind: str, metric: str) -> float | None:
+    found: float | None = getattr(model[kind], metric) if kind in model else None
+    return found
+
+
+def _lines(before: Scores, after: Scores | None) -> Iterator[tuple[str, list[str]]]:
+    for metric in METRICS:
+        values = [getattr(one, metric) if one else None for one in (before, after)]
+        count = after.kept_count if after and metric == "kept" else ""
+        if values == [None, None] and not count:
+            continue
+        if metric == "kl":
+            cells = ["" if value is None else f"{value:.3f}" for value in values]
+        else:
+            cells = ["" if value is None else percent(value) for value in values]
+        if metric == "token_ratio":
+            for index, one in enumerate((before, after)):
+                if one and one.interval:
+                    cells[index] += f" ± {100 * one.interval:.1f}"
+        if count:
+            cells[1] = f"{cells[1]} ({count})" if cells[1] else count
+        yield metric, cells
+
+
+def demonstrated(result: DemoResult) -> None:
+    """The demo's figures, answers and the proof that the weights came back."""
+    edited(result.edit)
+    report(result.report)
+    decoded = result.report.about["decoded_facts"]
+    OUT.print(
+        f"  generated is over the first {decoded:,} facts\n"
+        "  neighbours ask the same about another subject, which other reports seldom do\n"
+        f"  not asked: {result.report.about['left_out']}",
+        style="dim",
+        highlight=False,
+    )
+    OUT.print("\nIn free-running text:")
+    for one in result.asked:
+        asked(one)
+    OUT.print("\nSHA-256 over every bit of every weight:")
+    digests = {
+        "unedited": result.weights_before,
+        "with the patch on": result.weights_during,
+        "patch off again": result.weights_after,
+    }
+    for name, digest in digests.items():
+        OUT.print(f"  {name:<18} {digest}", highlight=False, soft_wrap=True)
+    back = result.weights_before == result.weights_after
+    OUT.print(
+        "The weights are bit for bit what they were."
+        if back
+        else "The weights did NOT come back as they were; please report this."
+    )
+    OUT.print()
+    page(result.page.parent)
