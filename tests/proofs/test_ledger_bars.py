@@ -91,6 +91,9 @@ def test_a_thousand_facts(loaded, facts, tmp_path):
     print(f"{misses}", flush=True)
     new = [dataclasses.replace(fact, answer=fact.alternative) for fact in facts[1:3]]
     timed(malmend.ledger.replace, ledger, new, model=loaded)
+    swapped = direct(loaded, [facts[0], *facts[3:], *new])
+    misses["two replaced"] = apart(malmend.ledger.patch(ledger), swapped)
+    print(f"{misses}", flush=True)
     timed(malmend.ledger.revoke, ledger, [facts[0].id, *(fact.id for fact in facts[300:])])
     few = [*facts[3:300], *new]
     misses["most revoked, two replaced"] = apart(malmend.ledger.patch(ledger), direct(loaded, few))
