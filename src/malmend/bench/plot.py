@@ -88,7 +88,8 @@ def _panel(axis: Any, heading: str, of: Any, mine: dict[Any, list[Row]], names: 
         means = [statistics.fmean(points[size]) for size in sizes]
         spread = [statistics.stdev(points[s]) if len(points[s]) > 1 else 0.0 for s in sizes]
         colour, marker = f"C{index % 10}", "osv^Dxp*h+"[index // 10 % 10]
-        axis.plot(sizes, means, marker=marker, markersize=4, color=colour, label=name)
+        line = ("-", "--", "-.")[index // 10 % 3]
+        axis.plot(sizes, means, line, marker=marker, markersize=4, color=colour, label=name)
         low = [mean - one for mean, one in zip(means, spread, strict=True)]
         high = [mean + one for mean, one in zip(means, spread, strict=True)]
         axis.fill_between(sizes, low, high, color=colour, alpha=0.2, linewidth=0)
@@ -102,6 +103,8 @@ def _panel(axis: Any, heading: str, of: Any, mine: dict[Any, list[Row]], names: 
         levels = [statistics.fmean(by_size[size]) for size in sizes]
         axis.plot(sizes, levels, color="0.4", linestyle=":", label="_unedited")
     axis.set_xscale("log", base=2)
+    sizes = sorted({size for size, _ in mine})
+    axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
     axis.set_title(heading, fontsize=10)
     axis.set_xlabel("facts")
     axis.grid(alpha=0.3)
