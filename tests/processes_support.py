@@ -19,7 +19,9 @@ def run_two(*command: object) -> list[subprocess.CompletedProcess[str]]:
     started = []
     for rank in (0, 1):
         around = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        around["PYTHONPATH"] = os.pathsep.join(map(str, (TESTS, TESTS / "editors")))
+        around["PYTHONPATH"] = os.pathsep.join(
+            map(str, (TESTS.parent / "src", TESTS, TESTS / "editors"))
+        )
         started.append(
             subprocess.Popen(
                 [sys.executable, *map(str, command)],

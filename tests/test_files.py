@@ -12,6 +12,7 @@ import pytest
 
 from malmend.errors import MalmendError
 from malmend.files import (
+    LOCK,
     folder_beside,
     kept,
     new_folder,
@@ -188,6 +189,89 @@ def test_what_a_killed_run_left_goes_with_the_next_one(tmp_path):
     elsewhere.write_text("half")
     save("whole", tmp_path / "third")
     assert sorted(tmp_path.iterdir()) == sorted([mine, elsewhere, tmp_path / "third"])
+
+
+def test_a_part_that_cannot_be_removed_stops_nothing(tmp_path, monkeypatch):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    mine = part_of(tmp_path / "file").name
+    left = [
+        tmp_path / mine.replace(f"-{os.getpid()}-", f"-{dead.pid}-").replace("file", n)
+        for n in "abc"
+    ]
+    left[0].write_text("half")
+    left[1].symlink_to(tmp_path / "nowhere")
+    left[2].write_text("half")
+    unlink = Path.unlink
+
+    def refusing(path, *given, **more):
+        if path == left[0]:
+            raise PermissionError
+        unlink(path, *given, **more)
+
+    monkeypatch.setattr(Path, "unlink", refusing)
+    part_of(tmp_path / "file")
+    assert list(tmp_path.iterdir()) == [left[0]]
+
+
+def test_a_part_of_another_machine_or_container_stays(tmp_path, monkeypatch):
+    part = part_of(tmp_path / "file")
+    part.write_text("half")
+    gone = part.with_name(part.name.replace(f"-{os.getpid()}-", "-999999999-"))
+    part.rename(gone)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr("socket.gethostname", lambda: "elsewhere")
+        part_of(tmp_path / "file")
+    assert gone.exists()
+    part_of(tmp_path / "file")
+    assert not gone.exists()
+
+
+def test_a_part_whose_process_number_went_to_a_younger_one_is_removed(tmp_path):
+    part = part_of(tmp_path / "file")  # this process's number
+    part.write_text("half")
+    os.utime(part, (1, 1))  # long before it began
+    part_of(tmp_path / "file")
+    assert not part.exists()
+
+
+@pytest.mark.parametrize("name", ["n" * 255, "é" * 127, "[a]*?"])
+def test_any_name_that_a_file_can_have_can_be_written(tmp_path, name):
+    save("whole", tmp_path / name)
+    assert (tmp_path / name).read_text() == "whole"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_is_renamed_is_on_the_disk(tmp_path, monkeypatch):
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    save("whole", tmp_path / "file")
+    assert len(synced) == 1
+    with folder_beside(tmp_path / "folder") as folder:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "a").write_text("a")
+        (folder / "b").write_text("b")
+    assert len(synced) == 3
+
+
+def test_a_lock_that_cannot_be_taken_is_said(tmp_path):
+    (tmp_path / LOCK).mkdir()
+    with (
+        pytest.raises(MalmendError, match=r"\.malmend\.lock cannot be locked"),
+        only_writer(tmp_path, "--out"),
+    ):
+        pass
+
+
+def test_where_files_cannot_be_locked_a_run_goes_on(tmp_path, monkeypatch):
+    def without(*_given, **_more):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("malmend.files.FileLock.acquire", without)
+    entered = False
+    with only_writer(tmp_path, "--out"):
+        entered = True
+    assert entered
 
 
 HOLDS = """

@@ -41,6 +41,7 @@ def test_two_processes_write_the_editor_that_one_writes_and_one_of_them_speaks(t
     assert [one.returncode for one in done] == [0, 0], done[0].stderr + done[1].stderr
     assert "Trained 3 steps" in done[0].stdout
     assert done[1].stdout == ""
+    assert [one.stderr.count("CALIBRATES") for one in done] == [1, 0]
     assert [one.stderr.count("WRITES") for one in done] == [1, 0]  # after the last step
     alone, both = (load_editor(tmp_path / name).editor for name in ("alone", "both"))
     for name, tensor in alone.state_dict().items():
@@ -51,13 +52,19 @@ EDIT = (
     "-c",
     """
 import sys
+from malmend import material
 from malmend.cli import main
 from malmend.commands import edit
+
+def noticed(*given, calibrate=material.calibrate):
+    print("CALIBRATES", file=sys.stderr)
+    return calibrate(*given)
 
 def noted(*given, save=edit.save_patch):
     print("WRITES", file=sys.stderr)
     save(*given)
 
+material.calibrate = noticed
 edit.save_patch = noted
 raise SystemExit(main(sys.argv[1:]))
 """,
@@ -65,16 +72,18 @@ raise SystemExit(main(sys.argv[1:]))
 
 
 @pytest.mark.parametrize("method", ["malmen", "mend"])
-def test_two_processes_find_the_patch_that_one_finds(method, tiny, tmp_path):
+def test_two_processes_find_the_patch_that_one_finds(method, tiny, tmp_path, monkeypatch):
     """Seven facts, four in one and three in the other; malmen's further passes and frames too."""
     asked = ["edit", tiny.model, tiny.facts, "--limit", 7, *tiny.fast]
     asked += ["--refine.frames", '["Say {prompt}"]', "--method", method]
     assert malmend(*asked, "--out", tmp_path / "alone") == 0
+    monkeypatch.setenv("MALMEND_CACHE", str(tmp_path / "empty"))
     done = run_two(*EDIT, *asked, "--out", tmp_path / "both")
     assert [one.returncode for one in done] == [0, 0], done[0].stderr + done[1].stderr
     assert done[0].stdout
     assert done[1].stdout == ""
-    assert [one.stderr.count("WRITES") for one in done] == [2, 0]
+    assert [one.stderr.count("CALIBRATES") for one in done] == [1, 0]
+    assert [one.stderr.count("WRITES") for one in done] == [1, 0]
     alone, both = (load_patch(tmp_path / name) for name in ("alone", "both"))
     passes = 4 if method == "malmen" else 1
     assert alone.provenance["passes"] == both.provenance["passes"] == passes
@@ -92,7 +101,7 @@ def test_a_process_without_a_fact_is_refused(tiny, tmp_path):
     asked = ("edit", tiny.model, tiny.facts, "--limit", 1, *tiny.fast)
     done = run_two(*EDIT, *asked, "--out", tmp_path / "patch")
     assert [one.returncode for one in done] == [2, 2]
-    assert "1 facts and 2 processes, which need one each" in done[0].stderr
+    assert "is 1 fact and 2 processes, which need one each" in done[0].stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -29,13 +30,45 @@ def part_of(path: Path) -> Path:
     It says which process of which machine writes, so that what a killed one has left in the folder
     is known for it, and is removed here.
     """
-    machine = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
-    with suppress(OSError):  # a folder that cannot be read, or what another user has left
+    machine = _machine()
+    with suppress(OSError):  # a folder that cannot be read
         for left in path.parent.glob(f".*.{machine}-*.part"):
-            found = re.search(r"-(\d{1,9})-[0-9a-f]{8}\.part$", left.name)
-            if found and not psutil.pid_exists(int(found[1])):
-                shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
-    return path.with_name(f".{path.name}.{machine}-{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
+            with suppress(OSError):  # what another user has left, or is gone by now
+                if _is_left(left):
+                    is_folder = left.is_dir() and not left.is_symlink()
+                    shutil.rmtree(left) if is_folder else left.unlink()
+    name = path.name.encode()[:200].decode(errors="ignore")  # names have 255 bytes at most
+    return path.with_name(f".{name}.{machine}-{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
+
+
+def _machine() -> str:
+    """Among which processes a process's number is its own: machine, start of it, container."""
+    said = [socket.gethostname()]
+    with suppress(OSError):  # where there is no Linux
+        said.append(Path("/proc/sys/kernel/random/boot_id").read_text())
+        said.append(str(os.stat("/proc/self/ns/pid").st_ino))
+    return hashlib.sha256("|".join(said).encode()).hexdigest()[:6]
+
+
+def _is_left(part: Path) -> bool:
+    """Whether the process that wrote a part is gone, or its number has gone to a younger one."""
+    found = re.search(r"-(\d{1,9})-[0-9a-f]{8}\.part$", part.name)
+    if found is None:
+        return False
+    try:
+        return psutil.Process(int(found[1])).create_time() > part.lstat().st_mtime + 60
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.Error:  # alive, and none of ours
+        return False
+
+
+def synced(path: Path) -> None:
+    """Waits until a file, or every file of a folder, is on the disk."""
+    for one in path.rglob("*") if path.is_dir() else [path]:
+        if one.is_file():
+            with open(one, "rb+") as file:
+                os.fsync(file.fileno())
 
 
 @contextmanager
@@ -51,8 +84,7 @@ def written_beside(path: str | Path) -> Iterator[Path]:
     beside = part_of(path)
     try:
         yield beside
-        with open(beside, "rb+") as file:
-            os.fsync(file.fileno())
+        synced(beside)
         os.replace(beside, path)
     except (OSError, SafetensorError) as error:
         raise MalmendError(
@@ -125,6 +157,7 @@ def folder_beside(path: str | Path) -> Iterator[Path]:
     try:
         beside.mkdir()
         yield beside
+        synced(beside)
         os.replace(beside, path)
     except (OSError, SafetensorError) as error:
         raise MalmendError(
@@ -168,9 +201,15 @@ def only_writer(folder: Path, other: str) -> Iterator[None]:
         raise MalmendError(
             f"Another run is writing into {folder}; let it end, or give another {other}."
         ) from None
-    except (OSError, NotImplementedError):  # a file system that knows no locks
-        yield
-        return
+    except NotImplementedError:
+        pass  # as below
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            raise MalmendError(
+                f"{folder / LOCK} cannot be locked ({reason(error)}): another user's run may be "
+                f"writing there; remove it if none is, or give another {other}."
+            ) from error
+        # else a file system that knows no locks
     try:
         yield
     finally:

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -21,6 +22,7 @@ from malmend.errors import MalmendError
 
 T = TypeVar("T")
 # In the order of a run's environment as torchrun sets it.
+PATIENCE = timedelta(days=2)  # a calibration may take long; who has ended is noticed at once
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -49,7 +51,8 @@ class Processes:
         """Raises MalmendError where a process would get no fact."""
         if facts < self.count:
             raise MalmendError(
-                f"There are {facts} facts and {self.count} processes, which need one each; start "
+                f"There {'is 1 fact' if facts == 1 else f'are {facts} facts'} and {self.count} "
+                "processes, which need one each; start "
                 "fewer."
             )
 
@@ -85,7 +88,7 @@ class Processes:
         except RuntimeError as error:
             raise MalmendError(
                 f"Process {self.rank} of {self.count} lost the others, one of which has ended; "
-                "run the same command again to go on from the last checkpoint."
+                "run the same command again (a training goes on from its last checkpoint)."
             ) from error
 
 
@@ -132,7 +135,7 @@ def joined() -> Iterator[Processes]:
             "torchrun --nproc-per-node N --no-python malmend ..., or unset WORLD_SIZE."
         )
     try:
-        distributed.init_process_group("gloo")
+        distributed.init_process_group("gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         said = " ".join(str(error).split())[:200]
         raise MalmendError(f"The processes of this run did not meet ({said}).") from error

@@ -42,7 +42,7 @@ def test_a_process_that_dies_ends_the_run_and_its_checkpoint_goes_on(tmp_path):
     assert done[1].returncode == 9
     assert done[0].returncode != 0
     assert "lost the others" in done[0].stderr
-    assert "go on from the last checkpoint" in done[0].stderr
+    assert "goes on from its last checkpoint" in done[0].stderr
     assert not list(tmp_path.glob("[01].safetensors"))
     resumed, _ = trained("malmen", folder=tmp_path)
     whole, _ = trained("malmen")

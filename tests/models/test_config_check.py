@@ -34,6 +34,12 @@ def state(folder, **changes):
         {"text_config": {"n_layer": 10**8}},
         {"block_configs": [{"num_local_experts": 10**8}]},
         {"depths": [2, 10**8]},
+        {"inner_group_num": 10**5},
+        {"num_hidden_groups": 10**5},
+        {"attention_types": [[["global", "local"], 10**9]]},
+        {"num_key_value_heads": 10**5},
+        {"relative_attention_num_buckets": 3 * 10**8},
+        {"n_positions": 3 * 10**8},
     ],
 )
 def test_too_many_parts_are_refused(folder, load, stated):
@@ -45,5 +51,6 @@ def test_too_many_parts_are_refused(folder, load, stated):
 
 def test_large_numbers_that_count_no_parts_are_let_in(folder):
     stated = {"max_length": 10**9, "head_note": 10**9, "use_layers": True, "pad_token_id": 3}
+    stated |= {"label2id": {"stage": 1_100}, "id2label": {"1100": "stage"}}
     state(folder, **stated)
     assert load_model(str(folder)).model.config.d_model == 32

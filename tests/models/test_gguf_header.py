@@ -39,6 +39,7 @@ GOOD = header(
     entry("nested", 9, listed(9, 1, listed(4, 1, struct.pack("<I", 1)))),
 )
 BAD = {
+    "blocks": header(entry("llama.block_count", 4, struct.pack("<I", 1_001))),
     "no magic": b"GGML" + GOOD[4:],
     "nothing": b"",
     "another version": header(version=4),

@@ -11,6 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, Offl
 
 from malmend.commands.push import push
 from malmend.errors import MalmendError
+from malmend.shipping.hub import without_paths
 from malmend.shipping.record import RECORD, write_record
 
 
@@ -80,10 +81,10 @@ def test_the_folder_goes_up_whole_in_one_commit(folder):
 
 def test_no_path_of_this_machine_goes_up(folder):
     here = str(folder.absolute())
-    patch = {"model": here, "editor": f"{here}/editor", "sites": {"/odd/name": {"rank": 2}}}
+    patch = {"model": here, "editor": f"{here}/editor", "sites": {"model.layers.0": {"rank": 2}}}
     write_record(folder, {"to": "lora", "model": here, "facts": f"{here}/f.jsonl", "patch": patch})
     (folder / "adapter_config.json").write_text(
-        json.dumps({"base_model_name_or_path": here, "target_modules": ["/odd/name"], "r": 2})
+        json.dumps({"base_model_name_or_path": here, "target_modules": ["model.layers.0"], "r": 2})
     )
     (folder / "config.json").write_text(json.dumps({"_name_or_path": here, "unk_token": "/"}))
     (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"/": 1}}}))
@@ -95,14 +96,28 @@ def test_no_path_of_this_machine_goes_up(folder):
     assert record["model"] == record["patch"]["model"] == folder.name
     assert record["patch"]["editor"] == "editor"
     assert record["facts"] == "f.jsonl"
-    assert record["patch"]["sites"] == {"/odd/name": {"rank": 2}}
+    assert record["patch"]["sites"] == {"model.layers.0": {"rank": 2}}
     config = json.loads(files["adapter_config.json"])
     assert config == {
         "base_model_name_or_path": folder.name,
-        "target_modules": ["/odd/name"],
+        "target_modules": ["model.layers.0"],
         "r": 2,
     }
     assert json.loads(files["config.json"])["unk_token"] == "/"
+    for said, left in (
+        ({"other": "/tmp/x/model2"}, {"other": "model2"}),
+        ({"model": "../../home/jo/x"}, {"model": "x"}),
+        (
+            {"model": "org/name", "editor": "shipped:a"},
+            {"model": "org/name", "editor": "shipped:a"},
+        ),
+        ({"note": ["file:///home/jo/x", "C:\\Users\\jo\\x"]}, {"note": ["x", "x"]}),
+        (
+            {"token": "/think", "unk": "/", "end": "</s>"},
+            {"token": "/think", "unk": "/", "end": "</s>"},
+        ),
+    ):
+        assert without_paths(said) == left
     # Here it stays, where the base is found by it.
     assert here in (folder / RECORD).read_text()
 
@@ -124,6 +139,35 @@ def test_each_failure_is_one_sentence(folder, fault, at, said):
     with pytest.raises(MalmendError, match=said) as caught:
         push(folder, "me/edit", api=FakeApi(fault, at))
     assert "\n" not in str(caught.value)
+
+
+def test_json_in_a_folder_of_the_folder_names_no_path_either(folder):
+    (folder / "second").mkdir()
+    config = {"base_model_name_or_path": str(folder)}
+    (folder / "second" / "adapter_config.json").write_text(json.dumps(config))
+    api = FakeApi()
+    push(folder, "me/edit", api=api)
+    said = json.loads(uploaded(api)["second/adapter_config.json"])
+    assert said == {"base_model_name_or_path": folder.name}
+
+
+@pytest.mark.parametrize("text", ['{"a":', '{"a": "\\ud800"}', "[" * 100_000])
+def test_damaged_json_is_found_before_a_repository_is_made(folder, text):
+    (folder / "config.json").write_text(text)
+    api = FakeApi()
+    with pytest.raises(MalmendError, match=r"config.json is damaged .*; export again"):
+        push(folder, "me/edit", api=api)
+    assert api.calls == []
+
+
+def test_a_link_is_not_followed(folder, tmp_path_factory):
+    secret = tmp_path_factory.mktemp("other") / "secret.txt"
+    secret.write_text("secret")
+    (folder / "notes.txt").symlink_to(secret)
+    api = FakeApi()
+    with pytest.raises(MalmendError, match=r"notes.txt is a link"):
+        push(folder, "me/edit", api=api)
+    assert api.calls == []
 
 
 def test_what_is_no_export_stays_here(folder, tmp_path):

@@ -53,7 +53,7 @@ class EditResult:
         path: where the patch lies, or None.
         unedited: share of answer tokens right before, teacher forced (ES, token ratio).
         edited: the same after.
-        seconds: capture, transform, aggregation and writing; loading and calibration aside.
+        seconds: capture, transform and aggregation; loading and calibration aside.
         page: where the report lies, or None.
         peak: bytes of anonymous memory that the process held at most, where a budget was given.
     """
@@ -205,7 +205,7 @@ def _edited(
     progress: Progress,
     processes: Processes,
 ) -> EditResult:
-    """Makes the patch, writes it, reads it back, and measures the edit prompts on what was read."""
+    """Makes the patch, measures the edit prompts with it on, writes it, and reads it back."""
     start = time.perf_counter()
     found = method.find(bench, facts, progress)
     for name, shift_VK in found.shifts.items():
@@ -216,7 +216,6 @@ def _edited(
                 "whole."
             )
     patch = make_patch(found.shifts, found.rank, _header(bench, method, facts, said, found))
-    patch = _written(patch, out, processes)
     seconds = time.perf_counter() - start - found.once
     prompts = [fact.alone for fact in processes.share(facts)]
     progress("edit prompts before and after", 0.0)
@@ -227,7 +226,7 @@ def _edited(
     progress("edit prompts before and after", 1.0)
     metrics = {"ES": {"token_ratio": {"unedited": before, "edited": after}}}
     patch = Patch(patch.factors, {**patch.provenance, "metrics": metrics})
-    _written(patch, out, processes)
+    patch = _written(patch, out, processes)  # last, so that what fails leaves no patch
     return EditResult(patch, facts, None if out is None else Path(out), before, after, seconds)
 
 

@@ -25,7 +25,14 @@ from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact, FactSet, Question, subject_hash
 from malmend.facts.readers import given_facts, read_facts
 from malmend.facts.tokens import Encoder, EndOfAnswer
-from malmend.files import only_writer, part_of, reason, writable_folder, written_beside
+from malmend.files import (
+    only_writer,
+    part_of,
+    reason,
+    synced,
+    writable_folder,
+    written_beside,
+)
 from malmend.models.finetune import EpochRecord, Finetuner, FinetuneSettings
 from malmend.models.load import LoadedModel, load_base, prepared, save_model
 from malmend.progress import Progress, silent
@@ -78,8 +85,7 @@ def finetune(
         MalmendError: any bad input, in one sentence.
     """
     folder = Path(out)
-    if (folder / "config.json").is_file():
-        raise MalmendError(f"{folder} holds a model already; give another --out.")
+    _check_new(folder)
     files = [facts] if isinstance(facts, str | Path) else list(facts)
     sets = [read_facts(file, limit) for file in files]
     known = _together(sets)
@@ -92,6 +98,7 @@ def finetune(
         check_encodes(one, encoder)
     writable_folder(folder)  # only once the facts are good
     with only_writer(folder, "--out"):
+        _check_new(folder)  # another run may have ended meanwhile
         if classes := encoder.reading.classes:  # a misspelt label would be one of them
             told(f"Classes: {', '.join(f'{name} ({labels[name]:,})' for name in classes)}.")
 
@@ -110,6 +117,12 @@ def finetune(
         about = {"settings": asdict(settings), "base": model, "facts": len(known), "asked": asked}
         _put(first, folder, {**about, "epochs": [asdict(record) for record in run.records]})
         return FinetuneResult(folder, tuple(run.records), len(everything))
+
+
+def _check_new(folder: Path) -> None:
+    """Raises MalmendError where the folder holds a model."""
+    if (folder / "config.json").is_file():
+        raise MalmendError(f"{folder} holds a model already; give another --out.")
 
 
 class _Run:
@@ -262,6 +275,7 @@ def _put(loaded: LoadedModel, folder: Path, about: dict[str, Any]) -> None:
     try:
         save_model(loaded, beside)
         (beside / "finetune.json").write_text(json.dumps(about, indent=2, allow_nan=False))
+        synced(beside)
         for path in sorted(beside.iterdir(), key=lambda path: path.name == "config.json"):
             path.rename(folder / path.name)
     finally:

@@ -13,15 +13,19 @@ from transformers import PreTrainedConfig
 
 from malmend.errors import ModelError
 
-# The last word of the names under which families count what is built one by one.
-COUNTED = re.compile(r"(^|_)(layers?|blocks?|depths?|experts|labels|heads?|codebooks|stages?)$")
-MOST = 100_000
-MOST_LAYERS = 1_000  # each is a dozen modules: ten thousand take minutes
-LAYERS = re.compile(r"(layers?|blocks?|depths?|stages?)$")
+# What families call what is built one by one, and what tables are made of, by the last word of its
+# name; and the most of it that is believed, several times what the largest models have.
+MOST: tuple[tuple[str, int], ...] = (
+    (r"(layers?|blocks?|depths?|stages?|groups?|group_num|attention_types)$", 1_000),
+    (r"(heads?|experts)$", 4_096),
+    (r"(labels|codebooks)$", 100_000),
+    (r"(positions|embeddings|buckets|ctx|size|dim|embd|model|inner)$", 50_000_000),
+)
+NAMES = ("id2label", "label2id")  # names of a user's own, with numbers
 
 
 def check_config(source: str, **how: Any) -> None:
-    """Raises ModelError where a configuration states more parts than any model has.
+    """Raises ModelError where a configuration states more than any model has.
 
     Args:
         source: a folder or a hub name.
@@ -29,8 +33,8 @@ def check_config(source: str, **how: Any) -> None:
     """
     stated, _ = PreTrainedConfig.get_config_dict(source, **how)
     for name, value in _counts(stated):
-        most = MOST_LAYERS if LAYERS.search(name) else MOST
-        if value > most:
+        most = next((most for last, most in MOST if re.search(f"(^|_){last}", name)), None)
+        if most is not None and value > most:
             raise ModelError(
                 f"The configuration of {source!r} states {name} = {value:,}, expected at most "
                 f"{most:,}; fetch the model again."
@@ -38,12 +42,13 @@ def check_config(source: str, **how: Any) -> None:
 
 
 def _counts(stated: Any, under: str = "") -> Iterator[tuple[str, int]]:
-    """Every number that counts parts, of nested configurations too."""
+    """Every whole number with its name, of nested configurations too."""
     if isinstance(stated, dict):
         for name, value in stated.items():
-            yield from _counts(value, str(name))
+            if name not in NAMES:
+                yield from _counts(value, str(name))
     elif isinstance(stated, list):
         for value in stated:
             yield from _counts(value, under)
-    elif isinstance(stated, int) and not isinstance(stated, bool) and COUNTED.search(under):
+    elif isinstance(stated, int) and not isinstance(stated, bool):
         yield under, stated

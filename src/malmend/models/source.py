@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from malmend.errors import ModelError, nearest
-from malmend.files import part_of, reason
+from malmend.files import part_of, reason, synced
 from malmend.models.config_check import check_config
 from malmend.models.gguf_header import check_gguf
 
@@ -74,6 +74,11 @@ def _locate(name: str) -> tuple[str, str | None]:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"The folder {name} holds no config.json, expected a model's folder.")
+        if (path / "adapter_config.json").is_file():
+            raise ModelError(
+                f"The folder {name} holds an adapter beside a model, and the base that the adapter "
+                "names would be loaded; give the base, and the adapter as a patch (--patch)."
+            )
         if any(path.glob("*.bin")) and not any(path.glob("*.safetensors")):
             raise ModelError(
                 f"The folder {name} holds pickled weights, which can run code and are never read; "
@@ -117,6 +122,7 @@ def float_copy(folder: str, gguf: str) -> Path:
             tokenizer.save_pretrained(beside)
             model.save_pretrained(beside)
             (beside / "complete.json").write_text(json.dumps({"from": gguf}))
+            synced(beside)
             _put(beside, target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)

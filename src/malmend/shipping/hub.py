@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
-from pathlib import Path, PurePath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from malmend.errors import MalmendError
@@ -12,10 +13,10 @@ from malmend.files import reason
 from malmend.shipping.card import is_hub_name
 from malmend.shipping.record import RECORD, read_record
 
-# Where the files of an export may name a path of the machine that wrote them.
+# The JSON that may name a path of the machine that wrote it, and the entries that name files.
 SAYING = (RECORD, "adapter_config.json", "config.json", "tokenizer_config.json")
-PATHS = {"model", "editor", "facts", "facts_source", "keys"}
-PATHS |= {"base_model_name_or_path", "name_or_path", "_name_or_path"}
+PATHS = {"model", "editor", "facts", "facts_source", "other", "source", "text", "calibrate"}
+PATHS |= {"base_model_name_or_path", "name_or_path", "_name_or_path", "tokenizer_file"}
 
 
 def pushed(folder: str | Path, repo: str, private: bool, api: Any) -> str:
@@ -51,13 +52,11 @@ def pushed(folder: str | Path, repo: str, private: bool, api: Any) -> str:
     if not is_hub_name(repo):
         raise MalmendError(f"The repository is {repo!r}, expected a name like org/name.")
     message = f"{record.get('to', '')} export by malmend {record.get('malmend', '')}".strip()
+    files = list(_uploads(Path(folder)))
     try:
         api.create_repo(repo_id=repo, private=private, exist_ok=True)
-        files = [
-            CommitOperationAdd(path_in_repo=name, path_or_fileobj=what)
-            for name, what in _uploads(Path(folder))
-        ]
-        done = api.create_commit(repo_id=repo, operations=files, commit_message=message)
+        operations = [CommitOperationAdd(path_in_repo=n, path_or_fileobj=what) for n, what in files]
+        done = api.create_commit(repo_id=repo, operations=operations, commit_message=message)
     except LocalTokenNotFoundError as error:
         raise _no_token() from error
     except HfHubHTTPError as error:
@@ -79,30 +78,44 @@ def pushed(folder: str | Path, repo: str, private: bool, api: Any) -> str:
 
 
 def _uploads(folder: Path) -> Iterator[tuple[str, str | bytes]]:
-    """Every file by its name in the repository: its path, or its bytes where they are changed."""
+    """Every file by its name in the repository: its path, or its bytes where they are changed.
+
+    Raises:
+        MalmendError: a link, which may lead out of the folder, or damaged JSON.
+    """
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        if not path.is_file() or any(part.startswith(".") for part in name.parts):
+        if any(part.startswith(".") for part in name.parts):
             continue
-        if name.as_posix() in SAYING:
-            about = without_paths(json.loads(path.read_text(encoding="utf-8")))
-            yield name.as_posix(), (json.dumps(about, indent=1, ensure_ascii=False) + "\n").encode()
-        else:
+        if path.is_symlink():
+            raise MalmendError(
+                f"{path} is a link, and what it leads to would be uploaded; put the file itself "
+                "there, or remove it."
+            )
+        if path.name in SAYING and path.is_file():
+            try:
+                about = without_paths(json.loads(path.read_text(encoding="utf-8")))
+                text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
+                yield name.as_posix(), text.encode()
+            except (OSError, ValueError, RecursionError) as error:
+                raise MalmendError(f"{path} is damaged ({reason(error)}); export again.") from error
+        elif path.is_file():
             yield name.as_posix(), str(path)
 
 
-def without_paths(about: Any) -> Any:
-    """A JSON value with the last part alone of every absolute path that is said under PATHS."""
+def without_paths(about: Any, under: str = "") -> Any:
+    """A JSON value with the last part alone of what names a file: absolute, or under PATHS."""
+    if isinstance(about, dict):
+        return {name: without_paths(value, name) for name, value in about.items()}
     if isinstance(about, list):
-        return [without_paths(one) for one in about]
-    if not isinstance(about, dict):
+        return [without_paths(one, under) for one in about]
+    if not isinstance(about, str):
         return about
-    return {
-        name: PurePath(value).name
-        if name in PATHS and isinstance(value, str) and Path(value).expanduser().is_absolute()
-        else without_paths(value)
-        for name, value in about.items()
-    }
+    path = PurePosixPath(about.removeprefix("file://").replace("\\", "/"))
+    is_whole = path.is_absolute() or re.match(r"(~|[A-Za-z]:)/", str(path)) is not None
+    names_file = under in PATHS and not is_hub_name(about)
+    # One part after the root may be a token, as "/think" is.
+    return path.name if names_file or (is_whole and len(path.parts) > 2) else about
 
 
 def _no_token() -> MalmendError:
