@@ -71,7 +71,7 @@ raise SystemExit(main(sys.argv[1:]))
 )
 
 
-@pytest.mark.parametrize("method", ["malmen", "mend"])
+@pytest.mark.parametrize("method", ["malmen", pytest.param("mend", marks=pytest.mark.slow)])
 def test_two_processes_find_the_patch_that_one_finds(method, tiny, tmp_path, monkeypatch):
     """Seven facts, four in one and three in the other; malmen's further passes and frames too."""
     asked = ["edit", tiny.model, tiny.facts, "--limit", 7, *tiny.fast]
@@ -97,6 +97,7 @@ def test_two_processes_find_the_patch_that_one_finds(method, tiny, tmp_path, mon
     assert both.provenance["facts_sha256"] == alone.provenance["facts_sha256"]
 
 
+@pytest.mark.slow
 def test_a_process_without_a_fact_is_refused(tiny, tmp_path):
     asked = ("edit", tiny.model, tiny.facts, "--limit", 1, *tiny.fast)
     done = run_two(*EDIT, *asked, "--out", tmp_path / "patch")
