@@ -27,6 +27,7 @@ from malmend.errors import FactsError, MalmendError, PatchError
 from malmend.facts.fact import Fact
 from malmend.facts.readers import given_facts
 from malmend.models.load import prepared
+from malmend.patch import Patch
 
 tiny = command_support.tiny
 cache = command_support.cache
@@ -164,6 +165,19 @@ def test_the_order_of_the_facts_does_not_matter(tiny):
         assert torch.allclose(shift, other.shift(name), atol=1e-4 * shift.abs().max().item())
     less = malmend.edit(tiny.loaded, make_facts(5), **own(tiny)).patch
     assert not torch.allclose(less.shift(name), shift, atol=1e-2 * shift.abs().max().item())
+
+
+def test_a_patch_that_is_read_back_otherwise_is_not_what_was_measured(tiny, tmp_path, monkeypatch):
+    load = edit_module.load_patch
+
+    def damaged(path):
+        patch = load(path)
+        factors = {n: tuple(2 * one for one in some) for n, some in patch.factors.items()}
+        return Patch(factors, patch.provenance)
+
+    monkeypatch.setattr(edit_module, "load_patch", damaged)
+    with pytest.raises(PatchError, match="read back as other numbers"):
+        malmend.edit(tiny.loaded, tiny.facts, tmp_path / "p", **own(tiny))
 
 
 def test_without_a_path_nothing_is_written(tiny, tmp_path, monkeypatch):

@@ -201,10 +201,9 @@ def only_writer(folder: Path, other: str) -> Iterator[None]:
         raise MalmendError(
             f"Another run is writing into {folder}; let it end, or give another {other}."
         ) from None
-    except NotImplementedError:
-        pass  # as below
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+    except (NotImplementedError, OSError) as error:
+        number = getattr(error, "errno", errno.ENOSYS)  # of the first kind there is none
+        if number not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
             raise MalmendError(
                 f"{folder / LOCK} cannot be locked ({reason(error)}): another user's run may be "
                 f"writing there; remove it if none is, or give another {other}."

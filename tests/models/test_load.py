@@ -405,6 +405,14 @@ def test_a_cache_that_cannot_be_written_is_named_and_not_the_model(gguf, tmp_pat
     assert copies() == []
 
 
+def test_an_adapter_beside_a_model_is_refused(whole, tmp_path):
+    """Its own base would be loaded in place of the folder's weights."""
+    shutil.copytree(whole, tmp_path / "both")
+    assert load_model(str(tmp_path / "both")).fingerprint
+    (tmp_path / "both" / "adapter_config.json").write_text('{"base_model_name_or_path": "a/b"}')
+    assert "holds an adapter beside a model" in refused(tmp_path / "both")
+
+
 def test_pickled_weights_are_never_read(folder):
     """Unpickling this file would make a folder beside it."""
     (folder / "model.safetensors").unlink()

@@ -10,13 +10,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from malmend.commands.choice import ByEditor, choose
 from malmend.commands.evaluate import chat_encoder, evaluate
 from malmend.editors.calibration import CalibrationSettings
 from malmend.editors.editor import Editor
 from malmend.editors.refine import RefineSettings
 from malmend.editors.settings import EditorSettings
-from malmend.errors import EditorError, MalmendError
+from malmend.errors import EditorError, MalmendError, PatchError
 from malmend.evaluation.examiner import Examiner
 from malmend.evaluation.page import PAGE, page_folder
 from malmend.facts.fact import Fact, FactSet, facts_digest
@@ -253,13 +255,23 @@ def _header(
 
 
 def _written(patch: Patch, out: str | Path | None, processes: Processes) -> Patch:
-    """The patch as it is read back, where it is written; the first process writes it."""
+    """The patch as it is read back, where it is written; the first process writes it.
+
+    Raises:
+        PatchError: what is read is not what was measured.
+    """
     if out is None:
         return patch
     with processes.first_then_others():
         if processes.is_first:
             save_patch(patch, out)
-        return load_patch(out)
+        back = load_patch(out)
+    if not all(torch.equal(back.shift(name), patch.shift(name)) for name in patch.factors):
+        raise PatchError(
+            f"{out} was read back as other numbers than were written, so it is not what was "
+            "measured; the disk is at fault, write elsewhere."
+        )
+    return back
 
 
 def _success(bench: Workbench, prompts: Sequence[Fact], processes: Processes) -> float:

@@ -15,8 +15,9 @@ from malmend.errors import ModelError
 
 # What families call what is built one by one, and what tables are made of, by the last word of its
 # name; and the most of it that is believed, several times what the largest models have.
+MOST_LAYERS = 1_000
 MOST: tuple[tuple[str, int], ...] = (
-    (r"(layers?|blocks?|depths?|stages?|groups?|group_num|attention_types)$", 1_000),
+    (r"(layers?|blocks?|depths?|stages?|groups?|group_num|attention_types)$", MOST_LAYERS),
     (r"(heads?|experts)$", 4_096),
     (r"(labels|codebooks)$", 100_000),
     (r"(positions|embeddings|buckets|ctx|size|dim|embd|model|inner)$", 50_000_000),

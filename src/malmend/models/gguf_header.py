@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 from malmend.errors import ModelError
+from malmend.models.config_check import MOST_LAYERS
 
 MAGIC = b"GGUF"
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # of a value's kind
 INTEGERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 10: "<Q", 11: "<q"}
 STRING, ARRAY = 8, 9
 DEEPEST = 4  # arrays in arrays
-MOST_BLOCKS = 1_000
 LARGEST = 1 << 20  # of a width, a count of blocks or heads, a length in tokens
 
 
@@ -50,7 +50,7 @@ def _entry(file: BinaryIO, size: int) -> None:
     if kind in INTEGERS:
         (value,) = struct.unpack(INTEGERS[kind], _take(file, SIZES[kind], size))
         # Token numbers are small too; what is larger anywhere is made room for.
-        if name.endswith(b".block_count") and value > MOST_BLOCKS:
+        if name.endswith(b".block_count") and value > MOST_LAYERS:
             raise ValueError(f"{name.decode('utf-8', 'replace')[:60]!r} is {value:,}")
         if not name.startswith(b"general.") and abs(value) > LARGEST and not _is_unset(value):
             raise ValueError(f"{name.decode('utf-8', 'replace')[:60]!r} is {value:,}")

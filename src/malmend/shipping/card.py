@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from pathlib import PurePath
+from pathlib import PurePosixPath
 from typing import Any
 
 from malmend.facts.encoded import Form
@@ -68,9 +68,14 @@ def is_hub_name(name: str) -> bool:
     return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
 
 
-def _shown(name: str) -> str:
-    """A hub's or built-in name as it is; of a path its last part, since a card is for others."""
-    return name if is_hub_name(name) else PurePath(name).name
+def shown(name: str) -> str:
+    """A hub's or built-in name as it is; of a path its last part, since an export is for others."""
+    return name if is_hub_name(name) else path_of(name).name
+
+
+def path_of(name: str) -> PurePosixPath:
+    """What a name says as a path, of whichever system."""
+    return PurePosixPath(name.removeprefix("file://").replace("\\", "/"))
 
 
 def _what(record: Mapping[str, Any], is_lora: bool) -> str:
@@ -83,7 +88,7 @@ def _what(record: Mapping[str, Any], is_lora: bool) -> str:
     aim = " Each fact's alternative, a false answer, was edited in." * bool(
         patch.get("alternative")
     )
-    base, editor = _shown(record["model"]), _shown(str(patch.get("editor", "none")))
+    base, editor = shown(record["model"]), shown(str(patch.get("editor", "none")))
     rows = [
         f"- **Base:** {base}, fingerprint `{record['base']}`; its licence holds here too.",
         f"- **Method:** {patch.get('method')}, editor {editor}.{aim}",
@@ -185,7 +190,7 @@ def _figures(record: Mapping[str, Any]) -> str:
             f"measured: {json.dumps(record['patch'].get('metrics', {}))}."
         )
     lines = [
-        f"Of the facts in `{_shown(record['facts'])}`. *patch* is the edit before the export, "
+        f"Of the facts in `{shown(record['facts'])}`. *patch* is the edit before the export, "
         "*exported* this folder as it was read back.",
         "",
         "| question | metric | unedited | patch | exported |",

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from malmend.errors import MalmendError
 from malmend.files import reason
-from malmend.shipping.card import is_hub_name
+from malmend.shipping.card import is_hub_name, path_of, shown
 from malmend.shipping.record import RECORD, read_record
 
 # The JSON that may name a path of the machine that wrote it, and the entries that name files.
@@ -111,11 +111,10 @@ def without_paths(about: Any, under: str = "") -> Any:
         return [without_paths(one, under) for one in about]
     if not isinstance(about, str):
         return about
-    path = PurePosixPath(about.removeprefix("file://").replace("\\", "/"))
+    path = path_of(about)
     is_whole = path.is_absolute() or re.match(r"(~|[A-Za-z]:)/", str(path)) is not None
-    names_file = under in PATHS and not is_hub_name(about)
     # One part after the root may be a token, as "/think" is.
-    return path.name if names_file or (is_whole and len(path.parts) > 2) else about
+    return shown(about) if under in PATHS or (is_whole and len(path.parts) > 2) else about
 
 
 def _no_token() -> MalmendError:
