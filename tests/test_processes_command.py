@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 import command_support
 from command_support import malmend
+from edit_worker import edited
 from malmend.editors.checkpoint import load_editor
 from malmend.patch import load_patch
 from processes_support import run_two
@@ -41,66 +44,51 @@ def test_two_processes_write_the_editor_that_one_writes_and_one_of_them_speaks(t
     assert [one.returncode for one in done] == [0, 0], done[0].stderr + done[1].stderr
     assert "Trained 3 steps" in done[0].stdout
     assert done[1].stdout == ""
-    assert [one.stderr.count("CALIBRATES") for one in done] == [1, 0]
     assert [one.stderr.count("WRITES") for one in done] == [1, 0]  # after the last step
     alone, both = (load_editor(tmp_path / name).editor for name in ("alone", "both"))
     for name, tensor in alone.state_dict().items():
         torch.testing.assert_close(both.state_dict()[name], tensor, rtol=1e-3, atol=1e-5)
 
 
-EDIT = (
-    "-c",
-    """
-import sys
-from malmend import material
-from malmend.cli import main
-from malmend.commands import edit
-
-def noticed(*given, calibrate=material.calibrate):
-    print("CALIBRATES", file=sys.stderr)
-    return calibrate(*given)
-
-def noted(*given, save=edit.save_patch):
-    print("WRITES", file=sys.stderr)
-    save(*given)
-
-material.calibrate = noticed
-edit.save_patch = noted
-raise SystemExit(main(sys.argv[1:]))
-""",
-)
+WORKER = Path(__file__).parent / "edit_worker.py"
 
 
 @pytest.mark.parametrize("method", ["malmen", pytest.param("mend", marks=pytest.mark.slow)])
-def test_two_processes_find_the_patch_that_one_finds(method, tiny, tmp_path, monkeypatch):
-    """Seven facts, four in one and three in the other; malmen's further passes and frames too."""
-    asked = ["edit", tiny.model, tiny.facts, "--limit", 7, *tiny.fast]
-    asked += ["--refine.frames", '["Say {prompt}"]', "--method", method]
-    assert malmend(*asked, "--out", tmp_path / "alone") == 0
-    monkeypatch.setenv("MALMEND_CACHE", str(tmp_path / "empty"))
-    done = run_two(*EDIT, *asked, "--out", tmp_path / "both")
+def test_two_processes_find_the_patch_that_one_finds(method, tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    alone = edited(method, tmp_path / "one").patch
+    done = run_two(WORKER, tmp_path / "two", method)
     assert [one.returncode for one in done] == [0, 0], done[0].stderr + done[1].stderr
-    assert done[0].stdout
-    assert done[1].stdout == ""
     assert [one.stderr.count("CALIBRATES") for one in done] == [1, 0]
     assert [one.stderr.count("WRITES") for one in done] == [1, 0]
-    alone, both = (load_patch(tmp_path / name) for name in ("alone", "both"))
-    passes = 4 if method == "malmen" else 1
-    assert alone.provenance["passes"] == both.provenance["passes"] == passes
+    both = load_patch(tmp_path / "two" / "patch")
+    passes = both.provenance["passes"]
+    assert alone.provenance["passes"] == passes
+    assert passes > 1 or method == "mend"
     for name in alone.factors:
         wanted = alone.shift(name)
-        assert (both.shift(name) - wanted).norm() < 1e-4 * wanted.norm()
+        assert (both.shift(name) - wanted).norm() < 1e-6 * wanted.norm()  # files are float32
     for said in ("mean_residual", "residual_after"):
-        assert both.provenance[said] == pytest.approx(alone.provenance[said], rel=1e-3)
-    assert both.provenance["tokens"] == alone.provenance["tokens"]
-    assert both.provenance["metrics"] == alone.provenance["metrics"]
-    assert both.provenance["facts_sha256"] == alone.provenance["facts_sha256"]
+        assert both.provenance[said] == pytest.approx(alone.provenance[said], rel=1e-9)
+    for said in ("tokens", "metrics", "facts_sha256"):
+        assert both.provenance[said] == alone.provenance[said]
+
+
+@pytest.mark.slow
+def test_of_two_processes_of_an_edit_one_speaks(tiny, tmp_path):
+    asked = ("edit", tiny.model, tiny.facts, "--limit", 7, *tiny.fast, "--out", tmp_path / "patch")
+    done = run_two("-m", "malmend.cli", *asked)
+    assert [one.returncode for one in done] == [0, 0], done[0].stderr + done[1].stderr
+    assert "Edited 7 facts" in done[0].stdout
+    assert done[1].stdout == ""
+    assert load_patch(tmp_path / "patch").provenance["facts"] == 7
 
 
 @pytest.mark.slow
 def test_a_process_without_a_fact_is_refused(tiny, tmp_path):
     asked = ("edit", tiny.model, tiny.facts, "--limit", 1, *tiny.fast)
-    done = run_two(*EDIT, *asked, "--out", tmp_path / "patch")
+    done = run_two("-m", "malmend.cli", *asked, "--out", tmp_path / "patch")
     assert [one.returncode for one in done] == [2, 2]
     assert "is 1 fact and 2 processes, which need one each" in done[0].stderr
     assert list(tmp_path.iterdir()) == []
