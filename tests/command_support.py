@@ -27,7 +27,7 @@ from malmend.models.load import LoadedModel, prepared
 torch.set_num_threads(1)
 
 SYLLABLES = ("ka", "lo", "mi", "ru", "se", "to", "va", "ne")
-CALIBRATION = CalibrationSettings(moment_facts=12, search_facts=8, text_tokens=400)
+CALIBRATION = CalibrationSettings(moment_facts=12, prior_facts=12, search_facts=8, text_tokens=400)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 
 import command_support
 import malmend
-from command_support import make_facts
+from command_support import CALIBRATION, make_facts
 from malmend import workbench
 from malmend.commands.choice import choose
 from malmend.editors.checkpoint import load_editor, save_editor, seen_in_training
@@ -37,7 +37,7 @@ def trained(tiny, seed: int = 0):
     """An editor away from its start, calibrated as a shipped one is, and its bench."""
     sites = find_sites(tiny.loaded.model, 1, None)
     bench = lay_out(tiny.loaded, sites)
-    editor = calibrated(bench, SETTINGS).editor(SETTINGS, bench.trunk)
+    editor = calibrated(bench, SETTINGS, settings=CALIBRATION).editor(SETTINGS, bench.trunk)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in editor.named_parameters():

@@ -44,7 +44,7 @@ def bench_of(tiny):
 def editor(tiny):
     """An editor as training starts with, in full; its calibration is kept between tests."""
     bench = bench_of(tiny)
-    return calibrated(bench, SETTINGS).editor(SETTINGS, bench.trunk)
+    return calibrated(bench, SETTINGS, settings=CALIBRATION).editor(SETTINGS, bench.trunk)
 
 
 def save_slim(editor, folder: Path, base: str) -> Path:

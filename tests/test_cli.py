@@ -496,6 +496,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_as_a_program_it_inspects_facts(tiny):
     done = run("inspect", tiny.facts)
     assert (done.returncode, done.stderr) == (0, "")

@@ -36,7 +36,12 @@ FEW = make_facts(3)
 LAST = replace(training_free(), layers=1)
 # Little held to the old behaviour, so that few facts on a random model can be learned at all.
 EAGER = CalibrationSettings(
-    moment_facts=12, search_facts=4, text_tokens=400, etas=(1.0,), alphas=(0.01,)
+    moment_facts=12,
+    prior_facts=12,
+    search_facts=4,
+    text_tokens=400,
+    etas=(1.0,),
+    alphas=(0.01,),
 )
 TRAINING = TrainSettings(facts_per_step=4, steps=5, network_rate=1e-3, chunk=9, save_every=2)
 SMALL = EditorSettings(layers=2, network=NetworkSettings(rank=4))
@@ -140,10 +145,14 @@ def test_the_same_edit_gives_the_same_bytes_with_an_empty_cache_and_a_full_one(
 
 def test_an_unusable_cache_folder_changes_nothing(tiny, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("no folder")
-    good = malmend.edit(tiny.loaded, FEW, **own(tiny)).patch
+    # Once: what is kept is float32; descents stop at thresholds, and passes make rounding grow.
+    once = own(tiny) | {"refine": RefineSettings(passes=1)}
+    good = malmend.edit(tiny.loaded, FEW, **once).patch
     monkeypatch.setenv("MALMEND_CACHE", str(tmp_path / "file"))
-    found = malmend.edit(tiny.loaded, FEW, **own(tiny)).patch
-    assert all(torch.allclose(good.shift(n), found.shift(n), atol=1e-4) for n in good.factors)
+    found = malmend.edit(tiny.loaded, FEW, **once).patch
+    for name in good.factors:
+        wanted = good.shift(name)
+        assert (found.shift(name) - wanted).norm() < 1e-5 * wanted.norm()
     assert (tmp_path / "file").read_text() == "no folder"
 
 

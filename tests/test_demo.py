@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import command_support
 import malmend
 from command_support import files_in
+from malmend.commands import demo as demo_module
 from malmend.commands.demo import weights_digest
 from malmend.errors import MalmendError
 
@@ -17,8 +19,10 @@ tiny = command_support.tiny
 cache = command_support.cache
 
 
-def test_demo_proves_that_the_weights_came_back(tiny, tmp_path):
+def test_demo_proves_that_the_weights_came_back(tiny, tmp_path, monkeypatch):
     lines: list[str] = []
+    quick = functools.partial(demo_module.edit, calibration=command_support.CALIBRATION)
+    monkeypatch.setattr(demo_module, "edit", quick)
     done = malmend.demo(tmp_path / "out", tiny.model, facts=5, spoken=2, told=lines.append)
     assert done.weights_before == done.weights_after == weights_digest(tiny.loaded)
     assert done.weights_during != done.weights_before

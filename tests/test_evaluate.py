@@ -25,7 +25,12 @@ FEW = make_facts(3)
 LAST = replace(training_free(), layers=1)
 # Little held to the old behaviour, so that few facts on a random model can be learned at all.
 EAGER = CalibrationSettings(
-    moment_facts=12, search_facts=4, text_tokens=400, etas=(1.0,), alphas=(0.01,)
+    moment_facts=12,
+    prior_facts=12,
+    search_facts=4,
+    text_tokens=400,
+    etas=(1.0,),
+    alphas=(0.01,),
 )
 
 

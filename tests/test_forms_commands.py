@@ -23,8 +23,9 @@ from malmend.models.load import LoadedModel, load_model
 from malmend.patch import applied, load_patch
 from malmend.workbench import encoder_for
 
-FAMILY = pytest.mark.parametrize("family", ["bert", "t5", "bart"])
-PAIR = pytest.mark.parametrize("family", ["t5", "bart"])
+BART = pytest.param("bart", marks=pytest.mark.slow)
+FAMILY = pytest.mark.parametrize("family", ["bert", "t5", BART])
+PAIR = pytest.mark.parametrize("family", ["t5", BART])
 
 
 @dataclass(frozen=True)

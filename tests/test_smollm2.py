@@ -23,7 +23,12 @@ pytestmark = [
     ),
 ]
 QUICK = CalibrationSettings(
-    moment_facts=12, search_facts=8, text_tokens=1500, etas=(1.4,), alphas=(30.0,)
+    moment_facts=8,
+    prior_facts=8,
+    search_facts=3,
+    text_tokens=400,
+    etas=(1.4,),
+    alphas=(30.0,),
 )
 FACTS = [
     malmend.Fact("a", "The capital of Ruritania is", "Strelsau"),

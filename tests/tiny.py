@@ -36,6 +36,7 @@ import functools
 import random
 from collections.abc import Sequence
 
+import pytest
 import torch
 import transformers
 from torch import Tensor
@@ -166,6 +167,12 @@ _ZOO: dict[str, tuple[str, dict[str, object], str]] = {
     "seed_oss": ("SeedOss", _GATED, _DOWN),
 }
 ZOO = tuple(_ZOO)
+# Of each peculiarity one; the tests that take longest leave the others to `make thorough`.
+PECULIAR = ("gemma3", "phi3", "falcon", "falcon_alibi", "gpt_neo", "mpt", "granite", "apertus")
+EVERY = [
+    family if family in (*FAMILIES, *PECULIAR) else pytest.param(family, marks=pytest.mark.slow)
+    for family in FAMILIES + ZOO
+]
 SECOND |= {family: second for family, (_, _, second) in _ZOO.items()}
 
 

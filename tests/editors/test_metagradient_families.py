@@ -17,7 +17,7 @@ from malmend.models.trunk import Trunk, TrunkSettings
 FUSED = ("phi3", "glm")
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES + tiny.ZOO)
+@pytest.mark.parametrize("family", tiny.EVERY)
 @pytest.mark.parametrize("linear", ["first", "second"])
 def test_metagradient_of_every_family(family, linear):
     """Wherever a family is cut, and whatever stands between layer and residual."""

@@ -37,6 +37,7 @@ def test_training_in_two_processes_is_training_in_one(case, tmp_path):
     assert moved > 5  # it did learn
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_run_and_its_checkpoint_goes_on(tmp_path):
     done = run_two(WORKER, tmp_path, "malmen", 2)
     assert done[1].returncode == 9

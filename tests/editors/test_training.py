@@ -179,7 +179,9 @@ def test_the_same_seed_gives_the_same_bits():
 @pytest.mark.parametrize(
     "network", [EDITOR.network, NetworkSettings(blocks=0)], ids=["net", "none"]
 )
-@pytest.mark.parametrize(("cut", "steps"), [(1, 3), (2, 3), (4, 6)])
+@pytest.mark.parametrize(
+    ("cut", "steps"), [pytest.param(1, 3, marks=pytest.mark.slow), (2, 3), (4, 6)]
+)
 def test_resuming_is_as_if_never_interrupted(tmp_path, network, kept, cut, steps):
     """An epoch has three steps; after it, facts and questions come again."""
     editor_settings, settings = replace(EDITOR, network=network), replace(SETTINGS, steps=steps)

@@ -20,8 +20,7 @@ from malmend.models.trunk import Trunk
 from malmend.numerics.moments import RunningMoments
 from malmend.patch import applied, make_patch
 
-FAMILIES = tiny.FAMILIES + tiny.ZOO
-FAMILY = pytest.mark.parametrize("family", FAMILIES)
+FAMILY = pytest.mark.parametrize("family", tiny.EVERY)
 QUESTIONS = tiny.questions(5)
 # In a Conv1D the weight is K x V; GPT-Neo has only its names.
 STORED_TRANSPOSED = ("gpt2",)

@@ -21,7 +21,7 @@ tiny = command_support.tiny
 cache = command_support.cache
 
 
-@pytest.mark.parametrize("family", ["t5", "bart", "bert"])
+@pytest.mark.parametrize("family", ["t5", pytest.param("bart", marks=pytest.mark.slow), "bert"])
 def test_an_edit_of_every_form_is_exported(family, tmp_path, capsys):
     classes = forms_folders.CLASSES if family == "bert" else ()
     base = forms_folders.save_base(family, tmp_path / "base", classes=classes)

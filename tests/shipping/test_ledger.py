@@ -45,7 +45,10 @@ def summed(ledger) -> bool:
     return bool(found)
 
 
-@pytest.mark.parametrize(("first", "then"), [(4, 9), (20, WIDE), (WIDE, WIDE + 5)])
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [(20, WIDE), pytest.param(4, 9, marks=pytest.mark.slow), (WIDE, WIDE + 5)],
+)
 def test_two_batches_are_one(tiny, ledger, first, then):
     added(tiny, ledger, FACTS[:first])
     added(tiny, ledger, FACTS[first:then])
@@ -55,7 +58,14 @@ def test_two_batches_are_one(tiny, ledger, first, then):
 
 
 @pytest.mark.parametrize(
-    "gone", [slice(0, 1), slice(3, 7), slice(0, 25), slice(0, 59)], ids=["1", "4", "25", "59"]
+    "gone",
+    [
+        pytest.param(slice(0, 1), marks=pytest.mark.slow),
+        slice(3, 7),
+        pytest.param(slice(0, 25), marks=pytest.mark.slow),
+        slice(0, 59),
+    ],
+    ids=["1", "4", "25", "59"],
 )
 def test_revoking_is_never_having_added(tiny, ledger, gone):
     added(tiny, ledger, FACTS)
