@@ -42,7 +42,7 @@ from malmend.processes import ALONE, Processes
 
 PROMPT = "{prompt}"
 CHAT = "chat"
-USUAL, MOST, ENOUGH = 2, 4, 0.01  # solves, and the share of missed tokens that needs no more
+USUAL, MOST, ENOUGH = 3, 4, 0.01  # solves, and the share of missed tokens that needs no more
 FRAMES = ("This is well known. {prompt}", "{prompt} (in one word):")
 
 
@@ -53,7 +53,7 @@ class RefineSettings:
     Attributes:
         passes: solves; 1 is the published form, and all that the sum of shifts can do.  Null for
             four of a classifier, whose shifts are of every token and say least at first, and of
-            any other model for two, and then up to four while more than a hundredth of the plain
+            any other model for three, and a fourth while more than a hundredth of the plain
             prompts' tokens is missed.
         frames: settings beside the plain prompt from the second pass on: a text that holds
             "{prompt}", or "chat" for the model's chat template.  Null for two that suit a decoder,
