@@ -116,3 +116,10 @@ def test_a_budget_that_is_no_size_is_refused(tiny):
 def test_a_method_that_is_no_editor_takes_no_budget(tiny):
     with pytest.raises(malmend.MalmendError, match=r"leave out .*--memory"):
         malmend.edit(tiny.loaded, FEW, memory="4GB", method=UltraEdit())
+
+
+def test_no_pass_keeps_a_graph(tiny):
+    """The weight of end tokens is learned: what is solved with it would hold all that led there."""
+    found = malmend.edit(tiny.loaded, FEW, refine=RefineSettings(passes=2), **own(tiny)).patch
+    assert found.provenance["passes"] == 2
+    assert not any(part.requires_grad for pair in found.factors.values() for part in pair)

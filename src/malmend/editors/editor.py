@@ -184,10 +184,13 @@ class Editor(nn.Module):
         )
 
     def row_weights(self, site: int, pair: Captured) -> Tensor | None:
-        """w_j of equation (14): one, but the learned weight where an end of answer is output."""
+        """w_j of equation (14): one, but the learned weight where an end of answer is output.
+
+        Numbers, as :meth:`prior`; :meth:`backward` has their derivatives.
+        """
         if pair.ends_N is None:
             return None
-        end_weight = self.log_end_weight_S[site].double().exp()
+        end_weight = self.log_end_weight_S[site].detach().double().exp()
         return torch.where(pair.ends_N, end_weight, torch.ones_like(end_weight))
 
     def pseudo(self, site: int, pair: Captured) -> Pseudo:
