@@ -496,13 +496,13 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.slow
 def test_as_a_program_it_inspects_facts(tiny):
     done = run("inspect", tiny.facts)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"facts {tiny.facts}\n  facts: 12\n")
 
 
+@pytest.mark.slow
 def test_as_a_program_it_fails_with_one_line(tiny, tmp_path):
     missing: Path = tmp_path / "none.safetensors"
     done = run("eval", tiny.model, tiny.facts, "--patch", missing)

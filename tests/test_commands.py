@@ -145,7 +145,7 @@ def test_the_same_edit_gives_the_same_bytes_with_an_empty_cache_and_a_full_one(
 
 def test_an_unusable_cache_folder_changes_nothing(tiny, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("no folder")
-    # Once: what is kept is float32; descents stop at thresholds, and passes make rounding grow.
+    # Once, to float32 rounding: descents stop at thresholds, so that later passes make it grow.
     once = own(tiny) | {"refine": RefineSettings(passes=1)}
     good = malmend.edit(tiny.loaded, FEW, **once).patch
     monkeypatch.setenv("MALMEND_CACHE", str(tmp_path / "file"))

@@ -308,7 +308,9 @@ def test_what_is_for_decoders_only(family, learned, capsys):
     [
         ("bert", "BertForSequenceClassification", "encoder with a classification head", 3),
         ("t5", "T5ForConditionalGeneration", "encoder-decoder", 4),
-        ("bart", "BartForConditionalGeneration", "encoder-decoder", 4),
+        pytest.param(
+            *("bart", "BartForConditionalGeneration", "encoder-decoder", 4), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_inspect(family, kind, form, sites, learned, capsys):

@@ -1,6 +1,7 @@
 """Tiny random decoders of many families, and random questions as token ids; no file, no network.
 
-Most tests run over the eight of ``FAMILIES``; tests/models/test_zoo.py over those of ``ZOO`` too.
+Most tests run over the eight of ``FAMILIES``; tests/models/test_zoo.py over those of ``ZOO`` too,
+and in `make test` over the ``PECULIAR`` ones of them.
 
     family       linear   what is peculiar
     gpt2         Conv1D   weights stored K x V
@@ -169,6 +170,7 @@ _ZOO: dict[str, tuple[str, dict[str, object], str]] = {
 ZOO = tuple(_ZOO)
 # Of each peculiarity one; the tests that take longest leave the others to `make thorough`.
 PECULIAR = ("gemma3", "phi3", "falcon", "falcon_alibi", "gpt_neo", "mpt", "granite", "apertus")
+PECULIAR += ("smollm3", "olmo2")
 EVERY = [
     family if family in (*FAMILIES, *PECULIAR) else pytest.param(family, marks=pytest.mark.slow)
     for family in FAMILIES + ZOO

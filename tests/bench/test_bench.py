@@ -423,6 +423,18 @@ def test_other_settings_under_one_name_are_never_averaged(plan, tmp_path):
     assert "±" not in line
 
 
+def test_what_was_done_under_other_defaults_is_done_again_and_never_averaged(
+    plan, tmp_path, monkeypatch
+):
+    out, small = tmp_path / "out", replace(plan, sizes=(2,), methods={"ft": METHODS["ft"]})
+    first = bench(small, out).rows
+    monkeypatch.setattr(bench_module, "UNSAID", [2, *bench_module.UNSAID[1:]])
+    (again,) = bench(replace(small, seeds=(0,)), out).rows
+    assert again["key"] not in {row["key"] for row in first}
+    (line,) = [line for line in bench_table(out).splitlines() if "| ft |" in line]
+    assert line.endswith("| 1 |")
+
+
 def test_another_draw_or_decode_is_asked_anew(tiny):
     asking = Asking(tiny.loaded, Plan(("m",), "f", {"ft": {}}))
     facts = command_support.make_facts(2)

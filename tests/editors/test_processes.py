@@ -52,6 +52,21 @@ def test_a_process_that_dies_ends_the_run_and_its_checkpoint_goes_on(tmp_path):
         torch.testing.assert_close(resumed.editor.state_dict()[name], tensor, rtol=1e-7, atol=1e-9)
 
 
+def test_a_process_that_lost_the_others_says_what_to_do(monkeypatch):
+    def gone(*_args):
+        raise RuntimeError("Connection closed by peer")
+
+    for name in ("all_reduce", "barrier"):
+        monkeypatch.setattr(f"torch.distributed.{name}", gone)
+    with pytest.raises(MalmendError, match=r"Process 0 of 2 lost the others.*last checkpoint"):
+        Processes(0, 2).total(1.0)
+    with (
+        pytest.raises(MalmendError, match="Process 1 of 2 lost the others"),
+        Processes(1, 2).first_then_others(),
+    ):
+        pass
+
+
 def test_shares_are_everything_once():
     things = list(range(11))
     parts = [Processes(rank, 3).share(things) for rank in range(3)]

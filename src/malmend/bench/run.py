@@ -16,6 +16,7 @@ from malmend.bench.plot import plot
 from malmend.bench.results import NAME, Results
 from malmend.bench.table import Row, failures, latest, markdown
 from malmend.commands.edit import now
+from malmend.editors.refine import UNSAID
 from malmend.errors import MalmendError
 from malmend.facts.fact import Fact
 from malmend.facts.readers import read_facts
@@ -74,8 +75,9 @@ def bench(
             asking = Asking(load_model(cell.model), plan)
         row = run_cell(asking, cell, drawn(facts, cell.size, cell.seed), progress)
         made = {"malmend": version("malmend"), "torch": version("torch"), "finished": now()}
-        asked = {"facts": plan.facts, "given": dict(cell.given), "asked": _asked(plan)}
-        results.add(key, {**row, **made, **asked})
+        asked = {"facts": plan.facts, "asked": _asked(plan)}
+        settings = {"given": dict(cell.given), "unsaid": UNSAID}
+        results.add(key, {**row, **made, **asked, **settings})
         stepped(results.rows[key])
     return BenchResult(folder, tuple(results.rows[key] for key in keyed))
 
@@ -136,7 +138,7 @@ def _key(cell: Cell, facts: Sequence[Fact], plan: Plan) -> str:
     known: list[object] = [_digest(editor / name) for name in ("editor.json", "editor.safetensors")]
     source = source_of(cell.given["class"]) if "class" in cell.given else None
     known += ["" if source is None else _digest(source), _weights(cell.model)]
-    return cell.key(chosen, known, _asked(plan), version("malmend"))
+    return cell.key(chosen, known, _asked(plan), version("malmend"), UNSAID)
 
 
 def _asked(plan: Plan) -> list[Any]:

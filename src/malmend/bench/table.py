@@ -42,7 +42,7 @@ def latest(rows: Sequence[Row]) -> list[Row]:
     """
 
     def alike(row: Row) -> list[Any]:
-        return [row.get(part) for part in ("given", "asked", "facts", "malmend")]
+        return [row.get(part) for part in ("given", "asked", "facts", "malmend", "unsaid")]
 
     last = {(r["model"], r["protocol"], r["m"], r["name"]): alike(r) for r in rows}
     return [r for r in rows if alike(r) == last[r["model"], r["protocol"], r["m"], r["name"]]]

@@ -44,6 +44,7 @@ PROMPT = "{prompt}"
 CHAT = "chat"
 USUAL, MOST, ENOUGH = 3, 4, 0.01  # solves, and the share of missed tokens that needs no more
 FRAMES = ("This is well known. {prompt}", "{prompt} (in one word):")
+UNSAID = [USUAL, MOST, ENOUGH, *FRAMES]  # what a null of RefineSettings stands for
 
 
 @dataclass(frozen=True)
