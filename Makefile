@@ -20,7 +20,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: $(VENV)/installed ## the main job on a real model
 	$(BIN)/malmend demo
 
-test: $(VENV)/installed ## the whole test suite
+test: $(VENV)/installed ## the test suite; thorough and proofs add to it
 	$(BIN)/python -m pytest $(BESIDE)
 
 check: $(VENV)/installed ## format, lint, types, layers, tests

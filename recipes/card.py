@@ -49,7 +49,7 @@ def card(name: str, about: Mapping[str, Any], metrics: Sequence[Mapping[str, Any
         "free-running answers to the first 128 facts, plain and through the chat template;",
         "*retention* is over unrelated answer tokens; *neighbours kept* is over neighbours that",
         "the unedited model answered right; *perplexity* is on 160,000 characters of text used",
-        "nowhere else. One seed.",
+        "nowhere else. One seed, as many solves as `edit` does by default.",
         "",
         "| facts | m | " + " | ".join(title for *_, title in COLUMNS) + " | perplexity |",
         "|---|---:|" + "---:|" * (len(COLUMNS) + 1),
