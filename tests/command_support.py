@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +28,8 @@ torch.set_num_threads(1)
 
 SYLLABLES = ("ka", "lo", "mi", "ru", "se", "to", "va", "ne")
 CALIBRATION = CalibrationSettings(moment_facts=12, prior_facts=12, search_facts=8, text_tokens=400)
+# Little held to the old behaviour, so that few facts on a random model can be learned at all.
+EAGER = replace(CALIBRATION, search_facts=4, etas=(1.0,), alphas=(0.01,))
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ import torch
 import command_support
 import helpers
 import malmend
-from command_support import CALIBRATION, Tiny, as_lines, files_in, make_facts, make_model
+from command_support import CALIBRATION, EAGER, Tiny, as_lines, files_in, make_facts, make_model
 from malmend.commands import edit as edit_module
 from malmend.commands import train as train_module
 from malmend.commands.demo import weights_digest
-from malmend.editors.calibration import CalibrationSettings, load_calibration
+from malmend.editors.calibration import load_calibration
 from malmend.editors.network import NetworkSettings
 from malmend.editors.refine import RefineSettings
 from malmend.editors.settings import EditorSettings, published, training_free
@@ -34,15 +34,6 @@ cache = command_support.cache
 
 FEW = make_facts(3)
 LAST = replace(training_free(), layers=1)
-# Little held to the old behaviour, so that few facts on a random model can be learned at all.
-EAGER = CalibrationSettings(
-    moment_facts=12,
-    prior_facts=12,
-    search_facts=4,
-    text_tokens=400,
-    etas=(1.0,),
-    alphas=(0.01,),
-)
 TRAINING = TrainSettings(facts_per_step=4, steps=5, network_rate=1e-3, chunk=9, save_every=2)
 SMALL = EditorSettings(layers=2, network=NetworkSettings(rank=4))
 

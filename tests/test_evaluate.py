@@ -11,8 +11,7 @@ import pytest
 import command_support
 import helpers
 import malmend
-from command_support import CALIBRATION, Tiny, make_facts, make_model
-from malmend.editors.calibration import CalibrationSettings
+from command_support import CALIBRATION, EAGER, Tiny, make_facts, make_model
 from malmend.editors.settings import training_free
 from malmend.errors import FactsError, MalmendError
 from malmend.facts.fact import Question
@@ -23,15 +22,6 @@ cache = command_support.cache
 
 FEW = make_facts(3)
 LAST = replace(training_free(), layers=1)
-# Little held to the old behaviour, so that few facts on a random model can be learned at all.
-EAGER = CalibrationSettings(
-    moment_facts=12,
-    prior_facts=12,
-    search_facts=4,
-    text_tokens=400,
-    etas=(1.0,),
-    alphas=(0.01,),
-)
 
 
 def own(tiny: Tiny) -> dict:
