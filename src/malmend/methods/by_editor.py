@@ -55,7 +55,9 @@ def find_by_editor(
     others = framed(bench.encoder, [fact.question for fact in facts], frames)
     count = counted(progress, "keys and value gradients", len(questions))
     captured = capture(trunk, questions, settings.tokens, settings.descent, count)
-    solved = _Solved.of(editor, captured, editor.aggregate(captured, processes=processes), progress)
+    solves = _Solves(editor, [len(pair.keys_NK) for pair in captured], progress, processes)
+    solved = solves.solve(captured, editor.aggregate(captured, processes=processes))
+    del captured
     if solved.broken is not None:
         raise EditorError(
             f"The shift of {solved.broken} holds NaN or infinity, so nothing was written; check "
@@ -65,27 +67,26 @@ def find_by_editor(
     while again and refine.goes_on(bench.encoder, kept, left):
         stage = f", pass {kept + 1}"
         count = counted(progress, f"keys and value gradients{stage}", len(questions) + len(others))
-        found = further(
-            editor, trunk, solved.shifts, questions, others, refine.gain, count, processes
+        later = solves.solve(
+            *further(
+                editor, trunk, solved.shifts, questions, others, refine.gain, count, processes
+            ),
+            stage,
         )
-        later = _Solved.of(editor, *found, progress, stage)
         if later.broken or (now_left := missed(trunk, questions, later.shifts, processes)) > left:
             break
         solved, kept, left = later, kept + 1, now_left
-    tokens = int(max(processes.total(*[len(pair.keys_NK) for pair in solved.captured])))
+    with shifted(list(trunk.sites), solved.shifts):
+        moved = keys_of(trunk, questions, settings.tokens)
     said = {
         **described(editor, form),
         "passes": kept,
         "frames": list(frames) if kept > 1 else [],
-        "tokens": tokens,
+        "tokens": solves.tokens,
+        "mean_residual": solved.mean_residual,
+        "residual_after": solves.mean_residual(solved.shifts, moved, solved.diffs),
     }
-    said["mean_residual"] = solved.mean_residual(
-        [pair.keys_NK for pair in solved.captured], processes
-    )
-    with shifted(list(trunk.sites), solved.shifts):
-        moved = keys_of(trunk, questions, settings.tokens)
-    said["residual_after"] = solved.mean_residual(moved, processes)
-    return Found(solved.shifts, tokens, said)
+    return Found(solved.shifts, solves.tokens, said)
 
 
 def described(editor: Editor, form: Form) -> dict[str, Any]:
@@ -105,27 +106,11 @@ def described(editor: Editor, form: Form) -> dict[str, Any]:
 
 @dataclass(frozen=True, eq=False)
 class _Solved:
-    """One solve: what it read, what it asked for, and one shift per site."""
+    """What stays of a solve: a shift per site, and what it asked of the plain prompts' tokens."""
 
-    captured: Sequence[Captured]
-    aggregations: Sequence[Aggregation]
     shifts: dict[str, Tensor]
-
-    @classmethod
-    def of(
-        cls,
-        editor: Editor,
-        captured: Sequence[Captured],
-        aggregations: Sequence[Aggregation],
-        progress: Progress,
-        which: str = "",
-    ) -> _Solved:
-        """Solves at every site; ``which`` is said after the stage's name."""
-        stage = "least squares" if editor.settings.method == "malmen" else "sum of shifts"
-        progress(stage + which, 0.0)
-        shifts = {name: one.shift() for name, one in zip(editor.names, aggregations, strict=True)}
-        progress(stage + which, 1.0)
-        return cls(captured, aggregations, shifts)
+    diffs: list[Tensor]
+    mean_residual: float
 
     @property
     def broken(self) -> str | None:
@@ -134,14 +119,47 @@ class _Solved:
             (n for n, shift_VK in self.shifts.items() if not shift_VK.isfinite().all()), None
         )
 
-    def mean_residual(self, keys: Sequence[Tensor], processes: Processes) -> float:
-        """MALMEN, section 5.2, over the first tokens, of which these are the keys of each site."""
+
+class _Solves:
+    """Solves one after another; what one captured is let go with it.
+
+    Args:
+        editor: whose sites these are.
+        rows: of this process, the tokens of the plain prompts at each site, which come first.
+        progress: called with stage and share done.
+        processes: that the facts are spread over.
+    """
+
+    def __init__(
+        self, editor: Editor, rows: Sequence[int], progress: Progress, processes: Processes
+    ):
+        self._rows, self._names, self._progress = rows, editor.names, progress
+        self._stage = "least squares" if editor.settings.method == "malmen" else "sum of shifts"
+        self._processes = processes
+        self.tokens = int(max(processes.total(*rows)))
+
+    def solve(
+        self, captured: Sequence[Captured], aggregations: Sequence[Aggregation], which: str = ""
+    ) -> _Solved:
+        """Solves at every site; ``which`` is said after the stage's name."""
+        self._progress(self._stage + which, 0.0)
+        shifts = {name: one.shift() for name, one in zip(self._names, aggregations, strict=True)}
+        diffs = []
+        for count, pair, one in zip(self._rows, captured, aggregations, strict=True):
+            kept_NV = pair.room.empty(count, one.diffs_NV.shape[1], dtype=one.diffs_NV.dtype)
+            diffs.append(kept_NV.copy_(one.diffs_NV[:count]))
+        residual = self.mean_residual(shifts, [pair.keys_NK for pair in captured], diffs)
+        self._progress(self._stage + which, 1.0)
+        return _Solved(shifts, diffs, residual)
+
+    def mean_residual(
+        self, shifts: dict[str, Tensor], keys: Sequence[Tensor], diffs: Sequence[Tensor]
+    ) -> float:
+        """MALMEN, section 5.2, over the plain prompts' tokens of all processes."""
         sums = []
-        for shift_VK, keys_NK, one in zip(
-            self.shifts.values(), keys, self.aggregations, strict=True
+        for shift_VK, keys_NK, diffs_NV, count in zip(
+            shifts.values(), keys, diffs, self._rows, strict=True
         ):
-            count = len(keys_NK)
-            mean = mean_residual(shift_VK, keys_NK, one.diffs_NV[:count]) if count else 0.0
-            sums += [mean * count, float(count)]
-        totals = processes.total(*sums)
+            sums += [mean_residual(shift_VK, keys_NK[:count], diffs_NV) * count, float(count)]
+        totals = self._processes.total(*sums)
         return sum(map(truediv, totals[::2], totals[1::2])) / len(keys)
