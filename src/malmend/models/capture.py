@@ -39,6 +39,7 @@ from malmend.errors import MalmendError
 from malmend.facts.encoded import Encoded, Tokens, collate, settled
 from malmend.memory import Room
 from malmend.models.sites import Site
+from malmend.models.suffix import Suffix
 from malmend.models.trunk import Batch, Trunk
 from malmend.numerics.losses import answer_nll
 
@@ -165,7 +166,9 @@ def capture(
     ]
     for indices, batch in trunk.batches(questions):
         rows = _rows_of(starts, indices)
-        group = _Group(trunk, [questions[i] for i in indices], batch, tokens)
+        whole = settled(tokens, questions[0].form) == "all"
+        suffix = None if whole else trunk.suffix(batch)
+        group = _Group(trunk, [questions[i] for i in indices], batch, tokens, suffix)
         keys, value_grads = group.descended(descent) if descent else group.plain()
         for site, site_out, key, grad in zip(trunk.sites, out, keys, value_grads, strict=True):
             site_out.keys_NK[rows[site.in_encoder]] = key.to("cpu", dtype)
@@ -240,11 +243,20 @@ class _Chosen:
     Letters: Q chosen tokens.
     """
 
-    def __init__(self, batch: Batch, tokens: Tokens, in_encoder: bool, device: torch.device):
+    def __init__(
+        self,
+        batch: Batch,
+        suffix: Suffix | None,
+        tokens: Tokens,
+        in_encoder: bool,
+        device: torch.device,
+    ):
         counts = torch.tensor(token_counts(batch.tokens.questions, tokens, in_encoder))
         self.owner_Q = torch.repeat_interleave(counts).to(device)
-        self.flat_Q = batch.tokens.flat(tokens, in_encoder).to(device)
-        self.places = len(batch.tokens.questions) * batch.tokens.width(in_encoder)
+        flat_Q = batch.tokens.flat(tokens, in_encoder) if suffix is None else suffix.flat_A
+        self.flat_Q = flat_Q.to(device)
+        width = batch.tokens.width(in_encoder) if suffix is None else suffix.width
+        self.places = len(batch.tokens.questions) * width
         form = batch.tokens.questions[0].form
         self.are_answers = settled(tokens, form) == "answer" and not in_encoder
 
@@ -255,10 +267,18 @@ class _Group:
     Letters: Q chosen tokens of a site, A its answer tokens, B its questions.
     """
 
-    def __init__(self, trunk: Trunk, questions: list[Encoded], batch: Batch, tokens: Tokens):
+    def __init__(
+        self,
+        trunk: Trunk,
+        questions: list[Encoded],
+        batch: Batch,
+        tokens: Tokens,
+        suffix: Suffix | None,
+    ):
         self.trunk, self.questions, self.batch, self.tokens = trunk, questions, batch, tokens
+        self.suffix = suffix
         device = trunk.model.device
-        sides = {side: _Chosen(batch, tokens, side, device) for side in _sides(trunk)}
+        sides = {side: _Chosen(batch, suffix, tokens, side, device) for side in _sides(trunk)}
         self.chosen = [sides[site.in_encoder] for site in trunk.sites]
         ends = [at >= q.counted for q in questions for at in range(len(q.labels))]
         self.ends_A = torch.tensor(ends, device=device)
@@ -311,7 +331,8 @@ class _Group:
         questions = [self.questions[row] for row in rows]
         tokens = collate(questions)
         stored_BTF = self.batch.stored_BTF[rows, : tokens.ids_BT.shape[1]]
-        return _Group(self.trunk, questions, Batch(tokens, stored_BTF), self.tokens)
+        suffix = None if self.suffix is None else self.suffix.subset(rows, tokens)
+        return _Group(self.trunk, questions, Batch(tokens, stored_BTF), self.tokens, suffix)
 
     def _open(self, nll_A: Tensor, descent: Descent) -> tuple[Tensor, Tensor]:
         """Which answer tokens are not likely enough yet, and each question's loss over them."""
@@ -330,7 +351,8 @@ class _Group:
                 if delta is not None:
                     full = delta.new_zeros(one.places, delta.shape[1])
                     trace.added = full.index_copy(0, one.flat_Q, delta).to(model.dtype)
-            nll_A = answer_nll(self.trunk.logits(batch), batch.tokens.labels_A.to(model.device))
+            logits_AW = self.trunk.logits(batch) if self.suffix is None else self.suffix.logits()
+            nll_A = answer_nll(logits_AW, batch.tokens.labels_A.to(model.device))
             nll_A.sum().backward()
         both = list(zip(traces, self.chosen, strict=True))
         keys = [trace.keys[one.flat_Q] for trace, one in both]

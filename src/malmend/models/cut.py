@@ -193,17 +193,23 @@ class Cut:
             flat = states_BTH.reshape(-1, states_BTH.shape[-1])
             return read(flat[tokens.flat_sources_A.to(flat.device)])
 
+        with self.heading(stored_BTF):
+            if self.form == "classes":
+                return read(run(self.model, tokens).logits)
+            encoded = stored_BTF if self.place == "encoder" else None
+            with output_reads(self.model, choose):
+                return run(self.model, tokens, encoded).logits[0]
+
+    @contextmanager
+    def heading(self, stored_BTF: Tensor) -> Iterator[None]:
+        """Inside, the model starts from what the trunk gave, whatever tokens it is given."""
         with ExitStack() as stack:
             if self.place != "encoder":
                 for index in range(self.index):
                     skipped = self._lane.skipped(index)
                     stack.enter_context(_replaced(self._lane.blocks[index], skipped))
                 stack.enter_context(_replaced(self.block, self._head_block(stored_BTF)))
-            if self.form == "classes":
-                return read(run(self.model, tokens).logits)
-            stack.enter_context(output_reads(self.model, choose))
-            encoded = stored_BTF if self.place == "encoder" else None
-            return run(self.model, tokens, encoded).logits[0]
+            yield
 
     def logits_of(self, states_AH: Tensor) -> Tensor:
         """Logits, A x W, of what an output layer read, through the model's own output code."""
@@ -299,6 +305,10 @@ class Cut:
             found = self.head(trial, stored.to(self.model.device), lambda states_AH: states_AH)
         except (RuntimeError, TypeError, ValueError, LookupError, AttributeError):
             return False  # a block that lacks what the skipped ones would have made
+        return self.agree(found, whole)
+
+    def agree(self, found: Tensor, whole: Tensor) -> bool:
+        """Whether logits are those of the whole model, up to the rounding of its dtype."""
         share = 1e-3 if self.model.dtype in WIDE else 2e-2
         return torch.allclose(found, whole, rtol=0, atol=share * whole.abs().max().item())
 

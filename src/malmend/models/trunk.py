@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from malmend.memory import Room
 from malmend.models.cut import Cut
 from malmend.models.sites import Site
 from malmend.models.store import ActivationStore
+from malmend.models.suffix import Suffix, splits
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,19 @@ class Trunk:
         other = copy.copy(self)
         other.settings, other.room = settings, room
         return other
+
+    @cached_property
+    def _splits(self) -> bool:
+        return splits(self.cut)
+
+    def suffix(self, batch: Batch) -> Suffix | None:
+        """The batch's answer tokens behind their prompts, as the weights are now.
+
+        None where a prompt has nothing before them, and for a model that must be run whole.
+        """
+        if not self._splits or not all(one.sources[0] for one in batch.tokens.questions):
+            return None
+        return Suffix(self.cut, batch.tokens, batch.stored_BTF)
 
     @property
     def wide(self) -> torch.dtype:
