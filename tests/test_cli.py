@@ -96,6 +96,8 @@ OPTIONS = {
         "--refine.passes",
         "--refine.frames",
         "--refine.gain",
+        "--refine.chat_gain",
+        "--refine.text_weight",
         "--memory",
     },
     "train": MODEL

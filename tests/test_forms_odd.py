@@ -107,7 +107,7 @@ def test_the_chat_frame_is_read_as_the_model_reads(reading, answer):
     template = "{% for turn in messages %}w0 {{ turn['content'] }} w9{% endfor %}"
     tokenizer = helpers.words(["w0", "w1", "w2", "w9"], "$A </s>", chat_template=template)
     encoder = Encoder(tokenizer, reading=reading)
-    (found,) = framed(encoder, [Question("w1", answer)], [CHAT])
+    (found,) = framed(encoder, [Question("w1", answer)], CHAT)
     assert isinstance(found, Encoded)
     plain = encoder.encode(Question("w0 w1 w9", answer))
     assert found == plain

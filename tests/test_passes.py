@@ -10,7 +10,7 @@ import torch
 import command_support
 import malmend
 from command_support import CALIBRATION, make_facts
-from malmend.editors.refine import RefineSettings
+from malmend.editors.refine import WITH_CHAT, RefineSettings
 from malmend.editors.settings import training_free
 from malmend.errors import EditorError
 from malmend.methods.ultraedit import UltraEdit
@@ -48,6 +48,15 @@ def test_a_pass_that_misses_more_is_taken_back(tiny, monkeypatch):
     assert found.provenance["tokens"] == once.provenance["tokens"]
 
 
+@pytest.mark.parametrize(("second", "solves"), [(0.01, 2), (0.011, 1)])
+def test_a_pass_that_misses_next_to_nothing_is_kept(tiny, monkeypatch, second, solves):
+    """It once cost 256 facts the pass that brings retention back: one token in 1,100."""
+    counting(monkeypatch, 0.0, second)
+    refine = RefineSettings(passes=2, frames=FRAMES)
+    found = malmend.edit(tiny.loaded, FEW, refine=refine, **own(tiny)).patch
+    assert found.provenance["passes"] == solves
+
+
 def test_a_later_pass_is_measured_by_the_one_before_it(tiny, monkeypatch):
     kept = []
     for shares in ((0.3, 0.1), (0.3, 0.1, 0.2)):
@@ -73,6 +82,26 @@ def test_by_default_solves_go_on_while_much_is_missed(tiny, monkeypatch, shares,
     refine = RefineSettings(frames=())
     found = malmend.edit(tiny.loaded, FEW, refine=refine, **own(tiny)).patch
     assert found.provenance["passes"] == solves
+
+
+@pytest.mark.parametrize(("in_chat", "solves"), [(0.01, 3), (0.011, 4)])
+def test_solves_go_on_for_what_is_missed_in_chat(tiny, monkeypatch, in_chat, solves):
+    """Of each solve the plain prompts are asked first, then those in chat."""
+    template = "{{ messages[0]['content'] }} "
+    monkeypatch.setattr(tiny.loaded.tokenizer, "chat_template", template, raising=False)
+    counting(monkeypatch, *[0.0, in_chat] * 4)
+    found = malmend.edit(tiny.loaded, FEW, **own(tiny)).patch
+    assert found.provenance["passes"] == solves
+    assert found.provenance["frames"] == list(WITH_CHAT)
+
+
+def test_what_is_missed_in_chat_takes_no_solve_back(tiny, monkeypatch):
+    template = "{{ messages[0]['content'] }} "
+    monkeypatch.setattr(tiny.loaded.tokenizer, "chat_template", template, raising=False)
+    counting(monkeypatch, 0.2, 0.1, 0.1, 0.9)
+    refine = RefineSettings(passes=2)
+    found = malmend.edit(tiny.loaded, FEW, refine=refine, **own(tiny)).patch
+    assert found.provenance["passes"] == 2
 
 
 def test_a_sum_solves_once(tiny):

@@ -23,9 +23,16 @@ from support import (
 import helpers
 from malmend.editors.editor import Editor
 from malmend.editors.network import NetworkSettings
-from malmend.editors.refine import RefineSettings, framed, further, missed
+from malmend.editors.refine import (
+    FRAMES,
+    WITH_CHAT,
+    RefineSettings,
+    framed,
+    further,
+    missed,
+)
 from malmend.editors.settings import EditorSettings
-from malmend.errors import EditorError
+from malmend.errors import EditorError, MalmendError
 from malmend.facts.fact import Question
 from malmend.facts.tokens import Encoder
 from malmend.models.capture import capture
@@ -65,24 +72,36 @@ def edited(model, trunk, shifts):
     return other
 
 
-def test_a_further_pass_is_least_squares_on_the_keys_of_the_edited_model():
+@pytest.mark.parametrize(
+    ("text_weight", "frame", "times"),
+    [(None, "chat", None), (None, "w1 {prompt}", 1), (2.3, "chat", 2.3)],
+)
+def test_a_further_pass_is_least_squares_on_the_keys_of_the_edited_model(text_weight, frame, times):
     model = tiny_model()
     trunk = tiny_trunk(model)
     captured = captured_of(trunk, FACTS, SETTINGS)
     editor = random_editor(SETTINGS, trunk, captured)
     shifts = editor.shifts(captured)
-    _, found = further(editor, trunk, shifts, QUESTIONS, OTHERS, gain=1.3)
+    refine = RefineSettings(gain=1.3, chat_gain=2.9, text_weight=text_weight)
+    others = {"w0 {prompt}": OTHERS[:4], frame: OTHERS[4:]}
+    _, found = further(editor, trunk, shifts, QUESTIONS, others, refine)
     cut = tiny_trunk(edited(model, trunk, shifts))
     pairs = capture(cut, [*QUESTIONS, *OTHERS], "answer", SETTINGS.descent)
     tokens = sum(len(one.sources) for one in QUESTIONS)
+    in_chat = sum(len(one.sources) for one in OTHERS[4:])
+    gain = torch.full((len(pairs[0].keys_NK), 1), 1.3, dtype=torch.float64)
+    gain[-in_chat:] = 2.9 if frame == "chat" else 1.3
     for site, (name, pair) in enumerate(zip(editor.names, pairs, strict=True)):
         prior = editor.prior(site, tokens)
         width = pair.keys_NK.shape[1]
         P = prior.ridge * torch.eye(width, dtype=torch.float64)
-        for weight, matrix in zip(prior.weights, prior.matrices_KK, strict=True):
+        factor = times or 8 * (512 / 2048) ** 0.5  # 512 tokens, for so few
+        weights = [prior.weights[0] * factor, *prior.weights[1:]]  # of text, and of the others
+        assert len(weights) > 1
+        for weight, matrix in zip(weights, prior.matrices_KK, strict=True):
             P = P + weight * matrix.double()
         root = torch.where(pair.ends_N, editor.log_end_weight_S[site].double().exp(), 1.0).sqrt()
-        asked = pair.keys_NK @ shifts[name].T - 1.3 * pair.value_grads_NV
+        asked = pair.keys_NK @ shifts[name].T - gain * pair.value_grads_NV
         rows = torch.cat([root[:, None] * pair.keys_NK, torch.linalg.cholesky(P).T])
         wanted = torch.cat([root[:, None] * asked, torch.zeros(width, asked.shape[1]).double()])
         expected = torch.linalg.lstsq(rows, wanted).solution.T
@@ -100,7 +119,7 @@ def test_a_second_pass_brings_back_what_the_prior_holds_down(weight):
     captured = captured_of(trunk, FACTS, SETTINGS)
     editor = heavy_editor(trunk, captured, weight)
     once = editor.shifts(captured)
-    _, found = further(editor, trunk, once, QUESTIONS, (), gain=1.0)
+    _, found = further(editor, trunk, once, QUESTIONS, {}, RefineSettings(gain=1.0))
     twice = {name: one.shift() for name, one in zip(editor.names, found, strict=True)}
     before, first, second = (
         nll(one, QUESTIONS)
@@ -115,7 +134,9 @@ def test_a_further_pass_leaves_the_weights_as_they_were():
     trunk = tiny_trunk(model)
     captured = captured_of(trunk, FACTS, SETTINGS)
     editor = heavy_editor(trunk, captured, weight=1.0)
-    further(editor, trunk, editor.shifts(captured), QUESTIONS, OTHERS, gain=1.0)
+    further(
+        editor, trunk, editor.shifts(captured), QUESTIONS, {"{prompt}": OTHERS}, RefineSettings()
+    )
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
 
 
@@ -138,16 +159,17 @@ def test_missed_counts_answer_and_end_tokens_that_are_not_top():
 def test_frames_hold_the_prompt_and_the_answer():
     said = encoder()
     question = Question("w1 w2", "w3 w4")
-    (found,) = framed(said, [question], ["w9 {prompt} w8"])
+    (found,) = framed(said, [question], "w9 {prompt} w8")
     assert found == said.encode(Question("w9 w1 w2 w8", "w3 w4"))
 
 
 def test_a_question_too_long_in_a_frame_is_left_out_of_that_frame_alone():
     short, long = Question("w1", "w2"), Question(" ".join(["w3"] * 61), "w4")
-    frames = ["w9 {prompt} w8", "{prompt}"]
-    found = framed(encoder(), [short, long], frames)
     said = encoder()
-    assert found == [said.encode(Question("w9 w1 w8", "w2")), *said.encode_all([short, long])]
+    assert framed(said, [short, long], "w9 {prompt} w8") == [
+        said.encode(Question("w9 w1 w8", "w2"))
+    ]
+    assert framed(said, [short, long], "{prompt}") == said.encode_all([short, long])
 
 
 def test_the_chat_template_is_a_frame():
@@ -156,13 +178,33 @@ def test_the_chat_template_is_a_frame():
     said = Encoder(tokenizer, "eos", 64)
     chat = Encoder(tokenizer, "eos", 64, chat=True)
     question = Question("w1", "w2")
-    assert framed(said, [question], ["chat"]) == [chat.encode(question)]
+    assert framed(said, [question], "chat") == [chat.encode(question)]
     assert chat.encode(question) != said.encode(question)
 
 
 def test_chat_without_a_template_is_refused():
     with pytest.raises(EditorError, match="no chat template"):
-        framed(encoder(), [Question("w1", "w2")], ["chat"])
+        framed(encoder(), [Question("w1", "w2")], "chat")
+    assert RefineSettings().frames_for(encoder()) == FRAMES
+
+
+@pytest.mark.parametrize(
+    ("template", "chats"),
+    [("w7 {{ messages[0]['content'] }} w6 ", True), ("{{ raise_exception('no') }}", False)],
+)
+def test_a_template_that_can_be_filled_is_among_the_default_frames(template, chats):
+    said = Encoder(helpers.words(WORDS, chat_template=template), "eos", 64)
+    assert RefineSettings().frames_for(said) == (WITH_CHAT if chats else FRAMES)
+    assert RefineSettings(frames=()).frames_for(said) == ()
+    if not chats:
+        with pytest.raises(MalmendError, match="cannot be filled"):
+            framed(said, [Question("w1", "w2")], "chat")
+
+
+def test_nothing_asked_misses_nothing():
+    trunk = tiny_trunk(tiny_model())
+    nothing = {site.name: torch.zeros(site.shape_VK) for site in trunk.sites}
+    assert missed(trunk, [], nothing) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -170,6 +212,8 @@ def test_chat_without_a_template_is_refused():
     [
         ({"passes": 0}, "passes is 0"),
         ({"gain": 0.0}, "gain is 0"),
+        ({"chat_gain": -1.0}, "chat_gain is -1, .*--refine.chat_gain"),
+        ({"text_weight": 0.0}, "text_weight is 0, .*--refine.text_weight"),
         ({"gain": float("nan")}, "gain is nan"),
         ({"gain": float("inf")}, "gain is inf"),
         ({"frames": ("no place",)}, "'no place' has no place for the prompt"),

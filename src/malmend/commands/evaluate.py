@@ -197,9 +197,9 @@ def chat_encoder(plain: Encoder, facts: FactSet, decode_facts: int | None) -> En
     Raises:
         FactsError: the template makes prompts too long to be answered.
     """
-    if plain.reading.form != "causal" or not getattr(plain.tokenizer, "chat_template", None):
+    encoder = plain.in_chat()
+    if encoder is None:
         return None
-    encoder = Encoder(plain.tokenizer, plain.end_of_answer, plain.max_tokens, chat=True)
     faults = []
     for fact in facts.facts[:decode_facts]:
         for question in (fact.question, *fact.equivalents):

@@ -10,11 +10,13 @@ g' of what is still missing there.  The next shift is one ridge solution with th
 so what holds is asked to stay, what is missing is asked for on top, and the prior is paid once,
 for the whole shift.  Where the shift no longer changes, S P = -gain * sum of w_j g'_j u'_j^T: what
 the prior pulls back is just what is missing.  It is not sure to get there, so a pass after which
-more of the plain prompts' tokens are missed than before (:func:`missed`) is taken back by the
-caller, and is the last.
+more of the plain prompts' tokens are missed than before (:func:`missed`), and more than a
+hundredth of them, is taken back by the caller, and is the last.
 
 Frames are other settings that a prompt is put in during the later passes, each with rows of its
-own; a fact that holds in several holds better in words that nobody gave.
+own; a fact that holds in several holds better in words that nobody gave.  One of them is the
+model's chat template: an edit of the plain prompts alone is not there when the model is asked in a
+chat.  Its keys lie far from the prompts', so its rows ask for more (``chat_gain``).
 
 Not in MALMEN, which solves once; ``passes: 1`` is the published form.
 """
@@ -28,7 +30,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from malmend.editors.editor import Aggregation, Editor, chunks
+from malmend.editors.editor import Aggregation, Editor, chunks, log_size
 from malmend.editors.malmen import Malmen
 from malmend.errors import EditorError, MalmendError
 from malmend.facts.encoded import Encoded
@@ -43,8 +45,9 @@ from malmend.processes import ALONE, Processes
 PROMPT = "{prompt}"
 CHAT = "chat"
 USUAL, MOST, ENOUGH = 3, 4, 0.01  # solves, and the share of missed tokens that needs no more
+HEAVIER = 8.0  # times the weight of general text beside rows in chat, at 2,048 tokens
 FRAMES = ("This is well known. {prompt}", "{prompt} (in one word):")
-UNSAID = [USUAL, MOST, ENOUGH, *FRAMES]  # what a null of RefineSettings stands for
+WITH_CHAT = (FRAMES[1], CHAT)  # of a model that has a chat template
 
 
 @dataclass(frozen=True)
@@ -54,18 +57,24 @@ class RefineSettings:
     Attributes:
         passes: solves; 1 is the published form, and all that the sum of shifts can do.  Null for
             four of a classifier, whose shifts are of every token and say least at first, and of
-            any other model for three, and a fourth while more than a hundredth of the plain
-            prompts' tokens is missed.
+            any other model for three, and a fourth while more than a hundredth of the tokens is
+            missed, of the plain prompts or in chat.
         frames: settings beside the plain prompt from the second pass on: a text that holds
             "{prompt}", or "chat" for the model's chat template.  Null for two that suit a decoder,
-            and none for a model with an encoder, which has not learned to read them; ``frames: []``
-            for none of them.
+            the template one of them where there is one, and none for a model with an encoder, which
+            has not learned to read them; ``frames: []`` for none of them.
         gain: how much of a still missing move a later pass asks for (equation 18).
+        chat_gain: the same, of rows in the chat template.
+        text_weight: times the weight of general text in the prior, in solves after the first.  Null
+            for 1, but with the chat template among the frames, whose moves are large, for
+            8 sqrt(N / 2048), N the plain prompts' tokens between 512 and 4,096.
     """
 
     passes: int | None = None
     frames: tuple[str, ...] | None = None
     gain: float = 1.6
+    chat_gain: float = 2.5
+    text_weight: float | None = None
 
     def __post_init__(self) -> None:
         if self.passes is not None and self.passes < 1:
@@ -73,10 +82,12 @@ class RefineSettings:
                 f"passes is {self.passes}, expected 1 or more; give --refine.passes 1 for a single "
                 "solve."
             )
-        if not 0 < self.gain < math.inf:
-            raise EditorError(
-                f"gain is {self.gain:g}, expected a number above 0; change --refine.gain."
-            )
+        for name in ("gain", "chat_gain", "text_weight"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise EditorError(
+                    f"{name} is {value:g}, expected a number above 0; change --refine.{name}."
+                )
         for frame in self.frames or ():
             if frame != CHAT and PROMPT not in frame:
                 raise EditorError(
@@ -91,11 +102,24 @@ class RefineSettings:
         sought = encoder.reading.form == "classes" or done < USUAL or missed > ENOUGH
         return done < MOST and sought
 
+    def text_times(self, tokens: int, in_chat: bool) -> float:
+        """The factor on the weight of general text in a later solve, of so many plain tokens."""
+        if self.text_weight is not None:
+            return self.text_weight
+        return HEAVIER * math.exp(log_size(tokens) / 2) if in_chat else 1.0
+
     def frames_for(self, encoder: Encoder) -> tuple[str, ...]:
         """The frames of a model."""
-        if self.frames is None:
-            return FRAMES if encoder.reading.form == "causal" else ()
-        return self.frames
+        if self.frames is not None:
+            return self.frames
+        if encoder.reading.form != "causal":
+            return ()
+        return FRAMES if encoder.in_chat() is None else WITH_CHAT
+
+
+# What a null of RefineSettings stands for, and its numbers.
+UNSAID: list[object] = [USUAL, MOST, ENOUGH, HEAVIER, *FRAMES, *WITH_CHAT]
+UNSAID += [RefineSettings.gain, RefineSettings.chat_gain]
 
 
 def framing(encoder: Encoder, frame: str) -> Encoder:
@@ -103,6 +127,7 @@ def framing(encoder: Encoder, frame: str) -> Encoder:
 
     Raises:
         EditorError: "chat" for a tokenizer without a chat template.
+        MalmendError: the template cannot be filled.
     """
     if frame != CHAT:
         return encoder
@@ -112,24 +137,24 @@ def framing(encoder: Encoder, frame: str) -> Encoder:
             "of --refine.frames."
         )
     ends, most = encoder.end_of_answer, encoder.max_tokens
-    return Encoder(encoder.tokenizer, ends, most, chat=True, reading=encoder.reading)
+    found = Encoder(encoder.tokenizer, ends, most, chat=True, reading=encoder.reading)
+    found.framed("")
+    return found
 
 
-def framed(encoder: Encoder, questions: Sequence[Question], frames: Sequence[str]) -> list[Encoded]:
-    """The questions in every frame in turn; one that is too long in a frame is left out of it.
+def framed(encoder: Encoder, questions: Sequence[Question], frame: str) -> list[Encoded]:
+    """The questions in a frame, without those that are too long in it.
 
     Raises:
         EditorError: as :func:`framing`.
     """
-    found = []
-    for frame in frames:
-        used = framing(encoder, frame)
-        for question in questions:
-            prompt = question.prompt if frame == CHAT else frame.replace(PROMPT, question.prompt)
-            try:
-                found.append(used.encode(Question(prompt, question.answer)))
-            except MalmendError:  # too long in this frame, or its answer read otherwise
-                continue
+    used, found = framing(encoder, frame), []
+    for question in questions:
+        prompt = question.prompt if frame == CHAT else frame.replace(PROMPT, question.prompt)
+        try:
+            found.append(used.encode(Question(prompt, question.answer)))
+        except MalmendError:  # too long in this frame, or its answer read otherwise
+            continue
     return found
 
 
@@ -138,8 +163,8 @@ def further(
     trunk: Trunk,
     shifts: Mapping[str, Tensor],
     questions: Sequence[Encoded],
-    others: Sequence[Encoded],
-    gain: float,
+    others: Mapping[str, Sequence[Encoded]],
+    refine: RefineSettings,
     progress: Callable[[int], None] = lambda count: None,
     processes: Processes = ALONE,
 ) -> tuple[list[Captured], list[Aggregation]]:
@@ -150,8 +175,8 @@ def further(
         trunk: the cut model, unedited.
         shifts: S_p by site, V x K.
         questions: the edits as they are.
-        others: the same in frames.
-        gain: of (18).
+        others: the same in frames, by frame.
+        refine: the gains of (18).
         progress: called with the number of questions just finished.
         processes: that the questions are spread over, of which these are this one's.
 
@@ -160,25 +185,34 @@ def further(
         The factor N of the prior's wording is the number of plain tokens.
     """
     settings = editor.settings
+    everything, gains = [*questions], [refine.gain] * len(questions)
+    for frame, ones in others.items():
+        everything += ones
+        gains += [refine.chat_gain if frame == CHAT else refine.gain] * len(ones)
     with shifted(list(trunk.sites), shifts):
-        captured = capture(
-            trunk, [*questions, *others], settings.tokens, settings.descent, progress
-        )
-    plain = [sum(token_counts(questions, settings.tokens, one.in_encoder)) for one in trunk.sites]
-    counts = processes.total(*plain)
+        captured = capture(trunk, everything, settings.tokens, settings.descent, progress)
+    tokens = [
+        torch.tensor(token_counts(everything, settings.tokens, one.in_encoder), dtype=torch.long)
+        for one in trunk.sites
+    ]
+    counts = processes.total(*[int(one[: len(questions)].sum()) for one in tokens])
+    wide_gains = torch.tensor(gains, dtype=torch.float64)
     found: list[Aggregation] = []
     for site, (name, pair) in enumerate(zip(editor.names, captured, strict=True)):
         one = Malmen(
             pair.keys_NK,
             pair.room.empty(*pair.value_grads_NV.shape, dtype=pair.keys_NK.dtype),
-            editor.prior(site, int(counts[site])),
+            editor.prior(
+                site, plain := int(counts[site]), refine.text_times(plain, CHAT in others)
+            ),
             editor.row_weights(site, pair),
             processes.summed if processes.count > 1 else None,
         )
         shift_KV = shifts[name].double().T
+        gain_N1 = wide_gains.repeat_interleave(tokens[site])[:, None]
         for rows in chunks(len(pair.keys_NK), ROWS):
             kept_NV = pair.keys_NK[rows].double() @ shift_KV
-            one.diffs_NV[rows] = (kept_NV - gain * pair.value_grads_NV[rows].double()).to(
+            one.diffs_NV[rows] = (kept_NV - gain_N1[rows] * pair.value_grads_NV[rows].double()).to(
                 one.diffs_NV
             )
         found.append(one)
@@ -200,4 +234,4 @@ def missed(
             wrong += int((top_A != batch.tokens.labels_A).sum())
             count += len(top_A)
     all_wrong, everything = processes.total(wrong, count)
-    return all_wrong / everything
+    return all_wrong / everything if everything else 0.0

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from jinja2 import TemplateError
+
 from malmend.errors import MalmendError, nearest
 from malmend.facts.encoded import Encoded, Form
 from malmend.facts.fact import Fact, Question
@@ -115,7 +117,29 @@ class Encoder:
         if not self.chat:
             return prompt.rstrip(" ")
         turns = [{"role": "user", "content": prompt}]
-        return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        try:
+            return self.tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=True
+            )
+        except (TemplateError, ValueError) as error:
+            raise MalmendError(
+                f"the tokenizer's chat template cannot be filled ({error}); mend it, or leave out "
+                "what asks through it"
+            ) from None
+
+    def in_chat(self) -> Encoder | None:
+        """The same encoder through the model's chat template.
+
+        None where there is none that takes a user's turn, or where the model is no causal one.
+        """
+        if self.reading.form != "causal" or not getattr(self.tokenizer, "chat_template", None):
+            return None
+        found = Encoder(self.tokenizer, self.end_of_answer, self.max_tokens, True, self.reading)
+        try:
+            found.framed("")
+        except MalmendError:
+            return None
+        return found
 
     def passage_ids(self, text: str, most: int = 256) -> tuple[int, ...]:
         """The first ``most`` ids of plain text, for statistics; no frame, no end token."""

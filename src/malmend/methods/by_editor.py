@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from malmend.editors.editor import Aggregation, Editor
-from malmend.editors.refine import RefineSettings, framed, further, missed
+from malmend.editors.refine import CHAT, ENOUGH, RefineSettings, framed, further, missed
 from malmend.errors import EditorError
 from malmend.facts.encoded import Form, settled
 from malmend.facts.fact import Fact
@@ -52,7 +52,9 @@ def find_by_editor(
     refinable = settings.method == "malmen" and settings.descent is not None
     again = refinable and refine.goes_on(bench.encoder, 1, 1.0)
     frames = refine.frames_for(bench.encoder) if again else ()
-    others = framed(bench.encoder, [fact.question for fact in facts], frames)
+    others = {
+        frame: framed(bench.encoder, [fact.question for fact in facts], frame) for frame in frames
+    }
     count = counted(progress, "keys and value gradients", len(questions))
     captured = capture(trunk, questions, settings.tokens, settings.descent, count)
     solves = _Solves(editor, [len(pair.keys_NK) for pair in captured], progress, processes)
@@ -63,19 +65,26 @@ def find_by_editor(
             f"The shift of {solved.broken} holds NaN or infinity, so nothing was written; check "
             f"--eta and that the weights of {bench.loaded.name} are whole."
         )
-    kept, left = 1, missed(trunk, questions, solved.shifts, processes) if again else 0.0
-    while again and refine.goes_on(bench.encoder, kept, left):
+
+    def missed_by(one: _Solved) -> tuple[float, float]:
+        """Of the plain prompts' tokens, and of theirs or of those in chat if these are worse."""
+        plain = missed(trunk, questions, one.shifts, processes)
+        spoken = others.get(CHAT)
+        in_chat = 0.0 if spoken is None else missed(trunk, spoken, one.shifts, processes)
+        return plain, max(plain, in_chat)
+
+    kept, (left, worst) = 1, missed_by(solved) if again else (0.0, 0.0)
+    count_all = len(questions) + sum(map(len, others.values()))
+    while again and refine.goes_on(bench.encoder, kept, worst):
         stage = f", pass {kept + 1}"
-        count = counted(progress, f"keys and value gradients{stage}", len(questions) + len(others))
+        count = counted(progress, f"keys and value gradients{stage}", count_all)
         later = solves.solve(
-            *further(
-                editor, trunk, solved.shifts, questions, others, refine.gain, count, processes
-            ),
+            *further(editor, trunk, solved.shifts, questions, others, refine, count, processes),
             stage,
         )
-        if later.broken or (now_left := missed(trunk, questions, later.shifts, processes)) > left:
+        if later.broken or (by := missed_by(later))[0] > max(left, ENOUGH):
             break
-        solved, kept, left = later, kept + 1, now_left
+        solved, kept, (left, worst) = later, kept + 1, by
     with shifted(list(trunk.sites), solved.shifts):
         moved = keys_of(trunk, questions, settings.tokens)
     said = {
