@@ -22,7 +22,8 @@ from malmend.errors import EditorError
 from malmend.facts.fact import Fact
 from malmend.facts.tokens import EndOfAnswer
 from malmend.methods.method import Found
-from malmend.models.capture import Descent, capture
+from malmend.models.capture import capture
+from malmend.models.descent import Descent
 from malmend.models.sites import Site, find_sites
 from malmend.progress import Progress
 from malmend.workbench import Workbench

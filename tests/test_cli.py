@@ -26,7 +26,7 @@ from malmend.editors.train_settings import (
     published_mend_training,
     published_training,
 )
-from malmend.models.capture import Descent
+from malmend.models.descent import Descent
 from malmend.models.trunk import TrunkSettings
 from malmend.patch import load_patch
 

@@ -22,7 +22,8 @@ from malmend.editors.settings import training_free
 from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact, Question
 from malmend.facts.tokens import Encoder, Reading
-from malmend.models.capture import Descent, capture
+from malmend.models.capture import capture
+from malmend.models.descent import Descent
 from malmend.models.load import load_model, prepared
 from malmend.models.sites import find_sites
 from malmend.models.trunk import Trunk

@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from malmend.facts.fact import FactSet as FactSet
     from malmend.facts.fact import Question as Question
     from malmend.facts.readers import read_facts as read_facts
-    from malmend.models.capture import Descent as Descent
+    from malmend.models.descent import Descent as Descent
     from malmend.models.load import LoadedModel as LoadedModel
     from malmend.models.load import load_model as load_model
     from malmend.models.load import prepared as prepared
@@ -93,7 +93,7 @@ _HOME = {
     "evaluation.report": ("Report",),
     "facts.fact": ("Fact", "FactSet", "Question"),
     "facts.readers": ("read_facts",),
-    "models.capture": ("Descent",),
+    "models.descent": ("Descent",),
     "models.load": ("LoadedModel", "load_model", "prepared"),
     "patch": ("Patch", "applied", "load_patch", "save_patch"),
 }

@@ -104,7 +104,7 @@ def take_editor_settings(given: dict[str, Any], network: bool) -> Any:
     """Takes the fields of EditorSettings out of the parsed options."""
     from malmend.editors.network import NetworkSettings
     from malmend.editors.settings import EditorSettings
-    from malmend.models.capture import Descent
+    from malmend.models.descent import Descent
 
     names = [name for name in EditorSettings.__dataclass_fields__ if name != "network" or network]
     values = {name: given.pop(name) for name in names}

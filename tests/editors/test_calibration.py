@@ -31,7 +31,7 @@ from malmend.editors.settings import published, training_free
 from malmend.errors import MalmendError
 from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Question, spread
-from malmend.models.capture import Descent
+from malmend.models.descent import Descent
 from malmend.patch import shifted
 
 SMALL = CalibrationSettings(

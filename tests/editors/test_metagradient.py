@@ -34,7 +34,8 @@ from malmend.editors.network import NetworkSettings
 from malmend.editors.settings import EditorSettings
 from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact
-from malmend.models.capture import Captured, Descent
+from malmend.models.capture import Captured
+from malmend.models.descent import Descent
 from malmend.models.trunk import Trunk
 
 

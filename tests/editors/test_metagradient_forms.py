@@ -23,7 +23,8 @@ from malmend.editors.editor import SiteStatistics
 from malmend.editors.network import NetworkSettings
 from malmend.editors.settings import EditorSettings
 from malmend.facts.encoded import Encoded
-from malmend.models.capture import Captured, Descent, capture
+from malmend.models.capture import Captured, capture
+from malmend.models.descent import Descent
 from malmend.models.trunk import Trunk, TrunkSettings
 from malmend.numerics.moments import RunningMoments
 

@@ -28,7 +28,8 @@ from malmend.editors.settings import EditorSettings
 from malmend.errors import EditorError
 from malmend.facts.fact import Question
 from malmend.facts.tokens import Encoder
-from malmend.models.capture import Captured, Descent, capture, ends_of
+from malmend.models.capture import Captured, capture, ends_of
+from malmend.models.descent import Descent
 from malmend.numerics.moments import RunningMoments
 from malmend.numerics.ridge import Prior
 

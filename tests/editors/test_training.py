@@ -36,7 +36,7 @@ from malmend.editors.training import Trainer, estimate_seconds
 from malmend.errors import EditorError, MalmendError
 from malmend.facts.fact import Fact, Question
 from malmend.memory import Room
-from malmend.models.capture import Descent
+from malmend.models.descent import Descent
 from malmend.models.store import ActivationStore
 from malmend.patch import shifted
 from malmend.processes import ALONE, Processes

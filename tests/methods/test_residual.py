@@ -15,7 +15,8 @@ from malmend.editors.mend import Mend
 from malmend.editors.pseudo import Pseudo
 from malmend.editors.refine import RefineSettings
 from malmend.editors.settings import training_free
-from malmend.models.capture import Descent, capture
+from malmend.models.capture import capture
+from malmend.models.descent import Descent
 from malmend.numerics.ridge import Prior
 from malmend.workbench import lay_out
 

@@ -13,7 +13,8 @@ from malmend.errors import MalmendError
 from malmend.memory import Room, held
 from malmend.models import budget
 from malmend.models.budget import plan_memory, sums_of, within
-from malmend.models.capture import Descent, capture, keys_of
+from malmend.models.capture import capture, keys_of
+from malmend.models.descent import Descent
 from malmend.models.sites import find_sites
 from malmend.models.trunk import Trunk, TrunkSettings
 

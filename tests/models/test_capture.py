@@ -8,8 +8,10 @@ from torch.nn import functional
 
 import tiny
 from malmend.facts.encoded import Encoded
-from malmend.models.capture import Descent, capture, keys_of, tracing
+from malmend.models.capture import capture, keys_of
+from malmend.models.descent import Descent
 from malmend.models.sites import find_sites
+from malmend.models.tracing import tracing
 from malmend.models.trunk import Trunk, TrunkSettings
 
 FAMILY = pytest.mark.parametrize("family", tiny.FAMILIES)

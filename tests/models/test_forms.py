@@ -17,7 +17,8 @@ from transformers import (
 
 import forms_support as forms
 from malmend.errors import ModelError
-from malmend.models.capture import Descent, capture
+from malmend.models.capture import capture
+from malmend.models.descent import Descent
 from malmend.models.forms import find_stacks, form_of
 from malmend.models.load import prepared
 from malmend.models.sites import find_sites

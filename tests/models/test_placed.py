@@ -8,7 +8,8 @@ import torch
 
 import forms_support as forms
 import tiny
-from malmend.models.capture import Descent, capture
+from malmend.models.capture import capture
+from malmend.models.descent import Descent
 from malmend.models.forms import find_stacks
 from malmend.models.load import prepared
 from malmend.models.sites import find_sites

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import forms_support as forms
-from malmend.models.capture import Descent, capture
+from malmend.models.capture import capture
+from malmend.models.descent import Descent
 from malmend.models.sites import find_sites
 from malmend.models.trunk import Trunk
 

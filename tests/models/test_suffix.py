@@ -9,7 +9,8 @@ import torch
 
 import tiny
 from malmend.facts.encoded import collate
-from malmend.models.capture import Descent, capture
+from malmend.models.capture import capture
+from malmend.models.descent import Descent
 from malmend.models.sites import find_sites
 from malmend.models.suffix import splits
 from malmend.models.trunk import Trunk, TrunkSettings

@@ -13,7 +13,8 @@ import torch
 import tiny
 from malmend.editors.editor import Editor, SiteStatistics
 from malmend.editors.settings import training_free
-from malmend.models.capture import Descent, capture
+from malmend.models.capture import capture
+from malmend.models.descent import Descent
 from malmend.models.load import prepared
 from malmend.models.sites import find_sites
 from malmend.models.trunk import Trunk

@@ -26,7 +26,7 @@ from malmend.editors.settings import EditorSettings
 from malmend.errors import EditorError, nearest
 from malmend.facts.fact import Fact, subject_hash
 from malmend.files import reason, written_beside
-from malmend.models.capture import Descent
+from malmend.models.descent import Descent
 from malmend.numerics.lowrank import compressed, restored
 from malmend.numerics.moments import RunningMoments
 

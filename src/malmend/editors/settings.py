@@ -12,7 +12,7 @@ from malmend.editors.network import NetworkSettings
 from malmend.errors import EditorError
 from malmend.facts.encoded import Tokens
 from malmend.facts.tokens import EndOfAnswer
-from malmend.models.capture import Descent
+from malmend.models.descent import Descent
 from malmend.models.sites import Linear, Side, Site, find_sites
 
 EditorMethod = Literal["malmen", "mend", "mend-single"]

@@ -49,9 +49,9 @@ from malmend.facts.fact import Fact, Question
 from malmend.facts.readers import read_text
 from malmend.facts.tokens import Encoder, EndOfAnswer
 from malmend.methods.method import Found
-from malmend.models.capture import tracing
 from malmend.models.forms import find_stacks, form_of
 from malmend.models.sites import Site, find_sites, stack_of
+from malmend.models.tracing import tracing
 from malmend.models.trunk import Trunk
 from malmend.numerics.losses import answer_nll, kl_per_token
 from malmend.numerics.ridge import Prior, RidgeFactor
