@@ -96,8 +96,8 @@ OPTIONS = {
         "--refine.passes",
         "--refine.frames",
         "--refine.gain",
-        "--refine.chat_gain",
-        "--refine.text_weight",
+        "--refine.chat-gain",
+        "--refine.text-weight",
         "--memory",
     },
     "train": MODEL

@@ -212,8 +212,8 @@ def test_nothing_asked_misses_nothing():
     [
         ({"passes": 0}, "passes is 0"),
         ({"gain": 0.0}, "gain is 0"),
-        ({"chat_gain": -1.0}, "chat_gain is -1, .*--refine.chat_gain"),
-        ({"text_weight": 0.0}, "text_weight is 0, .*--refine.text_weight"),
+        ({"chat_gain": -1.0}, "chat_gain is -1, .*--refine.chat-gain"),
+        ({"text_weight": 0.0}, "text_weight is 0, .*--refine.text-weight"),
         ({"gain": float("nan")}, "gain is nan"),
         ({"gain": float("inf")}, "gain is inf"),
         ({"frames": ("no place",)}, "'no place' has no place for the prompt"),

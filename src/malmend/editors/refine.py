@@ -86,7 +86,8 @@ class RefineSettings:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise EditorError(
-                    f"{name} is {value:g}, expected a number above 0; change --refine.{name}."
+                    f"{name} is {value:g}, expected a number above 0; change "
+                    f"--refine.{name.replace('_', '-')}."
                 )
         for frame in self.frames or ():
             if frame != CHAT and PROMPT not in frame:
