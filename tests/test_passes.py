@@ -40,12 +40,51 @@ def same(one, other) -> bool:
 
 def test_a_pass_that_misses_more_is_taken_back(tiny, monkeypatch):
     once = malmend.edit(tiny.loaded, FEW, refine=ONCE, **own(tiny)).patch
-    counting(monkeypatch, 0.2, 0.3)
+    counting(monkeypatch, 0.2, 0.3, 0.201)
     refine = RefineSettings(passes=3, frames=FRAMES)
     found = malmend.edit(tiny.loaded, FEW, refine=refine, **own(tiny)).patch
     assert same(found, once)
     assert (found.provenance["passes"], found.provenance["frames"]) == (1, [])
     assert found.provenance["tokens"] == once.provenance["tokens"]
+
+
+@pytest.mark.parametrize("shares", [(0.2, 0.3, 0.2), (0.0, 0.3, 0.01), (0.2, 0.1, 0.1)])
+def test_a_pass_may_mend_what_the_one_before_it_broke(tiny, monkeypatch, shares):
+    """Eight facts once lost their edit in chat to end tokens that a third solve brings back."""
+    counting(monkeypatch, *shares)
+    refine = RefineSettings(passes=3, frames=FRAMES)
+    found = malmend.edit(tiny.loaded, FEW, refine=refine, **own(tiny)).patch
+    assert found.provenance["passes"] == 3
+
+
+def test_a_framed_edit_keeps_the_rank_of_all_its_rows(tiny, monkeypatch):
+    """It was once cut to the plain prompts' tokens, which is less where these are few."""
+    counting(monkeypatch, 0.0, 0.0)
+    few = make_facts(2)
+    once = malmend.edit(tiny.loaded, few, refine=ONCE, **own(tiny)).patch
+    tokens = once.provenance["tokens"]
+    refine = RefineSettings(passes=2, frames=(*FRAMES, "Now {prompt}"))
+    found = malmend.edit(tiny.loaded, few, refine=refine, **own(tiny)).patch
+    assert found.provenance["tokens"] == 3 * tokens
+    for name in found.factors:
+        assert torch.linalg.matrix_rank(once.shift(name)) <= tokens
+        assert torch.linalg.matrix_rank(found.shift(name), rtol=1e-5) > tokens
+
+
+def test_the_header_says_what_was_asked_and_weighed(tiny, monkeypatch):
+    counting(monkeypatch, 0.0, 0.0)
+    refine = RefineSettings(passes=2, frames=FRAMES, gain=1.1, chat_gain=2.2, text_weight=3.3)
+    said = malmend.edit(tiny.loaded, FEW, refine=refine, **own(tiny)).patch.provenance
+    assert (said["gain"], said["chat_gain"], said["text_times"]) == (1.1, 2.2, 3.3)
+
+
+def test_a_frame_that_holds_no_prompt_is_no_frame(tiny, monkeypatch):
+    """The prior was once made heavier for a chat without rows."""
+    longer = "{{ 'word ' * 600 }}{{ messages[0]['content'] }} "
+    monkeypatch.setattr(tiny.loaded.tokenizer, "chat_template", longer, raising=False)
+    counting(monkeypatch, *[0.0] * 4)
+    said = malmend.edit(tiny.loaded, FEW, **own(tiny)).patch.provenance
+    assert (said["frames"], said["text_times"]) == ([WITH_CHAT[0]], 1.0)
 
 
 @pytest.mark.parametrize(("second", "solves"), [(0.01, 2), (0.011, 1)])

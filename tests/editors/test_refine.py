@@ -190,7 +190,17 @@ def test_chat_without_a_template_is_refused():
 
 @pytest.mark.parametrize(
     ("template", "chats"),
-    [("w7 {{ messages[0]['content'] }} w6 ", True), ("{{ raise_exception('no') }}", False)],
+    [
+        ("w7 {{ messages[0]['content'] }} w6 ", True),
+        (
+            "{% if not messages[0]['content'] %}{{ raise_exception('') }}{% endif %}"
+            "{{ messages[0]['content'] }}",
+            True,
+        ),
+        ("{{ raise_exception('no') }}", False),
+        ("{{ 'w7' + 1 }}", False),
+        ("{{ tools | length }}", False),
+    ],
 )
 def test_a_template_that_can_be_filled_is_among_the_default_frames(template, chats):
     said = Encoder(helpers.words(WORDS, chat_template=template), "eos", 64)
@@ -199,6 +209,27 @@ def test_a_template_that_can_be_filled_is_among_the_default_frames(template, cha
     if not chats:
         with pytest.raises(MalmendError, match="cannot be filled"):
             framed(said, [Question("w1", "w2")], "chat")
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["w7 w6", "{% for one in messages[0]['content'] %}{{ one['text'] }}{% endfor %} w6"],
+)
+def test_a_template_without_what_the_user_says_is_no_frame(template):
+    """All facts would ask for other answers to one and the same text."""
+    said = Encoder(helpers.words(WORDS, chat_template=template), "eos", 64)
+    assert said.in_chat() is None
+    assert RefineSettings().frames_for(said) == FRAMES
+
+
+@pytest.mark.parametrize(
+    ("tokens", "times"),
+    [(100, 4.0), (512, 4.0), (2048, 8.0), (4096, 8 * 2**0.5), (9999, 8 * 2**0.5)],
+)
+def test_the_weight_of_text_beside_chat_follows_the_edits_size(tokens, times):
+    assert RefineSettings().text_times(tokens, True) == pytest.approx(times, rel=1e-12)
+    assert RefineSettings().text_times(tokens, False) == 1.0
+    assert RefineSettings(text_weight=2.5).text_times(tokens, False) == 2.5
 
 
 def test_nothing_asked_misses_nothing():

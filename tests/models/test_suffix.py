@@ -12,7 +12,7 @@ from malmend.facts.encoded import collate
 from malmend.models.capture import capture
 from malmend.models.descent import Descent
 from malmend.models.sites import find_sites
-from malmend.models.suffix import splits
+from malmend.models.suffix import Suffix, splits
 from malmend.models.trunk import Trunk, TrunkSettings
 from malmend.patch import shifted
 
@@ -96,3 +96,33 @@ def test_a_model_whose_cache_says_something_else_is_run_whole(monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", forgets)
     assert not splits(forgetful.cut)
     assert forgetful.suffix(forgetful.batch(QUESTIONS)) is None
+
+
+def test_a_suffix_that_fails_on_longer_questions_is_found_out(monkeypatch):
+    """A trial is short; a window that a cache keeps and a model does not have is not seen in it."""
+    trunk = cut("llama", batch_tokens=60)
+    expected = capture(trunk, QUESTIONS)
+    said = Suffix.logits
+
+    def forgets(suffix):
+        return said(suffix) + float(suffix.kept > 4)
+
+    monkeypatch.setattr(Suffix, "logits", forgets)
+    assert splits(trunk.cut)
+    assert max(one.sources[0] for one in QUESTIONS) > 4
+    for mine, theirs in zip(capture(trunk, QUESTIONS), expected, strict=True):
+        torch.testing.assert_close(mine.keys_NK, theirs.keys_NK, rtol=0, atol=1e-10)
+        torch.testing.assert_close(mine.value_grads_NV, theirs.value_grads_NV, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("at", ["logits", "subset"])
+@pytest.mark.parametrize("error", [AssertionError, RuntimeError, KeyError])
+def test_whatever_a_cache_raises_the_model_is_run_whole(monkeypatch, at, error):
+    trunk = cut("llama")
+
+    def fails(*_args):
+        raise error("no such cache")
+
+    monkeypatch.setattr(Suffix, at, fails)
+    assert trunk.suffix(trunk.batch(QUESTIONS)) is None
+    assert len(capture(trunk, QUESTIONS)) == 2

@@ -35,7 +35,7 @@ from malmend.editors.malmen import Malmen
 from malmend.errors import EditorError, MalmendError
 from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Question
-from malmend.facts.tokens import Encoder
+from malmend.facts.tokens import TRIED, Encoder
 from malmend.models.capture import Captured, capture, token_counts
 from malmend.models.trunk import Trunk
 from malmend.numerics.ridge import ROWS
@@ -139,7 +139,7 @@ def framing(encoder: Encoder, frame: str) -> Encoder:
         )
     ends, most = encoder.end_of_answer, encoder.max_tokens
     found = Encoder(encoder.tokenizer, ends, most, chat=True, reading=encoder.reading)
-    found.framed("")
+    found.framed(TRIED)
     return found
 
 
@@ -200,12 +200,11 @@ def further(
     wide_gains = torch.tensor(gains, dtype=torch.float64)
     found: list[Aggregation] = []
     for site, (name, pair) in enumerate(zip(editor.names, captured, strict=True)):
+        plain = int(counts[site])
         one = Malmen(
             pair.keys_NK,
             pair.room.empty(*pair.value_grads_NV.shape, dtype=pair.keys_NK.dtype),
-            editor.prior(
-                site, plain := int(counts[site]), refine.text_times(plain, CHAT in others)
-            ),
+            editor.prior(site, plain, refine.text_times(plain, CHAT in others)),
             editor.row_weights(site, pair),
             processes.summed if processes.count > 1 else None,
         )

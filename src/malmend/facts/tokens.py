@@ -20,6 +20,7 @@ from malmend.errors import MalmendError, nearest
 from malmend.facts.encoded import Encoded, Form
 from malmend.facts.fact import Fact, Question
 
+TRIED = "What is it?"  # what a chat template is tried with
 EndOfAnswer = Literal["eos", "newline", "none"]
 
 
@@ -121,7 +122,7 @@ class Encoder:
             return self.tokenizer.apply_chat_template(
                 turns, tokenize=False, add_generation_prompt=True
             )
-        except (TemplateError, ValueError) as error:
+        except (TemplateError, ValueError, TypeError, LookupError, AttributeError) as error:
             raise MalmendError(
                 f"the tokenizer's chat template cannot be filled ({error}); mend it, or leave out "
                 "what asks through it"
@@ -130,16 +131,15 @@ class Encoder:
     def in_chat(self) -> Encoder | None:
         """The same encoder through the model's chat template.
 
-        None where there is none that takes a user's turn, or where the model is no causal one.
+        None where there is none that holds what a user says, or where the model is no causal one.
         """
         if self.reading.form != "causal" or not getattr(self.tokenizer, "chat_template", None):
             return None
         found = Encoder(self.tokenizer, self.end_of_answer, self.max_tokens, True, self.reading)
         try:
-            found.framed("")
+            return found if TRIED in found.framed(TRIED) else None
         except MalmendError:
             return None
-        return found
 
     def passage_ids(self, text: str, most: int = 256) -> tuple[int, ...]:
         """The first ``most`` ids of plain text, for statistics; no frame, no end token."""

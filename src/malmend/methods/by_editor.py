@@ -52,9 +52,11 @@ def find_by_editor(
     refinable = settings.method == "malmen" and settings.descent is not None
     again = refinable and refine.goes_on(bench.encoder, 1, 1.0)
     frames = refine.frames_for(bench.encoder) if again else ()
-    others = {
-        frame: framed(bench.encoder, [fact.question for fact in facts], frame) for frame in frames
-    }
+    others = {}
+    for frame in frames:
+        found = framed(bench.encoder, [fact.question for fact in facts], frame)
+        if processes.total(len(found))[0]:  # none where every fact is too long for it
+            others[frame] = found
     count = counted(progress, "keys and value gradients", len(questions))
     captured = capture(trunk, questions, settings.tokens, settings.descent, count)
     solves = _Solves(editor, [len(pair.keys_NK) for pair in captured], progress, processes)
@@ -73,29 +75,36 @@ def find_by_editor(
         in_chat = 0.0 if spoken is None else missed(trunk, spoken, one.shifts, processes)
         return plain, max(plain, in_chat)
 
-    kept, (left, worst) = 1, missed_by(solved) if again else (0.0, 0.0)
+    latest, done, kept = solved, 1, 1
+    least, worst = missed_by(solved) if again else (0.0, 0.0)
     count_all = len(questions) + sum(map(len, others.values()))
-    while again and refine.goes_on(bench.encoder, kept, worst):
-        stage = f", pass {kept + 1}"
+    while again and refine.goes_on(bench.encoder, done, worst):
+        stage, done = f", pass {done + 1}", done + 1
         count = counted(progress, f"keys and value gradients{stage}", count_all)
-        later = solves.solve(
-            *further(editor, trunk, solved.shifts, questions, others, refine, count, processes),
+        latest = solves.solve(
+            *further(editor, trunk, latest.shifts, questions, others, refine, count, processes),
             stage,
         )
-        if later.broken or (by := missed_by(later))[0] > max(left, ENOUGH):
+        if latest.broken:
             break
-        solved, kept, (left, worst) = later, kept + 1, by
+        plain, worst = missed_by(latest)
+        if plain <= max(least, ENOUGH):
+            solved, kept = latest, done
+        least = min(least, plain)
     with shifted(list(trunk.sites), solved.shifts):
         moved = keys_of(trunk, questions, settings.tokens)
     said = {
         **described(editor, form),
         "passes": kept,
-        "frames": list(frames) if kept > 1 else [],
-        "tokens": solves.tokens,
+        "frames": list(others) if kept > 1 else [],
+        "gain": refine.gain,
+        "chat_gain": refine.chat_gain,
+        "text_times": refine.text_times(solves.tokens, CHAT in others) if kept > 1 else 1.0,
+        "tokens": solved.tokens,
         "mean_residual": solved.mean_residual,
         "residual_after": solves.mean_residual(solved.shifts, moved, solved.diffs),
     }
-    return Found(solved.shifts, solves.tokens, said)
+    return Found(solved.shifts, solved.tokens, said)
 
 
 def described(editor: Editor, form: Form) -> dict[str, Any]:
@@ -115,10 +124,14 @@ def described(editor: Editor, form: Form) -> dict[str, Any]:
 
 @dataclass(frozen=True, eq=False)
 class _Solved:
-    """What stays of a solve: a shift per site, and what it asked of the plain prompts' tokens."""
+    """What stays of a solve: a shift per site, and what it asked of the plain prompts' tokens.
+
+    ``tokens`` counts all that it was solved for, in every frame: no shift has a higher rank.
+    """
 
     shifts: dict[str, Tensor]
     diffs: list[Tensor]
+    tokens: int
     mean_residual: float
 
     @property
@@ -145,7 +158,7 @@ class _Solves:
         self._rows, self._names, self._progress = rows, editor.names, progress
         self._stage = "least squares" if editor.settings.method == "malmen" else "sum of shifts"
         self._processes = processes
-        self.tokens = int(max(processes.total(*rows)))
+        self.tokens = int(max(processes.total(*rows)))  # of the plain prompts
 
     def solve(
         self, captured: Sequence[Captured], aggregations: Sequence[Aggregation], which: str = ""
@@ -159,7 +172,8 @@ class _Solves:
             diffs.append(kept_NV.copy_(one.diffs_NV[:count]))
         residual = self.mean_residual(shifts, [pair.keys_NK for pair in captured], diffs)
         self._progress(self._stage + which, 1.0)
-        return _Solved(shifts, diffs, residual)
+        tokens = int(max(self._processes.total(*[len(pair.keys_NK) for pair in captured])))
+        return _Solved(shifts, diffs, tokens, residual)
 
     def mean_residual(
         self, shifts: dict[str, Tensor], keys: Sequence[Tensor], diffs: Sequence[Tensor]

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from malmend.errors import MalmendError
@@ -80,13 +81,16 @@ def plan_memory(
         raise MalmendError(
             "--memory is measured by Linux's accounting, which this system lacks; leave it out."
         )
-    longest = sorted(questions, key=lambda one: -len(one.ids))
-    width = len(longest[0].ids)
-    some = longest[: max(1, REHEARSED // width)]
-    done: list[Callable[[], object]] = [lambda: capture(trunk, some, tokens)]
-    if also is not None:
-        done.append(lambda: also(some))
-    each = max(map(_taken, done)) / (len(some) * width)
+    width = max(len(one.ids) for one in questions)
+    each = 0.0
+    # Only the answer's tokens may be run again and again, so a short prompt may cost more a token.
+    for rank in (lambda one: -len(one.ids), lambda one: -len(one.sources) / len(one.ids)):
+        some = sorted(questions, key=rank)[: max(1, REHEARSED // width)]
+        done: list[Callable[[], object]] = [partial(capture, trunk, some, tokens)]
+        if also is not None:
+            done.append(partial(also, some))
+        positions = len(some) * max(len(one.ids) for one in some)
+        each = max(each, max(map(_taken, done)) / positions)
     left = SPARED * budget - now - extra - sum(sums_of(site) for site in trunk.sites)
     if left < 2 * each * width:
         least = (budget * SPARED - left + 2 * each * width) / SPARED

@@ -78,10 +78,13 @@ def capture(
         )
         for site in trunk.sites
     ]
+    splits = None if settled(tokens, trunk.cut.form) == "answer" else False
     for indices, batch in trunk.batches(questions):
         rows = _rows_of(starts, indices)
-        whole = settled(tokens, questions[0].form) == "all"
-        suffix = None if whole else trunk.suffix(batch)
+        suffix = trunk.suffix(batch) if splits is not False else None
+        if splits is None and suffix is not None:  # once, of the longest questions
+            splits = trunk.agrees(suffix, batch)
+            suffix = suffix if splits else None
         group = Group(trunk, [questions[i] for i in indices], batch, tokens, suffix)
         keys, value_grads = group.descended(descent) if descent else group.plain()
         for site, site_out, key, grad in zip(trunk.sites, out, keys, value_grads, strict=True):

@@ -35,6 +35,7 @@ class Suffix:
         stored_BTF: their trunk activations.
 
     Attributes:
+        kept: P, or that of a batch which this one was part of.
         width: S.
         flat_A: indices of the sources in the flattened B x S positions.
     """
@@ -43,8 +44,8 @@ class Suffix:
         self._cut, self._stored_BTF = cut, stored_BTF
         first_B = torch.tensor([one.sources[0] for one in tokens.questions])
         # Padded on the left, so that distances are what they are in the whole question.
-        self._kept = int(first_B.max())
-        at_BP = first_B[:, None] - self._kept + torch.arange(self._kept)
+        self.kept = int(first_B.max())
+        at_BP = first_B[:, None] - self.kept + torch.arange(self.kept)
         at_BP, is_there_BP = at_BP.clamp(min=0), at_BP >= 0
         with torch.no_grad(), cut.heading(self._stored_at(at_BP)):
             ids_BP = tokens.ids_BT.gather(1, at_BP)
@@ -60,7 +61,7 @@ class Suffix:
         self.flat_A = is_there_BS.flatten().nonzero().squeeze(1)
         # A row that ends sooner goes on with its last token, which nothing reads.
         self._at_BS = first_B1 + along_S.minimum(count_B1 - 1)
-        is_before_BP = torch.arange(self._kept) >= self._kept - first_B1
+        is_before_BP = torch.arange(self.kept) >= self.kept - first_B1
         self._mask = torch.cat([is_before_BP, is_there_BS], dim=1)
         self._ids_BS = tokens.ids_BT.gather(1, self._at_BS)
         self._stored_BSF = self._stored_at(self._at_BS)
@@ -89,7 +90,7 @@ class Suffix:
         chosen = torch.tensor(rows, device=self._stored_BTF.device)
         for layer in other._cache.layers:
             if layer.is_initialized:
-                layer.batch_select_indices(chosen)
+                layer.batch_select_indices(chosen.to(layer.keys.device))
         other._stored_BTF = self._stored_BTF[chosen]
         other._lay_out(tokens)
         return other
@@ -107,8 +108,8 @@ def splits(cut: Cut) -> bool:
         try:
             suffix = Suffix(cut, trial, stored)
             found = [suffix.logits(), suffix.subset([1], collate(trial.questions[1:])).logits()]
-        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError):
-            return False  # the cache is of another kind
+        except Exception:
+            return False  # the cache is of another kind, or made otherwise by this transformers
     return cut.agree(found[0], whole) and cut.agree(found[1], whole[2:])
 
 

@@ -107,6 +107,11 @@ class Trunk:
             return None
         return Suffix(self.cut, batch.tokens, batch.stored_BTF)
 
+    @torch.no_grad()
+    def agrees(self, suffix: Suffix, batch: Batch) -> bool:
+        """Whether it says what the whole questions do, which may be longer than a trial's."""
+        return self.cut.agree(suffix.logits(), self.logits(batch))
+
     @property
     def wide(self) -> torch.dtype:
         """What captured tensors are kept in: float64 for a float64 model, else float32."""
