@@ -9,9 +9,9 @@ g' of what is still missing there.  The next shift is one ridge solution with th
 
 so what holds is asked to stay, what is missing is asked for on top, and the prior is paid once,
 for the whole shift.  Where the shift no longer changes, S P = -gain * sum of w_j g'_j u'_j^T: what
-the prior pulls back is just what is missing.  It is not sure to get there, so the caller keeps the
-last pass after which no more of the plain prompts' tokens are missed (:func:`missed`) than after the
-best before it, or no more than a hundredth of them.
+the prior pulls back is just what is missing.  It is not sure to get there, so the caller keeps
+the last pass after which no more of the plain prompts' tokens are missed (:func:`missed`) than
+after the best before it, or no more than a hundredth of them.
 
 Frames are other settings that a prompt is put in during the later passes, each with rows of its
 own; a fact that holds in several holds better in words that nobody gave.  One of them is the
