@@ -41,7 +41,7 @@ def edited(method: str, folder: Path, processes: Processes = ALONE) -> EditResul
         calibrate=command_support.make_facts(12, seed=1),
         text=folder / f"text-{processes.rank}.txt",
         calibration=command_support.CALIBRATION,
-        refine=RefineSettings(frames=("Say {prompt}",)),
+        refine=RefineSettings(passes=2, frames=("Say {prompt}",)),  # more make rounding grow
         processes=processes,
     )
 
