@@ -13,6 +13,7 @@ from command_support import CALIBRATION, make_facts
 from malmend.editors.refine import WITH_CHAT, RefineSettings
 from malmend.editors.settings import training_free
 from malmend.errors import EditorError
+from malmend.methods import by_editor
 from malmend.methods.ultraedit import UltraEdit
 
 tiny = command_support.tiny
@@ -30,8 +31,7 @@ def own(tiny) -> dict:
 def counting(monkeypatch, *counts: float) -> None:
     """Lets the solves miss such a share of the tokens, in turn."""
     left = list(counts)
-    module = sys.modules["malmend.methods.by_editor"]
-    monkeypatch.setattr(module, "missed", lambda *_args: left.pop(0))
+    monkeypatch.setattr(by_editor, "missed", lambda *_args: left.pop(0))
 
 
 def same(one, other) -> bool:

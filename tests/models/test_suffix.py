@@ -126,3 +126,16 @@ def test_whatever_a_cache_raises_the_model_is_run_whole(monkeypatch, at, error):
     monkeypatch.setattr(Suffix, at, fails)
     assert trunk.suffix(trunk.batch(QUESTIONS)) is None
     assert len(capture(trunk, QUESTIONS)) == 2
+
+
+def test_the_trial_asks_a_part_of_its_batch_too(monkeypatch):
+    part = Suffix.subset
+
+    def wrong(suffix, rows, tokens):
+        other = part(suffix, rows, tokens)
+        other._stored_BSF = other._stored_BSF + 1
+        return other
+
+    trunk = cut("llama")
+    monkeypatch.setattr(Suffix, "subset", wrong)
+    assert not splits(trunk.cut)

@@ -3,7 +3,8 @@
 One solve asks each value to move by what its own fact needs.  It does not know what the shifts of
 lower sites do to the keys of upper ones, and the ridge gives less than was asked.  So the facts are
 captured again on the edited model: keys u' as the shift S_p leaves them, descended value gradients
-g' of what is still missing there.  The next shift is one ridge solution with the same prior,
+g' of what is still missing there.  The next shift is one ridge solution with the same prior (but
+for the weight of general text beside rows in chat, ``text_weight``),
 
     d_j = S_p u'_j - gain * g'_j,   S_(p+1) = the solution of (14) for the rows (u'_j, d_j)   (18)
 
