@@ -7,6 +7,7 @@ from what the model says, as its edits do.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +20,11 @@ from malmend.editors.calibration import (
     load_calibration,
     save_calibration,
 )
+from malmend.editors.keymoments import first_of, passages_of
 from malmend.editors.settings import EditorSettings
 from malmend.errors import MalmendError
+from malmend.facts.apart import apart
+from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact, FactSet, Question, spread
 from malmend.facts.readers import read_facts, read_questions, read_text
 from malmend.facts.tokens import Encoder
@@ -79,6 +83,41 @@ def held_out_questions(encoder: Encoder, count: int) -> tuple[Question, ...]:
         asked = [Question(_stated(one.prompt, one.answer)) for one in asked if one.answer]
     usable = [question for question in asked if _can_be_asked(encoder, question)]
     return tuple(usable[len(usable) - min(count, len(usable)) :])
+
+
+def to_hold(
+    encoder: Encoder, facts: Sequence[Fact], text: str | Path | None = None
+) -> list[Encoded]:
+    """What edits of these facts should leave as it is: general questions, and lines of text.
+
+    They come in turns, questions with their answers but no end token, of lines every token but the
+    first; none that is of one of the facts (:func:`malmend.facts.apart.apart`).  Of the text no
+    more lines than a prior reads.  Nothing of a model that is no decoder.
+
+    Args:
+        encoder: of the model.
+        facts: that are edited.
+        text: a text file in place of the project's own text.
+    """
+    if encoder.reading.form != "causal":
+        return []
+    words = read_text(shipped("text.txt") if text is None else text)
+    lines = first_of(passages_of(encoder, words), CalibrationSettings.text_tokens)
+    texts = [encoder.said(line.ids) for line in lines]
+    held = [(said, replace(line, answer_start=2)) for said, line in zip(texts, lines, strict=True)]
+    asked = [one for one in read_questions(shipped("questions.jsonl")) if one.answer]
+    answered = [
+        (f"{one.prompt} {one.answer}", _without_end(encoder.encode(one)))
+        for one in asked
+        if _can_be_asked(encoder, one)
+    ]
+    turns = [one for pair in itertools.zip_longest(answered, held) for one in pair if one]
+    free = apart([said for said, _ in turns], facts)
+    return [one for (_, one), is_free in zip(turns, free, strict=True) if is_free and one.labels]
+
+
+def _without_end(question: Encoded) -> Encoded:
+    return replace(question, ids=question.ids[: question.answer_end])
 
 
 def _calibration_data(

@@ -22,7 +22,7 @@ from support import (
     tiny_trunk,
 )
 
-from malmend.editors import metaloss, training
+from malmend.editors import training
 from malmend.editors.editor import Editor
 from malmend.editors.metaloss import meta_loss
 from malmend.editors.network import NetworkSettings
@@ -36,6 +36,7 @@ from malmend.editors.training import Trainer, estimate_seconds
 from malmend.errors import EditorError, MalmendError
 from malmend.facts.fact import Fact, Question
 from malmend.memory import Room
+from malmend.models import output
 from malmend.models.descent import Descent
 from malmend.models.store import ActivationStore
 from malmend.patch import shifted
@@ -645,7 +646,7 @@ def test_the_loss_in_parts_of_the_vocabularys_product_is_the_whole_one(rows, mon
     shifts = trainer.editor.shifts(trainer.pairs.of(trainer.facts))
     found = []
     for size in (10**9, rows * trainer.trunk.words):
-        monkeypatch.setattr(metaloss, "LOGITS", size)
+        monkeypatch.setattr(output, "LOGITS", size)
         with shifted(list(trainer.trunk.sites), shifts):
             found.append(meta_loss(trainer.trunk, judged, 0.7))
     whole, parts = found

@@ -18,7 +18,7 @@ from malmend.editors.settings import EditorSettings, training_free
 from malmend.errors import EditorError, MalmendError
 from malmend.facts.fact import Fact
 from malmend.facts.tokens import Encoder, EndOfAnswer
-from malmend.material import calibrated
+from malmend.material import calibrated, to_hold
 from malmend.methods.by_editor import find_by_editor
 from malmend.methods.method import Found
 from malmend.models.load import LoadedModel
@@ -127,6 +127,11 @@ class ByEditor:
         for frame in self.refine.frames_for(encoder):
             framing(encoder, frame)
 
+    @property
+    def restores(self) -> bool:
+        """Whether a later solve may ask back what the edit moved."""
+        return self.refine.passes != 1 and self.refine.restore > 0
+
     def sites_in(self, model: PreTrainedModel) -> tuple[Site, ...]:
         """The layers that the editor edits."""
         return self.choice.settings.sites_in(model)
@@ -139,7 +144,8 @@ class ByEditor:
                 bench, self.calibrate, self.text, self.calibration, progress
             )
         once = time.perf_counter() - start
-        found = find_by_editor(bench, editor, facts, self.refine, progress, self.processes)
+        held = to_hold(bench.encoder, facts, self.text) if self.restores else ()
+        found = find_by_editor(bench, editor, facts, self.refine, held, progress, self.processes)
         said = {**self.choice.provenance(facts), **found.said}
         return replace(found, said=said, once=once)
 

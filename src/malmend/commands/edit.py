@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from malmend.commands.evaluate import chat_encoder, evaluate
 from malmend.editors.calibration import CalibrationSettings
 from malmend.editors.editor import Editor
 from malmend.editors.refine import RefineSettings
+from malmend.editors.restore import rehearse
 from malmend.editors.settings import EditorSettings
 from malmend.errors import EditorError, MalmendError, PatchError
 from malmend.evaluation.examiner import Examiner
@@ -156,7 +158,9 @@ def edit(
     bench = lay_out(loaded, working.sites_in(loaded.model), working.end_of_answer, trunk=trunk)
     known = aimed(bench, known, away)
     aims = {"alternative": alternative, "away": away, "created": now()}
-    bench, plan = within_memory(bench, processes.share(known), memory)
+    restores = method is None and by_editor.restores and encoder.reading.form == "causal"
+    also = partial(rehearse, bench.trunk) if restores else None
+    bench, plan = within_memory(bench, processes.share(known), memory, also=also)
     with watched(plan, told) as peak:
         done = _edited(bench, working, known, aims, out, progress, processes)
     done = replace(done, peak=peak())

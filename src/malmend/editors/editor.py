@@ -170,18 +170,14 @@ class Editor(nn.Module):
         for term in self.terms:
             self.register_buffer(f"prior_{term}_{index}", known.priors_KK[term].float())
 
-    def prior(self, site: int, tokens: int, text_times: float = 1.0) -> Prior:
-        """P of one site as numbers, for an edit of so many tokens (N of equations 13 and 15).
-
-        ``text_times`` multiplies the weight of general text.
-        """
-        times = {"text": text_times, "wording": tokens}
+    def prior(self, site: int, tokens: int) -> Prior:
+        """P of one site as numbers, for an edit of so many tokens (N of equations 13 and 15)."""
         size = log_size(tokens)
         weights = (self.log_weights_SP[site] + self.powers_SP[site] * size).exp().tolist()
         return Prior(
             ridge=self.log_ridge_S[site].exp().item(),
             weights=tuple(
-                weight * times.get(term, 1)
+                weight * (tokens if term == "wording" else 1)
                 for weight, term in zip(weights, self.terms, strict=True)
             ),
             matrices_KK=tuple(getattr(self, f"prior_{term}_{site}") for term in self.terms),

@@ -12,7 +12,7 @@ Shape letters: A answer tokens, H hidden width, V value width, K key width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -20,14 +20,11 @@ import torch
 from torch import Tensor
 
 from malmend.facts.encoded import Encoded
+from malmend.models.output import Losses, Part, kl_from, through_output
 from malmend.models.sites import Site
 from malmend.models.trunk import Batch, Trunk
-from malmend.numerics.losses import kl_and_grad, nll_and_grad
+from malmend.numerics.losses import nll_and_grad
 from malmend.processes import ALONE, Processes
-
-LOGITS = 1 << 22  # so many stand in memory at once
-Losses = tuple[Tensor, Tensor]  # of each token, A, and by each logit, A x W
-Part = Callable[[slice, Tensor], Losses]
 
 
 @dataclass(frozen=True)
@@ -75,9 +72,10 @@ def meta_loss(
     with _weights_in_graph(trunk.sites if grads else ()), torch.set_grad_enabled(grads):
 
         def add(batch: Batch, weight: float, part: Part) -> float:
-            loss = _through(trunk, batch, weight / count if grads else 0.0, part) / count
+            states_AH = trunk.final_states(batch)
+            losses_A = through_output(trunk, states_AH, part, weight / count if grads else 0.0)
             _collect(trunk.sites, out.shift_grads)
-            return loss
+            return losses_A.sum().item() / count
 
         for _, batch in trunk.batches([one.equivalent for one in judged]):
             labels_A = batch.tokens.labels_A.to(device)
@@ -89,39 +87,11 @@ def meta_loss(
         others = [(one.unrelated, one.unedited_AH) for one in judged]
         held = [(q, states_AH) for q, states_AH in others if q and states_AH is not None]
         for indices, batch in trunk.batches([question for question, _ in held]):
-            known_AH = torch.cat([held[i][1] for i in indices]).to(device)
-
-            def moved(rows: slice, at_AW: Tensor, known_AH: Tensor = known_AH) -> Losses:
-                with torch.no_grad():
-                    return kl_and_grad(trunk.logits_of(known_AH[rows]), at_AW)
-
-            out.loc += add(batch, locality, moved)
+            known_AH = torch.cat([held[i][1] for i in indices])
+            out.loc += add(batch, locality, kl_from(trunk, known_AH))
     out.gen, out.loc = processes.total(out.gen, out.loc)
     out.shift_grads = {n: processes.summed(grad) for n, grad in out.shift_grads.items()}
     return out
-
-
-def _through(trunk: Trunk, batch: Batch, weight: float, part: Part) -> float:
-    """The sum of a loss over a batch's answer tokens; its gradient, times ``weight``, goes back.
-
-    The vocabulary is wide: logits are made of a few tokens at a time, and nothing of them is kept.
-    """
-    states_AH = trunk.final_states(batch)
-    known_AH, total = states_AH.detach(), 0.0
-    grad_AH = torch.zeros_like(known_AH)
-    size = max(1, LOGITS // trunk.words)
-    for rows in (slice(start, start + size) for start in range(0, len(known_AH), size)):
-        part_AH = known_AH[rows].requires_grad_(bool(weight))
-        at_AW = trunk.logits_of(part_AH)
-        losses_A, by_AW = part(rows, at_AW.detach())
-        total += losses_A.sum().item()
-        if weight:
-            at_AW.backward(by_AW.mul_(weight).to(at_AW.dtype))
-            assert part_AH.grad is not None
-            grad_AH[rows] = part_AH.grad
-    if weight:
-        states_AH.backward(grad_AH)
-    return total
 
 
 @contextmanager

@@ -3,16 +3,17 @@
 One solve asks each value to move by what its own fact needs.  It does not know what the shifts of
 lower sites do to the keys of upper ones, and the ridge gives less than was asked.  So the facts are
 captured again on the edited model: keys u' as the shift S_p leaves them, descended value gradients
-g' of what is still missing there.  The next shift is one ridge solution with the same prior (but
-for the weight of general text beside rows in chat, ``text_weight``),
+g' of what is still missing there.  The next shift is one ridge solution with the same prior,
 
     d_j = S_p u'_j - gain * g'_j,   S_(p+1) = the solution of (14) for the rows (u'_j, d_j)   (18)
 
 so what holds is asked to stay, what is missing is asked for on top, and the prior is paid once,
-for the whole shift.  Where the shift no longer changes, S P = -gain * sum of w_j g'_j u'_j^T: what
-the prior pulls back is just what is missing.  It is not sure to get there, so the caller keeps
-the last pass after which no more of the plain prompts' tokens are missed (:func:`missed`) than
-after the best before it, or no more than a hundredth of them.
+for the whole shift.  Tokens of other questions and of text at which the edited model says something
+else than before have rows too, which ask that back (restore.py).  Where the shift no longer
+changes, S P = -gain * sum of w_j g'_j u'_j^T: what the prior pulls back is just what is missing.
+It is not sure to get there, so the caller keeps the last pass after which no more of the plain
+prompts' tokens are missed (:func:`missed`) than after the best before it, or no more than a
+hundredth of them.
 
 Frames are other settings that a prompt is put in during the later passes, each with rows of its
 own; a fact that holds in several holds better in words that nobody gave.  One of them is the
@@ -29,10 +30,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from malmend.editors.editor import Aggregation, Editor, chunks, log_size
+from malmend.editors.editor import Aggregation, Editor, chunks
 from malmend.editors.malmen import Malmen
+from malmend.editors.restore import NUMBERS, Held, restoring
 from malmend.errors import EditorError, MalmendError
 from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Question
@@ -48,7 +50,6 @@ PROMPT = "{prompt}"
 CHAT = "chat"
 USUAL, MOST, ENOUGH = 3, 4, 0.01  # solves, and the share of missed tokens that needs no more
 END_NLL = 0.05  # what a later solve asks of end tokens: they weigh little, and the prior pulls
-HEAVIER = 8.0  # times the weight of general text beside rows in chat, at 2,048 tokens
 FRAMES = ("This is well known. {prompt}", "{prompt} (in one word):")
 WITH_CHAT = (FRAMES[1], CHAT)  # of a model that has a chat template
 
@@ -68,16 +69,15 @@ class RefineSettings:
             has not learned to read them; ``frames: []`` for none of them.
         gain: how much of a still missing move a later pass asks for (equation 18).
         chat_gain: the same, of rows in the chat template.
-        text_weight: times the weight of general text in the prior, in solves after the first.  Null
-            for 1, but with the chat template among the frames, whose moves are large, for
-            8 sqrt(N / 2048), N the plain prompts' tokens between 512 and 4,096.
+        restore: weight of the rows that ask back what the edit moved of other questions and of
+            text (restore.py); 0 for none of them.  Of a decoder only.
     """
 
     passes: int | None = None
     frames: tuple[str, ...] | None = None
     gain: float = 1.6
     chat_gain: float = 2.5
-    text_weight: float | None = None
+    restore: float = 1.0
 
     def __post_init__(self) -> None:
         if self.passes is not None and self.passes < 1:
@@ -85,13 +85,17 @@ class RefineSettings:
                 f"passes is {self.passes}, expected 1 or more; give --refine.passes 1 for a single "
                 "solve."
             )
-        for name in ("gain", "chat_gain", "text_weight"):
+        for name in ("gain", "chat_gain"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
+            if not 0 < value < math.inf:
                 raise EditorError(
                     f"{name} is {value:g}, expected a number above 0; change "
                     f"--refine.{name.replace('_', '-')}."
                 )
+        if not 0 <= self.restore < math.inf:
+            raise EditorError(
+                f"restore is {self.restore:g}, expected 0 or more; change --refine.restore."
+            )
         for frame in self.frames or ():
             if frame != CHAT and PROMPT not in frame:
                 raise EditorError(
@@ -106,12 +110,6 @@ class RefineSettings:
         sought = encoder.reading.form == "classes" or done < USUAL or missed > ENOUGH
         return done < MOST and sought
 
-    def text_times(self, tokens: int, in_chat: bool) -> float:
-        """The factor on the weight of general text in a later solve, of so many plain tokens."""
-        if self.text_weight is not None:
-            return self.text_weight
-        return HEAVIER * math.exp(log_size(tokens) / 2) if in_chat else 1.0
-
     def frames_for(self, encoder: Encoder) -> tuple[str, ...]:
         """The frames of a model."""
         if self.frames is not None:
@@ -122,8 +120,8 @@ class RefineSettings:
 
 
 # What a null of RefineSettings stands for, and its numbers.
-UNSAID: list[object] = [USUAL, MOST, ENOUGH, END_NLL, HEAVIER, *FRAMES, *WITH_CHAT]
-UNSAID += [RefineSettings.gain, RefineSettings.chat_gain]
+UNSAID: list[object] = [USUAL, MOST, ENOUGH, END_NLL, *FRAMES, *WITH_CHAT, *NUMBERS]
+UNSAID += [RefineSettings.gain, RefineSettings.chat_gain, RefineSettings.restore]
 
 
 def framing(encoder: Encoder, frame: str) -> Encoder:
@@ -178,6 +176,7 @@ def further(
     questions: Sequence[Encoded],
     others: Mapping[str, Sequence[Encoded]],
     refine: RefineSettings,
+    held: Held | None = None,
     progress: Callable[[int], None] = lambda count: None,
     processes: Processes = ALONE,
 ) -> tuple[list[Captured], list[Aggregation]]:
@@ -189,13 +188,14 @@ def further(
         shifts: S_p by site, V x K.
         questions: the edits as they are.
         others: the same in frames, by frame.
-        refine: the gains of (18).
-        progress: called with the number of questions just finished.
+        refine: the gains of (18) and the weight of (28).
+        held: what should be said as before; None for nothing.
+        progress: called with the number of questions just finished, held ones among them.
         processes: that the questions are spread over, of which these are this one's.
 
     Returns:
-        What was captured per site, plain tokens first, and the aggregations that hold S_(p+1).
-        The factor N of the prior's wording is the number of plain tokens.
+        What was captured per site, plain tokens first and held ones last, and the aggregations that
+        hold S_(p+1).  The factor N of the prior's wording is the number of plain tokens.
     """
     settings = editor.settings
     everything, gains = [*questions], [refine.gain] * len(questions)
@@ -204,6 +204,10 @@ def further(
         gains += [refine.chat_gain if frame == CHAT else refine.gain] * len(ones)
     with shifted(list(trunk.sites), shifts):
         captured = capture(trunk, everything, settings.tokens, surer(settings.descent), progress)
+        edited = [len(pair.keys_NK) for pair in captured]
+        if held is not None:
+            restored = restoring(trunk, held, edited[0], progress, processes)
+            captured = [captured.pop(0).followed(restored.pop(0)) for _ in trunk.sites]
     tokens = [
         torch.tensor(token_counts(everything, settings.tokens, one.in_encoder), dtype=torch.long)
         for one in trunk.sites
@@ -212,21 +216,26 @@ def further(
     wide_gains = torch.tensor(gains, dtype=torch.float64)
     found: list[Aggregation] = []
     for site, (name, pair) in enumerate(zip(editor.names, captured, strict=True)):
-        plain = int(counts[site])
+        gain_N, weights_N = (
+            wide_gains.repeat_interleave(tokens[site]),
+            editor.row_weights(site, pair),
+        )
+        if held is not None:
+            gain_N = nn.functional.pad(gain_N, (0, len(pair.keys_NK) - edited[site]), value=1.0)
+            weights_N = torch.ones_like(gain_N) if weights_N is None else weights_N
+            weights_N[edited[site] :] = refine.restore
         one = Malmen(
             pair.keys_NK,
             pair.room.empty(*pair.value_grads_NV.shape, dtype=pair.keys_NK.dtype),
-            editor.prior(site, plain, refine.text_times(plain, CHAT in others)),
-            editor.row_weights(site, pair),
+            editor.prior(site, int(counts[site])),
+            weights_N,
             processes.summed if processes.count > 1 else None,
         )
         shift_KV = shifts[name].double().T
-        gain_N1 = wide_gains.repeat_interleave(tokens[site])[:, None]
         for rows in chunks(len(pair.keys_NK), ROWS):
             kept_NV = pair.keys_NK[rows].double() @ shift_KV
-            one.diffs_NV[rows] = (kept_NV - gain_N1[rows] * pair.value_grads_NV[rows].double()).to(
-                one.diffs_NV
-            )
+            missing_NV = gain_N[rows, None] * pair.value_grads_NV[rows].double()
+            one.diffs_NV[rows] = (kept_NV - missing_NV).to(one.diffs_NV)
         found.append(one)
     return captured, found
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from malmend.editors.editor import Aggregation, Editor
 from malmend.editors.refine import CHAT, ENOUGH, RefineSettings, framed, further, missed
+from malmend.editors.restore import Held
 from malmend.errors import EditorError
-from malmend.facts.encoded import Form, settled
+from malmend.facts.encoded import Encoded, Form, settled
 from malmend.facts.fact import Fact
 from malmend.methods.method import Found
 from malmend.models.capture import Captured, capture, keys_of
@@ -28,6 +29,7 @@ def find_by_editor(
     editor: Editor,
     facts: Sequence[Fact],
     refine: RefineSettings = RefineSettings(),
+    to_hold: Sequence[Encoded] = (),
     progress: Progress = silent,
     processes: Processes = ALONE,
 ) -> Found:
@@ -40,6 +42,7 @@ def find_by_editor(
         editor: with everything it needs.
         facts: to be edited.
         refine: further passes.
+        to_hold: questions and text at which the model should say what it says unedited.
         progress: called with stage and share done.
         processes: that the facts are spread over.
 
@@ -57,6 +60,9 @@ def find_by_editor(
         found = framed(bench.encoder, [fact.question for fact in facts], frame)
         if processes.total(len(found))[0]:  # none where every fact is too long for it
             others[frame] = found
+    asked = sum(len(one.sources) for one in questions)
+    edited = int(processes.total(asked)[0])
+    held = Held.of(trunk, to_hold, edited, processes) if again and to_hold else None
     count = counted(progress, "keys and value gradients", len(questions))
     captured = capture(trunk, questions, settings.tokens, settings.descent, count)
     solves = _Solves(editor, [len(pair.keys_NK) for pair in captured], progress, processes)
@@ -78,11 +84,14 @@ def find_by_editor(
     latest, done, kept = solved, 1, 1
     least, worst = missed_by(solved) if again else (0.0, 0.0)
     count_all = len(questions) + sum(map(len, others.values()))
+    count_all += len(held.questions) if held else 0
     while again and refine.goes_on(bench.encoder, done, worst):
         stage, done = f", pass {done + 1}", done + 1
         count = counted(progress, f"keys and value gradients{stage}", count_all)
         latest = solves.solve(
-            *further(editor, trunk, latest.shifts, questions, others, refine, count, processes),
+            *further(
+                editor, trunk, latest.shifts, questions, others, refine, held, count, processes
+            ),
             stage,
         )
         if latest.broken:
@@ -99,7 +108,7 @@ def find_by_editor(
         "frames": list(others) if kept > 1 else [],
         "gain": refine.gain,
         "chat_gain": refine.chat_gain,
-        "text_times": refine.text_times(solves.tokens, CHAT in others) if kept > 1 else 1.0,
+        "restore": refine.restore if held and kept > 1 else 0.0,
         "tokens": solved.tokens,
         "mean_residual": solved.mean_residual,
         "residual_after": solves.mean_residual(solved.shifts, moved, solved.diffs),

@@ -48,6 +48,24 @@ class Captured:
         ends_N = None if self.ends_N is None else self.ends_N[chosen]
         return Captured(self.keys_NK[chosen], self.value_grads_NV[chosen], ends_N, self.room)
 
+    def followed(self, by: Captured) -> Captured:
+        """The tokens of both."""
+        pairs = [(self.keys_NK, by.keys_NK), (self.value_grads_NV, by.value_grads_NV)]
+        keys_NK, value_grads_NV = (
+            torch.cat(
+                pair,
+                out=self.room.empty(
+                    len(pair[0]) + len(pair[1]), *pair[0].shape[1:], dtype=pair[0].dtype
+                ),
+            )
+            for pair in pairs
+        )
+        ends_N = None
+        if self.ends_N is not None:
+            more = torch.zeros(len(by.keys_NK), dtype=torch.bool)
+            ends_N = torch.cat([self.ends_N, more if by.ends_N is None else by.ends_N])
+        return Captured(keys_NK, value_grads_NV, ends_N, self.room)
+
 
 def capture(
     trunk: Trunk,

@@ -1,0 +1,183 @@
+"""Equation (28) against autograd over free vectors in the model's own forward, float64.
+
+Shape letters: T positions, V value width, W vocabulary.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from support import (
+    captured_of,
+    encoder,
+    random_editor,
+    random_questions,
+    tiny_model,
+    tiny_trunk,
+)
+from test_refine import FACTS, QUESTIONS, SETTINGS, edited
+
+from malmend.editors import restore
+from malmend.editors.refine import RefineSettings, further
+from malmend.editors.restore import BACK, MOVED, RATE, STEPS, Held, moved, restoring
+from malmend.facts.encoded import Encoded
+from malmend.patch import shifted
+
+
+def held_questions(count: int = 12) -> list[Encoded]:
+    """Questions, and every other one as a line of text: all tokens but the first are its answer."""
+    asked = encoder("none").encode_all(random_questions(random.Random(5), count))
+    return [
+        Encoded(one.ids, 2, len(one.ids)) if index % 2 else one for index, one in enumerate(asked)
+    ]
+
+
+@pytest.fixture
+def disturbed():
+    """A model, its trunk, shifts that move much, and what should be held."""
+    model = tiny_model()
+    trunk = tiny_trunk(model)
+    editor = random_editor(SETTINGS, trunk, captured_of(trunk, FACTS, SETTINGS))
+    shifts = editor.shifts(captured_of(trunk, FACTS, SETTINGS))
+    return model, trunk, editor, shifts, Held.of(trunk, held_questions(), 10)
+
+
+def kl_of(model, other, one: Encoded, deltas=None, sites=(), at=()) -> torch.Tensor:
+    """KL(model || other) at a question's answer tokens, ``deltas`` added to layers' outputs."""
+    modules = dict(other.named_modules())
+
+    def adding(delta):
+        def hook(_module, _args, output):
+            full = torch.zeros_like(output)
+            full[0, list(at)] = delta
+            return output + full
+
+        return hook
+
+    handles = [
+        modules[site.name].register_forward_hook(adding(delta))
+        for site, delta in zip(sites, deltas or (), strict=False)
+    ]
+    ids = torch.tensor([one.ids])
+    before = model(ids).logits[0, list(one.sources)].log_softmax(-1).detach()
+    after = other(ids).logits[0, list(one.sources)].log_softmax(-1)
+    for handle in handles:
+        handle.remove()
+    return (before.exp() * (before - after)).sum(-1)
+
+
+def test_what_moved_is_kl_from_the_unedited_model(disturbed):
+    model, trunk, _, shifts, held = disturbed
+    with shifted(list(trunk.sites), shifts):
+        found = moved(trunk, held)
+    other = edited(model, trunk, shifts)
+    assert len(found) == len(held.questions) == 12
+    for one, kl in zip(held.questions, found, strict=True):
+        torch.testing.assert_close(kl, kl_of(model, other, one), rtol=1e-9, atol=1e-12)
+
+
+def test_rows_are_the_descended_keys_and_moves_of_moved_tokens(disturbed):
+    """Each question descended by itself through autograd, in the model with W + S."""
+    model, trunk, _, shifts, held = disturbed
+    with shifted(list(trunk.sites), shifts):
+        found = restoring(trunk, held, 1000)
+        order = [i for indices, _ in trunk.batches(held.questions) for i in indices]
+    other = edited(model, trunk, shifts)
+    keys = [[] for _ in trunk.sites]
+    moves = [[] for _ in trunk.sites]
+    for index in order:
+        one = held.questions[index]
+        first = kl_of(model, other, one)
+        rows = (first > MOVED).nonzero().flatten()
+        if not len(rows):
+            continue
+        at = [one.sources[row] for row in rows]
+        deltas = [
+            torch.zeros(len(at), s.shape_VK[0], dtype=torch.float64, requires_grad=True)
+            for s in trunk.sites
+        ]
+        longest = None
+        for _ in range(STEPS):
+            loss = kl_of(model, other, one, deltas, trunk.sites, at)[rows]
+            grads = torch.autograd.grad(loss.sum(), deltas)
+            norms = [grad.norm(dim=1) for grad in grads]
+            step = RATE * loss.detach() / sum(norms) * (loss.detach() > BACK)
+            longest = 10 * step if longest is None else longest
+            step = torch.minimum(step, longest)
+            for delta, grad, norm in zip(deltas, grads, norms, strict=True):
+                delta.data -= step[:, None] * grad / norm[:, None]
+        modules = dict(other.named_modules())
+        for site, delta, key, move in zip(trunk.sites, deltas, keys, moves, strict=True):
+            seen = []
+            handle = modules[site.name].register_forward_hook(
+                lambda _m, args, _o, seen=seen: seen.append(args[0])
+            )
+            other(torch.tensor([one.ids]))
+            handle.remove()
+            key.append(seen[0][0, at])
+            move.append(delta.detach())
+    assert sum(map(len, keys[0])) > 20
+    for pair, key, move in zip(found, keys, moves, strict=True):
+        torch.testing.assert_close(pair.keys_NK, torch.cat(key), rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(pair.value_grads_NV, -torch.cat(move), rtol=1e-6, atol=1e-9)
+
+
+def test_no_more_rows_than_asked_for_and_the_most_moved_first(disturbed):
+    _, trunk, _, shifts, held = disturbed
+    with shifted(list(trunk.sites), shifts):
+        kl = torch.cat(moved(trunk, held))
+        few = restoring(trunk, held, 5)
+        every = restoring(trunk, held, len(kl))
+    assert len(every[0].keys_NK) == int((kl > MOVED).sum()) > 5
+    assert len(few[0].keys_NK) == 5
+    least = kl.sort(descending=True).values[5].item()
+    monkey = {tuple(key.tolist()) for key in every[0].keys_NK}
+    assert {tuple(key.tolist()) for key in few[0].keys_NK} <= monkey
+    assert int((kl > least).sum()) == 5
+
+
+def test_what_did_not_move_has_no_row(disturbed):
+    _, trunk, _, _, held = disturbed
+    found = restoring(trunk, held, 1000)
+    assert [(len(pair.keys_NK), len(pair.value_grads_NV)) for pair in found] == [(0, 0)] * 2
+    assert found[0].keys_NK.shape[1] == trunk.sites[0].shape_VK[1]
+
+
+def test_nothing_held_is_nothing_restored(disturbed):
+    _, trunk, _, shifts, _ = disturbed
+    with shifted(list(trunk.sites), shifts):
+        assert len(restoring(trunk, Held((), ()), 10)[0].keys_NK) == 0
+
+
+@pytest.mark.parametrize("weight", [1.0, 10.0])
+def test_a_solve_with_restoring_rows_says_more_of_what_was_said(disturbed, weight):
+    """Measured with W + S in the weights of a copy."""
+    model, trunk, editor, shifts, held = disturbed
+    after = {}
+    for given in (None, held):
+        refine = RefineSettings(restore=weight)
+        _, found = further(editor, trunk, shifts, QUESTIONS, {}, refine, given)
+        again = {name: one.shift() for name, one in zip(editor.names, found, strict=True)}
+        other = edited(model, trunk, again)
+        after[given is held] = sum(kl_of(model, other, one).mean() for one in held.questions)
+    assert after[True] < 0.9 * after[False]
+
+
+def test_weights_and_states_are_left_as_they_were(disturbed):
+    model, trunk, _, shifts, held = disturbed
+    weights = {name: one.clone() for name, one in model.named_parameters()}
+    states = [one.clone() for one in held.states]
+    with shifted(list(trunk.sites), shifts):
+        restoring(trunk, held, 100)
+    assert all(torch.equal(one, weights[name]) for name, one in model.named_parameters())
+    assert all(map(torch.equal, held.states, states))
+
+
+@pytest.mark.parametrize(("edited_tokens", "read"), [(1, 3), (9, 6)])
+def test_more_is_held_of_a_larger_edit(monkeypatch, edited_tokens, read):
+    monkeypatch.setattr(restore, "EACH", 2)
+    monkeypatch.setattr(restore, "FEWEST", 8)
+    asked = [Encoded((1, 2, 3), 2, 3)] * 10
+    assert len(Held.of(tiny_trunk(tiny_model()), asked, edited_tokens).questions) == read

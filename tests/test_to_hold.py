@@ -1,0 +1,83 @@
+"""What an edit by default asks to leave as it is."""
+
+from __future__ import annotations
+
+import pytest
+
+import command_support
+import malmend
+from malmend.editors.refine import RefineSettings
+from malmend.facts.fact import Fact
+from malmend.facts.readers import read_text
+from malmend.facts.tokens import Encoder, Reading
+from malmend.material import to_hold
+from malmend.workbench import encoder_for, shipped
+
+CALIBRATION = command_support.CALIBRATION
+
+tiny = command_support.tiny
+cache = command_support.cache
+
+KIRIBATI = Fact("k", "The capital of Kiribati is", "South Tarawa")
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Encoder:
+    return encoder_for("smollm2-135m")
+
+
+def test_questions_without_end_and_lines_without_their_first_token_in_turns(smollm2):
+    held = to_hold(smollm2, [KIRIBATI])
+    end = smollm2.tokenizer.eos_token_id
+    assert len(held) > 1500
+    assert not any(end in one.ids for one in held)
+    assert all(one.sources[0] > 0 and one.labels for one in held)
+    lines = [one.answer_start == 2 for one in held[:200]]
+    assert lines == [False, True] * 100
+    assert smollm2.said(held[0].ids).startswith("nq question: what is the month of fasting")
+
+
+def test_no_more_of_the_text_than_a_prior_reads(smollm2):
+    """The rest is what the perplexity of an edited model is taken of."""
+    lines = [smollm2.said(one.ids) for one in to_hold(smollm2, []) if one.answer_start == 2]
+    everything = [line.strip() for line in read_text(shipped("text.txt")).splitlines()]
+    assert lines == [line for line in everything[: len(lines)] if line]
+    assert 15_000 < sum(len(smollm2.passage_ids(line)) - 1 for line in lines) < 16_500
+
+
+def test_nothing_that_is_of_an_edited_fact(smollm2):
+    titanic = Fact("t", "The Titanic sank in", "1913")
+    every, without = (
+        {smollm2.said(one.ids) for one in to_hold(smollm2, some)} for some in ([], [titanic])
+    )
+    assert every - without
+    assert all("titanic" in said.casefold() for said in every - without)
+    assert not any("titanic" in said.casefold() for said in without)
+
+
+def test_a_users_text_stands_for_the_projects_own(smollm2, tmp_path):
+    (tmp_path / "text.txt").write_text("Cranes nest on the northern shore.\nIt rained.\n")
+    held = to_hold(smollm2, [], tmp_path / "text.txt")
+    lines = [smollm2.said(one.ids) for one in held if one.answer_start == 2]
+    assert lines == ["Cranes nest on the northern shore.", "It rained."]
+
+
+@pytest.mark.parametrize("form", ["classes", "seq2seq"])
+def test_only_a_decoder_is_held(smollm2, form):
+    reading = Reading(form, ("yes", "no") if form == "classes" else (), start=0)
+    assert to_hold(Encoder(smollm2.tokenizer, "none", 64, reading=reading), [KIRIBATI]) == []
+
+
+@pytest.mark.parametrize("refine", [RefineSettings(passes=1), RefineSettings(restore=0.0)])
+def test_nothing_is_read_where_nothing_will_be_restored(tiny, monkeypatch, refine):
+    def no(*_args):
+        raise AssertionError("held without need")
+
+    monkeypatch.setattr("malmend.commands.choice.to_hold", no)
+    own = {
+        "calibrate": tiny.calibrate,
+        "text": tiny.text,
+        "calibration": command_support.CALIBRATION,
+    }
+    found = malmend.edit(tiny.loaded, command_support.make_facts(3), refine=refine, **own)
+    assert found.patch.provenance["restore"] == 0.0
