@@ -97,7 +97,7 @@ OPTIONS = {
         "--refine.frames",
         "--refine.gain",
         "--refine.chat-gain",
-        "--refine.text-weight",
+        "--refine.restore",
         "--memory",
     },
     "train": MODEL

@@ -185,6 +185,24 @@ def test_within_a_budget_the_patch_is_the_same_and_the_peak_is_said(tiny, monkey
         torch.testing.assert_close(tight.patch.shift(name), shift, rtol=0, atol=1e-4 * size)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="read from Linux's accounting")
+@pytest.mark.parametrize(
+    ("refine", "is_rehearsed"),
+    [
+        (RefineSettings(passes=2, frames=()), True),
+        (ONCE, False),
+        (RefineSettings(passes=2, frames=(), restore=0.0), False),
+    ],
+)
+def test_a_budget_is_planned_with_what_is_restored(tiny, monkeypatch, refine, is_rehearsed):
+    from malmend.commands import edit as edit_module
+
+    seen = []
+    monkeypatch.setattr(edit_module, "rehearse", lambda trunk, some: seen.append((trunk, some)))
+    malmend.edit(tiny.loaded, FEW, memory="6GB", refine=refine, **own(tiny))
+    assert bool(seen) is is_rehearsed
+
+
 def test_a_budget_that_is_no_size_is_refused(tiny):
     for run in (malmend.edit, malmend.train):
         with pytest.raises(malmend.MalmendError, match="4GB"):  # before any model is read

@@ -10,7 +10,7 @@ from malmend.editors.refine import RefineSettings
 from malmend.facts.fact import Fact
 from malmend.facts.readers import read_text
 from malmend.facts.tokens import Encoder, Reading
-from malmend.material import to_hold
+from malmend.material import held_out_questions, to_hold
 from malmend.workbench import encoder_for, shipped
 
 CALIBRATION = command_support.CALIBRATION
@@ -53,6 +53,21 @@ def test_nothing_that_is_of_an_edited_fact(smollm2):
     assert every - without
     assert all("titanic" in said.casefold() for said in every - without)
     assert not any("titanic" in said.casefold() for said in without)
+
+
+def test_nothing_whose_answer_names_an_edited_subject(smollm2):
+    cleopatra = Fact("c", "She ruled", "Egypt", subject="Cleopatra")
+    every, without = (
+        {smollm2.said(one.ids) for one in to_hold(smollm2, some)} for some in ([], [cleopatra])
+    )
+    assert any(said.startswith("Who was the queen of Egypt") for said in every - without)
+
+
+def test_what_is_kept_back_to_measure_by_is_not_held(smollm2):
+    held = {smollm2.said(one.ids) for one in to_hold(smollm2, [])}
+    back = held_out_questions(smollm2, 200)
+    assert len(back) == 200
+    assert not any(said.startswith(one.prompt) for one in back for said in held)
 
 
 def test_a_users_text_stands_for_the_projects_own(smollm2, tmp_path):

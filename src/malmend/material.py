@@ -34,6 +34,7 @@ from malmend.progress import Progress, silent
 from malmend.workbench import Workbench, aimed, checked_facts, shipped
 
 MOST_KEPT = 2_000_000_000  # bytes of calibrations in the cache folder
+KEPT_BACK = 200  # general questions that no edit holds
 
 
 def calibrated(
@@ -76,7 +77,8 @@ def calibrated(
 def held_out_questions(encoder: Encoder, count: int) -> tuple[Question, ...]:
     """So many of the project's general questions that this model can be asked, from the last on.
 
-    Calibrations read the first of them, so that no prior has seen these.
+    Calibrations read the first of them, and edits hold none of the last :data:`KEPT_BACK`, so that
+    no prior and no solve has seen these.
     """
     asked = list(read_questions(shipped("questions.jsonl")))
     if encoder.reading.form == "classes":
@@ -91,8 +93,9 @@ def to_hold(
     """What edits of these facts should leave as it is: general questions, and lines of text.
 
     They come in turns, questions with their answers but no end token, of lines every token but the
-    first; none that is of one of the facts (:func:`malmend.facts.apart.apart`).  Of the text no
-    more lines than a prior reads.  Nothing of a model that is no decoder.
+    first; none that is of one of the facts (:func:`malmend.facts.apart.apart`).  Of the questions
+    all but the last :data:`KEPT_BACK`, of the text no more lines than a prior reads: the rest is
+    there to measure by.  Nothing of a model that is no decoder.
 
     Args:
         encoder: of the model.
@@ -105,7 +108,7 @@ def to_hold(
     lines = first_of(passages_of(encoder, words), CalibrationSettings.text_tokens)
     texts = [encoder.said(line.ids) for line in lines]
     held = [(said, replace(line, answer_start=2)) for said, line in zip(texts, lines, strict=True)]
-    asked = [one for one in read_questions(shipped("questions.jsonl")) if one.answer]
+    asked = [one for one in read_questions(shipped("questions.jsonl"))[:-KEPT_BACK] if one.answer]
     answered = [
         (f"{one.prompt} {one.answer}", _without_end(encoder.encode(one)))
         for one in asked

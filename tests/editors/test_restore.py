@@ -21,9 +21,11 @@ from test_refine import FACTS, QUESTIONS, SETTINGS, edited
 
 from malmend.editors import restore
 from malmend.editors.refine import RefineSettings, further
-from malmend.editors.restore import BACK, MOVED, RATE, STEPS, Held, moved, restoring
+from malmend.editors.restore import MOVED, Held, moved, restoring
 from malmend.facts.encoded import Encoded
+from malmend.models import output
 from malmend.patch import shifted
+from malmend.processes import Processes
 
 
 def held_questions(count: int = 12) -> list[Encoded]:
@@ -78,9 +80,24 @@ def test_what_moved_is_kl_from_the_unedited_model(disturbed):
         torch.testing.assert_close(kl, kl_of(model, other, one), rtol=1e-9, atol=1e-12)
 
 
-def test_rows_are_the_descended_keys_and_moves_of_moved_tokens(disturbed):
+def test_the_numbers_are_those_of_the_docs():
+    assert restore.NUMBERS == (0.15, 0.05, 2, 1.5, 32, 2000)
+    assert restore.LONGER == 10
+
+
+@pytest.mark.parametrize(
+    ("numbers", "words"),
+    [({}, 100), ({"STEPS": 5, "RATE": 0.9, "BACK": 0.6}, 1), ({"STEPS": 4, "LONGER": 0.7}, 3)],
+)
+def test_rows_are_the_descended_keys_and_moves_of_moved_tokens(
+    disturbed, monkeypatch, numbers, words
+):
     """Each question descended by itself through autograd, in the model with W + S."""
     model, trunk, _, shifts, held = disturbed
+    for name, value in numbers.items():
+        monkeypatch.setattr(restore, name, value)
+    monkeypatch.setattr(output, "LOGITS", words * trunk.words)
+    closed = shortened = 0
     with shifted(list(trunk.sites), shifts):
         found = restoring(trunk, held, 1000)
         order = [i for indices, _ in trunk.batches(held.questions) for i in indices]
@@ -99,12 +116,15 @@ def test_rows_are_the_descended_keys_and_moves_of_moved_tokens(disturbed):
             for s in trunk.sites
         ]
         longest = None
-        for _ in range(STEPS):
+        for _ in range(restore.STEPS):
             loss = kl_of(model, other, one, deltas, trunk.sites, at)[rows]
             grads = torch.autograd.grad(loss.sum(), deltas)
             norms = [grad.norm(dim=1) for grad in grads]
-            step = RATE * loss.detach() / sum(norms) * (loss.detach() > BACK)
-            longest = 10 * step if longest is None else longest
+            is_open = loss.detach() > restore.BACK
+            step = restore.RATE * loss.detach() / sum(norms) * is_open
+            longest = restore.LONGER * step if longest is None else longest
+            closed += int((~is_open).sum())
+            shortened += int((step > longest).sum())
             step = torch.minimum(step, longest)
             for delta, grad, norm in zip(deltas, grads, norms, strict=True):
                 delta.data -= step[:, None] * grad / norm[:, None]
@@ -119,22 +139,28 @@ def test_rows_are_the_descended_keys_and_moves_of_moved_tokens(disturbed):
             key.append(seen[0][0, at])
             move.append(delta.detach())
     assert sum(map(len, keys[0])) > 20
+    assert closed > 0 or "BACK" not in numbers
+    assert shortened > 0 or "LONGER" not in numbers
     for pair, key, move in zip(found, keys, moves, strict=True):
         torch.testing.assert_close(pair.keys_NK, torch.cat(key), rtol=1e-7, atol=1e-9)
         torch.testing.assert_close(pair.value_grads_NV, -torch.cat(move), rtol=1e-6, atol=1e-9)
 
 
-def test_no_more_rows_than_asked_for_and_the_most_moved_first(disturbed):
+def test_no_more_rows_than_asked_for_and_the_most_moved_first(disturbed, monkeypatch):
     _, trunk, _, shifts, held = disturbed
+    monkeypatch.setattr(restore, "MOVED", 0.7)
     with shifted(list(trunk.sites), shifts):
         kl = torch.cat(moved(trunk, held))
         few = restoring(trunk, held, 5)
         every = restoring(trunk, held, len(kl))
-    assert len(every[0].keys_NK) == int((kl > MOVED).sum()) > 5
+        count = int((kl > 0.7).sum())
+        nearly = restoring(trunk, held, count + 1)
+    assert len(every[0].keys_NK) == len(nearly[0].keys_NK) == count > 5
+    assert count + 1 < len(kl)  # the next in rank has not moved
     assert len(few[0].keys_NK) == 5
     least = kl.sort(descending=True).values[5].item()
-    monkey = {tuple(key.tolist()) for key in every[0].keys_NK}
-    assert {tuple(key.tolist()) for key in few[0].keys_NK} <= monkey
+    all_keys = {tuple(key.tolist()) for key in every[0].keys_NK}
+    assert {tuple(key.tolist()) for key in few[0].keys_NK} <= all_keys
     assert int((kl > least).sum()) == 5
 
 
@@ -181,3 +207,68 @@ def test_more_is_held_of_a_larger_edit(monkeypatch, edited_tokens, read):
     monkeypatch.setattr(restore, "FEWEST", 8)
     asked = [Encoded((1, 2, 3), 2, 3)] * 10
     assert len(Held.of(tiny_trunk(tiny_model()), asked, edited_tokens).questions) == read
+
+
+def test_the_rehearsal_brings_back_every_token_but_the_first(monkeypatch):
+    """What a memory budget is planned by: as much as a micro-batch of lines can ask for."""
+    trunk = tiny_trunk(tiny_model())
+    asked = []
+
+    def seen(_trunk, batch, is_moved_A, before_AX):
+        asked.append((batch.tokens.sources, int(is_moved_A.sum()), len(before_AX)))
+        return real(_trunk, batch, is_moved_A, before_AX)
+
+    real = restore._brought_back
+    monkeypatch.setattr(restore, "_brought_back", seen)
+    restore.rehearse(trunk, QUESTIONS)
+    lengths = tuple(len(one.ids) - 2 for one in QUESTIONS)
+    assert asked == [(lengths, sum(lengths), sum(lengths))]
+
+
+class Two(Processes):
+    """Two processes, the other of which has as much of everything, but held nothing that moved."""
+
+    def total(self, *numbers: float) -> list[float]:
+        return [2 * number for number in numbers]
+
+    def gathered(self, values: torch.Tensor) -> torch.Tensor:
+        self.dtypes.append(values.dtype)
+        return torch.cat([values, torch.zeros_like(values)])
+
+
+def test_of_two_processes_rows_are_as_many_as_both_may_have(disturbed):
+    _, trunk, _, shifts, held = disturbed
+    both = Two(0, 2)
+    object.__setattr__(both, "dtypes", [])
+    with shifted(list(trunk.sites), shifts):
+        assert len(restoring(trunk, held, 3, processes=both)[0].keys_NK) == 6
+        restoring(trunk, Held((), ()), 3, processes=both)
+    assert both.dtypes == [torch.float64] * 2  # one sort of numbers, held by it or not
+    asked = held_questions()
+    assert Held.of(trunk, asked, 10, Processes(1, 2)).questions == tuple(asked[1::2])
+
+
+def test_a_token_that_no_move_reaches_stays():
+    """A final norm of zeros: every logit is the same, whatever the layers put out."""
+    model = tiny_model()
+    trunk = tiny_trunk(model)
+    held = Held.of(trunk, held_questions(), 10)
+    model.model.norm.weight.data.zero_()
+    found = restoring(trunk, held, 1000)
+    assert len(found[0].keys_NK) > 20
+    assert all((pair.value_grads_NV == 0).all() for pair in found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_lower_precision_rows_are_float32(dtype):
+    trunk = tiny_trunk(tiny_model(dtype=dtype))
+    held = Held.of(trunk, held_questions(), 10)
+    noise = torch.Generator().manual_seed(1)
+    shifts = {s.name: 0.3 * torch.randn(s.shape_VK, generator=noise) for s in trunk.sites}
+    with shifted(list(trunk.sites), shifts):
+        found = restoring(trunk, held, 1000)
+    assert len(found[0].keys_NK) > 10
+    for pair in found:
+        assert (pair.keys_NK.dtype, pair.value_grads_NV.dtype) == (torch.float32,) * 2
+        assert pair.value_grads_NV.isfinite().all()
+        assert (pair.value_grads_NV != 0).any(dim=1).all()

@@ -13,6 +13,11 @@ TEXTS = (
     "the first president of the united states was George Washington",
     "A capital is a city. What is in it?",
     "Route 66 crosses eight states.",
+    "When did the Titanic sink? 1912",
+    "what the titanic was",
+    "The NASA budget grew by 1969 coins; the straße was closed.",
+    "Beyonce\u0301 sings of the Titanic deep.",
+    "\u6cd5\u56fd\u7684\u9996\u90fd\u662f\u5df4\u9ece",
 )
 
 
@@ -26,18 +31,26 @@ def fact(prompt: str, subject: str | None = None) -> Fact:
         ("The capital of France is", None, {0}),
         ("The capital of France is", "France", {0}),
         ("What river runs through Paris?", None, {0, 1}),
-        ("The Seine at Paris is", None, {1}),  # a text must have every name
-        ("FRANCE'S capital is", "FRANCE", {0}),
-        ("The first president of the United States was", None, {2}),
+        ("The Seine at Paris is", None, {0, 1}),  # so few have either that one tells
+        ("FRANCE'S capital is", None, {0}),
+        ("Barack Hussein Seine was", "Barack Hussein Seine", {1}),
+        ("The first president of the United States was", None, {2, 4}),
         ("route 66 crosses", None, {4}),
-        ("a capital is", None, {3}),  # no name: every word
+        ("in the year 1969 it", None, {7}),
+        ("the budget of NASA is", None, {7}),
+        ("The Strasse lies", "Strasse", {7}),
+        ("a capital is", None, {0, 3}),  # no name: every word
         ("the capital of france is", None, {0}),
         ("The capital is", None, {0}),  # no name: "The" stands in small letters too
-        ("Peru has its capital at Lima or Paris", None, set()),
-        ("Seine", None, {1}),
-        ("?", None, set()),
+        ("Titanic sank in April", None, set()),  # three have the word: all its words must be there
+        ("Titanic Deep sank", None, {8}),
+        ("Beyonc\u00e9's voice", None, {8}),
+        ("\u6cd5\u56fd\u7684", "\u6cd5\u56fd", {9}),
         ("Lima is the capital of", None, set()),
         ("The capital of Peru is", "Peru", set()),
+        ("Seine", None, {1}),
+        ("?", None, set()),
+        ("", "", set()),
     ],
 )
 def test_a_text_that_is_of_a_fact_is_left_out(prompt, subject, left_out):
@@ -47,9 +60,9 @@ def test_a_text_that_is_of_a_fact_is_left_out(prompt, subject, left_out):
 
 def test_each_fact_leaves_out_its_own():
     facts = [fact("The capital of France is"), fact("Route 66 is in"), fact("Nauru lies in")]
-    assert apart(TEXTS, facts) == [False, True, True, True, False]
+    assert apart(TEXTS, facts) == [False, True, True, True, False, *[True] * 5]
 
 
 def test_without_facts_or_texts_nothing_is_left_out():
-    assert apart(TEXTS, []) == [True] * 5
+    assert apart(TEXTS, []) == [True] * 10
     assert apart([], [fact("The capital of France is")]) == []

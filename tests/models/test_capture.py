@@ -8,7 +8,7 @@ from torch.nn import functional
 
 import tiny
 from malmend.facts.encoded import Encoded
-from malmend.models.capture import capture, keys_of
+from malmend.models.capture import Captured, capture, keys_of
 from malmend.models.descent import Descent
 from malmend.models.sites import find_sites
 from malmend.models.tracing import tracing
@@ -426,3 +426,17 @@ def test_keys_without_gradients_are_those_that_are_captured(tokens, batch_tokens
     for keys, pair in zip(keys_of(trunk, QUESTIONS, tokens), with_gradients, strict=True):
         assert keys.dtype == torch.float64
         torch.testing.assert_close(keys, pair.keys_NK.double(), rtol=1e-10, atol=1e-10)
+
+
+def test_tokens_of_one_capture_follow_those_of_another():
+    trunk = cut(tiny.model_of("llama"))
+    first, *_ = capture(trunk, QUESTIONS[:2])
+    second, *_ = capture(trunk, QUESTIONS[2:])
+    both, *_ = capture(trunk, QUESTIONS)
+    joined = first.followed(second)
+    torch.testing.assert_close(joined.keys_NK, both.keys_NK)
+    torch.testing.assert_close(joined.value_grads_NV, both.value_grads_NV)
+    assert torch.equal(joined.ends_N, both.ends_N)
+    without = first.followed(Captured(second.keys_NK, second.value_grads_NV))
+    assert without.ends_N.tolist() == [*first.ends_N.tolist(), *[False] * len(second.keys_NK)]
+    assert joined.room is trunk.room

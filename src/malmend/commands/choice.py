@@ -19,7 +19,7 @@ from malmend.errors import EditorError, MalmendError
 from malmend.facts.fact import Fact
 from malmend.facts.tokens import Encoder, EndOfAnswer
 from malmend.material import calibrated, to_hold
-from malmend.methods.by_editor import find_by_editor
+from malmend.methods.by_editor import find_by_editor, refinable
 from malmend.methods.method import Found
 from malmend.models.load import LoadedModel
 from malmend.models.sites import Site
@@ -130,7 +130,8 @@ class ByEditor:
     @property
     def restores(self) -> bool:
         """Whether a later solve may ask back what the edit moved."""
-        return self.refine.passes != 1 and self.refine.restore > 0
+        more = self.refine.passes != 1 and self.refine.restore > 0
+        return more and refinable(self.choice.settings)
 
     def sites_in(self, model: PreTrainedModel) -> tuple[Site, ...]:
         """The layers that the editor edits."""

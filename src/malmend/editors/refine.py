@@ -49,6 +49,7 @@ from malmend.processes import ALONE, Processes
 PROMPT = "{prompt}"
 CHAT = "chat"
 USUAL, MOST, ENOUGH = 3, 4, 0.01  # solves, and the share of missed tokens that needs no more
+MOST_WEIGHT = 1000  # of a restoring row: far heavier ones leave nothing of the edits
 END_NLL = 0.05  # what a later solve asks of end tokens: they weigh little, and the prior pulls
 FRAMES = ("This is well known. {prompt}", "{prompt} (in one word):")
 WITH_CHAT = (FRAMES[1], CHAT)  # of a model that has a chat template
@@ -92,9 +93,10 @@ class RefineSettings:
                     f"{name} is {value:g}, expected a number above 0; change "
                     f"--refine.{name.replace('_', '-')}."
                 )
-        if not 0 <= self.restore < math.inf:
+        if not 0 <= self.restore <= MOST_WEIGHT:
             raise EditorError(
-                f"restore is {self.restore:g}, expected 0 or more; change --refine.restore."
+                f"restore is {self.restore:g}, expected a number from 0 to {MOST_WEIGHT:,}; change "
+                "--refine.restore."
             )
         for frame in self.frames or ():
             if frame != CHAT and PROMPT not in frame:
@@ -204,9 +206,9 @@ def further(
         gains += [refine.chat_gain if frame == CHAT else refine.gain] * len(ones)
     with shifted(list(trunk.sites), shifts):
         captured = capture(trunk, everything, settings.tokens, surer(settings.descent), progress)
-        edited = [len(pair.keys_NK) for pair in captured]
+        edited = len(captured[0].keys_NK)
         if held is not None:
-            restored = restoring(trunk, held, edited[0], progress, processes)
+            restored = restoring(trunk, held, edited, progress, processes)
             captured = [captured.pop(0).followed(restored.pop(0)) for _ in trunk.sites]
     tokens = [
         torch.tensor(token_counts(everything, settings.tokens, one.in_encoder), dtype=torch.long)
@@ -221,9 +223,9 @@ def further(
             editor.row_weights(site, pair),
         )
         if held is not None:
-            gain_N = nn.functional.pad(gain_N, (0, len(pair.keys_NK) - edited[site]), value=1.0)
+            gain_N = nn.functional.pad(gain_N, (0, len(pair.keys_NK) - edited), value=1.0)
             weights_N = torch.ones_like(gain_N) if weights_N is None else weights_N
-            weights_N[edited[site] :] = refine.restore
+            weights_N[edited:] = refine.restore
         one = Malmen(
             pair.keys_NK,
             pair.room.empty(*pair.value_grads_NV.shape, dtype=pair.keys_NK.dtype),

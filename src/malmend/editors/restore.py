@@ -12,9 +12,10 @@ by equation (6),
 
     delta_tl -= s_t g_tl / |g_tl|,    s_t = RATE * L_t / (sum of |g_tl| over l)                 (28)
 
-and the solve gets one more row of weight 1: its key u'_t as the shift S_p leaves it, and for its
-value d_t = S_p u'_t + delta_t, what it has and what brings back what was said.  There are no more
-such rows than the edit has itself, the most moved first.
+(twice, where L_t > BACK; no second step is longer than ten times the first) and the solve gets one
+more row, of weight ``refine.restore``: its key u'_t as the shift S_p leaves it, and for its value
+d_t = S_p u'_t + delta_t, what it has and what brings back what was said.  There are no more such
+rows than the edit has itself, the most moved first.
 
 Held are questions and text of the project's own (:mod:`malmend.material`), never what an evaluation
 asks.  Not in the papers.
@@ -41,7 +42,7 @@ from malmend.processes import ALONE, Processes
 
 MOVED, BACK = 0.15, 0.05  # nats at which a token counts as moved, and as brought back
 STEPS, RATE = 2, 1.5
-EACH, FEWEST = 32, 4000  # positions that are read for each edited token, and at least
+EACH, FEWEST = 32, 2000  # positions that are read for each edited token, and at least
 NUMBERS = (MOVED, BACK, STEPS, RATE, EACH, FEWEST)
 
 
@@ -79,7 +80,7 @@ def moved(trunk: Trunk, held: Held) -> list[Tensor]:
     found = [torch.empty(0)] * len(held.questions)
     for indices, batch in trunk.batches(held.questions):
         loss = kl_from(trunk, torch.cat([held.states[index] for index in indices]))
-        kl_A = through_output(trunk, trunk.final_states(batch), loss, 0.0).cpu()
+        kl_A = through_output(trunk, trunk.final_states(batch), loss, 0.0).to("cpu", trunk.wide)
         for index, one_A in zip(indices, kl_A.split(batch.tokens.sources), strict=True):
             found[index] = one_A
     return found
@@ -102,7 +103,7 @@ def restoring(
         processes: that held questions are spread over.
     """
     kl, (most,) = moved(trunk, held), map(int, processes.total(most))
-    every_H = torch.cat([torch.empty(0), *kl])
+    every_H = torch.cat([torch.empty(0, dtype=trunk.wide), *kl])
     ranked = processes.gathered(every_H).sort(descending=True).values
     least = max(MOVED, ranked[most].item()) if len(ranked) > most else MOVED
     chosen = [index for index, one_A in enumerate(kl) if (one_A > least).any()]
@@ -165,10 +166,11 @@ def _brought_back(
         if not open_M.any():
             break
         grads = [trace.value_grads[flat_M].to(trunk.wide) for trace in traces]
-        norms = [grad_MV.norm(dim=1).clamp(min=1e-30) for grad_MV in grads]
-        step_M = RATE * loss_M / torch.stack(norms).sum(0) * open_M
+        norms = [grad_MV.norm(dim=1) for grad_MV in grads]
+        pull_M = torch.stack(norms).sum(0)
+        step_M = RATE * loss_M / pull_M.clamp(min=1e-30) * (open_M & (pull_M > 0))
         longest_M = LONGER * step_M if step == 0 else longest_M
         step_M = step_M.minimum(longest_M)
         for delta_MV, grad_MV, norm_M in zip(deltas, grads, norms, strict=True):
-            delta_MV -= (step_M / norm_M)[:, None] * grad_MV
+            delta_MV -= (step_M / norm_M.clamp(min=1e-30))[:, None] * grad_MV
     return list(zip(keys, deltas, strict=True))

@@ -1,41 +1,71 @@
 """Which texts say nothing of the facts that are edited, so that they can be held as they are.
 
-A text is of a fact if it has all of the fact's words: those of its subject, or where no subject is
-given the names in its prompt (numbers, and words with a capital but the first, which counts if it
-is the only one and no text has it in small letters), or where there is no name all words of it.
+A fact's words are those of its subject, or where no subject is given the names in its prompt:
+numbers, and words with a capital (the first one unless a text has it in small letters), or where
+there is no name all words of the prompt.  A text is of a fact if it has all of these words, or a
+name that no more than a few texts have.  Other forms of a word, and translations, are not found.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from malmend.facts.fact import Fact
 
 WORD = re.compile(r"\w+")
+FEW = 2  # texts at most that have a word which tells by itself what they are of
 
 
 def apart(texts: Sequence[str], facts: Iterable[Fact]) -> list[bool]:
     """Of each text whether it is of none of the facts."""
-    small = {word for text in texts for word in WORD.findall(text) if word == word.lower()}
-    by_word: dict[str, list[frozenset[str]]] = {}
+    small = {word for text in texts for word in _words(text) if word == word.lower()}
+    folded = [_folded(_words(text)) for text in texts]
+    counts = Counter(word for words in folded for word in words)
+    telling: set[str] = set()
+    together: dict[str, list[frozenset[str]]] = {}
+    unspaced: set[str] = set()  # of a language whose words no blanks part
     for fact in facts:
-        about = _about(fact, small)
+        about, is_named = _about(fact, small)
+        if is_named:
+            telling.update(word for word in about if counts[word] <= FEW)
         for word in sorted(about)[:1]:
-            by_word.setdefault(word, []).append(about)
-    found = []
-    for text in texts:
-        words = {word.casefold() for word in WORD.findall(text)}
-        found.append(not any(about <= words for word in words for about in by_word.get(word, ())))
-    return found
+            together.setdefault(word, []).append(about)
+        if fact.subject and not fact.subject.isascii():
+            unspaced.add(_plain(fact.subject).casefold().strip())
+    return [
+        telling.isdisjoint(words)
+        and not any(about <= words for word in words for about in together.get(word, ()))
+        and not any(subject in _plain(text).casefold() for subject in unspaced)
+        for text, words in zip(texts, folded, strict=True)
+    ]
 
 
-def _about(fact: Fact, small: set[str]) -> frozenset[str]:
-    words = WORD.findall(fact.subject or "")
-    if not words:
-        first, *others = everything = WORD.findall(fact.prompt) or [""]
-        words = [one for one in others if one != one.lower() or any(map(str.isdigit, one))]
-        if not words and first != first.lower() and first.lower() not in small:
-            words = [first]
-        words = words or everything
-    return frozenset(word.casefold() for word in words)
+def _about(fact: Fact, small: set[str]) -> tuple[frozenset[str], bool]:
+    """A fact's words, and whether they are names."""
+    named = _words(fact.subject or "")
+    if not named:
+        prompt = _words(fact.prompt)
+        named = [
+            word
+            for index, word in enumerate(prompt)
+            if any(map(str.isdigit, word))
+            or (word != word.lower() and (index or word.lower() not in small))
+        ]
+        return _folded(named or prompt), bool(named)
+    return _folded(named), True
+
+
+def _folded(words: Iterable[str]) -> frozenset[str]:
+    """Without single letters, as of "Kiribati's"."""
+    return frozenset(word.casefold() for word in words if len(word) > 1 or not word.isascii())
+
+
+def _words(text: str) -> list[str]:
+    return WORD.findall(_plain(text))
+
+
+def _plain(text: str) -> str:
+    return unicodedata.normalize("NFKC", text)

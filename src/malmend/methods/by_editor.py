@@ -12,6 +12,7 @@ from torch import Tensor
 from malmend.editors.editor import Aggregation, Editor
 from malmend.editors.refine import CHAT, ENOUGH, RefineSettings, framed, further, missed
 from malmend.editors.restore import Held
+from malmend.editors.settings import EditorSettings
 from malmend.errors import EditorError
 from malmend.facts.encoded import Encoded, Form, settled
 from malmend.facts.fact import Fact
@@ -52,8 +53,7 @@ def find_by_editor(
     settings, trunk, form = editor.settings, bench.trunk, bench.encoder.reading.form
     facts = processes.share(facts)
     questions = bench.encoder.encode_all(fact.question for fact in facts)
-    refinable = settings.method == "malmen" and settings.descent is not None
-    again = refinable and refine.goes_on(bench.encoder, 1, 1.0)
+    again = refinable(settings) and refine.goes_on(bench.encoder, 1, 1.0)
     frames = refine.frames_for(bench.encoder) if again else ()
     others = {}
     for frame in frames:
@@ -62,7 +62,11 @@ def find_by_editor(
             others[frame] = found
     asked = sum(len(one.sources) for one in questions)
     edited = int(processes.total(asked)[0])
-    held = Held.of(trunk, to_hold, edited, processes) if again and to_hold else None
+    held = None
+    if again and to_hold:
+        progress("what should stay as it is", 0.0)
+        held = Held.of(trunk, to_hold, edited, processes)
+        progress("what should stay as it is", 1.0)
     count = counted(progress, "keys and value gradients", len(questions))
     captured = capture(trunk, questions, settings.tokens, settings.descent, count)
     solves = _Solves(editor, [len(pair.keys_NK) for pair in captured], progress, processes)
@@ -114,6 +118,11 @@ def find_by_editor(
         "residual_after": solves.mean_residual(solved.shifts, moved, solved.diffs),
     }
     return Found(solved.shifts, solved.tokens, said)
+
+
+def refinable(settings: EditorSettings) -> bool:
+    """Whether an editor solves more than once: no sum does, nor who asks for plain gradients."""
+    return settings.method == "malmen" and settings.descent is not None
 
 
 def described(editor: Editor, form: Form) -> dict[str, Any]:
