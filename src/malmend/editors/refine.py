@@ -77,7 +77,7 @@ class RefineSettings:
     passes: int | None = None
     frames: tuple[str, ...] | None = None
     gain: float = 1.6
-    chat_gain: float = 2.5
+    chat_gain: float = 3.0
     restore: float = 1.0
 
     def __post_init__(self) -> None:
