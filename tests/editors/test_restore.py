@@ -81,7 +81,7 @@ def test_what_moved_is_kl_from_the_unedited_model(disturbed):
 
 
 def test_the_numbers_are_those_of_the_docs():
-    assert restore.NUMBERS == (0.15, 0.05, 2, 1.5, 32, 2000)
+    assert restore.NUMBERS == (0.15, 0.05, 2, 1.5, 20, 2000)
     assert restore.LONGER == 10
 
 
