@@ -17,8 +17,8 @@ more row, of weight ``refine.restore``: its key u'_t as the shift S_p leaves it,
 d_t = S_p u'_t + delta_t, what it has and what brings back what was said.  There are no more such
 rows than the edit has itself, the most moved first.
 
-Held are questions and text of the project's own (:mod:`malmend.material`), never what an evaluation
-asks.  Not in the papers.
+Held are questions and text of the project's own, but those that it measures by
+(:func:`malmend.material.to_hold`).  Not in the papers.
 
 Shape letters: H held tokens, A answer tokens of a micro-batch, M moved ones among them, K key
 width, V value width, X hidden width.

@@ -54,18 +54,12 @@ def find_by_editor(
     facts = processes.share(facts)
     questions = bench.encoder.encode_all(fact.question for fact in facts)
     again = refinable(settings) and refine.goes_on(bench.encoder, 1, 1.0)
-    frames = refine.frames_for(bench.encoder) if again else ()
-    others = {}
-    for frame in frames:
-        found = framed(bench.encoder, [fact.question for fact in facts], frame)
-        if processes.total(len(found))[0]:  # none where every fact is too long for it
-            others[frame] = found
-    asked = sum(len(one.sources) for one in questions)
-    edited = int(processes.total(asked)[0])
+    others = _in_frames(bench, facts, refine, processes) if again else {}
     held = None
     if again and to_hold:
         progress("what should stay as it is", 0.0)
-        held = Held.of(trunk, to_hold, edited, processes)
+        edited = processes.total(sum(len(one.sources) for one in questions))[0]
+        held = Held.of(trunk, to_hold, int(edited), processes)
         progress("what should stay as it is", 1.0)
     count = counted(progress, "keys and value gradients", len(questions))
     captured = capture(trunk, questions, settings.tokens, settings.descent, count)
@@ -118,6 +112,18 @@ def find_by_editor(
         "residual_after": solves.mean_residual(solved.shifts, moved, solved.diffs),
     }
     return Found(solved.shifts, solved.tokens, said)
+
+
+def _in_frames(
+    bench: Workbench, facts: Sequence[Fact], refine: RefineSettings, processes: Processes
+) -> dict[str, list[Encoded]]:
+    """The edits in each frame of the later solves; not a frame that every fact is too long for."""
+    asked, found = [fact.question for fact in facts], {}
+    for frame in refine.frames_for(bench.encoder):
+        inside = framed(bench.encoder, asked, frame)
+        if processes.total(len(inside))[0]:
+            found[frame] = inside
+    return found
 
 
 def refinable(settings: EditorSettings) -> bool:
