@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 import command_support
 import malmend
+from malmend.commands.choice import ByEditor, choose
 from malmend.editors.refine import RefineSettings
+from malmend.editors.settings import training_free
 from malmend.facts.fact import Fact
 from malmend.facts.readers import read_text
 from malmend.facts.tokens import Encoder, Reading
@@ -77,10 +81,18 @@ def test_a_users_text_stands_for_the_projects_own(smollm2, tmp_path):
     assert lines == ["Cranes nest on the northern shore.", "It rained."]
 
 
-@pytest.mark.parametrize("form", ["classes", "seq2seq"])
-def test_only_a_decoder_is_held(smollm2, form):
+@pytest.mark.parametrize("form", ["causal", "classes", "seq2seq"])
+def test_only_a_decoders_edits_restore(smollm2, form):
     reading = Reading(form, ("yes", "no") if form == "classes" else (), start=0)
-    assert to_hold(Encoder(smollm2.tokenizer, "none", 64, reading=reading), [KIRIBATI]) == []
+    encoder = Encoder(smollm2.tokenizer, "none", 64, reading=reading)
+    assert ByEditor(choose("none")).restores(encoder) is (form == "causal")
+
+
+@pytest.mark.parametrize(
+    "settings", [training_free("mend"), replace(training_free(), descent=None)]
+)
+def test_an_editor_that_solves_once_restores_nothing(smollm2, settings):
+    assert not ByEditor(choose("none", settings)).restores(smollm2)
 
 
 @pytest.mark.parametrize("refine", [RefineSettings(passes=1), RefineSettings(restore=0.0)])

@@ -78,7 +78,7 @@ def held_out_questions(encoder: Encoder, count: int) -> tuple[Question, ...]:
     """So many of the project's general questions that this model can be asked, from the last on.
 
     Calibrations read the first of them, and edits hold none of the last :data:`KEPT_BACK`, so that
-    no prior and no solve has seen these.
+    no prior, and of up to so many no solve, has seen these.
     """
     asked = list(read_questions(shipped("questions.jsonl")))
     if encoder.reading.form == "classes":
@@ -95,15 +95,13 @@ def to_hold(
     They come in turns, questions with their answers but no end token, of lines every token but the
     first; none that is of one of the facts (:func:`malmend.facts.apart.apart`).  Of the questions
     all but the last :data:`KEPT_BACK`, of the text no more lines than a prior reads: the rest is
-    there to measure by.  Nothing of a model that is no decoder.
+    there to measure by.
 
     Args:
-        encoder: of the model.
+        encoder: of a decoder.
         facts: that are edited.
         text: a text file in place of the project's own text.
     """
-    if encoder.reading.form != "causal":
-        return []
     words = read_text(shipped("text.txt") if text is None else text)
     lines = first_of(passages_of(encoder, words), CalibrationSettings.text_tokens)
     texts = [encoder.said(line.ids) for line in lines]

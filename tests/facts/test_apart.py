@@ -51,6 +51,7 @@ def fact(prompt: str, subject: str | None = None) -> Fact:
         ("Seine", None, {1}),
         ("?", None, set()),
         ("", "", set()),
+        ("", "\u00a0", set()),  # a blank, which every text has
     ],
 )
 def test_a_text_that_is_of_a_fact_is_left_out(prompt, subject, left_out):

@@ -127,11 +127,10 @@ class ByEditor:
         for frame in self.refine.frames_for(encoder):
             framing(encoder, frame)
 
-    @property
-    def restores(self) -> bool:
+    def restores(self, encoder: Encoder) -> bool:
         """Whether a later solve may ask back what the edit moved."""
         more = self.refine.passes != 1 and self.refine.restore > 0
-        return more and refinable(self.choice.settings)
+        return more and refinable(self.choice.settings) and encoder.reading.form == "causal"
 
     def sites_in(self, model: PreTrainedModel) -> tuple[Site, ...]:
         """The layers that the editor edits."""
@@ -145,7 +144,7 @@ class ByEditor:
                 bench, self.calibrate, self.text, self.calibration, progress
             )
         once = time.perf_counter() - start
-        held = to_hold(bench.encoder, facts, self.text) if self.restores else ()
+        held = to_hold(bench.encoder, facts, self.text) if self.restores(bench.encoder) else ()
         found = find_by_editor(bench, editor, facts, self.refine, held, progress, self.processes)
         said = {**self.choice.provenance(facts), **found.said}
         return replace(found, said=said, once=once)

@@ -158,7 +158,7 @@ def edit(
     bench = lay_out(loaded, working.sites_in(loaded.model), working.end_of_answer, trunk=trunk)
     known = aimed(bench, known, away)
     aims = {"alternative": alternative, "away": away, "created": now()}
-    restores = method is None and by_editor.restores and encoder.reading.form == "causal"
+    restores = method is None and by_editor.restores(encoder)
     also = partial(rehearse, bench.trunk) if restores else None
     bench, plan = within_memory(bench, processes.share(known), memory, also=also)
     with watched(plan, told) as peak:

@@ -218,10 +218,8 @@ def further(
     wide_gains = torch.tensor(gains, dtype=torch.float64)
     found: list[Aggregation] = []
     for site, (name, pair) in enumerate(zip(editor.names, captured, strict=True)):
-        gain_N, weights_N = (
-            wide_gains.repeat_interleave(tokens[site]),
-            editor.row_weights(site, pair),
-        )
+        gain_N = wide_gains.repeat_interleave(tokens[site])
+        weights_N = editor.row_weights(site, pair)
         if held is not None:
             gain_N = nn.functional.pad(gain_N, (0, len(pair.keys_NK) - edited), value=1.0)
             weights_N = torch.ones_like(gain_N) if weights_N is None else weights_N

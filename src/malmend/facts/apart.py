@@ -21,8 +21,9 @@ FEW = 2  # texts at most that have a word which tells by itself what they are of
 
 def apart(texts: Sequence[str], facts: Iterable[Fact]) -> list[bool]:
     """Of each text whether it is of none of the facts."""
-    small = {word for text in texts for word in _words(text) if word == word.lower()}
-    folded = [_folded(_words(text)) for text in texts]
+    plain = [_plain(text) for text in texts]
+    small = {word for text in plain for word in WORD.findall(text) if word == word.lower()}
+    folded = [_folded(WORD.findall(text)) for text in plain]
     counts = Counter(word for words in folded for word in words)
     telling: set[str] = set()
     together: dict[str, list[frozenset[str]]] = {}
@@ -33,13 +34,14 @@ def apart(texts: Sequence[str], facts: Iterable[Fact]) -> list[bool]:
             telling.update(word for word in about if counts[word] <= FEW)
         for word in sorted(about)[:1]:
             together.setdefault(word, []).append(about)
-        if fact.subject and not fact.subject.isascii():
-            unspaced.add(_plain(fact.subject).casefold().strip())
+        subject = _plain(fact.subject or "").casefold().strip()
+        if subject and not subject.isascii():
+            unspaced.add(subject)
     return [
         telling.isdisjoint(words)
         and not any(about <= words for word in words for about in together.get(word, ()))
-        and not any(subject in _plain(text).casefold() for subject in unspaced)
-        for text, words in zip(texts, folded, strict=True)
+        and not any(subject in text for subject in unspaced)
+        for text, words in zip(map(str.casefold, plain), folded, strict=True)
     ]
 
 
