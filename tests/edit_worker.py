@@ -12,6 +12,7 @@ import os
 import random
 import sys
 from pathlib import Path
+from unittest import mock
 
 import command_support
 import helpers
@@ -20,6 +21,7 @@ import tiny
 from malmend import material
 from malmend.commands import edit as edit_module
 from malmend.commands.edit import EditResult
+from malmend.editors import settle
 from malmend.editors.refine import RefineSettings
 from malmend.editors.settings import training_free
 from malmend.models.load import prepared
@@ -33,15 +35,22 @@ def edited(method: str, folder: Path, processes: Processes = ALONE) -> EditResul
     model.__class__ = tiny.in_float64(type(model))
     text = " ".join(command_support.name_of(random.Random(2)) for _ in range(400))
     (folder / f"text-{processes.rank}.txt").write_text(text)
+    few = mock.patch.multiple(settle, FACTS=1, HELD=3, FEWEST=12)  # of one process at a time
+    with few:
+        return _edited(prepared(model, tokenizer, "tiny"), method, folder, processes)
+
+
+def _edited(loaded, method: str, folder: Path, processes: Processes) -> EditResult:
     return malmend.edit(
-        prepared(model, tokenizer, "tiny"),
+        loaded,
         command_support.make_facts(7),
         folder / "patch",
         settings=training_free(method),
         calibrate=command_support.make_facts(12, seed=1),
         text=folder / f"text-{processes.rank}.txt",
         calibration=command_support.CALIBRATION,
-        refine=RefineSettings(passes=2, frames=("Say {prompt}",)),  # more make rounding grow
+        # more passes make rounding grow
+        refine=RefineSettings(passes=2, frames=("Say {prompt}",), rounds=1.0),
         processes=processes,
     )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,11 +12,17 @@ import torch
 import command_support
 import malmend
 from command_support import CALIBRATION, make_facts
+from malmend.commands.choice import ByEditor, choose
+from malmend.editors import restore, settle
 from malmend.editors.refine import WITH_CHAT, RefineSettings
 from malmend.editors.settings import training_free
 from malmend.errors import EditorError
+from malmend.facts.fact import Question
+from malmend.facts.tokens import Encoder, Reading
+from malmend.material import to_hold
 from malmend.methods import by_editor
 from malmend.methods.ultraedit import UltraEdit
+from malmend.workbench import encoder_for
 
 tiny = command_support.tiny
 cache = command_support.cache
@@ -69,6 +77,102 @@ def test_a_framed_edit_keeps_the_rank_of_all_its_rows(tiny, monkeypatch):
     for name in found.factors:
         assert torch.linalg.matrix_rank(once.shift(name)) <= tokens
         assert torch.linalg.matrix_rank(found.shift(name), rtol=1e-5) > tokens
+
+
+SETTLED = RefineSettings(passes=1, frames=FRAMES, rounds=1.0, hold=4.0)
+
+
+def test_a_settled_edit_is_of_full_rank_and_says_so(tiny):
+    once = malmend.edit(tiny.loaded, FEW, refine=ONCE, **own(tiny)).patch
+    found = malmend.edit(tiny.loaded, FEW, refine=SETTLED, **own(tiny)).patch
+    said = found.provenance
+    assert (said["passes"], said["rounds"], said["hold"]) == (1, 1.0, 4.0)
+    assert said["frames"] == list(FRAMES)
+    for name in found.factors:
+        assert len(found.factors[name]) == 1
+        assert torch.linalg.matrix_rank(found.shift(name)) > once.provenance["tokens"]
+
+
+def test_an_edit_is_settled_from_its_last_kept_solve_in_every_frame(tiny, monkeypatch):
+    """What `settle` is given, and that what it gives is the edit."""
+    given = {}
+
+    def noted(_editor, _trunk, shifts, asked, steps, hold, held, *_rest):
+        given.update(shifts=shifts, asked=asked, steps=steps, hold=hold, held=held)
+        return {name: 1.01 * shift for name, shift in shifts.items()}
+
+    monkeypatch.setattr(by_editor, "settle", noted)
+    counting(monkeypatch, 0.0, 0.5, 0.0, 0.01)  # the second solve is let go, a hundredth is not
+    refine = replace(SETTLED, passes=2, restore=0.0)
+    found = malmend.edit(tiny.loaded, FEW, refine=refine, **own(tiny)).patch
+    once = malmend.edit(tiny.loaded, FEW, refine=ONCE, **own(tiny)).patch
+    encoder = encoder_for(tiny.model)
+    assert (given["steps"], given["hold"]) == (80, 4.0)
+    assert given["asked"] == [
+        [encoder.encode(Question(text.format(prompt=one.prompt), one.answer)) for text in texts]
+        for one in FEW
+        for texts in [("{prompt}", *FRAMES)]
+    ]
+    held = to_hold(encoder, FEW, tiny.text, more=True)
+    assert list(given["held"].questions) == held[:1920]
+    for name in once.factors:
+        torch.testing.assert_close(given["shifts"][name].float(), once.shift(name))
+        torch.testing.assert_close(found.shift(name), 1.01 * once.shift(name))
+    assert found.provenance["passes"] == 1
+    assert found.provenance["residual_after"] != once.provenance["residual_after"]
+
+
+@pytest.mark.parametrize("broken", [True, False])
+def test_what_is_solved_does_not_depend_on_what_settles_it(tiny, monkeypatch, broken):
+    """Nothing else is held by the later solves, and a settling that breaks is let go."""
+    plain = RefineSettings(passes=2, frames=FRAMES)
+    wanted = malmend.edit(tiny.loaded, FEW, refine=plain, **own(tiny)).patch
+
+    def spoilt(_editor, _trunk, shifts, *_rest):
+        return {name: shift * (math.nan if broken else 0.0) for name, shift in shifts.items()}
+
+    monkeypatch.setattr(by_editor, "settle", spoilt)
+    refine = replace(plain, rounds=1.0)
+    found = malmend.edit(tiny.loaded, FEW, refine=refine, **own(tiny)).patch
+    assert found.provenance["restore"] == 1.0
+    assert found.provenance["rounds"] == 0.0
+    assert same(found, wanted)
+
+
+def test_only_a_decoders_edit_is_settled(tiny):
+    reading = Reading("classes", ("yes", "no"))
+    encoder = Encoder(encoder_for(tiny.model).tokenizer, "none", 64, reading=reading)
+    with pytest.raises(EditorError, match=r"only a decoder's edit .* leave out --refine.rounds"):
+        ByEditor(choose("none"), refine=SETTLED).check_frames(encoder)
+    ByEditor(choose("none"), refine=ONCE).check_frames(encoder)
+
+
+@pytest.mark.parametrize("name", ["rounds", "hold", "restore"])
+@pytest.mark.parametrize("value", [-1.0, math.inf, math.nan, 1001.0])
+def test_numbers_that_nothing_can_be_done_by_are_refused(name, value):
+    with pytest.raises(EditorError, match=rf"^{name} is .* from 0 to 1,000; .*--refine.{name}"):
+        RefineSettings(**{name: value})
+
+
+def test_a_settled_edit_that_misses_more_is_taken_back(tiny, monkeypatch):
+    once = malmend.edit(tiny.loaded, FEW, refine=ONCE, **own(tiny)).patch
+    counting(monkeypatch, 0.2, 0.21)
+    found = malmend.edit(tiny.loaded, FEW, refine=SETTLED, **own(tiny)).patch
+    assert same(found, once)
+    said = found.provenance
+    assert (said["rounds"], said["hold"], said["frames"]) == (0.0, 0.0, [])
+
+
+def test_what_is_held_while_an_edit_settles_needs_no_weight_in_later_solves(tiny, monkeypatch):
+    counting(monkeypatch, 0.0, 0.0, 0.0, 0.0)
+    refine = replace(SETTLED, passes=2, restore=0.0)
+    said = malmend.edit(tiny.loaded, FEW, refine=refine, **own(tiny)).patch.provenance
+    assert (said["passes"], said["restore"], said["hold"]) == (2, 0.0, 4.0)
+    counting(monkeypatch, 0.0, 0.0)
+    said = malmend.edit(
+        tiny.loaded, FEW, refine=replace(SETTLED, hold=0.0), **own(tiny)
+    ).patch.provenance
+    assert (said["rounds"], said["hold"]) == (1.0, 0.0)
 
 
 def test_the_header_says_what_was_asked_and_weighed(tiny, monkeypatch):
@@ -187,20 +291,24 @@ def test_within_a_budget_the_patch_is_the_same_and_the_peak_is_said(tiny, monkey
 
 @pytest.mark.skipif(sys.platform != "linux", reason="read from Linux's accounting")
 @pytest.mark.parametrize(
-    ("refine", "is_rehearsed"),
+    ("refine", "rehearsed"),
     [
-        (RefineSettings(passes=2, frames=()), True),
-        (ONCE, False),
-        (RefineSettings(passes=2, frames=(), restore=0.0), False),
+        (RefineSettings(passes=2, frames=()), {"restore"}),
+        (ONCE, set()),
+        (RefineSettings(passes=2, frames=(), restore=0.0), set()),
+        (replace(SETTLED, hold=0.0), {"settle"}),
+        (SETTLED, {"settle"}),
+        (replace(SETTLED, passes=2), {"restore", "settle"}),
     ],
 )
-def test_a_budget_is_planned_with_what_is_restored(tiny, monkeypatch, refine, is_rehearsed):
-    from malmend.commands import edit as edit_module
-
-    seen = []
-    monkeypatch.setattr(edit_module, "rehearse", lambda trunk, some: seen.append((trunk, some)))
+def test_a_budget_is_planned_with_what_follows_the_first_solve(
+    tiny, monkeypatch, refine, rehearsed
+):
+    seen = set()
+    monkeypatch.setattr(restore, "rehearse", lambda _trunk, _some: seen.add("restore"))
+    monkeypatch.setattr(settle, "rehearse", lambda _trunk, _some: seen.add("settle"))
     malmend.edit(tiny.loaded, FEW, memory="6GB", refine=refine, **own(tiny))
-    assert bool(seen) is is_rehearsed
+    assert seen == rehearsed
 
 
 def test_a_budget_that_is_no_size_is_refused(tiny):

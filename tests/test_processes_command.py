@@ -79,6 +79,7 @@ def test_two_processes_find_the_patch_that_one_finds(method, tmp_path):
     if method == "malmen":  # as many rows ask back as edit, of 560 tokens that moved
         assert both.provenance["restore"] == 1.0
         assert both.provenance["tokens"] == 160
+        assert both.provenance["rounds"] == 1.0
     for name in alone.factors:
         wanted = alone.shift(name)
         assert (both.shift(name) - wanted).norm() < 1e-6 * wanted.norm()  # files are float32

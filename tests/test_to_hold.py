@@ -74,6 +74,16 @@ def test_what_is_kept_back_to_measure_by_is_not_held(smollm2):
     assert not any(said.startswith(one.prompt) for one in back for said in held)
 
 
+def test_what_a_model_has_written_comes_in_turns_where_it_is_asked_for(smollm2):
+    plain, more = (to_hold(smollm2, [KIRIBATI], more=more) for more in (False, True))
+    written = [line.strip() for line in read_text(shipped("written.txt")).splitlines()]
+    third = [smollm2.said(one.ids) for one in more[2:300:3]]
+    assert set(third) <= set(written)
+    assert len(third) == 100
+    assert [one for one in more if smollm2.said(one.ids) not in set(written)] == plain
+    assert all(one.answer_start == 2 for one in more[2:300:3])
+
+
 def test_a_users_text_stands_for_the_projects_own(smollm2, tmp_path):
     (tmp_path / "text.txt").write_text("Cranes nest on the northern shore.\nIt rained.\n")
     held = to_hold(smollm2, [], tmp_path / "text.txt")
@@ -93,6 +103,22 @@ def test_only_a_decoders_edits_restore(smollm2, form):
 )
 def test_an_editor_that_solves_once_restores_nothing(smollm2, settings):
     assert not ByEditor(choose("none", settings)).restores(smollm2)
+
+
+@pytest.mark.parametrize("rounds", [0.0, 2.0])
+def test_lines_that_a_model_has_written_are_held_while_an_edit_settles(tiny, monkeypatch, rounds):
+    asked = []
+    monkeypatch.setattr(
+        "malmend.commands.choice.to_hold", lambda *_given, more=False: asked.append(more) or []
+    )
+    own = {
+        "calibrate": tiny.calibrate,
+        "text": tiny.text,
+        "calibration": command_support.CALIBRATION,
+    }
+    refine = RefineSettings(passes=2, frames=(), rounds=rounds)
+    malmend.edit(tiny.loaded, command_support.make_facts(3), refine=refine, **own)
+    assert asked == [False, True][: 1 + (rounds > 0)]
 
 
 @pytest.mark.parametrize("refine", [RefineSettings(passes=1), RefineSettings(restore=0.0)])

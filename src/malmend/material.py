@@ -88,7 +88,10 @@ def held_out_questions(encoder: Encoder, count: int) -> tuple[Question, ...]:
 
 
 def to_hold(
-    encoder: Encoder, facts: Sequence[Fact], text: str | Path | None = None
+    encoder: Encoder,
+    facts: Sequence[Fact],
+    text: str | Path | None = None,
+    more: bool = False,
 ) -> list[Encoded]:
     """What edits of these facts should leave as it is: general questions, and lines of text.
 
@@ -101,18 +104,22 @@ def to_hold(
         encoder: of a decoder.
         facts: that are edited.
         text: a text file in place of the project's own text.
+        more: in turns with these also the lines that a model has written for the project.
     """
     words = read_text(shipped("text.txt") if text is None else text)
     lines = first_of(passages_of(encoder, words), CalibrationSettings.text_tokens)
-    texts = [encoder.said(line.ids) for line in lines]
-    held = [(said, replace(line, answer_start=2)) for said, line in zip(texts, lines, strict=True)]
+    written = passages_of(encoder, read_text(shipped("written.txt"))) if more else []
+    texts = [
+        [(encoder.said(one.ids), replace(one, answer_start=2)) for one in some]
+        for some in (lines, written)
+    ]
     asked = [one for one in read_questions(shipped("questions.jsonl"))[:-KEPT_BACK] if one.answer]
     answered = [
         (f"{one.prompt} {one.answer}", _without_end(encoder.encode(one)))
         for one in asked
         if _can_be_asked(encoder, one)
     ]
-    turns = [one for pair in itertools.zip_longest(answered, held) for one in pair if one]
+    turns = [one for some in itertools.zip_longest(answered, *texts) for one in some if one]
     free = apart([said for said, _ in turns], facts)
     return [one for (_, one), is_free in zip(turns, free, strict=True) if is_free and one.labels]
 

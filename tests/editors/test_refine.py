@@ -180,7 +180,8 @@ def test_a_question_too_long_in_a_frame_is_left_out_of_that_frame_alone():
     short, long = Question("w1", "w2"), Question(" ".join(["w3"] * 61), "w4")
     said = encoder()
     assert framed(said, [short, long], "w9 {prompt} w8") == [
-        said.encode(Question("w9 w1 w8", "w2"))
+        said.encode(Question("w9 w1 w8", "w2")),
+        None,
     ]
     assert framed(said, [short, long], "{prompt}") == said.encode_all([short, long])
 

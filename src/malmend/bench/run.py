@@ -16,7 +16,7 @@ from malmend.bench.plot import plot
 from malmend.bench.results import NAME, Results
 from malmend.bench.table import Row, failures, latest, markdown
 from malmend.commands.edit import now
-from malmend.editors.refine import UNSAID
+from malmend.editors.refine import SETTLING, UNSAID
 from malmend.errors import MalmendError
 from malmend.facts.fact import Fact
 from malmend.facts.readers import read_facts
@@ -76,7 +76,7 @@ def bench(
         row = run_cell(asking, cell, drawn(facts, cell.size, cell.seed), progress)
         made = {"malmend": version("malmend"), "torch": version("torch"), "finished": now()}
         asked = {"facts": plan.facts, "asked": _asked(plan)}
-        settings = {"given": dict(cell.given), "unsaid": UNSAID}
+        settings = {"given": dict(cell.given), "unsaid": _unsaid(cell)}
         results.add(key, {**row, **made, **asked, **settings})
         stepped(results.rows[key])
     return BenchResult(folder, tuple(results.rows[key] for key in keyed))
@@ -138,7 +138,12 @@ def _key(cell: Cell, facts: Sequence[Fact], plan: Plan) -> str:
     known: list[object] = [_digest(editor / name) for name in ("editor.json", "editor.safetensors")]
     source = source_of(cell.given["class"]) if "class" in cell.given else None
     known += ["" if source is None else _digest(source), _weights(cell.model)]
-    return cell.key(chosen, known, _asked(plan), version("malmend"), UNSAID)
+    return cell.key(chosen, known, _asked(plan), version("malmend"), _unsaid(cell))
+
+
+def _unsaid(cell: Cell) -> list[object]:
+    """What the cell depends on beside what its plan says."""
+    return [*UNSAID, *SETTLING] if cell.given.get("rounds") else UNSAID
 
 
 def _asked(plan: Plan) -> list[Any]:

@@ -10,16 +10,18 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from malmend.editors import restore, settle
 from malmend.editors.calibration import CalibrationSettings
 from malmend.editors.checkpoint import SavedEditor, load_editor
 from malmend.editors.editor import Editor
 from malmend.editors.refine import RefineSettings, framing
 from malmend.editors.settings import EditorSettings, training_free
 from malmend.errors import EditorError, MalmendError
+from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact
 from malmend.facts.tokens import Encoder, EndOfAnswer
 from malmend.material import calibrated, to_hold
-from malmend.methods.by_editor import find_by_editor, refinable
+from malmend.methods.by_editor import Holding, find_by_editor, refinable
 from malmend.methods.method import Found
 from malmend.models.load import LoadedModel
 from malmend.models.sites import Site
@@ -123,7 +125,12 @@ class ByEditor:
         return self.choice.settings.end_of_answer
 
     def check_frames(self, encoder: Encoder) -> None:
-        """Raises EditorError for a frame that this model cannot be asked in."""
+        """Raises EditorError for a frame that the model cannot be asked in, or none to settle."""
+        if self.settles and encoder.reading.form != "causal":
+            raise EditorError(
+                f"rounds is {self.refine.rounds:g}, expected 0 for this model: only a decoder's "
+                "edit is settled, for of no other is anything held; leave out --refine.rounds."
+            )
         for frame in self.refine.frames_for(encoder):
             framing(encoder, frame)
 
@@ -131,6 +138,18 @@ class ByEditor:
         """Whether a later solve may ask back what the edit moved."""
         more = self.refine.passes != 1 and self.refine.restore > 0
         return more and refinable(self.choice.settings) and encoder.reading.form == "causal"
+
+    @property
+    def settles(self) -> bool:
+        """Whether the shift is descended after the solves."""
+        return self.refine.rounds > 0 and refinable(self.choice.settings)
+
+    def rehearse(self, bench: Workbench, questions: Sequence[Encoded]) -> None:
+        """What is done with micro-batches of a memory's plan, beside capturing."""
+        if self.restores(bench.encoder):
+            restore.rehearse(bench.trunk, questions)
+        if self.settles:
+            settle.rehearse(bench.trunk, questions)
 
     def sites_in(self, model: PreTrainedModel) -> tuple[Site, ...]:
         """The layers that the editor edits."""
@@ -144,7 +163,11 @@ class ByEditor:
                 bench, self.calibrate, self.text, self.calibration, progress
             )
         once = time.perf_counter() - start
-        held = to_hold(bench.encoder, facts, self.text) if self.restores(bench.encoder) else ()
+        encoder, lines = bench.encoder, self.settles and self.refine.hold > 0
+        held = Holding(
+            to_hold(encoder, facts, self.text) if self.restores(encoder) else (),
+            to_hold(encoder, facts, self.text, more=True) if lines else (),
+        )
         found = find_by_editor(bench, editor, facts, self.refine, held, progress, self.processes)
         said = {**self.choice.provenance(facts), **found.said}
         return replace(found, said=said, once=once)

@@ -15,10 +15,10 @@ import torch
 
 from malmend.commands.choice import ByEditor, choose
 from malmend.commands.evaluate import chat_encoder, evaluate
+from malmend.editors import settle
 from malmend.editors.calibration import CalibrationSettings
 from malmend.editors.editor import Editor
 from malmend.editors.refine import RefineSettings
-from malmend.editors.restore import rehearse
 from malmend.editors.settings import EditorSettings
 from malmend.errors import EditorError, MalmendError, PatchError
 from malmend.evaluation.examiner import Examiner
@@ -158,9 +158,9 @@ def edit(
     bench = lay_out(loaded, working.sites_in(loaded.model), working.end_of_answer, trunk=trunk)
     known = aimed(bench, known, away)
     aims = {"alternative": alternative, "away": away, "created": now()}
-    restores = method is None and by_editor.restores(encoder)
-    also = partial(rehearse, bench.trunk) if restores else None
-    bench, plan = within_memory(bench, processes.share(known), memory, also=also)
+    also = partial(by_editor.rehearse, bench) if method is None else None
+    extra = settle.beside(bench.trunk) if method is None and by_editor.settles else 0
+    bench, plan = within_memory(bench, processes.share(known), memory, extra, also)
     with watched(plan, told) as peak:
         done = _edited(bench, working, known, aims, out, progress, processes)
     done = replace(done, peak=peak())

@@ -12,18 +12,16 @@ Shape letters: A answer tokens, H hidden width, V value width, K key width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from malmend.facts.encoded import Encoded
-from malmend.models.output import Losses, Part, kl_from, through_output
-from malmend.models.sites import Site
+from malmend.models.output import Part, kl_from
 from malmend.models.trunk import Batch, Trunk
-from malmend.numerics.losses import nll_and_grad
+from malmend.models.weightgrads import Term, saying, weight_grads
 from malmend.processes import ALONE, Processes
 
 
@@ -67,55 +65,16 @@ def meta_loss(
     G is accumulated in float32 or wider, whatever the weights' dtype.  Of ``processes`` each brings
     its own facts, and both are of all.
     """
-    out = MetaLoss(locality)
-    count, device = processes.total(len(judged))[0], trunk.model.device
-    with _weights_in_graph(trunk.sites if grads else ()), torch.set_grad_enabled(grads):
+    out, count = MetaLoss(locality), max(1.0, processes.total(len(judged))[0])
+    others = [(one.unrelated, one.unedited_AH) for one in judged]
+    held = [(q, states_AH) for q, states_AH in others if q and states_AH is not None]
 
-        def add(batch: Batch, weight: float, part: Part) -> float:
-            states_AH = trunk.final_states(batch)
-            losses_A = through_output(trunk, states_AH, part, weight / count if grads else 0.0)
-            _collect(trunk.sites, out.shift_grads)
-            return losses_A.sum().item() / count
+    def as_before(indices: Sequence[int], _batch: Batch) -> Part:
+        return kl_from(trunk, torch.cat([held[index][1] for index in indices]))
 
-        for _, batch in trunk.batches([one.equivalent for one in judged]):
-            labels_A = batch.tokens.labels_A.to(device)
-
-            def said(rows: slice, at_AW: Tensor, labels_A: Tensor = labels_A) -> Losses:
-                return nll_and_grad(at_AW, labels_A[rows])
-
-            out.gen += add(batch, 1.0, said)
-        others = [(one.unrelated, one.unedited_AH) for one in judged]
-        held = [(q, states_AH) for q, states_AH in others if q and states_AH is not None]
-        for indices, batch in trunk.batches([question for question, _ in held]):
-            known_AH = torch.cat([held[i][1] for i in indices])
-            out.loc += add(batch, locality, kl_from(trunk, known_AH))
-    out.gen, out.loc = processes.total(out.gen, out.loc)
-    out.shift_grads = {n: processes.summed(grad) for n, grad in out.shift_grads.items()}
+    gen = Term([one.equivalent for one in judged], saying(trunk), 1 / count)
+    loc = Term([question for question, _ in held], as_before, locality / count)
+    sums, shift_grads = weight_grads(trunk, [gen, loc], grads)
+    out.gen, out.loc = processes.total(*(one / count for one in sums))
+    out.shift_grads = {n: processes.summed(grad) for n, grad in shift_grads.items()}
     return out
-
-
-@contextmanager
-def _weights_in_graph(sites: Sequence[Site]) -> Iterator[None]:
-    for site in sites:
-        site.weight.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for site in sites:
-            site.weight.requires_grad_(False)
-            site.weight.grad = None
-
-
-def _collect(sites: Sequence[Site], totals: dict[str, Tensor]) -> None:
-    """Moves each weight's gradient into a wide running sum, so that bfloat16 never accumulates."""
-    for site in sites:
-        grad = site.weight.grad
-        if grad is None:
-            continue
-        wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
-        grad_VK = site.oriented(grad).to("cpu", wide)
-        if site.name in totals:
-            totals[site.name] += grad_VK
-        else:
-            totals[site.name] = grad_VK.clone()
-        site.weight.grad = None

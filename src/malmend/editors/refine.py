@@ -32,6 +32,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from malmend.editors import settle
 from malmend.editors.editor import Aggregation, Editor, chunks
 from malmend.editors.malmen import Malmen
 from malmend.editors.restore import NUMBERS, Held, restoring
@@ -49,7 +50,7 @@ from malmend.processes import ALONE, Processes
 PROMPT = "{prompt}"
 CHAT = "chat"
 USUAL, MOST, ENOUGH = 3, 4, 0.01  # solves, and the share of missed tokens that needs no more
-MOST_WEIGHT = 1000  # of a restoring row: far heavier ones leave nothing of the edits
+MOST_WEIGHT = 1000  # of what is asked back: far heavier ones leave nothing of the edits
 END_NLL = 0.05  # what a later solve asks of end tokens: they weigh little, and the prior pulls
 FRAMES = ("This is well known. {prompt}", "{prompt} (in one word):")
 WITH_CHAT = (FRAMES[1], CHAT)  # of a model that has a chat template
@@ -72,6 +73,9 @@ class RefineSettings:
         chat_gain: the same, of rows in the chat template.
         restore: weight of the rows that ask back what the edit moved of other questions and of
             text (restore.py); 0 for none of them.  Of a decoder only.
+        rounds: how often each fact is read, in all frames, while the shift is descended after the
+            solves (settle.py); 0 for not at all.  Of a decoder only.
+        hold: weight of other questions and of text in that descent.  Of a decoder only.
     """
 
     passes: int | None = None
@@ -79,6 +83,8 @@ class RefineSettings:
     gain: float = 1.6
     chat_gain: float = 3.0
     restore: float = 1.0
+    rounds: float = 0.0
+    hold: float = 30.0
 
     def __post_init__(self) -> None:
         if self.passes is not None and self.passes < 1:
@@ -93,11 +99,13 @@ class RefineSettings:
                     f"{name} is {value:g}, expected a number above 0; change "
                     f"--refine.{name.replace('_', '-')}."
                 )
-        if not 0 <= self.restore <= MOST_WEIGHT:
-            raise EditorError(
-                f"restore is {self.restore:g}, expected a number from 0 to {MOST_WEIGHT:,}; change "
-                "--refine.restore."
-            )
+        for name in ("restore", "rounds", "hold"):
+            value = getattr(self, name)
+            if not 0 <= value <= MOST_WEIGHT:
+                raise EditorError(
+                    f"{name} is {value:g}, expected a number from 0 to {MOST_WEIGHT:,}; change "
+                    f"--refine.{name}."
+                )
         for frame in self.frames or ():
             if frame != CHAT and PROMPT not in frame:
                 raise EditorError(
@@ -124,6 +132,7 @@ class RefineSettings:
 # What a null of RefineSettings stands for, and its numbers.
 UNSAID: list[object] = [USUAL, MOST, ENOUGH, END_NLL, *FRAMES, *WITH_CHAT, *NUMBERS]
 UNSAID += [RefineSettings.gain, RefineSettings.chat_gain, RefineSettings.restore]
+SETTLING: list[object] = [RefineSettings.hold, *settle.NUMBERS]  # the same of what settles
 
 
 def framing(encoder: Encoder, frame: str) -> Encoder:
@@ -146,19 +155,19 @@ def framing(encoder: Encoder, frame: str) -> Encoder:
     return found
 
 
-def framed(encoder: Encoder, questions: Sequence[Question], frame: str) -> list[Encoded]:
-    """The questions in a frame, without those that are too long in it.
+def framed(encoder: Encoder, questions: Sequence[Question], frame: str) -> list[Encoded | None]:
+    """The questions in a frame; None for one that is too long in it.
 
     Raises:
         EditorError: as :func:`framing`.
     """
-    used, found = framing(encoder, frame), []
+    used, found = framing(encoder, frame), list[Encoded | None]()
     for question in questions:
         prompt = question.prompt if frame == CHAT else frame.replace(PROMPT, question.prompt)
         try:
             found.append(used.encode(Question(prompt, question.answer)))
         except MalmendError:  # too long in this frame, or its answer read otherwise
-            continue
+            found.append(None)
     return found
 
 

@@ -70,7 +70,14 @@ class Held:
         """
         sizes = torch.tensor([len(one.ids) for one in questions]).cumsum(0)
         some = questions[: int((sizes < max(FEWEST, EACH * edited)).sum()) + 1]
-        some = processes.share(some)
+        return cls.of_all(trunk, some, processes)
+
+    @classmethod
+    def of_all(
+        cls, trunk: Trunk, questions: Sequence[Encoded], processes: Processes = ALONE
+    ) -> Held:
+        """All of them; of processes this one's.  Call while the weights are the unedited ones."""
+        some = processes.share(questions)
         return cls(tuple(some), tuple(trunk.unedited_states(some)))
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from operator import truediv
 from typing import Any
 
@@ -13,6 +15,7 @@ from malmend.editors.editor import Aggregation, Editor
 from malmend.editors.refine import CHAT, ENOUGH, RefineSettings, framed, further, missed
 from malmend.editors.restore import Held
 from malmend.editors.settings import EditorSettings
+from malmend.editors.settle import lines_for, settle, steps_for
 from malmend.errors import EditorError
 from malmend.facts.encoded import Encoded, Form, settled
 from malmend.facts.fact import Fact
@@ -24,13 +27,28 @@ from malmend.processes import ALONE, Processes
 from malmend.progress import Progress, counted, silent
 from malmend.workbench import Workbench
 
+FULL = sys.maxsize  # no bound of a shift's rank
+
+
+@dataclass(frozen=True)
+class Holding:
+    """Questions and text at which a model should say what it says unedited.
+
+    Attributes:
+        solves: of the later solves.
+        settling: of the descent after them.
+    """
+
+    solves: Sequence[Encoded] = ()
+    settling: Sequence[Encoded] = ()
+
 
 def find_by_editor(
     bench: Workbench,
     editor: Editor,
     facts: Sequence[Fact],
     refine: RefineSettings = RefineSettings(),
-    to_hold: Sequence[Encoded] = (),
+    holding: Holding | None = None,
     progress: Progress = silent,
     processes: Processes = ALONE,
 ) -> Found:
@@ -43,7 +61,7 @@ def find_by_editor(
         editor: with everything it needs.
         facts: to be edited.
         refine: further passes.
-        to_hold: questions and text at which the model should say what it says unedited.
+        holding: where the model should say what it says unedited; None for nowhere.
         progress: called with stage and share done.
         processes: that the facts are spread over.
 
@@ -54,13 +72,12 @@ def find_by_editor(
     facts = processes.share(facts)
     questions = bench.encoder.encode_all(fact.question for fact in facts)
     again = refinable(settings) and refine.goes_on(bench.encoder, 1, 1.0)
-    others = _in_frames(bench, facts, refine, processes) if again else {}
-    held = None
-    if again and to_hold:
-        progress("what should stay as it is", 0.0)
-        edited = processes.total(sum(len(one.sources) for one in questions))[0]
-        held = Held.of(trunk, to_hold, int(edited), processes)
-        progress("what should stay as it is", 1.0)
+    settles = refinable(settings) and refine.rounds > 0
+    frames = _in_frames(bench, facts, refine, processes) if again or settles else {}
+    work = _Work(bench, editor, refine, questions, frames, progress, processes)
+    holding = holding or Holding()
+    held = work.held(holding.solves) if again and holding.solves else None
+    lines = work.held_while_settling(holding.settling) if settles and holding.settling else None
     count = counted(progress, "keys and value gradients", len(questions))
     captured = capture(trunk, questions, settings.tokens, settings.descent, count)
     solves = _Solves(editor, [len(pair.keys_NK) for pair in captured], progress, processes)
@@ -71,57 +88,129 @@ def find_by_editor(
             f"The shift of {solved.broken} holds NaN or infinity, so nothing was written; check "
             f"--eta and that the weights of {bench.loaded.name} are whole."
         )
-
-    def missed_by(one: _Solved) -> tuple[float, float]:
-        """Of the plain prompts' tokens, and of theirs or of those in chat if these are worse."""
-        plain = missed(trunk, questions, one.shifts, processes)
-        spoken = others.get(CHAT)
-        in_chat = 0.0 if spoken is None else missed(trunk, spoken, one.shifts, processes)
-        return plain, max(plain, in_chat)
-
-    latest, done, kept = solved, 1, 1
-    least, worst = missed_by(solved) if again else (0.0, 0.0)
-    count_all = len(questions) + sum(map(len, others.values()))
-    count_all += len(held.questions) if held else 0
-    while again and refine.goes_on(bench.encoder, done, worst):
-        stage, done = f", pass {done + 1}", done + 1
-        count = counted(progress, f"keys and value gradients{stage}", count_all)
-        latest = solves.solve(
-            *further(
-                editor, trunk, latest.shifts, questions, others, refine, held, count, processes
-            ),
-            stage,
-        )
-        if latest.broken:
-            break
-        plain, worst = missed_by(latest)
-        if plain <= max(least, ENOUGH):
-            solved, kept = latest, done
-        least = min(least, plain)
-    with shifted(list(trunk.sites), solved.shifts):
+    solved, kept = work.solved_again(solves, solved, held) if again else (solved, 1)
+    settled_one = work.settled(solved, lines) if settles else None
+    final = settled_one or solved
+    with shifted(list(trunk.sites), final.shifts):
         moved = keys_of(trunk, questions, settings.tokens)
     said = {
         **described(editor, form),
         "passes": kept,
-        "frames": list(others) if kept > 1 else [],
+        "frames": list(frames) if kept > 1 or settled_one else [],
         "gain": refine.gain,
         "chat_gain": refine.chat_gain,
         "restore": refine.restore if held and kept > 1 else 0.0,
+        "rounds": refine.rounds if settled_one else 0.0,
+        "hold": refine.hold if lines and settled_one else 0.0,
         "tokens": solved.tokens,
         "mean_residual": solved.mean_residual,
-        "residual_after": solves.mean_residual(solved.shifts, moved, solved.diffs),
+        "residual_after": solves.mean_residual(final.shifts, moved, solved.diffs),
     }
-    return Found(solved.shifts, solved.tokens, said)
+    return Found(final.shifts, final.rank, said)
+
+
+@dataclass(frozen=True, eq=False)
+class _Work:
+    """An edit in the making: the facts in every frame, and what follows the first solve.
+
+    ``frames`` has by frame one question for each of ``questions``, None where it is too long.
+    """
+
+    bench: Workbench
+    editor: Editor
+    refine: RefineSettings
+    questions: Sequence[Encoded]
+    frames: Mapping[str, Sequence[Encoded | None]]
+    progress: Progress
+    processes: Processes
+
+    def inside(self, frame: str) -> list[Encoded]:
+        """The questions in a frame that fit."""
+        return [one for one in self.frames.get(frame, ()) if one]
+
+    def held(self, to_hold: Sequence[Encoded]) -> Held:
+        """What later solves hold."""
+        self.progress("what should stay as it is", 0.0)
+        edited = self.processes.total(sum(len(one.sources) for one in self.questions))[0]
+        found = Held.of(self.bench.trunk, to_hold, int(edited), self.processes)
+        self.progress("what should stay as it is", 1.0)
+        return found
+
+    def held_while_settling(self, to_hold: Sequence[Encoded]) -> Held:
+        """As many of the first as are read a few times each."""
+        self.progress("what should stay as it is", 0.0)
+        some = to_hold[: lines_for(self.steps)]
+        found = Held.of_all(self.bench.trunk, some, self.processes)
+        self.progress("what should stay as it is", 1.0)
+        return found
+
+    @cached_property
+    def steps(self) -> int:
+        """Of settling."""
+        return steps_for(int(self.processes.total(len(self.questions))[0]), self.refine.rounds)
+
+    def missed_by(self, one: _Solved) -> tuple[float, float]:
+        """Of the plain prompts' tokens, and of theirs or of those in chat if these are worse."""
+        trunk, processes = self.bench.trunk, self.processes
+        plain = missed(trunk, self.questions, one.shifts, processes)
+        if CHAT not in self.frames:
+            return plain, plain
+        return plain, max(plain, missed(trunk, self.inside(CHAT), one.shifts, processes))
+
+    def solved_again(
+        self, solves: _Solves, first: _Solved, held: Held | None
+    ) -> tuple[_Solved, int]:
+        """The last solve that misses no more than the best before it, and which it is."""
+        encoder, others = self.bench.encoder, {frame: self.inside(frame) for frame in self.frames}
+        solved = latest = first
+        done = kept = 1
+        least, worst = self.missed_by(first)
+        count_all = len(self.questions) + sum(map(len, others.values()))
+        count_all += len(held.questions) if held else 0
+        while self.refine.goes_on(encoder, done, worst):
+            stage, done = f", pass {done + 1}", done + 1
+            count = counted(self.progress, f"keys and value gradients{stage}", count_all)
+            asked = (self.questions, others, self.refine, held, count, self.processes)
+            latest = solves.solve(
+                *further(self.editor, self.bench.trunk, latest.shifts, *asked), stage
+            )
+            if latest.broken:
+                break
+            plain, worst = self.missed_by(latest)
+            if plain <= max(least, ENOUGH):
+                solved, kept = latest, done
+            least = min(least, plain)
+        return solved, kept
+
+    def settled(self, solved: _Solved, held: Held | None) -> _Solved | None:
+        """Equation (29) from a solve on; None where the plain prompts would miss more by it."""
+        rows = [
+            [one for one in ones if one]
+            for ones in zip(self.questions, *self.frames.values(), strict=True)
+        ]
+        trunk = self.bench.trunk
+        count = counted(self.progress, "settling", self.steps)
+        start, asked = (
+            solved.shifts,
+            (rows, self.steps, self.refine.hold, held, count, self.processes),
+        )
+        found = replace(solved, shifts=settle(self.editor, trunk, start, *asked), rank=FULL)
+        if found.broken:
+            return None
+        before, after = (
+            missed(trunk, self.questions, one.shifts, self.processes) for one in (solved, found)
+        )
+        return found if after <= max(before, ENOUGH) else None
 
 
 def _in_frames(
     bench: Workbench, facts: Sequence[Fact], refine: RefineSettings, processes: Processes
-) -> dict[str, list[Encoded]]:
+) -> dict[str, list[Encoded | None]]:
     """The edits in each frame of the later solves; not a frame that every fact is too long for."""
-    asked, found = [fact.question for fact in facts], {}
+    asked, found = [fact.question for fact in facts], dict[str, list[Encoded | None]]()
     for frame in refine.frames_for(bench.encoder):
         inside = framed(bench.encoder, asked, frame)
-        if processes.total(len(inside))[0]:
+        if processes.total(sum(one is not None for one in inside))[0]:
             found[frame] = inside
     return found
 
@@ -150,13 +239,14 @@ def described(editor: Editor, form: Form) -> dict[str, Any]:
 class _Solved:
     """What stays of a solve: a shift per site, and what it asked of the plain prompts' tokens.
 
-    ``tokens`` counts all that it was solved for, in every frame: no shift has a higher rank.
+    ``tokens`` counts all that it was solved for, in every frame; no shift has a higher ``rank``.
     """
 
     shifts: dict[str, Tensor]
     diffs: list[Tensor]
     tokens: int
     mean_residual: float
+    rank: int
 
     @property
     def broken(self) -> str | None:
@@ -197,7 +287,7 @@ class _Solves:
         residual = self.mean_residual(shifts, [pair.keys_NK for pair in captured], diffs)
         self._progress(self._stage + which, 1.0)
         tokens = int(max(self._processes.total(*[len(pair.keys_NK) for pair in captured])))
-        return _Solved(shifts, diffs, tokens, residual)
+        return _Solved(shifts, diffs, tokens, residual, tokens)
 
     def mean_residual(
         self, shifts: dict[str, Tensor], keys: Sequence[Tensor], diffs: Sequence[Tensor]

@@ -1,0 +1,96 @@
+"""Losses of a model as its weights are now, and their gradient by the edited weights.
+
+Shape letters: A answer tokens, H hidden width, V value width, K key width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from malmend.facts.encoded import Encoded
+from malmend.models.output import Losses, Part, through_output
+from malmend.models.sites import Site
+from malmend.models.trunk import Batch, Trunk
+from malmend.numerics.losses import nll_and_grad
+
+
+@dataclass(frozen=True)
+class Term:
+    """A weighted sum of losses: of the answer tokens of some questions.
+
+    ``part`` makes, of the indices of a micro-batch's questions and of the batch itself, what
+    :func:`malmend.models.output.through_output` asks for.
+    """
+
+    questions: Sequence[Encoded]
+    part: Callable[[Sequence[int], Batch], Part]
+    weight: float
+
+
+def weight_grads(
+    trunk: Trunk, terms: Sequence[Term], grads: bool = True
+) -> tuple[list[float], dict[str, Tensor]]:
+    """Each term's sum, without its weight, and the weighted sum's gradient by site, V x K.
+
+    The gradient is accumulated in float32 or wider, whatever the weights' dtype.
+    """
+    sums, totals = [0.0] * len(terms), dict[str, Tensor]()
+    with _weights_in_graph(trunk.sites if grads else ()), torch.set_grad_enabled(grads):
+        for index, term in enumerate(terms):
+            for indices, batch in trunk.batches(term.questions):
+                states_AH = trunk.final_states(batch)
+                weight = term.weight if grads else 0.0
+                losses_A = through_output(trunk, states_AH, term.part(indices, batch), weight)
+                _collect(trunk.sites, totals)
+                sums[index] += losses_A.sum().item()
+    return sums, totals
+
+
+def saying(trunk: Trunk, enough: float = 0.0) -> Callable[[Sequence[int], Batch], Part]:
+    """A term's part: -log p(answer token), nothing where it is no more than ``enough`` nats."""
+
+    def of(_indices: Sequence[int], batch: Batch) -> Part:
+        labels_A = batch.tokens.labels_A.to(trunk.model.device)
+
+        def part(rows: slice, at_AW: Tensor) -> Losses:
+            nll_A, by_AW = nll_and_grad(at_AW, labels_A[rows])
+            if enough:
+                is_open_A = nll_A > enough
+                nll_A, by_AW = nll_A * is_open_A, by_AW.mul_(is_open_A[:, None])
+            return nll_A, by_AW
+
+        return part
+
+    return of
+
+
+@contextmanager
+def _weights_in_graph(sites: Sequence[Site]) -> Iterator[None]:
+    for site in sites:
+        site.weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for site in sites:
+            site.weight.requires_grad_(False)
+            site.weight.grad = None
+
+
+def _collect(sites: Sequence[Site], totals: dict[str, Tensor]) -> None:
+    """Moves each weight's gradient into a wide running sum, so that bfloat16 never accumulates."""
+    for site in sites:
+        grad = site.weight.grad
+        if grad is None:
+            continue
+        wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+        grad_VK = site.oriented(grad).to("cpu", wide)
+        if site.name in totals:
+            totals[site.name] += grad_VK
+        else:
+            totals[site.name] = grad_VK.clone()
+        site.weight.grad = None

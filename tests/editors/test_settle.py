@@ -1,0 +1,253 @@
+"""Equation (29) against autograd through the whole model by E itself, float64.
+
+Shape letters: V value width, K key width.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from itertools import islice
+
+import pytest
+import torch
+from support import captured_of, random_editor, statistics_of, tiny_model, tiny_trunk
+from test_refine import FACTS, OTHERS, QUESTIONS, SETTINGS, edited, nll
+from test_restore import held_questions, kl_of
+from torch.func import functional_call
+
+from malmend.editors import settle as module
+from malmend.editors.editor import Editor
+from malmend.editors.refine import RefineSettings
+from malmend.editors.restore import Held
+from malmend.editors.settings import EditorSettings
+from malmend.editors.settle import settle
+from malmend.errors import MalmendError
+from malmend.numerics.ridge import Prior
+from malmend.processes import Processes
+
+ROWS = [list(rows) for rows in zip(QUESTIONS, OTHERS, strict=True)]
+
+
+class Case:
+    """A model, its trunk, an editor and the shifts of its first solve."""
+
+    def __init__(self, settings: EditorSettings = SETTINGS):
+        self.model = tiny_model()
+        self.trunk = tiny_trunk(self.model)
+        captured = captured_of(self.trunk, FACTS, settings)
+        self.editor = random_editor(settings, self.trunk, captured)
+        self.tokens = len(captured[0].keys_NK)  # N of the prior: of the prompts, not of frames
+        self.shifts = self.editor.shifts(captured)
+        self.held = Held.of(self.trunk, held_questions(), 10)
+
+    def settled(self, steps: int, hold: float = 3.0, rows=ROWS, **more):
+        held = self.held if hold else None
+        return settle(self.editor, self.trunk, self.shifts, rows, steps, hold, held, **more)
+
+
+def said_by(model, weights, one):
+    """The log probabilities at a question's answer tokens."""
+    logits = functional_call(model, weights, (torch.tensor([one.ids]),)).logits[0]
+    return logits[list(one.sources)].log_softmax(-1)
+
+
+def reference(case: Case, hold: float, steps: int, enough: float):
+    """E by torch's Adam on (29) written out, every fact and every held question in each step."""
+    sites = list(case.trunk.sites)
+    roots, free = [], []
+    for index, site in enumerate(sites):
+        prior = case.editor.prior(index, case.tokens)
+        precision = prior.add_to(torch.zeros(site.shape_VK[1], site.shape_VK[1]).double())
+        roots.append(torch.linalg.cholesky(precision))
+        free.append((case.shifts[site.name] @ roots[-1]).requires_grad_(True))
+    rates = [0.06 * one.detach().pow(2).mean().sqrt().item() for one in free]
+    adam = torch.optim.Adam(
+        [{"params": [one], "lr": lr} for one, lr in zip(free, rates, strict=True)],
+        betas=(0.9, 0.98),
+    )
+    tokens = sum(len(one.sources) for one in case.held.questions)
+    for step in range(steps):
+        weights = {
+            f"{site.name}.weight": site.weight.detach() + one @ torch.linalg.inv(root)
+            for site, one, root in zip(sites, free, roots, strict=True)
+        }
+        loss = torch.zeros((), dtype=torch.float64)
+        for one in (one for rows in ROWS for one in rows):
+            labels = torch.tensor(one.labels)
+            nll_A = -said_by(case.model, weights, one).gather(1, labels[:, None])[:, 0]
+            loss = loss + nll_A[nll_A > enough].sum() / len(ROWS)
+        for one in case.held.questions:
+            after = said_by(case.model, weights, one)
+            before = said_by(case.model, {}, one).detach()
+            loss = loss + hold * (before.exp() * (before - after)).sum() / tokens
+        adam.zero_grad()
+        loss.backward()
+        for group, lr in zip(adam.param_groups, rates, strict=True):
+            group["lr"] = lr * (1 - step / steps)
+            if step == 0:
+                group["eps"] = 1e-6 * group["params"][0].grad.pow(2).mean().sqrt().item()
+        adam.step()
+    pairs = zip(sites, free, roots, strict=True)
+    return {site.name: (one @ torch.linalg.inv(root)).detach() for site, one, root in pairs}
+
+
+@pytest.mark.parametrize("enough", [0.05, 3.0])
+def test_it_is_adam_on_the_losses_in_the_metric_of_the_prior(monkeypatch, enough):
+    monkeypatch.setattr(module, "SAID", enough)
+    case = Case()
+    found = case.settled(4)
+    wanted = reference(case, 3.0, 4, enough)
+    for name, shift_VK in found.items():
+        assert shift_VK.dtype == torch.float64
+        assert (shift_VK - case.shifts[name]).abs().max() > 1e-3  # of the order of its steps
+        torch.testing.assert_close(shift_VK, wanted[name], rtol=1e-8, atol=1e-10)
+
+
+def test_the_metric_is_the_prior_of_the_solves():
+    """Of an editor of all tokens N counts them all, as in the solves before."""
+    case = Case(replace(SETTINGS, tokens="all"))
+    assert case.tokens > Case().tokens
+    found = case.settled(3)
+    wanted = reference(case, 3.0, 3, 0.05)
+    for name, shift_VK in found.items():
+        torch.testing.assert_close(shift_VK, wanted[name], rtol=1e-8, atol=1e-10)
+
+
+def test_a_singular_prior_is_refused():
+    case = Case()
+    width = case.trunk.sites[0].shape_VK[1]
+    singular = Prior(0.0, (1.0,), (torch.zeros(width, width, dtype=torch.float64),))
+    case.editor.prior = lambda _site, _tokens: singular
+    with pytest.raises(MalmendError, match="singular"):
+        case.settled(1)
+
+
+def test_what_it_holds_beside_micro_batches_is_planned():
+    trunk = tiny_trunk(tiny_model())
+    v, k = trunk.sites[0].shape_VK
+    assert module.beside(trunk) == 2 * 8 * (7 * v * k + k * k)
+
+
+def test_the_numbers_are_those_of_the_docs():
+    assert module.NUMBERS == (16, 80, 48, 2, 0.05, 0.06, 0.9, 0.98, 1e-6)
+    assert RefineSettings.hold == 30.0
+    assert module.steps_for(1024, 2.5) == 160
+    assert module.steps_for(3, 2.5) == 80
+    assert module.lines_for(80) == 1920
+
+
+def test_what_is_asked_is_said_and_what_is_held_stays():
+    case = Case()
+    found = case.settled(40, hold=10.0)
+    before, after = (edited(case.model, case.trunk, one) for one in (case.shifts, found))
+    assert nll(after, QUESTIONS) < nll(before, QUESTIONS)
+    assert nll(after, OTHERS) < nll(before, OTHERS)
+
+    def moved(other) -> float:
+        return sum(kl_of(case.model, other, one).sum().item() for one in case.held.questions)
+
+    assert moved(after) < moved(before)
+    assert moved(after) < moved(edited(case.model, case.trunk, case.settled(40, hold=0.0)))
+
+
+def test_what_is_said_surely_enough_pulls_no_more(monkeypatch):
+    """Without anything held nothing is left to ask: the shift stays as it is."""
+    monkeypatch.setattr(module, "SAID", 1e9)
+    case = Case()
+    found = case.settled(40, hold=0.0)
+    for name, shift_VK in found.items():
+        torch.testing.assert_close(shift_VK, case.shifts[name], rtol=1e-9, atol=1e-12)
+
+
+def test_an_identity_for_prior_is_plain_adam():
+    case = Case()
+    captured = captured_of(case.trunk, FACTS, SETTINGS)
+    case.editor = Editor(
+        replace(SETTINGS, prior="identity"),
+        {site.name: site.shape_VK for site in case.trunk.sites},
+        statistics_of(case.trunk, captured),
+        ridge=0.7,
+    )
+    found = case.settled(1, hold=0.0)
+    for name, shift_VK in found.items():
+        size = case.shifts[name].square().mean().sqrt()
+        step = (shift_VK - case.shifts[name]).abs()
+        torch.testing.assert_close(step.max(), 0.06 * size, rtol=1e-4, atol=0.0)
+
+
+def test_the_weights_stay_and_the_same_is_found_again():
+    case = Case()
+    kept = {name: one.clone() for name, one in case.model.state_dict().items()}
+    generator = torch.random.get_rng_state()
+    counts = []
+    first = case.settled(3, progress=counts.append)
+    assert counts == [1, 1, 1]
+    second = case.settled(3)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert all(torch.equal(kept[name], one) for name, one in case.model.state_dict().items())
+    assert not any(one.requires_grad for one in case.model.parameters())
+    assert torch.equal(generator, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize(("count", "size"), [(7, 3), (7, 16), (1, 4), (12, 4)])
+def test_everything_is_drawn_once_before_anything_is_drawn_again(count, size):
+    draws = list(islice(module._draws(count, size, Processes()), 3 * count))
+    assert {len(draw) for draw in draws} == {min(count, size)}
+    order = [one for draw in draws for one in draw]
+    for start in range(0, len(order) - count, count):
+        assert sorted(order[start : start + count]) == list(range(count))
+
+
+def test_processes_draw_what_one_draws():
+    one = islice(module._draws(11, 4, Processes()), 20)
+    parts = [islice(module._draws(11, 4, Processes(rank, 2)), 20) for rank in range(2)]
+    for whole, first, second in zip(one, *parts, strict=True):
+        mine = [2 * index for index in first] + [2 * index + 1 for index in second]
+        assert sorted(mine) == sorted(whole)
+
+
+class Pair(Processes):
+    """One of two processes, as threads that meet in every sum."""
+
+    def __init__(self, rank: int, meeting: Meeting):
+        super().__init__(rank, 2)
+        object.__setattr__(self, "meeting", meeting)
+
+    def summed(self, tensor):
+        return self.meeting.sum(self.rank, tensor)
+
+
+class Meeting:
+    def __init__(self):
+        self.barrier, self.parts = threading.Barrier(2, timeout=60), {}
+
+    def sum(self, rank, tensor):
+        self.parts[rank] = tensor.detach().clone()
+        self.barrier.wait()
+        whole = self.parts[0] + self.parts[1]
+        self.barrier.wait()
+        return whole
+
+
+def test_two_processes_settle_as_one_does(monkeypatch):
+    """With one fact and one held line in each step, of which one process has none."""
+    monkeypatch.setattr(module, "FACTS", 1)
+    monkeypatch.setattr(module, "HELD", 1)
+    wanted, meeting, found = Case().settled(7), Meeting(), {}
+
+    cases = Case(), Case()  # a model is made by the one generator of all threads
+
+    def run(rank: int) -> None:
+        case, mine = cases[rank], Pair(rank, meeting)
+        case.held = Held(case.held.questions[rank::2], case.held.states[rank::2])
+        found[rank] = case.settled(7, rows=ROWS[rank::2], processes=mine)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    for name, shift_VK in wanted.items():
+        assert torch.equal(found[0][name], found[1][name])
+        torch.testing.assert_close(found[0][name], shift_VK, rtol=1e-8, atol=1e-10)
