@@ -98,6 +98,8 @@ OPTIONS = {
         "--refine.gain",
         "--refine.chat-gain",
         "--refine.restore",
+        "--refine.rounds",
+        "--refine.hold",
         "--memory",
     },
     "train": MODEL
