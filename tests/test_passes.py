@@ -79,10 +79,17 @@ def test_a_framed_edit_keeps_the_rank_of_all_its_rows(tiny, monkeypatch):
         assert torch.linalg.matrix_rank(found.shift(name), rtol=1e-5) > tokens
 
 
+@pytest.fixture
+def briefly(monkeypatch):
+    """Four steps on two held lines each."""
+    monkeypatch.setattr(settle, "FEWEST", 4)
+    monkeypatch.setattr(settle, "HELD", 2)
+
+
 SETTLED = RefineSettings(passes=1, frames=FRAMES, rounds=1.0, hold=4.0)
 
 
-def test_a_settled_edit_is_of_full_rank_and_says_so(tiny):
+def test_a_settled_edit_is_of_full_rank_and_says_so(tiny, briefly):
     once = malmend.edit(tiny.loaded, FEW, refine=ONCE, **own(tiny)).patch
     found = malmend.edit(tiny.loaded, FEW, refine=SETTLED, **own(tiny)).patch
     said = found.provenance
@@ -154,7 +161,7 @@ def test_numbers_that_nothing_can_be_done_by_are_refused(name, value):
         RefineSettings(**{name: value})
 
 
-def test_a_settled_edit_that_misses_more_is_taken_back(tiny, monkeypatch):
+def test_a_settled_edit_that_misses_more_is_taken_back(tiny, monkeypatch, briefly):
     once = malmend.edit(tiny.loaded, FEW, refine=ONCE, **own(tiny)).patch
     counting(monkeypatch, 0.2, 0.21)
     found = malmend.edit(tiny.loaded, FEW, refine=SETTLED, **own(tiny)).patch
@@ -163,7 +170,9 @@ def test_a_settled_edit_that_misses_more_is_taken_back(tiny, monkeypatch):
     assert (said["rounds"], said["hold"], said["frames"]) == (0.0, 0.0, [])
 
 
-def test_what_is_held_while_an_edit_settles_needs_no_weight_in_later_solves(tiny, monkeypatch):
+def test_what_is_held_while_an_edit_settles_needs_no_weight_in_later_solves(
+    tiny, monkeypatch, briefly
+):
     counting(monkeypatch, 0.0, 0.0, 0.0, 0.0)
     refine = replace(SETTLED, passes=2, restore=0.0)
     said = malmend.edit(tiny.loaded, FEW, refine=refine, **own(tiny)).patch.provenance
@@ -302,7 +311,7 @@ def test_within_a_budget_the_patch_is_the_same_and_the_peak_is_said(tiny, monkey
     ],
 )
 def test_a_budget_is_planned_with_what_follows_the_first_solve(
-    tiny, monkeypatch, refine, rehearsed
+    tiny, monkeypatch, briefly, refine, rehearsed
 ):
     seen = set()
     monkeypatch.setattr(restore, "rehearse", lambda _trunk, _some: seen.add("restore"))
