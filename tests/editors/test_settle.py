@@ -231,8 +231,8 @@ class Meeting:
 
 
 def test_two_processes_settle_as_one_does(monkeypatch):
-    """With one fact and one held line in each step, of which one process has none."""
-    monkeypatch.setattr(module, "FACTS", 1)
+    """With two facts and one held line in each step, which one process has none of."""
+    monkeypatch.setattr(module, "FACTS", 2)
     monkeypatch.setattr(module, "HELD", 1)
     wanted, meeting, found = Case().settled(7), Meeting(), {}
 
