@@ -9,6 +9,7 @@ import pytest
 import command_support
 import malmend
 from malmend.commands.choice import ByEditor, choose
+from malmend.editors import settle
 from malmend.editors.refine import RefineSettings
 from malmend.editors.settings import training_free
 from malmend.facts.fact import Fact
@@ -116,17 +117,26 @@ def test_lines_that_a_model_has_written_are_held_while_an_edit_settles(tiny, mon
         "text": tiny.text,
         "calibration": command_support.CALIBRATION,
     }
+    monkeypatch.setattr(settle, "FEWEST", 3)
     refine = RefineSettings(passes=2, frames=(), rounds=rounds)
     malmend.edit(tiny.loaded, command_support.make_facts(3), refine=refine, **own)
     assert asked == [False, True][: 1 + (rounds > 0)]
 
 
-@pytest.mark.parametrize("refine", [RefineSettings(passes=1), RefineSettings(restore=0.0)])
+@pytest.mark.parametrize(
+    "refine",
+    [
+        RefineSettings(passes=1),
+        RefineSettings(restore=0.0),
+        RefineSettings(passes=1, rounds=1.0, hold=0.0),
+    ],
+)
 def test_nothing_is_read_where_nothing_will_be_restored(tiny, monkeypatch, refine):
     def no(*_args):
         raise AssertionError("held without need")
 
     monkeypatch.setattr("malmend.commands.choice.to_hold", no)
+    monkeypatch.setattr(settle, "FEWEST", 3)
     own = {
         "calibrate": tiny.calibrate,
         "text": tiny.text,
