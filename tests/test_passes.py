@@ -307,9 +307,9 @@ def test_within_a_budget_the_patch_is_the_same_and_the_peak_is_said(tiny, monkey
         (RefineSettings(passes=2, frames=()), {"restore"}),
         (ONCE, set()),
         (RefineSettings(passes=2, frames=(), restore=0.0), set()),
-        (replace(SETTLED, hold=0.0), {"settle"}),
-        (SETTLED, {"settle"}),
-        (replace(SETTLED, passes=2), {"restore", "settle"}),
+        (replace(SETTLED, hold=0.0), {"settle", "beside"}),
+        (SETTLED, {"settle", "beside"}),
+        (replace(SETTLED, passes=2), {"restore", "settle", "beside"}),
     ],
 )
 def test_a_budget_is_planned_with_what_follows_the_first_solve(
@@ -318,6 +318,7 @@ def test_a_budget_is_planned_with_what_follows_the_first_solve(
     seen = set()
     monkeypatch.setattr(restore, "rehearse", lambda _trunk, _some: seen.add("restore"))
     monkeypatch.setattr(settle, "rehearse", lambda _trunk, _some: seen.add("settle"))
+    monkeypatch.setattr(settle, "beside", lambda _trunk: seen.add("beside") or 1000)
     malmend.edit(tiny.loaded, FEW, memory="6GB", refine=refine, **own(tiny))
     assert seen == rehearsed
 

@@ -435,6 +435,14 @@ def test_what_was_done_under_other_defaults_is_done_again_and_never_averaged(
     assert line.endswith("| 1 |")
 
 
+@pytest.mark.parametrize("rounds", [0.0, 2.0])
+def test_how_edits_settle_counts_where_they_do(plan, monkeypatch, rounds):
+    cell = next(iter(replace(plan, methods={"malmen": {"rounds": rounds}}).cells()))
+    before = bench_module._unsaid(cell)
+    monkeypatch.setattr(bench_module, "SETTLING", [7, *bench_module.SETTLING[1:]])
+    assert (bench_module._unsaid(cell) != before) is (rounds > 0)
+
+
 def test_another_draw_or_decode_is_asked_anew(tiny):
     asking = Asking(tiny.loaded, Plan(("m",), "f", {"ft": {}}))
     facts = command_support.make_facts(2)
