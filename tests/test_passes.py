@@ -152,8 +152,8 @@ def test_only_a_decoders_edit_is_settled(tiny):
     reading = Reading("classes", ("yes", "no"))
     encoder = Encoder(encoder_for(tiny.model).tokenizer, "none", 64, reading=reading)
     with pytest.raises(EditorError, match=r"only a decoder's edit .* leave out --refine.rounds"):
-        ByEditor(choose("none"), refine=SETTLED).check_frames(encoder)
-    ByEditor(choose("none"), refine=ONCE).check_frames(encoder)
+        ByEditor(choose("none"), refine=SETTLED).check(encoder)
+    ByEditor(choose("none"), refine=ONCE).check(encoder)
 
 
 @pytest.mark.parametrize("name", ["rounds", "hold", "restore"])

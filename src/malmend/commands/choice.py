@@ -124,8 +124,12 @@ class ByEditor:
         """As the editor was trained."""
         return self.choice.settings.end_of_answer
 
-    def check_frames(self, encoder: Encoder) -> None:
-        """Raises EditorError for a frame that the model cannot be asked in, or none to settle."""
+    def check(self, encoder: Encoder) -> None:
+        """Whether the model can be asked in every frame, and its edit be settled.
+
+        Raises:
+            EditorError: it cannot.
+        """
         if self.settles and encoder.reading.form != "causal":
             raise EditorError(
                 f"rounds is {self.refine.rounds:g}, expected 0 for this model: only a decoder's "
@@ -143,6 +147,10 @@ class ByEditor:
     def settles(self) -> bool:
         """Whether the shift is descended after the solves."""
         return self.refine.rounds > 0 and refinable(self.choice.settings)
+
+    def beside(self, bench: Workbench) -> int:
+        """Bytes that a memory's plan has to leave beside micro-batches and captured tensors."""
+        return settle.beside(bench.trunk) if self.settles else 0
 
     def rehearse(self, bench: Workbench, questions: Sequence[Encoded]) -> None:
         """What is done with micro-batches of a memory's plan, beside capturing."""

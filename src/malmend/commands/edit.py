@@ -15,7 +15,6 @@ import torch
 
 from malmend.commands.choice import ByEditor, choose
 from malmend.commands.evaluate import chat_encoder, evaluate
-from malmend.editors import settle
 from malmend.editors.calibration import CalibrationSettings
 from malmend.editors.editor import Editor
 from malmend.editors.refine import RefineSettings
@@ -147,7 +146,7 @@ def edit(
     known = checked_facts(facts, encoder, limit, strict, alternative, away)
     processes.check_enough(len(known))
     if method is None:
-        by_editor.check_frames(encoder)
+        by_editor.check(encoder)
     if report is not None:  # whatever would stop it is found before the work
         chat_encoder(encoder, known, DECODED)
         page_folder(report, facts, calibrate, text, out)
@@ -159,7 +158,7 @@ def edit(
     known = aimed(bench, known, away)
     aims = {"alternative": alternative, "away": away, "created": now()}
     also = partial(by_editor.rehearse, bench) if method is None else None
-    extra = settle.beside(bench.trunk) if method is None and by_editor.settles else 0
+    extra = by_editor.beside(bench) if method is None else 0
     bench, plan = within_memory(bench, processes.share(known), memory, extra, also)
     with watched(plan, told) as peak:
         done = _edited(bench, working, known, aims, out, progress, processes)

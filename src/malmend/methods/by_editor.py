@@ -75,9 +75,7 @@ def find_by_editor(
     settles = refinable(settings) and refine.rounds > 0
     frames = _in_frames(bench, facts, refine, processes) if again or settles else {}
     work = _Work(bench, editor, refine, questions, frames, progress, processes)
-    holding = holding or Holding()
-    held = work.held(holding.solves) if again and holding.solves else None
-    lines = work.held_while_settling(holding.settling) if settles and holding.settling else None
+    held, lines = work.held(holding) if holding and (again or settles) else (None, None)
     count = counted(progress, "keys and value gradients", len(questions))
     captured = capture(trunk, questions, settings.tokens, settings.descent, count)
     solves = _Solves(editor, [len(pair.keys_NK) for pair in captured], progress, processes)
@@ -128,21 +126,18 @@ class _Work:
         """The questions in a frame that fit."""
         return [one for one in self.frames.get(frame, ()) if one]
 
-    def held(self, to_hold: Sequence[Encoded]) -> Held:
-        """What later solves hold."""
+    def held(self, holding: Holding) -> tuple[Held | None, Held | None]:
+        """What later solves hold, and while the edit settles as much as is read a few times."""
+        if not holding.solves and not holding.settling:
+            return None, None
+        trunk, processes = self.bench.trunk, self.processes
         self.progress("what should stay as it is", 0.0)
-        edited = self.processes.total(sum(len(one.sources) for one in self.questions))[0]
-        found = Held.of(self.bench.trunk, to_hold, int(edited), self.processes)
+        edited = processes.total(sum(len(one.sources) for one in self.questions))[0]
+        by_solves = Held.of(trunk, holding.solves, int(edited), processes)
+        lines = holding.settling[: lines_for(self.steps)]
+        while_settling = Held.of_all(trunk, lines, processes)
         self.progress("what should stay as it is", 1.0)
-        return found
-
-    def held_while_settling(self, to_hold: Sequence[Encoded]) -> Held:
-        """As many of the first as are read a few times each."""
-        self.progress("what should stay as it is", 0.0)
-        some = to_hold[: lines_for(self.steps)]
-        found = Held.of_all(self.bench.trunk, some, self.processes)
-        self.progress("what should stay as it is", 1.0)
-        return found
+        return (by_solves if holding.solves else None), (while_settling if lines else None)
 
     @cached_property
     def steps(self) -> int:
