@@ -13,9 +13,11 @@ import command_support
 import malmend
 from command_support import CALIBRATION, make_facts
 from malmend.commands.choice import ByEditor, choose
+from malmend.editors import refine as refine_module
 from malmend.editors import restore, settle
 from malmend.editors.refine import WITH_CHAT, RefineSettings
 from malmend.editors.settings import training_free
+from malmend.editors.wordings import fewer_words
 from malmend.errors import EditorError
 from malmend.facts.fact import Question
 from malmend.facts.tokens import Encoder, Reading
@@ -111,15 +113,20 @@ def test_an_edit_is_settled_from_its_last_kept_solve_in_every_frame(tiny, monkey
 
     monkeypatch.setattr(by_editor, "settle", noted)
     counting(monkeypatch, 0.0, 0.5, 0.0, 0.01)  # the second solve is let go, a hundredth is not
-    refine = replace(SETTLED, passes=2, restore=0.0)
+    refine = replace(SETTLED, passes=2, restore=0.0, wordings=3)
     found = malmend.edit(tiny.loaded, FEW, refine=refine, **own(tiny)).patch
     once = malmend.edit(tiny.loaded, FEW, refine=ONCE, **own(tiny)).patch
     encoder = encoder_for(tiny.model)
     assert (given["steps"], given["hold"]) == (80, 4.0)
     assert given["asked"] == [
-        [encoder.encode(Question(text.format(prompt=one.prompt), one.answer)) for text in texts]
+        [
+            encoder.encode(Question(text, one.answer))
+            for text in (
+                *(frame.format(prompt=one.prompt) for frame in ("{prompt}", *FRAMES)),
+                *(fewer_words(one, which) for which in range(3)),
+            )
+        ]
         for one in FEW
-        for texts in [("{prompt}", *FRAMES)]
     ]
     held = to_hold(encoder, FEW, tiny.text, more=True)
     assert list(given["held"].questions) == held[:1920]
@@ -129,6 +136,35 @@ def test_an_edit_is_settled_from_its_last_kept_solve_in_every_frame(tiny, monkey
     assert found.provenance["passes"] == 1
     if factor == 0.0:  # |S u - d| / |d| of the shift that was settled
         assert found.provenance["residual_after"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("form", "facts", "given", "passes", "rounds"),
+    [
+        ("causal", 256, {}, None, 0.0),
+        ("causal", 257, {}, 1, 2.5),
+        ("causal", 257, {"passes": 3}, 3, 0.0),
+        ("causal", 257, {"rounds": 0.0}, None, 0.0),
+        ("causal", 2, {"rounds": 4.0}, 1, 4.0),
+        ("causal", 2, {"rounds": 4.0, "passes": 2}, 2, 4.0),
+        ("classes", 1000, {}, None, 0.0),
+        ("seq2seq", 1000, {}, None, 0.0),
+    ],
+)
+def test_an_edit_of_many_facts_into_a_decoder_settles_by_default(
+    form, facts, given, passes, rounds
+):
+    found = RefineSettings(**given).of(form, facts)
+    assert (found.passes, found.rounds) == (passes, rounds)
+    assert found.of(form, facts) == found
+
+
+@pytest.mark.parametrize("few", [2, 3])
+def test_what_settles_by_default_is_the_first_solve(tiny, briefly, monkeypatch, few):
+    monkeypatch.setattr(refine_module, "FEW", few)
+    said = malmend.edit(tiny.loaded, FEW, **own(tiny)).patch.provenance
+    assert (said["passes"] == 1) is (said["rounds"] == 2.5) is (few < len(FEW))
+    assert (said["wordings"], said["hold"] > 0) == ((2, True) if few < len(FEW) else (0, False))
 
 
 @pytest.mark.parametrize("broken", [True, False])
@@ -169,7 +205,8 @@ def test_a_settled_edit_that_misses_more_is_taken_back(tiny, monkeypatch, briefl
     found = malmend.edit(tiny.loaded, FEW, refine=SETTLED, **own(tiny)).patch
     assert same(found, once)
     said = found.provenance
-    assert (said["rounds"], said["hold"], said["frames"]) == (0.0, 0.0, [])
+    assert (said["rounds"], said["wordings"], said["hold"]) == (0.0, 0, 0.0)
+    assert said["frames"] == []
 
 
 def test_what_is_held_while_an_edit_settles_needs_no_weight_in_later_solves(

@@ -75,13 +75,13 @@ def test_what_is_kept_back_to_measure_by_is_not_held(smollm2):
     assert not any(said.startswith(one.prompt) for one in back for said in held)
 
 
-def test_what_a_model_has_written_comes_in_turns_where_it_is_asked_for(smollm2):
+def test_lines_of_wikipedia_come_in_turns_where_they_are_asked_for(smollm2):
     plain, more = (to_hold(smollm2, [KIRIBATI], more=more) for more in (False, True))
-    written = [line.strip() for line in read_text(shipped("written.txt")).splitlines()]
+    lines = {line.strip() for line in read_text(shipped("wikipedia.txt")).splitlines()}
     third = [smollm2.said(one.ids) for one in more[2:300:3]]
-    assert set(third) <= set(written)
+    assert set(third) <= lines
     assert len(third) == 100
-    assert [one for one in more if smollm2.said(one.ids) not in set(written)] == plain
+    assert [one for one in more if smollm2.said(one.ids) not in lines] == plain
     assert all(one.answer_start == 2 for one in more[2:300:3])
 
 
@@ -107,7 +107,7 @@ def test_an_editor_that_solves_once_restores_nothing(smollm2, settings):
 
 
 @pytest.mark.parametrize("rounds", [0.0, 2.0])
-def test_lines_that_a_model_has_written_are_held_while_an_edit_settles(tiny, monkeypatch, rounds):
+def test_lines_of_wikipedia_are_held_while_an_edit_settles(tiny, monkeypatch, rounds):
     asked = []
     monkeypatch.setattr(
         "malmend.commands.choice.to_hold", lambda *_given, more=False: asked.append(more) or []

@@ -104,14 +104,14 @@ def to_hold(
         encoder: of a decoder.
         facts: that are edited.
         text: a text file in place of the project's own text.
-        more: in turns with these also the lines that a model has written for the project.
+        more: in turns with these also lines of Wikipedia.
     """
     words = read_text(shipped("text.txt") if text is None else text)
     lines = first_of(passages_of(encoder, words), CalibrationSettings.text_tokens)
-    written = passages_of(encoder, read_text(shipped("written.txt"))) if more else []
+    articles = passages_of(encoder, read_text(shipped("wikipedia.txt"))) if more else []
     texts = [
         [(encoder.said(one.ids), replace(one, answer_start=2)) for one in some]
-        for some in (lines, written)
+        for some in (lines, articles)
     ]
     asked = [one for one in read_questions(shipped("questions.jsonl"))[:-KEPT_BACK] if one.answer]
     answered = [

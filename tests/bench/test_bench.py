@@ -435,12 +435,29 @@ def test_what_was_done_under_other_defaults_is_done_again_and_never_averaged(
     assert line.endswith("| 1 |")
 
 
-@pytest.mark.parametrize("rounds", [0.0, 2.0])
-def test_how_edits_settle_counts_where_they_do(plan, monkeypatch, rounds):
-    cell = next(iter(replace(plan, methods={"malmen": {"rounds": rounds}}).cells()))
+@pytest.mark.parametrize(
+    ("given", "size", "settles"),
+    [
+        ({"malmen": {"rounds": 0.0}}, 257, False),
+        ({"malmen": {"rounds": 2.0}}, 2, True),
+        ({"malmen": {}}, 256, False),
+        ({"malmen": {}}, 257, True),
+        ({"malmen": {"passes": 1}}, 257, False),
+        ({"ft": METHODS["ft"]}, 257, False),
+        ({"context": {}}, 257, False),
+    ],
+)
+def test_how_edits_settle_counts_where_they_do(plan, monkeypatch, given, size, settles):
+    cells = replace(plan, methods=given, sizes=(size,)).cells()
+    cell = next(one for one in cells if one.protocol == "together")
     before = bench_module._unsaid(cell)
     monkeypatch.setattr(bench_module, "SETTLING", [7, *bench_module.SETTLING[1:]])
-    assert (bench_module._unsaid(cell) != before) is (rounds > 0)
+    assert (bench_module._unsaid(cell) != before) is settles
+
+
+def test_facts_alone_are_few(plan):
+    cell = next(iter(replace(plan, methods={"malmen": {}}, sizes=(257,)).cells()))
+    assert bench_module._unsaid(replace(cell, protocol="alone")) == bench_module.UNSAID
 
 
 def test_another_draw_or_decode_is_asked_anew(tiny):

@@ -252,6 +252,8 @@ def test_nothing_asked_misses_nothing():
         ({"restore": float("nan")}, "restore is nan"),
         ({"gain": float("nan")}, "gain is nan"),
         ({"gain": float("inf")}, "gain is inf"),
+        ({"wordings": -1}, "wordings is -1, .*--refine.wordings"),
+        ({"wordings": 11}, "wordings is 11, expected a number from 0 to 10"),
         ({"frames": ("no place",)}, "'no place' has no place for the prompt"),
     ],
 )

@@ -11,7 +11,7 @@ from typing import Any
 
 from malmend.bench.asking import Asking
 from malmend.bench.cell import drawn, run_cell
-from malmend.bench.plan import Cell, Plan, read_plan, source_of
+from malmend.bench.plan import Cell, Plan, read_plan, source_of, way_of
 from malmend.bench.plot import plot
 from malmend.bench.results import NAME, Results
 from malmend.bench.table import Row, failures, latest, markdown
@@ -143,7 +143,10 @@ def _key(cell: Cell, facts: Sequence[Fact], plan: Plan) -> str:
 
 def _unsaid(cell: Cell) -> list[object]:
     """What the cell depends on beside what its plan says."""
-    return [*UNSAID, *SETTLING] if cell.given.get("rounds") else UNSAID
+    way, count = way_of(cell.name, cell.given), cell.size if cell.protocol == "together" else 1
+    of_editor = way.method is None and way.context is None
+    settles = of_editor and way.refine.of("causal", count).rounds
+    return [*UNSAID, *SETTLING] if settles else UNSAID
 
 
 def _asked(plan: Plan) -> list[Any]:

@@ -124,6 +124,10 @@ class ByEditor:
         """As the editor was trained."""
         return self.choice.settings.end_of_answer
 
+    def for_facts(self, encoder: Encoder, count: int) -> ByEditor:
+        """The same for an edit of so many facts."""
+        return replace(self, refine=self.refine.of(encoder.reading.form, count))
+
     def check(self, encoder: Encoder) -> None:
         """Whether the model can be asked in every frame, and its edit be settled.
 
@@ -146,7 +150,7 @@ class ByEditor:
     @property
     def settles(self) -> bool:
         """Whether the shift is descended after the solves."""
-        return self.refine.rounds > 0 and refinable(self.choice.settings)
+        return bool(self.refine.rounds) and refinable(self.choice.settings)
 
     def beside(self, bench: Workbench) -> int:
         """Bytes that a memory's plan has to leave beside micro-batches and captured tensors."""

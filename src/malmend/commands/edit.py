@@ -146,6 +146,7 @@ def edit(
     known = checked_facts(facts, encoder, limit, strict, alternative, away)
     processes.check_enough(len(known))
     if method is None:
+        by_editor = by_editor.for_facts(encoder, len(known))
         by_editor.check(encoder)
     if report is not None:  # whatever would stop it is found before the work
         chat_encoder(encoder, known, DECODED)

@@ -36,8 +36,9 @@ from malmend.editors import settle
 from malmend.editors.editor import Aggregation, Editor, chunks
 from malmend.editors.malmen import Malmen
 from malmend.editors.restore import NUMBERS, Held, restoring
+from malmend.editors.wordings import LEFT_OUT
 from malmend.errors import EditorError, MalmendError
-from malmend.facts.encoded import Encoded
+from malmend.facts.encoded import Encoded, Form
 from malmend.facts.fact import Question
 from malmend.facts.tokens import TRIED, Encoder
 from malmend.models.capture import Captured, capture, token_counts
@@ -50,6 +51,8 @@ from malmend.processes import ALONE, Processes
 PROMPT = "{prompt}"
 CHAT = "chat"
 USUAL, MOST, ENOUGH = 3, 4, 0.01  # solves, and the share of missed tokens that needs no more
+FEW, ROUNDS = 256, 2.5  # facts that are solved again, and how more are settled
+MOST_WORDINGS = 10
 MOST_WEIGHT = 1000  # of what is asked back: far heavier ones leave nothing of the edits
 END_NLL = 0.05  # what a later solve asks of end tokens: they weigh little, and the prior pulls
 FRAMES = ("This is well known. {prompt}", "{prompt} (in one word):")
@@ -62,9 +65,9 @@ class RefineSettings:
 
     Attributes:
         passes: solves; 1 is the published form, and all that the sum of shifts can do.  Null for
-            four of a classifier, whose shifts are of every token and say least at first, and of
-            any other model for three, and a fourth while more than a hundredth of the tokens is
-            missed, of the plain prompts or in chat.
+            one of an edit that settles, four of a classifier, whose shifts are of every token and
+            say least at first, and of any other model for three, and a fourth while more than a
+            hundredth of the tokens is missed, of the plain prompts or in chat.
         frames: settings beside the plain prompt from the second pass on: a text that holds
             "{prompt}", or "chat" for the model's chat template.  Null for two that suit a decoder,
             the template one of them where there is one, and none for a model with an encoder, which
@@ -74,8 +77,10 @@ class RefineSettings:
         restore: weight of the rows that ask back what the edit moved of other questions and of
             text (restore.py); 0 for none of them.  Of a decoder only.
         rounds: how often each fact is read, in all frames, while the shift is descended after the
-            solves (settle.py); 0 for not at all.  Of a decoder only.
-        hold: weight of other questions and of text in that descent.  Of a decoder only.
+            solves (settle.py); 0 for not at all.  Of a decoder only.  Null for 2.5 of a decoder's
+            edit of more than 256 facts whose ``passes`` nobody gave, and else for 0.
+        wordings: in how many shorter wordings each fact is read besides in that descent.
+        hold: weight of other questions and of text in that descent.
     """
 
     passes: int | None = None
@@ -83,7 +88,8 @@ class RefineSettings:
     gain: float = 1.6
     chat_gain: float = 3.0
     restore: float = 1.0
-    rounds: float = 0.0
+    rounds: float | None = None
+    wordings: int = 2
     hold: float = 30.0
 
     def __post_init__(self) -> None:
@@ -101,17 +107,28 @@ class RefineSettings:
                 )
         for name in ("restore", "rounds", "hold"):
             value = getattr(self, name)
-            if not 0 <= value <= MOST_WEIGHT:
+            if value is not None and not 0 <= value <= MOST_WEIGHT:
                 raise EditorError(
                     f"{name} is {value:g}, expected a number from 0 to {MOST_WEIGHT:,}; change "
                     f"--refine.{name}."
                 )
+        if not 0 <= self.wordings <= MOST_WORDINGS:
+            raise EditorError(
+                f"wordings is {self.wordings}, expected a number from 0 to {MOST_WORDINGS}; change "
+                "--refine.wordings."
+            )
         for frame in self.frames or ():
             if frame != CHAT and PROMPT not in frame:
                 raise EditorError(
                     f"The frame {frame!r} has no place for the prompt, expected a text with "
                     f"{PROMPT!r} in it, or {CHAT!r}; change --refine.frames."
                 )
+
+    def of(self, form: Form, facts: int) -> RefineSettings:
+        """The same for an edit of so many facts, with the number that a null of rounds is for."""
+        many = form == "causal" and facts > FEW and self.passes is None
+        rounds = self.rounds if self.rounds is not None else ROUNDS * many
+        return replace(self, rounds=rounds, passes=1 if rounds and not self.passes else self.passes)
 
     def goes_on(self, encoder: Encoder, done: int, missed: float) -> bool:
         """Whether another solve follows ``done`` ones that miss this share of the tokens."""
@@ -132,7 +149,9 @@ class RefineSettings:
 # What a null of RefineSettings stands for, and its numbers.
 UNSAID: list[object] = [USUAL, MOST, ENOUGH, END_NLL, *FRAMES, *WITH_CHAT, *NUMBERS]
 UNSAID += [RefineSettings.gain, RefineSettings.chat_gain, RefineSettings.restore]
-SETTLING: list[object] = [RefineSettings.hold, *settle.NUMBERS]  # the same of what settles
+# The same of what settles.
+SETTLING: list[object] = [RefineSettings.hold, RefineSettings.wordings, FEW, ROUNDS]
+SETTLING += [LEFT_OUT, *settle.NUMBERS]
 
 
 def framing(encoder: Encoder, frame: str) -> Encoder:

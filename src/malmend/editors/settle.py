@@ -11,7 +11,8 @@ in the metric of the prior: with P_l = L_l L_l^T of equation (1) and S_l = E_l L
 E_l, whose steps are relative to the root mean square of the E_l that it starts from and fall
 linearly to nothing.  So a step is small where text and other questions have many keys.
 
-Each step reads some facts in every frame and some of the held questions and lines (restore.py).
+Each step reads some facts in every frame and in fewer words (wordings.py), and some of the held
+questions and lines (restore.py).
 Not in the papers.
 
 Shape letters: A answer tokens, X hidden width, V value width, K key width.
@@ -70,7 +71,7 @@ def settle(
         editor: whose prior is the metric.
         trunk: the cut model, unedited.
         shifts: what is started from, by site, V x K.
-        asked: of each fact its prompt, and the same in frames; of ``processes`` this one's facts.
+        asked: of each fact its prompt, and the same asked otherwise; of ``processes`` this one's.
         steps: how many.
         hold: weight of what should be said as before.
         held: that; None for nothing.

@@ -12,13 +12,14 @@ from typing import Any
 from torch import Tensor
 
 from malmend.editors.editor import Aggregation, Editor
-from malmend.editors.refine import CHAT, ENOUGH, RefineSettings, framed, further, missed
+from malmend.editors.refine import CHAT, ENOUGH, PROMPT, RefineSettings, framed, further, missed
 from malmend.editors.restore import Held
 from malmend.editors.settings import EditorSettings
 from malmend.editors.settle import lines_for, settle, steps_for
+from malmend.editors.wordings import fewer_words
 from malmend.errors import EditorError
 from malmend.facts.encoded import Encoded, Form, settled
-from malmend.facts.fact import Fact
+from malmend.facts.fact import Fact, Question
 from malmend.methods.method import Found
 from malmend.models.capture import Captured, capture, keys_of
 from malmend.numerics.ridge import mean_residual
@@ -69,10 +70,11 @@ def find_by_editor(
         EditorError: a shift holds NaN or infinity, or a frame does not suit the model.
     """
     settings, trunk, form = editor.settings, bench.trunk, bench.encoder.reading.form
+    refine = refine.of(form, len(facts))
     facts = processes.share(facts)
     questions = bench.encoder.encode_all(fact.question for fact in facts)
     again = refinable(settings) and refine.goes_on(bench.encoder, 1, 1.0)
-    settles = refinable(settings) and refine.rounds > 0
+    settles = refinable(settings) and bool(refine.rounds)
     frames = _in_frames(bench, facts, refine, processes) if again or settles else {}
     work = _Work(bench, editor, refine, questions, frames, progress, processes)
     held, lines = work.held(holding) if holding and (again or settles) else (None, None)
@@ -87,7 +89,7 @@ def find_by_editor(
             f"--eta and that the weights of {bench.loaded.name} are whole."
         )
     solved, kept = work.solved_again(solves, solved, held) if again else (solved, 1)
-    settled_one = work.settled(solved, lines) if settles else None
+    settled_one = work.settled(facts, solved, lines) if settles else None
     final = settled_one or solved
     with shifted(list(trunk.sites), final.shifts):
         moved = keys_of(trunk, questions, settings.tokens)
@@ -99,6 +101,7 @@ def find_by_editor(
         "chat_gain": refine.chat_gain,
         "restore": refine.restore if held and kept > 1 else 0.0,
         "rounds": refine.rounds if settled_one else 0.0,
+        "wordings": refine.wordings if settled_one else 0,
         "hold": refine.hold if lines and settled_one else 0.0,
         "tokens": solved.tokens,
         "mean_residual": solved.mean_residual,
@@ -142,7 +145,7 @@ class _Work:
     @cached_property
     def steps(self) -> int:
         """Of settling."""
-        return steps_for(int(self.processes.total(len(self.questions))[0]), self.refine.rounds)
+        return steps_for(int(self.processes.total(len(self.questions))[0]), self.refine.rounds or 0)
 
     def missed_by(self, one: _Solved) -> tuple[float, float]:
         """Of the plain prompts' tokens, and of theirs or of those in chat if these are worse."""
@@ -177,12 +180,15 @@ class _Work:
             least = min(least, plain)
         return solved, kept
 
-    def settled(self, solved: _Solved, held: Held | None) -> _Solved | None:
+    def settled(self, facts: Sequence[Fact], solved: _Solved, held: Held | None) -> _Solved | None:
         """Equation (29) from a solve on; None where the plain prompts would miss more by it."""
-        rows = [
-            [one for one in ones if one]
-            for ones in zip(self.questions, *self.frames.values(), strict=True)
+        shorter = [
+            [Question(fewer_words(fact, which), fact.answer) for fact in facts]
+            for which in range(self.refine.wordings)
         ]
+        otherwise = [framed(self.bench.encoder, ones, PROMPT) for ones in shorter]
+        together = zip(self.questions, *self.frames.values(), *otherwise, strict=True)
+        rows = [[one for one in ones if one] for ones in together]
         trunk = self.bench.trunk
         count = counted(self.progress, "settling", self.steps)
         start, asked = (
