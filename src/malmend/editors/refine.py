@@ -90,7 +90,7 @@ class RefineSettings:
     restore: float = 1.0
     rounds: float | None = None
     wordings: int = 2
-    hold: float = 30.0
+    hold: float = 60.0
 
     def __post_init__(self) -> None:
         if self.passes is not None and self.passes < 1:
