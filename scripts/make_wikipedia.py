@@ -23,7 +23,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from xml.etree import ElementTree
 
-import mwparserfromhell
+NEEDED = "This script reads gensim and mwparserfromhell: pip install --group text"
+try:
+    import mwparserfromhell
+except ImportError:
+    sys.exit(NEEDED)
 
 DATA = Path(__file__).resolve().parent.parent / "src" / "malmend" / "data"
 DUMP = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
@@ -49,7 +53,7 @@ def articles() -> Iterator[tuple[str, str, str]]:
     """Title, revision and wikitext of each article of the dump that is no redirection."""
     found = find_spec("gensim")
     if found is None or not found.submodule_search_locations:
-        sys.exit("gensim is not installed: pip install --group text")
+        sys.exit(NEEDED)
     root = ElementTree.fromstring(
         bz2.decompress((Path(found.submodule_search_locations[0]) / DUMP).read_bytes())
     )

@@ -11,7 +11,7 @@ import random
 
 from malmend.facts.fact import Fact
 
-LEFT_OUT, WORDINGS = 0.3, 2  # share of a prompt's other words, and how often
+LEFT_OUT = 0.3  # share of a prompt's other words
 MARKS = ".,;:!?'\"()"
 
 

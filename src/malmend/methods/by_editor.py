@@ -61,7 +61,7 @@ def find_by_editor(
         bench: the model.
         editor: with everything it needs.
         facts: to be edited.
-        refine: further passes.
+        refine: further passes; as :meth:`RefineSettings.of` gives it, or nothing settles.
         holding: where the model should say what it says unedited; None for nowhere.
         progress: called with stage and share done.
         processes: that the facts are spread over.
@@ -70,7 +70,6 @@ def find_by_editor(
         EditorError: a shift holds NaN or infinity, or a frame does not suit the model.
     """
     settings, trunk, form = editor.settings, bench.trunk, bench.encoder.reading.form
-    refine = refine.of(form, len(facts))
     facts = processes.share(facts)
     questions = bench.encoder.encode_all(fact.question for fact in facts)
     again = refinable(settings) and refine.goes_on(bench.encoder, 1, 1.0)
