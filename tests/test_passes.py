@@ -17,7 +17,7 @@ from malmend.editors import refine as refine_module
 from malmend.editors import restore, settle
 from malmend.editors.refine import WITH_CHAT, RefineSettings
 from malmend.editors.settings import training_free
-from malmend.editors.wordings import fewer_words
+from malmend.editors.wordings import wording
 from malmend.errors import EditorError
 from malmend.facts.fact import Question
 from malmend.facts.tokens import Encoder, Reading
@@ -123,7 +123,7 @@ def test_an_edit_is_settled_from_its_last_kept_solve_in_every_frame(tiny, monkey
             encoder.encode(Question(text, one.answer))
             for text in (
                 *(frame.format(prompt=one.prompt) for frame in ("{prompt}", *FRAMES)),
-                *(fewer_words(one, which) for which in range(3)),
+                *(wording(one, which) for which in range(3)),
             )
         ]
         for one in FEW

@@ -25,7 +25,7 @@ from malmend.editors.settle import settle
 from malmend.editors.wordings import LEFT_OUT
 from malmend.errors import MalmendError
 from malmend.numerics.ridge import Prior
-from malmend.processes import Processes
+from malmend.processes import ALONE, Processes
 
 ROWS = [list(rows) for rows in zip(QUESTIONS, OTHERS, strict=True)]
 
@@ -131,7 +131,7 @@ def test_what_it_holds_beside_micro_batches_is_planned():
 
 
 def test_the_numbers_are_those_of_the_docs():
-    assert module.NUMBERS == (16, 80, 48, 2, 0.05, 0.06, 0.9, 0.98, 1e-6)
+    assert module.NUMBERS == (16, 80, 0.02, 3.0, 48, 2, 0.05, 0.06, 0.9, 0.98, 1e-6)
     assert (RefineSettings.hold, RefineSettings.wordings, LEFT_OUT) == (60.0, 2, 0.3)
     assert [60.0, 2, 256, 2.5, 0.3, *module.NUMBERS] == SETTLING
     assert module.steps_for(1024, 2.5) == 160
@@ -209,6 +209,79 @@ def test_processes_draw_what_one_draws():
         assert sorted(mine) == sorted(whole)
 
 
+class Way:
+    """A question that only has a name and what is open in it."""
+
+    def __init__(self, name: str, nats: float = 1.0):
+        self.name, self.nats = name, nats
+
+
+def ways(facts: int, *nats: float) -> list[list[Way]]:
+    return [[Way(f"{fact}{way}", one) for way, one in enumerate(nats)] for fact in range(facts)]
+
+
+def drawn(asked, steps: int, processes=ALONE) -> list[list[Way]]:
+    readings, found = module._Readings(asked, processes), []
+    for _ in range(steps):
+        found.append(readings.draw())
+        readings.read(torch.tensor([one.nats for one in found[-1]], dtype=torch.float64))
+    return found
+
+
+def test_everything_is_read_once_before_anything_is_read_again():
+    asked = ways(50, 1.0, 1.0, 1.0)
+    del asked[7][1:]  # too long in any frame
+    steps = drawn(asked, 4)
+    assert [len(step) for step in steps] == [48, 48, 48, 48]
+    names = [one.name for step in steps for one in step]
+    assert len(set(names[:144])) == 144
+    assert len(set(names)) == 148 == sum(map(len, asked))
+
+
+def test_what_is_open_is_read_the_more_often_and_what_is_said_not_never():
+    counts = {0.0: 0, 0.3: 0, 3.0: 0, 30.0: 0}
+    steps = drawn(ways(64, *counts), 400)
+    for one in (one for step in steps[4:] for one in step):
+        counts[one.nats] += 1
+    assert len({one.name for step in steps[4:] for one in step if not one.nats}) == 64
+    assert 0 < 4 * counts[0.0] < counts[0.3]
+    assert 3 * counts[0.3] < counts[3.0]
+    assert abs(counts[30.0] - counts[3.0]) < 0.05 * counts[3.0]  # beyond the most it counts with
+
+
+def test_what_was_read_long_ago_is_read_before_what_was_just_read():
+    steps = drawn(ways(64, 1.0), 100)
+    last, pauses = {}, []
+    for number, step in enumerate(steps):
+        for one in step:
+            pauses.append(number - last.get(one.name, number - 4))
+            last[one.name] = number
+    assert min(pauses) >= 2
+    assert max(pauses) <= 8  # 4 is the mean
+
+
+def test_a_reading_weighs_what_it_does_in_the_mean_over_facts():
+    assert module._Readings(ways(64, 1.0, 1.0), Processes()).weight == 1 / 16
+    assert module._Readings(ways(5, 1.0, 1.0), Processes()).weight == 1 / 5
+    asked = ways(64, 1.0, 1.0)
+    del asked[3][1]
+    assert module._Readings(asked, Processes()).weight == pytest.approx(127 / 64 / 32)
+
+
+def test_processes_read_what_one_reads():
+    asked = ways(51, 0.1, 2.0, 0.5)
+    del asked[10][1:]
+    alone = [[one.name for one in step] for step in drawn(asked, 30)]
+    meeting, found = Meeting(), {}
+
+    def run(rank: int) -> None:
+        found[rank] = drawn(asked[rank::2], 30, Pair(rank, meeting))
+
+    together(run)
+    for step, first, second in zip(alone, found[0], found[1], strict=True):
+        assert sorted(step) == sorted(one.name for one in [*first, *second])
+
+
 class Pair(Processes):
     """One of two processes, as threads that meet in every sum."""
 
@@ -232,6 +305,14 @@ class Meeting:
         return whole
 
 
+def together(run) -> None:
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+
+
 def test_two_processes_settle_as_one_does(monkeypatch):
     """With two facts and one held line in each step, which one process has none of."""
     monkeypatch.setattr(module, "FACTS", 2)
@@ -245,11 +326,7 @@ def test_two_processes_settle_as_one_does(monkeypatch):
         case.held = Held(case.held.questions[rank::2], case.held.states[rank::2])
         found[rank] = case.settled(7, rows=ROWS[rank::2], processes=mine)
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
-    for one in threads:
-        one.start()
-    for one in threads:
-        one.join()
+    together(run)
     for name, shift_VK in wanted.items():
         assert torch.equal(found[0][name], found[1][name])
         torch.testing.assert_close(found[0][name], shift_VK, rtol=1e-8, atol=1e-10)

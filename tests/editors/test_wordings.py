@@ -1,8 +1,10 @@
-"""A fact in fewer words: what stays, what goes, and that it is the same each time."""
+"""A fact in other words: what stays, what goes, and that it is the same each time."""
 
 from __future__ import annotations
 
-from malmend.editors.wordings import LEFT_OUT, fewer_words
+import pytest
+
+from malmend.editors.wordings import LEFT_OUT, TURNED, fewer_words, turned, wording
 from malmend.facts.fact import Fact
 from malmend.facts.readers import read_facts
 from malmend.workbench import shipped
@@ -52,3 +54,53 @@ def test_of_the_projects_own_facts_most_lose_a_word_and_none_its_subject():
     for said, fact in zip(shorter, known, strict=True):
         subject = fact.subject or ""
         assert (subject in said) is (subject in fact.prompt)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "wanted"),
+    [
+        ("The capital of Chad is", "What is the capital of Chad?"),
+        ("The FIPS code of Clay County, Iowa, is", "What is the FIPS code of Clay County, Iowa?"),
+        ("The currency of Peru is called the", "What is the currency of Peru called?"),
+        ("In French, Japan is called", "What is Japan called, in French?"),
+        ("On a map, Lyon is found in", "What is Lyon found in, on a map?"),
+        ("Ann Lee was born in", "What was Ann Lee born in?"),
+        ("Speakers of Polish refer to Chad as", "Speakers of Polish refer to Chad as what?"),
+        ("In maps, one reads of", "one reads of what, in maps?"),
+        ("Ann Lee, who is employed by", "Ann Lee, who is employed by what?"),
+        ("Elle est née à", "Elle est née à what?"),
+        ("What is the capital of Chad?", "The capital of Chad is"),
+        ("what was the largest city in ohio", "The largest city in ohio was"),
+        ("What is the currency of Peru called?", "The currency of Peru is called"),
+        ("Which country is Lyon in?", None),
+        ("who wrote the song of the sea", None),
+        ("In which country is Lyon?", None),
+        ("Whichever road one takes leads to", "Whichever road one takes leads to what?"),
+        ("?", None),
+        ("is", "is what?"),
+    ],
+)
+def test_a_sentence_is_turned_into_a_question_and_back(prompt, wanted):
+    assert turned(prompt) == wanted
+
+
+def test_one_wording_is_turned_and_all_others_are_in_fewer_words():
+    turns, stays = (
+        Fact("t", "The capital of Chad is", "x"),
+        Fact("s", "Which country is Lyon in?", "x"),
+    )
+    assert wording(turns, TURNED) == "What is the capital of Chad?"
+    assert wording(stays, TURNED) == fewer_words(stays, TURNED)
+    for which in (0, 2, 3):
+        assert wording(turns, which) == fewer_words(turns, which)
+
+
+def test_of_the_projects_own_facts_none_loses_its_subject_by_turning():
+    known = list(read_facts(shipped("facts.jsonl")))
+    found = [(fact, turned(fact.prompt)) for fact in known]
+    assert sum(said is not None for _, said in found) > 0.7 * len(known)
+    for fact, said in found:
+        assert (
+            said is None or (fact.subject or "") in said or (fact.subject or "") not in fact.prompt
+        )
+        assert said is None or said.endswith("?") is not fact.prompt.endswith("?")

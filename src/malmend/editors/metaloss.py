@@ -74,7 +74,7 @@ def meta_loss(
 
     gen = Term([one.equivalent for one in judged], saying(trunk), 1 / count)
     loc = Term([question for question, _ in held], as_before, locality / count)
-    sums, shift_grads = weight_grads(trunk, [gen, loc], grads)
-    out.gen, out.loc = processes.total(*(one / count for one in sums))
+    losses, shift_grads = weight_grads(trunk, [gen, loc], grads)
+    out.gen, out.loc = processes.total(*(one_Q.sum().item() / count for one_Q in losses))
     out.shift_grads = {n: processes.summed(grad) for n, grad in shift_grads.items()}
     return out

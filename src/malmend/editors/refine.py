@@ -79,7 +79,9 @@ class RefineSettings:
         rounds: how often each fact is read, in all frames, while the shift is descended after the
             solves (settle.py); 0 for not at all.  Of a decoder only.  Null for 2.5 of a decoder's
             edit of more than 256 facts whose ``passes`` nobody gave, and else for 0.
-        wordings: in how many shorter wordings each fact is read besides in that descent.
+        wordings: in how many other wordings each fact is read besides in that descent: one is
+            turned from a sentence to a question or back, all others are in fewer words
+            (wordings.py).
         hold: weight of other questions and of text in that descent.
     """
 

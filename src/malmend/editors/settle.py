@@ -11,11 +11,12 @@ in the metric of the prior: with P_l = L_l L_l^T of equation (1) and S_l = E_l L
 E_l, whose steps are relative to the root mean square of the E_l that it starts from and fall
 linearly to nothing.  So a step is small where text and other questions have many keys.
 
-Each step reads some facts in every frame and in fewer words (wordings.py), and some of the held
-questions and lines (restore.py).
+The facts are read as they are, in every frame and in other words (wordings.py), all once and from
+then on the more often the less was said when they were last read: most plain prompts are soon said,
+and what is said has no gradient.  With them go some of the held questions and lines (restore.py).
 Not in the papers.
 
-Shape letters: A answer tokens, X hidden width, V value width, K key width.
+Shape letters: F facts, W ways of asking, V value width, K key width.
 """
 
 from __future__ import annotations
@@ -37,15 +38,17 @@ from malmend.numerics.ridge import Prior
 from malmend.patch import shifted
 from malmend.processes import ALONE, Processes
 
-FACTS, FEWEST = 16, 80  # facts of a step, and steps at least
+FACTS, FEWEST = 16, 80  # facts of a step (as many readings as these have ways), and steps at least
+LEAST_OPEN, MOST_OPEN = 0.02, 3.0  # nats that a reading counts with, at least and at most
+NEVER = 1e9  # steps since the last reading of what was not read yet
 HELD, READ = 48, 2  # questions and lines of a step, and how often each is read
 SAID = 0.05  # nats below which an answer token is said surely enough
 RATE, BETAS, TINY = 0.06, (0.9, 0.98), 1e-6
-NUMBERS = (FACTS, FEWEST, HELD, READ, SAID, RATE, *BETAS, TINY)
+NUMBERS = (FACTS, FEWEST, LEAST_OPEN, MOST_OPEN, HELD, READ, SAID, RATE, *BETAS, TINY)
 
 
 def steps_for(facts: int, rounds: float) -> int:
-    """How many steps read each of so many facts ``rounds`` times, or a few more."""
+    """How many steps read each of so many facts ``rounds`` times in the mean, or a few more."""
     return max(FEWEST, math.ceil(rounds * facts / FACTS))
 
 
@@ -71,7 +74,7 @@ def settle(
         editor: whose prior is the metric.
         trunk: the cut model, unedited.
         shifts: what is started from, by site, V x K.
-        asked: of each fact its prompt, and the same asked otherwise; of ``processes`` this one's.
+        asked: of each fact its prompt, and the same in other ways; of ``processes`` this one's.
         steps: how many.
         hold: weight of what should be said as before.
         held: that; None for nothing.
@@ -81,7 +84,7 @@ def settle(
     Returns:
         The shifts in float64.  The same draws are made of however many processes.
     """
-    (facts,), plain = processes.total(len(asked)), [rows[0] for rows in asked]
+    plain = [ways[0] for ways in asked]
     counts = [token_counts(plain, editor.settings.tokens, s.in_encoder) for s in trunk.sites]
     tokens = processes.total(*map(sum, counts))
     device = trunk.model.device
@@ -90,17 +93,15 @@ def settle(
         for site, (name, count) in enumerate(zip(editor.names, tokens, strict=True))
     }
     lines = int(processes.total(len(held.questions))[0]) if held else 0
-    fact_draws = _draws(int(facts), FACTS, processes)
-    held_draws = _draws(lines, HELD, processes)
+    readings, held_draws = _Readings(asked, processes), _draws(lines, HELD, processes)
     for step in range(steps):
-        mine = [asked[index] for index in next(fact_draws)]
-        drawn = processes.total(len(mine))[0]
-        terms = [Term([row for rows in mine for row in rows], saying(trunk, SAID), 1 / drawn)]
+        terms = [Term(readings.draw(), saying(trunk, SAID), readings.weight)]
         if held is not None and lines:
             terms.append(_holding(trunk, held, next(held_draws), hold, processes))
         current = {name: one.shift() for name, one in metric.items()}
         with shifted(list(trunk.sites), current):
-            _, grads = weight_grads(trunk, terms)
+            losses, grads = weight_grads(trunk, terms)
+        readings.read(losses[0])
         for site in trunk.sites:
             grad_VK = grads.get(site.name)
             grad_VK = torch.zeros(site.shape_VK, dtype=trunk.wide) if grad_VK is None else grad_VK
@@ -144,6 +145,53 @@ def _draws(count: int, size: int, processes: Processes) -> Iterator[list[int]]:
             queue += torch.randperm(count, generator=generator).tolist()
         some, queue = queue[:size], queue[size:]
         yield [one // processes.count for one in some if one % processes.count == processes.rank]
+
+
+class _Readings:
+    """Which facts are read next, and in which way, of all processes' F x W.
+
+    What was never read comes first.  Everything else is ranked by the nats that were open when it
+    was last read, times the steps since, times a random number of 0.5 to 1.5.
+
+    Attributes:
+        weight: of each in the mean over facts, were all read alike.
+    """
+
+    def __init__(self, asked: Sequence[Sequence[Encoded]], processes: Processes):
+        self._asked, self._processes = asked, processes
+        ways = int(processes.gathered(torch.tensor([max(map(len, asked), default=0)])).max())
+        facts = int(processes.total(len(asked))[0])
+        there_FW = torch.zeros(facts, ways)
+        for index, some in enumerate(asked):
+            there_FW[index * processes.count + processes.rank, : len(some)] = 1
+        self._there = processes.summed(there_FW).flatten().nonzero()[:, 0]
+        self._ways, self._size = ways, min(FACTS * ways, len(self._there))
+        self._open = torch.full((len(self._there),), MOST_OPEN)
+        self._since = torch.full((len(self._there),), NEVER)
+        self._random, self._drawn = torch.Generator().manual_seed(0), self._there[:0]
+        self.weight = len(self._there) / facts / max(self._size, 1)
+
+    def draw(self) -> list[Encoded]:
+        """The next readings that are this process's own."""
+        random = torch.rand(len(self._there), generator=self._random) + 0.5
+        self._since += 1
+        rank = self._open.clamp(LEAST_OPEN, MOST_OPEN) * self._since * random
+        self._drawn = rank.topk(self._size).indices.sort().values
+        return [self._asked[fact // self._processes.count][way] for fact, way, _ in self._mine()]
+
+    def read(self, losses_Q: Tensor) -> None:
+        """Notes what of this process's readings of the last draw is open, in nats."""
+        open_Q, mine = torch.zeros(len(self._drawn)), [place for *_, place in self._mine()]
+        open_Q[torch.tensor(mine, dtype=torch.long)] = losses_Q.float()
+        self._open[self._drawn] = self._processes.summed(open_Q)
+        self._since[self._drawn] = 0
+
+    def _mine(self) -> Iterator[tuple[int, int, int]]:
+        """Fact, way, and place in the last draw of each reading of it that is this process's."""
+        for place, row in enumerate(self._there[self._drawn].tolist()):
+            fact, way = divmod(row, self._ways)
+            if fact % self._processes.count == self._processes.rank:
+                yield fact, way, place
 
 
 class _Metric:

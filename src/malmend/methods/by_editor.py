@@ -16,7 +16,7 @@ from malmend.editors.refine import CHAT, ENOUGH, PROMPT, RefineSettings, framed,
 from malmend.editors.restore import Held
 from malmend.editors.settings import EditorSettings
 from malmend.editors.settle import lines_for, settle, steps_for
-from malmend.editors.wordings import fewer_words
+from malmend.editors.wordings import wording
 from malmend.errors import EditorError
 from malmend.facts.encoded import Encoded, Form, settled
 from malmend.facts.fact import Fact, Question
@@ -181,11 +181,11 @@ class _Work:
 
     def settled(self, facts: Sequence[Fact], solved: _Solved, held: Held | None) -> _Solved | None:
         """Equation (29) from a solve on; None where the plain prompts would miss more by it."""
-        shorter = [
-            [Question(fewer_words(fact, which), fact.answer) for fact in facts]
+        worded = [
+            [Question(wording(fact, which), fact.answer) for fact in facts]
             for which in range(self.refine.wordings)
         ]
-        otherwise = [framed(self.bench.encoder, ones, PROMPT) for ones in shorter]
+        otherwise = [framed(self.bench.encoder, ones, PROMPT) for ones in worded]
         together = zip(self.questions, *self.frames.values(), *otherwise, strict=True)
         rows = [[one for one in ones if one] for ones in together]
         trunk = self.bench.trunk

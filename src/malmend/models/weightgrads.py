@@ -1,6 +1,6 @@
 """Losses of a model as its weights are now, and their gradient by the edited weights.
 
-Shape letters: A answer tokens, H hidden width, V value width, K key width.
+Shape letters: Q questions, A answer tokens, H hidden width, V value width, K key width.
 """
 
 from __future__ import annotations
@@ -34,21 +34,25 @@ class Term:
 
 def weight_grads(
     trunk: Trunk, terms: Sequence[Term], grads: bool = True
-) -> tuple[list[float], dict[str, Tensor]]:
-    """Each term's sum, without its weight, and the weighted sum's gradient by site, V x K.
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Each term's losses by question, without its weight, and the weighted sum's gradient by site.
+
+    The losses are Q numbers in float64 on the CPU, the gradients V x K.
 
     The gradient is accumulated in float32 or wider, whatever the weights' dtype.
     """
-    sums, totals = [0.0] * len(terms), dict[str, Tensor]()
+    losses = [torch.zeros(len(term.questions), dtype=torch.float64) for term in terms]
+    totals = dict[str, Tensor]()
     with _weights_in_graph(trunk.sites if grads else ()), torch.set_grad_enabled(grads):
-        for index, term in enumerate(terms):
+        for term, losses_Q in zip(terms, losses, strict=True):
             for indices, batch in trunk.batches(term.questions):
                 states_AH = trunk.final_states(batch)
                 weight = term.weight if grads else 0.0
                 losses_A = through_output(trunk, states_AH, term.part(indices, batch), weight)
                 _collect(trunk.sites, totals)
-                sums[index] += losses_A.sum().item()
-    return sums, totals
+                parts = losses_A.to("cpu", torch.float64).split(batch.tokens.sources)
+                losses_Q[torch.tensor(indices)] = torch.stack([one_A.sum() for one_A in parts])
+    return losses, totals
 
 
 def saying(trunk: Trunk, enough: float = 0.0) -> Callable[[Sequence[int], Batch], Part]:
