@@ -142,7 +142,7 @@ def test_an_edit_is_settled_from_its_last_kept_solve_in_every_frame(tiny, monkey
     ("form", "facts", "given", "passes", "rounds"),
     [
         ("causal", 256, {}, None, 0.0),
-        ("causal", 257, {}, 1, 2.5),
+        ("causal", 257, {}, 1, 4.0),
         ("causal", 257, {"passes": 3}, 3, 0.0),
         ("causal", 257, {"rounds": 0.0}, None, 0.0),
         ("causal", 2, {"rounds": 4.0}, 1, 4.0),
@@ -163,7 +163,7 @@ def test_an_edit_of_many_facts_into_a_decoder_settles_by_default(
 def test_what_settles_by_default_is_the_first_solve(tiny, briefly, monkeypatch, few):
     monkeypatch.setattr(refine_module, "FEW", few)
     said = malmend.edit(tiny.loaded, FEW, **own(tiny)).patch.provenance
-    assert (said["passes"] == 1) is (said["rounds"] == 2.5) is (few < len(FEW))
+    assert (said["passes"] == 1) is (said["rounds"] == 4.0) is (few < len(FEW))
     assert (said["wordings"], said["hold"] > 0) == ((2, True) if few < len(FEW) else (0, False))
 
 

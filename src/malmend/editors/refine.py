@@ -51,7 +51,7 @@ from malmend.processes import ALONE, Processes
 PROMPT = "{prompt}"
 CHAT = "chat"
 USUAL, MOST, ENOUGH = 3, 4, 0.01  # solves, and the share of missed tokens that needs no more
-FEW, ROUNDS = 256, 2.5  # facts that are solved again, and how more are settled
+FEW, ROUNDS = 256, 4.0  # facts that are solved again, and how more are settled
 MOST_WORDINGS = 10
 MOST_WEIGHT = 1000  # of what is asked back: far heavier ones leave nothing of the edits
 END_NLL = 0.05  # what a later solve asks of end tokens: they weigh little, and the prior pulls
@@ -77,7 +77,7 @@ class RefineSettings:
         restore: weight of the rows that ask back what the edit moved of other questions and of
             text (restore.py); 0 for none of them.  Of a decoder only.
         rounds: how often each fact is read, in all frames, while the shift is descended after the
-            solves (settle.py); 0 for not at all.  Of a decoder only.  Null for 2.5 of a decoder's
+            solves (settle.py); 0 for not at all.  Of a decoder only.  Null for 4 of a decoder's
             edit of more than 256 facts whose ``passes`` nobody gave, and else for 0.
         wordings: in how many other wordings each fact is read besides in that descent: one is
             turned from a sentence to a question or back, all others are in fewer words
