@@ -330,3 +330,17 @@ def test_two_processes_settle_as_one_does(monkeypatch):
     for name, shift_VK in wanted.items():
         assert torch.equal(found[0][name], found[1][name])
         torch.testing.assert_close(found[0][name], shift_VK, rtol=1e-8, atol=1e-10)
+
+
+def test_what_is_open_in_each_reading_is_told_to_what_ranks_them(monkeypatch):
+    case, told = Case(), []
+    monkeypatch.setattr(module, "SAID", 0.0)
+    monkeypatch.setattr(module._Readings, "read", lambda _self, losses_Q: told.append(losses_Q))
+    case.settled(1)
+    model, wanted = edited(case.model, case.trunk, case.shifts), []
+    for one in (one for rows in ROWS for one in rows):
+        said_A = said_by(model, {}, one).gather(1, torch.tensor(one.labels)[:, None])
+        wanted.append(-said_A.sum().item())
+    torch.testing.assert_close(
+        told[0], torch.tensor(wanted, dtype=torch.float64), rtol=1e-9, atol=1e-12
+    )
