@@ -270,7 +270,8 @@ def test_a_reading_weighs_what_it_does_in_the_mean_over_facts():
 
 def test_processes_read_what_one_reads():
     asked = ways(51, 0.1, 2.0, 0.5)
-    del asked[10][1:]
+    for some in asked[::2]:  # the first process has fewer ways than the other
+        del some[2:]
     alone = [[one.name for one in step] for step in drawn(asked, 30)]
     meeting, found = Meeting(), {}
 
