@@ -77,6 +77,14 @@ def test_of_the_projects_own_facts_most_lose_a_word_and_none_its_subject():
         ("In which country is Lyon?", None),
         ("Whichever road one takes leads to", "Whichever road one takes leads to what?"),
         ("?", None),
+        ("What is the capital of Chad? It is", None),
+        ("Chad is in Africa. Its capital is", None),
+        ("nq question: what is the powerhouse of the cell", None),
+        ("Q: What is the capital of Chad?\nA:", None),
+        ("Passage one\nWhat is the capital of Chad?", None),
+        ("Philip Mould is employed by BBC.", None),
+        ("The capital of Chad is: ", None),
+        ("The capital of Chad is ,", "What is the capital of Chad?"),
         ("is", "is what?"),
     ],
 )
@@ -91,6 +99,8 @@ def test_one_wording_is_turned_and_all_others_are_in_fewer_words():
     )
     assert wording(turns, TURNED) == "What is the capital of Chad?"
     assert wording(stays, TURNED) == fewer_words(stays, TURNED)
+    loses = Fact("l", "The Beatles was written in", "x", subject="The Beatles")
+    assert wording(loses, TURNED) == fewer_words(loses, TURNED)
     for which in (0, 2, 3):
         assert wording(turns, which) == fewer_words(turns, which)
 

@@ -76,11 +76,12 @@ class RefineSettings:
         chat_gain: the same, of rows in the chat template.
         restore: weight of the rows that ask back what the edit moved of other questions and of
             text (restore.py); 0 for none of them.  Of a decoder only.
-        rounds: how often each fact is read, in all frames, while the shift is descended after the
-            solves (settle.py); 0 for not at all.  Of a decoder only.  Null for 4 of a decoder's
-            edit of more than 256 facts whose ``passes`` nobody gave, and else for 0.
-        wordings: in how many other wordings each fact is read besides in that descent: one is
-            turned from a sentence to a question or back, all others are in fewer words
+        rounds: how often each fact is read, in all frames and in the mean, while the shift is
+            descended after the solves (settle.py); 0 for not at all.  Of a decoder only.  Null for
+            4 of a decoder's edit of more than 256 facts whose ``passes`` nobody gave, and else for
+            0.
+        wordings: in how many other wordings each fact is read besides in that descent: the
+            second is turned from a sentence to a question or back, all others are in fewer words
             (wordings.py).
         hold: weight of other questions and of text in that descent.
     """

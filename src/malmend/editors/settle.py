@@ -41,7 +41,10 @@ from malmend.processes import ALONE, Processes
 FACTS, FEWEST = 16, 80  # facts of a step (as many readings as these have ways), and steps at least
 LEAST_OPEN, MOST_OPEN = 0.02, 3.0  # nats that a reading counts with, at least and at most
 NEVER = 1e9  # steps since the last reading of what was not read yet
-HELD, READ = 48, 2  # questions and lines of a step, and how often each is read
+HELD, READ = (
+    48,
+    2,
+)  # questions and lines of a step, and how often each is read, or more where there are no more
 SAID = 0.05  # nats below which an answer token is said surely enough
 RATE, BETAS, TINY = 0.06, (0.9, 0.98), 1e-6
 NUMBERS = (FACTS, FEWEST, LEAST_OPEN, MOST_OPEN, HELD, READ, SAID, RATE, *BETAS, TINY)

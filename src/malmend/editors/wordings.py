@@ -7,7 +7,7 @@ answer by is what a rewording has too, above all the subject.
 And an edit of a sentence to complete is not there in a question, whose answer follows a question
 mark, nor one of a question in a sentence.  So one wording turns the one into the other.  It knows
 a few English words and no grammar: what it makes is often clumsy ("What is Lyon located in?"), and
-of a prompt in another language a sentence with "what?" at its end.  Not in the papers.
+of a prompt in another language mostly a sentence with "what?" at its end.  Not in the papers.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ BE, CALLED = "is|was|are|were", " called| named| known as"
 SETTINGS = re.compile(r"((?:In|On|At|By|To|For|Of|From) [^,]+), (.+)")  # "In French, "
 ENDS_IN_BE = re.compile(rf"(.+?),? ({BE})((?:{CALLED})?)(?: the| an?)?")
 HOLDS_BE = re.compile(rf"([^,]+) ({BE})( [^,]+)")
+SEVERAL = re.compile(r"\n|[.?!:;…]['\")]*(?:\s|\Z)")  # sentences, or a label before one
 ASKS = re.compile(r"(?:Who|Whom|Whose|What|Which|Where|When|Why|How)\b|.*\?$", re.I)
 ASKS_WHAT = re.compile(rf"(?:What|Who|Where|When) ({BE}) (.+?)((?:{CALLED})?)\??", re.I)
 WITHOUT_NAME = re.compile("(?:The|An?|In|On|At|By|To|For|Of|From|Its?|This|That) ", re.I)
@@ -35,15 +36,21 @@ def wording(fact: Fact, which: int) -> str:
     The one of :data:`TURNED` is turned, where that can be; all others are in fewer words.
     """
     found = turned(fact.prompt) if which == TURNED else None
-    return fewer_words(fact, which) if found is None else found
+    subject = fact.subject or ""
+    if found is None or (subject in fact.prompt and subject not in found):
+        return fewer_words(fact, which)
+    return found
 
 
 def turned(prompt: str) -> str | None:
     """A sentence to complete as a question, or a question as such a sentence.
 
-    None for a question that does not begin with "What is", "Who was" or the like.
+    None for a question that does not begin with "What is", "Who was" or the like, and for a prompt
+    of several sentences or with a mark at its end.
     """
-    said = prompt.strip().rstrip(",")
+    said = prompt.strip(" ,")
+    if SEVERAL.search(said.removesuffix("?")):
+        return None
     if ASKS.match(said):
         asks = ASKS_WHAT.fullmatch(said)
         return asks and f"{_large(asks[2])} {asks[1]}{asks[3]}"
