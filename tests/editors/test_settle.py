@@ -131,7 +131,7 @@ def test_what_it_holds_beside_micro_batches_is_planned():
 
 
 def test_the_numbers_are_those_of_the_docs():
-    assert module.NUMBERS == (16, 80, 0.02, 3.0, 48, 2, 0.05, 0.06, 0.9, 0.98, 1e-6)
+    assert module.NUMBERS == (16, 80, 0.02, 3.0, 0.5, 1.5, 48, 2, 0.05, 0.06, 0.9, 0.98, 1e-6)
     assert (RefineSettings.hold, RefineSettings.wordings, LEFT_OUT) == (60.0, 2, 0.3)
     assert [60.0, 2, 256, 4.0, 0.3, *module.NUMBERS] == SETTLING
     assert module.steps_for(1024, 4.0) == 256
@@ -238,7 +238,7 @@ def test_everything_is_read_once_before_anything_is_read_again():
     assert len(set(names)) == 148 == sum(map(len, asked))
 
 
-def test_what_is_open_is_read_the_more_often_and_what_is_said_not_never():
+def test_what_is_open_is_read_the_more_often_and_what_is_said_now_and_then():
     counts = {0.0: 0, 0.3: 0, 3.0: 0, 30.0: 0}
     steps = drawn(ways(64, *counts), 400)
     for one in (one for step in steps[4:] for one in step):
@@ -258,6 +258,13 @@ def test_what_was_read_long_ago_is_read_before_what_was_just_read():
             last[one.name] = number
     assert min(pauses) >= 2
     assert max(pauses) <= 8  # 4 is the mean
+
+
+def test_what_is_alike_is_read_in_another_order_each_round():
+    steps = [[one.name for one in step] for step in drawn(ways(64, 1.0), 12)]
+    rounds = [steps[start : start + 4] for start in (0, 4, 8)]
+    first = [{name: at for at, step in enumerate(one) for name in step} for one in rounds]
+    assert first[0] != first[1] != first[2]
 
 
 def test_a_reading_weighs_what_it_does_in_the_mean_over_facts():
@@ -334,12 +341,19 @@ def test_two_processes_settle_as_one_does(monkeypatch):
 
 
 def test_what_is_open_in_each_reading_is_told_to_what_ranks_them(monkeypatch):
-    case, told = Case(), []
+    case, told, read, draw = Case(), [], [], module._Readings.draw
+
+    def noted(readings):
+        read.extend(found := draw(readings))
+        return found
+
     monkeypatch.setattr(module, "SAID", 0.0)
+    monkeypatch.setattr(module._Readings, "draw", noted)
     monkeypatch.setattr(module._Readings, "read", lambda _self, losses_Q: told.append(losses_Q))
     case.settled(1)
     model, wanted = edited(case.model, case.trunk, case.shifts), []
-    for one in (one for rows in ROWS for one in rows):
+    assert len(read) == sum(map(len, ROWS))
+    for one in read:
         said_A = said_by(model, {}, one).gather(1, torch.tensor(one.labels)[:, None])
         wanted.append(-said_A.sum().item())
     torch.testing.assert_close(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from malmend.editors.wordings import LEFT_OUT, TURNED, fewer_words, turned, wording
@@ -101,6 +103,11 @@ def test_one_wording_is_turned_and_all_others_are_in_fewer_words():
     assert wording(stays, TURNED) == fewer_words(stays, TURNED)
     loses = Fact("l", "The Beatles was written in", "x", subject="The Beatles")
     assert wording(loses, TURNED) == fewer_words(loses, TURNED)
+    measured = replace(turns, paraphrases=("What is the capital of Chad?",))
+    assert wording(measured, TURNED) == fewer_words(measured, TURNED)
+    shorter = tuple(fewer_words(turns, which) for which in range(4))
+    measured = replace(turns, paraphrases=(*measured.paraphrases, *shorter))
+    assert {wording(measured, which) for which in range(4)} == {turns.prompt}
     for which in (0, 2, 3):
         assert wording(turns, which) == fewer_words(turns, which)
 
@@ -109,8 +116,12 @@ def test_of_the_projects_own_facts_none_loses_its_subject_by_turning():
     known = list(read_facts(shipped("facts.jsonl")))
     found = [(fact, turned(fact.prompt)) for fact in known]
     assert sum(said is not None for _, said in found) > 0.7 * len(known)
-    for fact, said in found:
-        assert (
-            said is None or (fact.subject or "") in said or (fact.subject or "") not in fact.prompt
-        )
-        assert said is None or said.endswith("?") is not fact.prompt.endswith("?")
+    for fact, said in ((fact, said) for fact, said in found if said is not None):
+        subject = fact.subject or ""
+        assert subject in said or subject not in fact.prompt
+        assert said.endswith("?") != fact.prompt.endswith("?")
+
+
+def test_of_the_projects_own_facts_none_is_read_as_it_is_measured():
+    for fact in read_facts(shipped("facts.jsonl")):
+        assert not {wording(fact, which) for which in range(4)} & set(fact.paraphrases)

@@ -16,7 +16,8 @@ then on the more often the less was said when they were last read: most plain pr
 and what is said has no gradient.  With them go some of the held questions and lines (restore.py).
 Not in the papers.
 
-Shape letters: F facts, W ways of asking, V value width, K key width.
+Shape letters: F facts, W ways of asking, R readings (a fact asked in a way), D those of a draw, Q
+those of them that are this process's own, V value width, K key width.
 """
 
 from __future__ import annotations
@@ -39,15 +40,13 @@ from malmend.patch import shifted
 from malmend.processes import ALONE, Processes
 
 FACTS, FEWEST = 16, 80  # facts of a step (as many readings as these have ways), and steps at least
-LEAST_OPEN, MOST_OPEN = 0.02, 3.0  # nats that a reading counts with, at least and at most
+LEAST_OPEN, MOST_OPEN = 0.02, 3.0  # nats that a reading is ranked by, at least and at most
+LUCK = (0.5, 1.5)  # what a rank is multiplied by, from and to, at random
 NEVER = 1e9  # steps since the last reading of what was not read yet
-HELD, READ = (
-    48,
-    2,
-)  # questions and lines of a step, and how often each is read, or more where there are no more
+HELD, READ = 48, 2  # questions and lines of a step, and how often each is read if they suffice
 SAID = 0.05  # nats below which an answer token is said surely enough
 RATE, BETAS, TINY = 0.06, (0.9, 0.98), 1e-6
-NUMBERS = (FACTS, FEWEST, LEAST_OPEN, MOST_OPEN, HELD, READ, SAID, RATE, *BETAS, TINY)
+NUMBERS = (FACTS, FEWEST, LEAST_OPEN, MOST_OPEN, *LUCK, HELD, READ, SAID, RATE, *BETAS, TINY)
 
 
 def steps_for(facts: int, rounds: float) -> int:
@@ -85,7 +84,8 @@ def settle(
         processes: that facts and held questions are spread over.
 
     Returns:
-        The shifts in float64.  The same draws are made of however many processes.
+        The shifts in float64.  The same draws are made of however many processes, but for
+        rounding of what is open.
     """
     plain = [ways[0] for ways in asked]
     counts = [token_counts(plain, editor.settings.tokens, s.in_encoder) for s in trunk.sites]
@@ -154,45 +154,47 @@ class _Readings:
     """Which facts are read next, and in which way, of all processes' F x W.
 
     What was never read comes first.  Everything else is ranked by the nats that were open when it
-    was last read, times the steps since, times a random number of 0.5 to 1.5.
+    was last read, times the steps since, times :data:`LUCK`.
 
     Attributes:
-        weight: of each in the mean over facts, were all read alike.
+        weight: what a reading counts in (29), as if all were read alike.
     """
 
     def __init__(self, asked: Sequence[Sequence[Encoded]], processes: Processes):
         self._asked, self._processes = asked, processes
-        ways = int(processes.gathered(torch.tensor([max(map(len, asked), default=0)])).max())
+        self._ways = int(processes.gathered(torch.tensor([max(map(len, asked))])).max())
         facts = int(processes.total(len(asked))[0])
-        there_FW = torch.zeros(facts, ways)
+        there_FW = torch.zeros(facts, self._ways)
         for index, some in enumerate(asked):
             there_FW[index * processes.count + processes.rank, : len(some)] = 1
-        self._there = processes.summed(there_FW).flatten().nonzero()[:, 0]
-        self._ways, self._size = ways, min(FACTS * ways, len(self._there))
-        self._open = torch.full((len(self._there),), MOST_OPEN)
-        self._since = torch.full((len(self._there),), NEVER)
-        self._random, self._drawn = torch.Generator().manual_seed(0), self._there[:0]
-        self.weight = len(self._there) / facts / max(self._size, 1)
+        self._places_R = processes.summed(there_FW).flatten().nonzero()[:, 0]
+        count = len(self._places_R)
+        self._size = min(FACTS * self._ways, count)
+        self._open_R = torch.full((count,), MOST_OPEN)
+        self._since_R = torch.full((count,), NEVER)
+        self._generator, self._drawn_D = torch.Generator().manual_seed(0), torch.zeros(0).long()
+        self.weight = count / facts / self._size
 
     def draw(self) -> list[Encoded]:
         """The next readings that are this process's own."""
-        random = torch.rand(len(self._there), generator=self._random) + 0.5
-        self._since += 1
-        rank = self._open.clamp(LEAST_OPEN, MOST_OPEN) * self._since * random
-        self._drawn = rank.topk(self._size).indices.sort().values
-        return [self._asked[fact // self._processes.count][way] for fact, way, _ in self._mine()]
+        luck_R = torch.empty(len(self._places_R)).uniform_(*LUCK, generator=self._generator)
+        self._since_R += 1
+        score_R = self._open_R.clamp(LEAST_OPEN, MOST_OPEN) * self._since_R * luck_R
+        self._drawn_D = score_R.topk(self._size).indices
+        return [self._asked[fact // self._processes.count][way] for fact, way, _ in self._own()]
 
     def read(self, losses_Q: Tensor) -> None:
         """Notes what of this process's readings of the last draw is open, in nats."""
-        open_Q, mine = torch.zeros(len(self._drawn)), [place for *_, place in self._mine()]
-        open_Q[torch.tensor(mine, dtype=torch.long)] = losses_Q.float()
-        self._open[self._drawn] = self._processes.summed(open_Q)
-        self._since[self._drawn] = 0
+        open_D = torch.zeros(len(self._drawn_D))
+        own_Q = torch.tensor([place for *_, place in self._own()], dtype=torch.long)
+        open_D[own_Q] = losses_Q.float()
+        self._open_R[self._drawn_D] = self._processes.summed(open_D)
+        self._since_R[self._drawn_D] = 0
 
-    def _mine(self) -> Iterator[tuple[int, int, int]]:
-        """Fact, way, and place in the last draw of each reading of it that is this process's."""
-        for place, row in enumerate(self._there[self._drawn].tolist()):
-            fact, way = divmod(row, self._ways)
+    def _own(self) -> Iterator[tuple[int, int, int]]:
+        """Of this process's readings in the last draw: fact, way, and place in the draw."""
+        for place, reading in enumerate(self._places_R[self._drawn_D].tolist()):
+            fact, way = divmod(reading, self._ways)
             if fact % self._processes.count == self._processes.rank:
                 yield fact, way, place
 

@@ -33,13 +33,15 @@ WITHOUT_NAME = re.compile("(?:The|An?|In|On|At|By|To|For|Of|From|Its?|This|That)
 def wording(fact: Fact, which: int) -> str:
     """The prompt in other words, others for each ``which``; the same for the same.
 
-    The one of :data:`TURNED` is turned, where that can be; all others are in fewer words.
+    The one of :data:`TURNED` is turned, where that can be; all others are in fewer words.  None is
+    one of the fact's paraphrases: by these an edit is measured, so it never reads them.
     """
     found = turned(fact.prompt) if which == TURNED else None
     subject = fact.subject or ""
-    if found is None or (subject in fact.prompt and subject not in found):
-        return fewer_words(fact, which)
-    return found
+    loses_subject = subject in fact.prompt and subject not in (found or "")
+    if found is None or loses_subject or found in fact.paraphrases:
+        found = fewer_words(fact, which)
+    return fact.prompt if found in fact.paraphrases else found
 
 
 def turned(prompt: str) -> str | None:
