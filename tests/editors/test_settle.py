@@ -133,7 +133,7 @@ def test_what_it_holds_beside_micro_batches_is_planned():
 def test_the_numbers_are_those_of_the_docs():
     assert module.NUMBERS == (16, 80, 0.02, 3.0, 0.5, 1.5, 48, 2, 0.05, 0.06, 0.9, 0.98, 1e-6)
     assert (RefineSettings.hold, RefineSettings.wordings, LEFT_OUT) == (60.0, 2, 0.3)
-    assert [60.0, 2, 256, 4.0, 0.3, *module.NUMBERS] == SETTLING
+    assert [60.0, 2, 256, 4.0, 0.3, 1, *module.NUMBERS] == SETTLING
     assert module.steps_for(1024, 4.0) == 256
     assert module.steps_for(3, 4.0) == 80
     assert module.lines_for(80) == 1920

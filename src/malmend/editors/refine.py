@@ -36,7 +36,7 @@ from malmend.editors import settle
 from malmend.editors.editor import Aggregation, Editor, chunks
 from malmend.editors.malmen import Malmen
 from malmend.editors.restore import NUMBERS, Held, restoring
-from malmend.editors.wordings import LEFT_OUT
+from malmend.editors.wordings import LEFT_OUT, TURNED
 from malmend.errors import EditorError, MalmendError
 from malmend.facts.encoded import Encoded, Form
 from malmend.facts.fact import Question
@@ -76,7 +76,7 @@ class RefineSettings:
         chat_gain: the same, of rows in the chat template.
         restore: weight of the rows that ask back what the edit moved of other questions and of
             text (restore.py); 0 for none of them.  Of a decoder only.
-        rounds: how often each fact is read, in all frames and in the mean, while the shift is
+        rounds: how often in the mean each fact is read, in all frames, while the shift is
             descended after the solves (settle.py); 0 for not at all.  Of a decoder only.  Null for
             4 of a decoder's edit of more than 256 facts whose ``passes`` nobody gave, and else for
             0.
@@ -154,7 +154,7 @@ UNSAID: list[object] = [USUAL, MOST, ENOUGH, END_NLL, *FRAMES, *WITH_CHAT, *NUMB
 UNSAID += [RefineSettings.gain, RefineSettings.chat_gain, RefineSettings.restore]
 # The same of what settles.
 SETTLING: list[object] = [RefineSettings.hold, RefineSettings.wordings, FEW, ROUNDS]
-SETTLING += [LEFT_OUT, *settle.NUMBERS]
+SETTLING += [LEFT_OUT, TURNED, *settle.NUMBERS]
 
 
 def framing(encoder: Encoder, frame: str) -> Encoder:
