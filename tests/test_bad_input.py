@@ -620,6 +620,15 @@ def test_stopped_while_editing(at, place, capsys, monkeypatch):
     assert contents(place.folder) == before
 
 
+def test_stopped_while_an_edit_settles(place, capsys, monkeypatch):
+    monkeypatch.setattr("malmend.methods.by_editor.settle", interrupted)
+    before = contents(place.folder)
+    assert malmend(*place.edit(), "--refine.rounds", 1) == 130
+    (said,) = messages(capsys)
+    assert said.endswith("Run the same command again to resume.")
+    assert contents(place.folder) == before
+
+
 def test_stopped_while_a_patch_is_written(place, capsys, monkeypatch):
     def writing(tensors: object, path: Path, **_keywords: object) -> None:
         Path(path).write_bytes(b"half")

@@ -24,7 +24,7 @@ def test_what_is_kept_is_counted_and_cleared_and_made_again(tiny, tmp_path, monk
     on_disk = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
     assert sum(one.size for one in held.values()) == on_disk > 0
     assert malmend.cache(clear=True).cleared
-    assert [one.entries for one in malmend.cache().kinds] == [0, 0, 0]
+    assert [one.entries for one in malmend.cache().kinds] == [0, 0, 0, 0]
     again = malmend.edit(tiny.loaded, facts, **given).patch
     assert first.factors.keys() == again.factors.keys()
     assert malmend.cache().kinds[0].entries == 1

@@ -13,12 +13,13 @@ import command_support
 import malmend
 from command_support import CALIBRATION, make_facts
 from malmend.commands.choice import ByEditor, choose
+from malmend.editors import halfway
 from malmend.editors import refine as refine_module
 from malmend.editors import restore, settle
 from malmend.editors.refine import WITH_CHAT, RefineSettings
 from malmend.editors.settings import training_free
 from malmend.editors.wordings import wording
-from malmend.errors import EditorError
+from malmend.errors import EditorError, Resumable
 from malmend.facts.fact import Question
 from malmend.facts.tokens import Encoder, Reading
 from malmend.material import to_hold
@@ -165,6 +166,50 @@ def test_what_settles_by_default_is_the_first_solve(tiny, briefly, monkeypatch, 
     said = malmend.edit(tiny.loaded, FEW, **own(tiny)).patch.provenance
     assert (said["passes"] == 1) is (said["rounds"] == 4.0) is (few < len(FEW))
     assert (said["wordings"], said["hold"] > 0) == ((2, True) if few < len(FEW) else (0, False))
+
+
+def test_a_settling_that_was_stopped_goes_on_and_leaves_nothing(
+    tiny, briefly, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(halfway, "EVERY", 1)
+    wanted = malmend.edit(tiny.loaded, FEW, refine=SETTLED, **own(tiny)).patch
+    monkeypatch.setenv("MALMEND_CACHE", str(tmp_path))
+
+    def stopping(stage: str, share: float) -> None:
+        if stage == "settling" and share == 0.75:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Resumable):
+        malmend.edit(tiny.loaded, FEW, refine=SETTLED, progress=stopping, **own(tiny))
+    assert len(list((tmp_path / "settling").iterdir())) == 1
+    shares = []
+
+    def noted(stage: str, share: float) -> None:
+        if stage == "settling":
+            shares.append(share)
+
+    found = malmend.edit(tiny.loaded, FEW, refine=SETTLED, progress=noted, **own(tiny)).patch
+    assert shares == [0.5, 0.75, 1.0]
+    assert same(found, wanted)
+    assert not list((tmp_path / "settling").iterdir())
+
+
+@pytest.mark.parametrize("other", [{"hold": 5.0}, {"wordings": 1}, {"rounds": 600.0}])
+def test_another_settling_does_not_go_on_from_it(tiny, monkeypatch, other):
+    places = []
+
+    def stopped(*given) -> None:
+        places.append(given[-1].path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(by_editor, "settle", stopped)
+    for refine in (SETTLED, replace(SETTLED, **other), SETTLED):
+        with pytest.raises(Resumable):
+            malmend.edit(tiny.loaded, FEW, refine=refine, **own(tiny))
+    with pytest.raises(Resumable):
+        malmend.edit(tiny.loaded, FEW[:2], refine=SETTLED, **own(tiny))
+    assert places[0] == places[2]
+    assert len(set(places)) == 3
 
 
 @pytest.mark.parametrize("broken", [True, False])

@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
-from malmend.errors import MalmendError, nearest
+from malmend.errors import MalmendError, Resumable, nearest
 from malmend.options import (
     add_editor_settings,
     add_methods,
@@ -59,8 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         what = f" {error.filename}" if error.filename else ""
         print(f"malmend: {error.strerror or error}{what}.", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         resumes = arguments[:1] in (["train"], ["finetune"], ["bench"])
+        resumes = resumes or isinstance(stopped, Resumable)
         hint = " Run the same command again to resume." if resumes else ""
         print(f"\nmalmend: interrupted; nothing half-written was left.{hint}", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -14,6 +14,10 @@ class MalmendError(ValueError):
     """Bad input of any kind.  Also a ``ValueError``, so that both styles of ``except`` work."""
 
 
+class Resumable(KeyboardInterrupt):
+    """Work was interrupted that the same command goes on with."""
+
+
 class FactsError(MalmendError):
     """A facts file cannot be used.
 

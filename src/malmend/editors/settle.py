@@ -24,11 +24,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from malmend.editors.editor import Editor
+from malmend.editors.halfway import Halfway
 from malmend.editors.restore import Held
 from malmend.facts.encoded import Encoded
 from malmend.models.capture import token_counts
@@ -69,6 +71,7 @@ def settle(
     held: Held | None = None,
     progress: Callable[[int], None] = lambda count: None,
     processes: Processes = ALONE,
+    halfway: Halfway | None = None,
 ) -> dict[str, Tensor]:
     """Equation (29), descended.
 
@@ -80,8 +83,9 @@ def settle(
         steps: how many.
         hold: weight of what should be said as before.
         held: that; None for nothing.
-        progress: called with 1 after each step.
+        progress: called with 1 after each step, at first with those that were taken before.
         processes: that facts and held questions are spread over.
+        halfway: where it goes on from, and is kept; None for nowhere.
 
     Returns:
         The shifts in float64.  The same draws are made of however many processes, but for
@@ -97,10 +101,14 @@ def settle(
     }
     lines = int(processes.total(len(held.questions))[0]) if held else 0
     readings, held_draws = _Readings(asked, processes), _draws(lines, HELD, processes)
-    for step in range(steps):
+    parts: dict[str, _Metric | _Readings] = {"readings": readings, **metric}
+    first = _go_on(parts, halfway)
+    if first:
+        progress(first)
+    for step, drawn in zip(range(first, steps), islice(held_draws, first, None), strict=False):
         terms = [Term(readings.draw(), saying(trunk, SAID), readings.weight)]
         if held is not None and lines:
-            terms.append(_holding(trunk, held, next(held_draws), hold, processes))
+            terms.append(_holding(trunk, held, drawn, hold, processes))
         current = {name: one.shift() for name, one in metric.items()}
         with shifted(list(trunk.sites), current):
             losses, grads = weight_grads(trunk, terms)
@@ -110,7 +118,26 @@ def settle(
             grad_VK = torch.zeros(site.shape_VK, dtype=trunk.wide) if grad_VK is None else grad_VK
             metric[site.name].step(processes.summed(grad_VK), 1 - step / steps)
         progress(1)
+        if halfway is not None:
+            halfway.keep(step + 1, lambda: _state(parts))
     return {name: one.shift().double().cpu() for name, one in metric.items()}
+
+
+def _state(parts: Mapping[str, _Metric | _Readings]) -> dict[str, Tensor]:
+    """All that the next step depends on, by part and name."""
+    return {f"{part} {n}": kept for part, one in parts.items() for n, kept in one.state().items()}
+
+
+def _go_on(parts: Mapping[str, _Metric | _Readings], halfway: Halfway | None) -> int:
+    """Takes up what was kept halfway; after how many steps that was."""
+    steps, kept = halfway.found() if halfway is not None else (0, {})
+    if steps:
+        for part, one in parts.items():
+            own = {
+                n.removeprefix(f"{part} "): k for n, k in kept.items() if n.startswith(f"{part} ")
+            }
+            one.go_on(own)
+    return steps
 
 
 def rehearse(trunk: Trunk, questions: Sequence[Encoded]) -> None:
@@ -191,6 +218,16 @@ class _Readings:
         self._open_R[self._drawn_D] = self._processes.summed(open_D)
         self._since_R[self._drawn_D] = 0
 
+    def state(self) -> dict[str, Tensor]:
+        """What the next draw depends on."""
+        luck = self._generator.get_state()
+        return {"open": self._open_R, "since": self._since_R, "luck": luck}
+
+    def go_on(self, state: Mapping[str, Tensor]) -> None:
+        """Takes up a state that was kept."""
+        self._open_R, self._since_R = state["open"], state["since"]
+        self._generator.set_state(state["luck"])
+
     def _own(self) -> Iterator[tuple[int, int, int]]:
         """Of this process's readings in the last draw: fact, way, and place in the draw."""
         for place, reading in enumerate(self._places_R[self._drawn_D].tolist()):
@@ -234,3 +271,16 @@ class _Metric:
         self._free_VK.grad, group["lr"] = grad_VK, self._rate * share
         self._adam.step()
         self._free_VK.grad = None
+
+    def state(self) -> dict[str, Tensor]:
+        """E and what its next step depends on."""
+        moments: Mapping[str, Tensor] = self._adam.state.get(self._free_VK, {})
+        eps = torch.tensor(self._adam.param_groups[0]["eps"], dtype=torch.float64)
+        return {"free": self._free_VK.detach(), "eps": eps, **moments}
+
+    def go_on(self, state: Mapping[str, Tensor]) -> None:
+        """Takes up a state that was kept."""
+        moments = dict(state)
+        self._free_VK.data.copy_(moments.pop("free"))
+        self._adam.param_groups[0]["eps"] = moments.pop("eps").item()
+        self._adam.state[self._free_VK].update(moments)

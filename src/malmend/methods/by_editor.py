@@ -12,16 +12,18 @@ from typing import Any
 from torch import Tensor
 
 from malmend.editors.editor import Aggregation, Editor
+from malmend.editors.halfway import KIND, Halfway
 from malmend.editors.refine import CHAT, ENOUGH, PROMPT, RefineSettings, framed, further, missed
 from malmend.editors.restore import Held
 from malmend.editors.settings import EditorSettings
-from malmend.editors.settle import lines_for, settle, steps_for
+from malmend.editors.settle import NUMBERS, lines_for, settle, steps_for
 from malmend.editors.wordings import wording
-from malmend.errors import EditorError
+from malmend.errors import EditorError, Resumable
 from malmend.facts.encoded import Encoded, Form, settled
 from malmend.facts.fact import Fact, Question
 from malmend.methods.method import Found
 from malmend.models.capture import Captured, capture, keys_of
+from malmend.models.source import cache_folder
 from malmend.numerics.ridge import mean_residual
 from malmend.patch import shifted
 from malmend.processes import ALONE, Processes
@@ -179,6 +181,15 @@ class _Work:
             least = min(least, plain)
         return solved, kept
 
+    def halfway(
+        self, shifts: Mapping[str, Tensor], rows: Sequence[Sequence[Encoded]], held: Held | None
+    ) -> Halfway:
+        """Where settling is kept: of the model, where it starts, what it reads, and its numbers."""
+        said = (self.bench.loaded.digest, rows, held and held.questions, self.steps)
+        numbers = (self.refine.hold, NUMBERS, *shifts)
+        folder = cache_folder() / KIND
+        return Halfway.of(folder, (*said, *numbers, *shifts.values()), self.processes)
+
     def settled(self, facts: Sequence[Fact], solved: _Solved, held: Held | None) -> _Solved | None:
         """Equation (29) from a solve on; None where the plain prompts would miss more by it."""
         worded = [
@@ -190,11 +201,15 @@ class _Work:
         rows = [[one for one in ones if one] for ones in together]
         trunk = self.bench.trunk
         count = counted(self.progress, "settling", self.steps)
-        start, asked = (
-            solved.shifts,
-            (rows, self.steps, self.refine.hold, held, count, self.processes),
-        )
-        found = replace(solved, shifts=settle(self.editor, trunk, start, *asked), rank=FULL)
+        asked = (rows, self.steps, self.refine.hold, held)
+        halfway = self.halfway(solved.shifts, rows, held)
+        others = (count, self.processes, halfway)
+        try:
+            shifts = settle(self.editor, trunk, solved.shifts, *asked, *others)
+        except KeyboardInterrupt as stopped:
+            raise Resumable from stopped
+        halfway.over()
+        found = replace(solved, shifts=shifts, rank=FULL)
         if found.broken:
             return None
         before, after = (

@@ -16,7 +16,7 @@ from torch import Tensor
 from malmend.models.trunk import Trunk
 from malmend.numerics.losses import kl_and_grad
 
-LOGITS = 1 << 22  # so many stand in memory at once
+LOGITS = 1 << 23  # so many stand in memory at once
 Losses = tuple[Tensor, Tensor]  # of each token, A, and by each logit, A x W
 Part = Callable[[slice, Tensor], Losses]
 

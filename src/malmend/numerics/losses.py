@@ -11,9 +11,13 @@ Both come unreduced: whoever calls decides between a sum over facts (the edit) a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+IN_CACHE = 1 << 19  # logits
 
 
 def answer_nll(logits_AW: Tensor, labels_A: Tensor) -> Tensor:
@@ -34,22 +38,39 @@ def nll_and_grad(logits_AW: Tensor, labels_A: Tensor) -> tuple[Tensor, Tensor]:
 
     One matrix of the logits' size is made and no graph, of which autograd would keep several.
     """
-    log_AW = functional.log_softmax(_wide(logits_AW.detach()), dim=-1)
-    asked_A1 = (labels_A >= 0).unsqueeze(1)  # a token without a label costs nothing
-    chosen_A1 = labels_A.clamp(min=0).unsqueeze(1)
-    nll_A1 = -log_AW.gather(1, chosen_A1) * asked_A1
-    grad_AW = log_AW.exp_().scatter_add_(1, chosen_A1, torch.full_like(nll_A1, -1))
-    return nll_A1.squeeze(1), grad_AW.mul_(asked_A1)
+    grad_AW, losses = torch.empty_like(logits_AW, dtype=_wide_dtype(logits_AW)), []
+    for rows in _few(logits_AW):
+        log_AW = functional.log_softmax(_wide(logits_AW.detach()[rows]), dim=-1)
+        asked_A1 = (labels_A[rows] >= 0).unsqueeze(1)  # a token without a label costs nothing
+        chosen_A1 = labels_A[rows].clamp(min=0).unsqueeze(1)
+        nll_A1 = -log_AW.gather(1, chosen_A1) * asked_A1
+        less_one_AW = log_AW.exp_().scatter_add_(1, chosen_A1, torch.full_like(nll_A1, -1))
+        torch.mul(less_one_AW, asked_A1, out=grad_AW[rows])
+        losses.append(nll_A1.squeeze(1))
+    return torch.cat(losses), grad_AW
 
 
 def kl_and_grad(before_AW: Tensor, after_AW: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`kl_per_token`, shape A, and its derivative by ``after``: the softmaxes' difference."""
-    before_log_AW = functional.log_softmax(_wide(before_AW.detach()), dim=-1)
-    after_log_AW = functional.log_softmax(_wide(after_AW.detach()), dim=-1)
-    before_p_AW = before_log_AW.exp()
-    kl_A = before_log_AW.sub_(after_log_AW).mul_(before_p_AW).sum(-1)
-    return kl_A, after_log_AW.exp_().sub_(before_p_AW)
+    grad_AW, losses = torch.empty_like(after_AW, dtype=_wide_dtype(after_AW)), []
+    for rows in _few(after_AW):
+        before_log_AW = functional.log_softmax(_wide(before_AW.detach()[rows]), dim=-1)
+        after_log_AW = functional.log_softmax(_wide(after_AW.detach()[rows]), dim=-1)
+        before_p_AW = before_log_AW.exp()
+        losses.append(before_log_AW.sub_(after_log_AW).mul_(before_p_AW).sum(-1))
+        torch.sub(after_log_AW.exp_(), before_p_AW, out=grad_AW[rows])
+    return torch.cat(losses), grad_AW
+
+
+def _few(logits_AW: Tensor) -> Iterator[slice]:
+    """Rows that stay in a processor's cache from one pass over them to the next."""
+    size = max(1, IN_CACHE // logits_AW.shape[1])
+    return (slice(start, start + size) for start in range(0, len(logits_AW), size))
+
+
+def _wide_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def _wide(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
+    return logits.to(_wide_dtype(logits))

@@ -1,0 +1,75 @@
+"""A descent kept halfway: where it is after some of its steps, to go on from there.
+
+What is kept lies in the cache folder under a name made of all that the descent depends on, so an
+edit that was interrupted is found again by giving the same command, and no other edit finds it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from malmend.errors import MalmendError
+from malmend.files import prune, written_beside
+from malmend.processes import ALONE, Processes
+
+KIND = "settling"  # of what the cache folder holds
+STEPS = "steps"
+EVERY = 16  # steps from one time that it is kept to the next
+MOST_KEPT = 4_000_000_000  # bytes of all descents in the folder
+
+
+@dataclass(frozen=True)
+class Halfway:
+    """One descent's file; a folder that cannot be written makes it start anew, and is no error.
+
+    Attributes:
+        path: of the file, of ``processes`` this one's.
+        processes: that keep their parts at the same steps.
+    """
+
+    path: Path
+    processes: Processes = ALONE
+
+    @classmethod
+    def of(cls, folder: Path, parts: Iterable[object], processes: Processes = ALONE) -> Halfway:
+        """Of what a descent depends on: tensors by their bytes, all else by what it prints."""
+        digest = hashlib.sha256(f"{processes.rank} of {processes.count}".encode())
+        for part in parts:
+            if isinstance(part, Tensor):
+                digest.update(part.detach().cpu().contiguous().view(torch.uint8).numpy())
+            else:
+                digest.update(repr(part).encode())
+        return cls(folder / f"{digest.hexdigest()[:32]}.safetensors", processes)
+
+    def found(self) -> tuple[int, dict[str, Tensor]]:
+        """How many steps were taken, and what was kept then; 0 where any process lacks it."""
+        tensors = dict[str, Tensor]()
+        with suppress(Exception):  # whatever is wrong with it, the descent starts anew
+            tensors = load_file(self.path)
+        steps = int(tensors.pop(STEPS, torch.zeros(())))
+        everyone = self.processes.gathered(torch.tensor([steps]))
+        return (steps, tensors) if (everyone == steps).all() and steps else (0, {})
+
+    def keep(self, steps: int, state: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Keeps the state after so many steps, if it is time to."""
+        if steps % EVERY:
+            return
+        tensors = {name: one.cpu().contiguous() for name, one in state().items()}
+        with suppress(OSError, MalmendError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with written_beside(self.path) as beside:
+                save_file({**tensors, STEPS: torch.tensor(steps)}, beside)
+            prune(self.path.parent, MOST_KEPT)
+
+    def over(self) -> None:
+        """Removes it: the descent has ended."""
+        with suppress(OSError):
+            self.path.unlink(missing_ok=True)
