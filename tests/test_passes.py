@@ -12,10 +12,10 @@ import torch
 import command_support
 import malmend
 from command_support import CALIBRATION, make_facts
+from malmend.commands import choice
 from malmend.commands.choice import ByEditor, choose
-from malmend.editors import halfway
+from malmend.editors import halfway, restore, settle
 from malmend.editors import refine as refine_module
-from malmend.editors import restore, settle
 from malmend.editors.refine import WITH_CHAT, RefineSettings
 from malmend.editors.settings import training_free
 from malmend.editors.wordings import wording
@@ -84,7 +84,8 @@ def test_a_framed_edit_keeps_the_rank_of_all_its_rows(tiny, monkeypatch):
 
 @pytest.fixture
 def briefly(monkeypatch):
-    """Four steps on two held lines each."""
+    """Four steps on two held lines each; a random model knows no facts."""
+    monkeypatch.setattr(choice, "known_facts", lambda _bench, _facts: [])
     monkeypatch.setattr(settle, "FEWEST", 4)
     monkeypatch.setattr(settle, "HELD", 2)
 
@@ -108,17 +109,19 @@ def test_an_edit_is_settled_from_its_last_kept_solve_in_every_frame(tiny, monkey
     """What `settle` is given, and that what it gives is the edit."""
     given = {}
 
-    def noted(_editor, _trunk, shifts, asked, steps, hold, held, *_rest):
-        given.update(shifts=shifts, asked=asked, steps=steps, hold=hold, held=held)
+    def noted(_editor, _trunk, shifts, asked, steps, keeping, *_rest):
+        given.update(shifts=shifts, asked=asked, steps=steps, keeping=keeping)
         return {name: factor * shift for name, shift in shifts.items()}
 
+    known = [encoder_for(tiny.model).encode(one.question) for one in make_facts(5, seed=4)]
+    monkeypatch.setattr(choice, "known_facts", lambda _bench, facts: known if facts else None)
     monkeypatch.setattr(by_editor, "settle", noted)
     counting(monkeypatch, 0.0, 0.5, 0.0, 0.01)  # the second solve is let go, a hundredth is not
     refine = replace(SETTLED, passes=2, restore=0.0, wordings=3)
     found = malmend.edit(tiny.loaded, FEW, refine=refine, **own(tiny)).patch
     once = malmend.edit(tiny.loaded, FEW, refine=ONCE, **own(tiny)).patch
     encoder = encoder_for(tiny.model)
-    assert (given["steps"], given["hold"]) == (80, 4.0)
+    assert given["steps"] == 80
     assert given["asked"] == [
         [
             encoder.encode(Question(text, one.answer))
@@ -130,7 +133,9 @@ def test_an_edit_is_settled_from_its_last_kept_solve_in_every_frame(tiny, monkey
         for one in FEW
     ]
     held = to_hold(encoder, FEW, tiny.text, more=True)
-    assert list(given["held"].questions) == held[:1920]
+    lines, others = given["keeping"]
+    assert (list(lines.held.questions), lines.each, lines.weight) == (held[:1920], 48, 4.0)
+    assert (list(others.held.questions), others.each, others.weight) == (known, 16, 1.0)
     for name in once.factors:
         torch.testing.assert_close(given["shifts"][name].float(), once.shift(name))
         torch.testing.assert_close(found.shift(name), factor * once.shift(name))
@@ -165,13 +170,14 @@ def test_what_settles_by_default_is_the_first_solve(tiny, briefly, monkeypatch, 
     monkeypatch.setattr(refine_module, "FEW", few)
     said = malmend.edit(tiny.loaded, FEW, **own(tiny)).patch.provenance
     assert (said["passes"] == 1) is (said["rounds"] == 4.0) is (few < len(FEW))
-    assert (said["wordings"], said["hold"] > 0) == ((2, True) if few < len(FEW) else (0, False))
+    assert (said["wordings"], said["hold"] > 0) == ((4, True) if few < len(FEW) else (0, False))
 
 
 def test_a_settling_that_was_stopped_goes_on_and_leaves_nothing(
     tiny, briefly, monkeypatch, tmp_path
 ):
     monkeypatch.setattr(halfway, "EVERY", 1)
+    monkeypatch.setenv("MALMEND_CACHE", str(tmp_path / "whole"))  # what is kept was rounded so
     wanted = malmend.edit(tiny.loaded, FEW, refine=SETTLED, **own(tiny)).patch
     monkeypatch.setenv("MALMEND_CACHE", str(tmp_path))
 

@@ -21,7 +21,7 @@ from malmend.editors.editor import Editor
 from malmend.editors.refine import SETTLING, RefineSettings
 from malmend.editors.restore import Held
 from malmend.editors.settings import EditorSettings
-from malmend.editors.settle import settle
+from malmend.editors.settle import Keeping, settle
 from malmend.editors.wordings import LEFT_OUT
 from malmend.errors import MalmendError
 from malmend.numerics.ridge import Prior
@@ -43,8 +43,8 @@ class Case:
         self.held = Held.of(self.trunk, held_questions(), 10)
 
     def settled(self, steps: int, hold: float = 3.0, rows=ROWS, **more):
-        held = self.held if hold else None
-        return settle(self.editor, self.trunk, self.shifts, rows, steps, hold, held, **more)
+        keeping = [Keeping(self.held, module.HELD, hold)] if hold else []
+        return settle(self.editor, self.trunk, self.shifts, rows, steps, keeping, **more)
 
 
 def said_by(model, weights, one):
@@ -53,7 +53,7 @@ def said_by(model, weights, one):
     return logits[list(one.sources)].log_softmax(-1)
 
 
-def reference(case: Case, hold: float, steps: int, enough: float):
+def reference(case: Case, hold: float, steps: int, enough: float, known: Held | None = None):
     """E by torch's Adam on (29) written out, every fact and every held question in each step."""
     sites = list(case.trunk.sites)
     roots, free = [], []
@@ -67,7 +67,7 @@ def reference(case: Case, hold: float, steps: int, enough: float):
         [{"params": [one], "lr": lr} for one, lr in zip(free, rates, strict=True)],
         betas=(0.9, 0.98),
     )
-    tokens = sum(len(one.sources) for one in case.held.questions)
+    holds = [(case.held, hold)] + ([(known, hold / 4)] if known else [])
     for step in range(steps):
         weights = {
             f"{site.name}.weight": site.weight.detach() + one @ torch.linalg.inv(root)
@@ -78,10 +78,12 @@ def reference(case: Case, hold: float, steps: int, enough: float):
             labels = torch.tensor(one.labels)
             nll_A = -said_by(case.model, weights, one).gather(1, labels[:, None])[:, 0]
             loss = loss + nll_A[nll_A > enough].sum() / len(ROWS)
-        for one in case.held.questions:
-            after = said_by(case.model, weights, one)
-            before = said_by(case.model, {}, one).detach()
-            loss = loss + hold * (before.exp() * (before - after)).sum() / tokens
+        for held, weight in holds:
+            tokens = sum(len(one.sources) for one in held.questions)
+            for one in held.questions:
+                after = said_by(case.model, weights, one)
+                before = said_by(case.model, {}, one).detach()
+                loss = loss + weight * (before.exp() * (before - after)).sum() / tokens
         adam.zero_grad()
         loss.backward()
         for group, lr in zip(adam.param_groups, rates, strict=True):
@@ -103,6 +105,18 @@ def test_it_is_adam_on_the_losses_in_the_metric_of_the_prior(monkeypatch, enough
         assert shift_VK.dtype == torch.float64
         assert (shift_VK - case.shifts[name]).abs().max() > 1e-3  # of the order of its steps
         torch.testing.assert_close(shift_VK, wanted[name], rtol=1e-8, atol=1e-10)
+
+
+def test_each_thing_that_is_kept_is_a_mean_of_its_own():
+    case = Case()
+    known = Held.of_all(case.trunk, held_questions()[:1])
+    case.held = Held.of_all(case.trunk, held_questions()[1:])
+    keeping = [Keeping(case.held, 48, 3.0), Keeping(known, 16, 0.75)]
+    found = settle(case.editor, case.trunk, case.shifts, ROWS, 4, keeping)
+    wanted, plain = reference(case, 3.0, 4, 0.05, known), reference(case, 3.0, 4, 0.05)
+    for name, shift_VK in found.items():
+        torch.testing.assert_close(shift_VK, wanted[name], rtol=1e-8, atol=1e-10)
+        assert (wanted[name] - plain[name]).abs().max() > 1e-4
 
 
 def test_the_metric_is_the_prior_of_the_solves():
@@ -131,9 +145,10 @@ def test_what_it_holds_beside_micro_batches_is_planned():
 
 
 def test_the_numbers_are_those_of_the_docs():
-    assert module.NUMBERS == (16, 80, 0.02, 3.0, 0.5, 1.5, 48, 2, 0.05, 0.06, 0.9, 0.98, 1e-6)
-    assert (RefineSettings.hold, RefineSettings.wordings, LEFT_OUT) == (60.0, 2, 0.3)
-    assert [60.0, 2, 256, 4.0, 0.3, 1, *module.NUMBERS] == SETTLING
+    read, kept = (16, 80, 0.02, 3.0, 0.5, 1.5), (48, 2, 16, 0.25, 0.05)
+    assert (*read, *kept, 0.06, 0.9, 0.98, 1e-6) == module.NUMBERS
+    assert (RefineSettings.hold, RefineSettings.wordings, LEFT_OUT) == (60.0, 4, 0.3)
+    assert [60.0, 4, 256, 4.0, 0.3, 1, *module.NUMBERS] == SETTLING
     assert module.steps_for(1024, 4.0) == 256
     assert module.steps_for(3, 4.0) == 80
     assert module.lines_for(80) == 1920

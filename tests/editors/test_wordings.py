@@ -94,7 +94,7 @@ def test_a_sentence_is_turned_into_a_question_and_back(prompt, wanted):
     assert turned(prompt) == wanted
 
 
-def test_one_wording_is_turned_and_all_others_are_in_fewer_words():
+def test_the_first_is_in_fewer_words_the_second_turned_and_all_others_are_both():
     turns, stays = (
         Fact("t", "The capital of Chad is", "x"),
         Fact("s", "Which country is Lyon in?", "x"),
@@ -108,8 +108,14 @@ def test_one_wording_is_turned_and_all_others_are_in_fewer_words():
     shorter = tuple(fewer_words(turns, which) for which in range(4))
     measured = replace(turns, paraphrases=(*measured.paraphrases, *shorter))
     assert {wording(measured, which) for which in range(4)} == {turns.prompt}
-    for which in (0, 2, 3):
-        assert wording(turns, which) == fewer_words(turns, which)
+    assert wording(turns, 0) == fewer_words(turns, 0)
+    for which in (2, 3):
+        asked = replace(turns, prompt="What is the capital of Chad?")
+        assert wording(turns, which) == fewer_words(asked, which)
+        assert wording(stays, which) == fewer_words(stays, which)
+    assert len({wording(turns, which) for which in range(2, 10)}) > 3
+    measured = replace(turns, paraphrases=("What is the capital of Chad?",))
+    assert wording(measured, 3) == fewer_words(measured, 3)  # nor anything made of one
 
 
 def test_of_the_projects_own_facts_none_loses_its_subject_by_turning():

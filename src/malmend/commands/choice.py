@@ -20,7 +20,7 @@ from malmend.errors import EditorError, MalmendError
 from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact
 from malmend.facts.tokens import Encoder, EndOfAnswer
-from malmend.material import calibrated, to_hold
+from malmend.material import calibrated, known_facts, to_hold
 from malmend.methods.by_editor import Holding, find_by_editor, refinable
 from malmend.methods.method import Found
 from malmend.models.load import LoadedModel
@@ -176,9 +176,12 @@ class ByEditor:
             )
         once = time.perf_counter() - start
         encoder, lines = bench.encoder, self.settles and self.refine.hold > 0
+        with self.processes.first_then_others():  # the same
+            known = known_facts(bench, facts) if lines else ()
         held = Holding(
             to_hold(encoder, facts, self.text) if self.restores(encoder) else (),
             to_hold(encoder, facts, self.text, more=True) if lines else (),
+            known,
         )
         found = find_by_editor(bench, editor, facts, self.refine, held, progress, self.processes)
         said = {**self.choice.provenance(facts), **found.said}

@@ -44,7 +44,7 @@ class Halfway:
         digest = hashlib.sha256(f"{processes.rank} of {processes.count}".encode())
         for part in parts:
             if isinstance(part, Tensor):
-                digest.update(part.detach().cpu().contiguous().view(torch.uint8).numpy())
+                digest.update(part.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
             else:
                 digest.update(repr(part).encode())
         return cls(folder / f"{digest.hexdigest()[:32]}.safetensors", processes)

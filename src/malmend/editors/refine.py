@@ -81,8 +81,8 @@ class RefineSettings:
             4 of a decoder's edit of more than 256 facts whose ``passes`` nobody gave, and else for
             0.
         wordings: in how many other wordings each fact is read besides in that descent: the
-            second is turned from a sentence to a question or back, all others are in fewer words
-            (wordings.py).
+            first is in fewer words, the second is turned from a sentence to a question or back, all
+            others are both (wordings.py).
         hold: weight of other questions and of text in that descent.
     """
 
@@ -92,7 +92,7 @@ class RefineSettings:
     chat_gain: float = 3.0
     restore: float = 1.0
     rounds: float | None = None
-    wordings: int = 2
+    wordings: int = 4
     hold: float = 60.0
 
     def __post_init__(self) -> None:

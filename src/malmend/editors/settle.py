@@ -5,7 +5,8 @@ beyond it, and what it moves besides is known in the mean alone.  From there on 
 descended by what counts,
 
     L(S) = mean over facts of the sum of nll_t over answer tokens of all frames, nll_t > SAID
-         + hold * mean over held tokens of KL(p_t || p'_t),                                    (29)
+         + hold * mean over held tokens of KL(p_t || p'_t)
+         + KNOWN * hold * the same over tokens of other facts that the model knows,            (29)
 
 in the metric of the prior: with P_l = L_l L_l^T of equation (1) and S_l = E_l L_l^-1, by Adam on
 E_l, whose steps are relative to the root mean square of the E_l that it starts from and fall
@@ -13,8 +14,9 @@ linearly to nothing.  So a step is small where text and other questions have man
 
 The facts are read as they are, in every frame and in other words (wordings.py), all once and from
 then on the more often the less was said when they were last read: most plain prompts are soon said,
-and what is said has no gradient.  With them go some of the held questions and lines (restore.py).
-Not in the papers.
+and what is said has no gradient.  With them go some of the held questions and lines (restore.py),
+and some of those facts of the project's own that the model knows (material.py): the same of another
+subject is what an edit moves first.  Not in the papers.
 
 Shape letters: F facts, W ways of asking, R readings (a fact asked in a way), D those of a draw, Q
 those of them that are this process's own, V value width, K key width.
@@ -24,6 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
@@ -46,9 +49,33 @@ LEAST_OPEN, MOST_OPEN = 0.02, 3.0  # nats that a reading is ranked by, at least 
 LUCK = (0.5, 1.5)  # what a rank is multiplied by, from and to, at random
 NEVER = 1e9  # steps since the last reading of what was not read yet
 HELD, READ = 48, 2  # questions and lines of a step, and how often each is read if they suffice
+FEW_KNOWN, KNOWN = 16, 0.25  # known facts of a step, and what they weigh beside those
 SAID = 0.05  # nats below which an answer token is said surely enough
 RATE, BETAS, TINY = 0.06, (0.9, 0.98), 1e-6
-NUMBERS = (FACTS, FEWEST, LEAST_OPEN, MOST_OPEN, *LUCK, HELD, READ, SAID, RATE, *BETAS, TINY)
+NUMBERS = (
+    FACTS,
+    FEWEST,
+    LEAST_OPEN,
+    MOST_OPEN,
+    *LUCK,
+    HELD,
+    READ,
+    FEW_KNOWN,
+    KNOWN,
+    SAID,
+    RATE,
+    *BETAS,
+    TINY,
+)
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """What should be said as before: how many of it are in a step, and what it weighs."""
+
+    held: Held
+    each: int
+    weight: float
 
 
 def steps_for(facts: int, rounds: float) -> int:
@@ -67,8 +94,7 @@ def settle(
     shifts: Mapping[str, Tensor],
     asked: Sequence[Sequence[Encoded]],
     steps: int,
-    hold: float,
-    held: Held | None = None,
+    keeping: Sequence[Keeping] = (),
     progress: Callable[[int], None] = lambda count: None,
     processes: Processes = ALONE,
     halfway: Halfway | None = None,
@@ -81,8 +107,7 @@ def settle(
         shifts: what is started from, by site, V x K.
         asked: of each fact its prompt, and the same in other ways; of ``processes`` this one's.
         steps: how many.
-        hold: weight of what should be said as before.
-        held: that; None for nothing.
+        keeping: what should be said as before; of ``processes`` this one's.
         progress: called with 1 after each step, at first with those that were taken before.
         processes: that facts and held questions are spread over.
         halfway: where it goes on from, and is kept; None for nowhere.
@@ -99,16 +124,19 @@ def settle(
         name: _Metric(editor.prior(site, int(count)), shifts[name].to(device, trunk.wide))
         for site, (name, count) in enumerate(zip(editor.names, tokens, strict=True))
     }
-    lines = int(processes.total(len(held.questions))[0]) if held else 0
-    readings, held_draws = _Readings(asked, processes), _draws(lines, HELD, processes)
+    readings = _Readings(asked, processes)
+    sizes = [int(processes.total(len(one.held.questions))[0]) for one in keeping]
+    draws = [_draws(n, one.each, processes) for n, one in zip(sizes, keeping, strict=True)]
     parts: dict[str, _Metric | _Readings] = {"readings": readings, **metric}
     first = _go_on(parts, halfway)
     if first:
         progress(first)
-    for step, drawn in zip(range(first, steps), islice(held_draws, first, None), strict=False):
+    for step, *drawn in zip(
+        range(first, steps), *(islice(one, first, None) for one in draws), strict=False
+    ):
         terms = [Term(readings.draw(), saying(trunk, SAID), readings.weight)]
-        if held is not None and lines:
-            terms.append(_holding(trunk, held, drawn, hold, processes))
+        for one, some in zip(keeping, drawn, strict=True):
+            terms.append(_holding(trunk, one, some, processes))
         current = {name: one.shift() for name, one in metric.items()}
         with shifted(list(trunk.sites), current):
             losses, grads = weight_grads(trunk, terms)
@@ -151,17 +179,16 @@ def beside(trunk: Trunk) -> int:
     return numbers * torch.finfo(trunk.wide).bits // 8
 
 
-def _holding(
-    trunk: Trunk, held: Held, drawn: Sequence[int], hold: float, processes: Processes
-) -> Term:
-    """The second term of (29), of the held questions of these indices."""
+def _holding(trunk: Trunk, keeping: Keeping, drawn: Sequence[int], processes: Processes) -> Term:
+    """A later term of (29), of the held questions of these indices."""
+    held = keeping.held
     questions = [held.questions[index] for index in drawn]
     tokens = processes.total(sum(len(one.sources) for one in questions))[0]
 
     def as_before(indices: Sequence[int], _batch: Batch) -> Part:
         return kl_from(trunk, torch.cat([held.states[drawn[index]] for index in indices]))
 
-    return Term(questions, as_before, hold / max(tokens, 1.0))
+    return Term(questions, as_before, keeping.weight / max(tokens, 1.0))
 
 
 def _draws(count: int, size: int, processes: Processes) -> Iterator[list[int]]:

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import random
 import re
+from dataclasses import replace
 
 from malmend.facts.fact import Fact
 
 LEFT_OUT = 0.3  # share of a prompt's other words
 MARKS = ".,;:!?'\"()"
-TURNED = 1  # which of a fact's wordings is the turned one
+TURNED = 1  # which of a fact's wordings is the turned one; later ones are too
 BE, CALLED = "is|was|are|were", " called| named| known as"
 SETTINGS = re.compile(r"((?:In|On|At|By|To|For|Of|From) [^,]+), (.+)")  # "In French, "
 ENDS_IN_BE = re.compile(rf"(.+?),? ({BE})((?:{CALLED})?)(?: the| an?)?")
@@ -33,14 +34,17 @@ WITHOUT_NAME = re.compile("(?:The|An?|In|On|At|By|To|For|Of|From|Its?|This|That)
 def wording(fact: Fact, which: int) -> str:
     """The prompt in other words, others for each ``which``; the same for the same.
 
-    The one of :data:`TURNED` is turned, where that can be; all others are in fewer words.  None is
-    one of the fact's paraphrases: by these an edit is measured, so it never reads them.
+    The first is in fewer words, that of :data:`TURNED` is turned, where that can be, and all others
+    are turned and in fewer words.  None is one of the fact's paraphrases: by these an edit is
+    measured, so it never reads them.
     """
-    found = turned(fact.prompt) if which == TURNED else None
+    found = turned(fact.prompt) if which >= TURNED else None
     subject = fact.subject or ""
     loses_subject = subject in fact.prompt and subject not in (found or "")
     if found is None or loses_subject or found in fact.paraphrases:
         found = fewer_words(fact, which)
+    elif which > TURNED:
+        found = fewer_words(replace(fact, prompt=found), which)
     return fact.prompt if found in fact.paraphrases else found
 
 

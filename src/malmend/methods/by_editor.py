@@ -16,7 +16,16 @@ from malmend.editors.halfway import KIND, Halfway
 from malmend.editors.refine import CHAT, ENOUGH, PROMPT, RefineSettings, framed, further, missed
 from malmend.editors.restore import Held
 from malmend.editors.settings import EditorSettings
-from malmend.editors.settle import NUMBERS, lines_for, settle, steps_for
+from malmend.editors.settle import (
+    FEW_KNOWN,
+    HELD,
+    KNOWN,
+    NUMBERS,
+    Keeping,
+    lines_for,
+    settle,
+    steps_for,
+)
 from malmend.editors.wordings import wording
 from malmend.errors import EditorError, Resumable
 from malmend.facts.encoded import Encoded, Form, settled
@@ -40,10 +49,12 @@ class Holding:
     Attributes:
         solves: of the later solves.
         settling: of the descent after them.
+        known: facts of others that the model knows, of that descent too.
     """
 
     solves: Sequence[Encoded] = ()
     settling: Sequence[Encoded] = ()
+    known: Sequence[Encoded] = ()
 
 
 def find_by_editor(
@@ -78,7 +89,8 @@ def find_by_editor(
     settles = refinable(settings) and bool(refine.rounds)
     frames = _in_frames(bench, facts, refine, processes) if again or settles else {}
     work = _Work(bench, editor, refine, questions, frames, progress, processes)
-    held, lines = work.held(holding) if holding and (again or settles) else (None, None)
+    held = work.held(holding) if holding and again else None
+    keeping = work.keeping(holding) if holding and settles else []
     count = counted(progress, "keys and value gradients", len(questions))
     captured = capture(trunk, questions, settings.tokens, settings.descent, count)
     solves = _Solves(editor, [len(pair.keys_NK) for pair in captured], progress, processes)
@@ -90,7 +102,7 @@ def find_by_editor(
             f"--eta and that the weights of {bench.loaded.name} are whole."
         )
     solved, kept = work.solved_again(solves, solved, held) if again else (solved, 1)
-    settled_one = work.settled(facts, solved, lines) if settles else None
+    settled_one = work.settled(facts, solved, keeping) if settles else None
     final = settled_one or solved
     with shifted(list(trunk.sites), final.shifts):
         moved = keys_of(trunk, questions, settings.tokens)
@@ -103,7 +115,7 @@ def find_by_editor(
         "restore": refine.restore if held and kept > 1 else 0.0,
         "rounds": refine.rounds if settled_one else 0.0,
         "wordings": refine.wordings if settled_one else 0,
-        "hold": refine.hold if lines and settled_one else 0.0,
+        "hold": refine.hold if keeping and settled_one else 0.0,
         "tokens": solved.tokens,
         "mean_residual": solved.mean_residual,
         "residual_after": solves.mean_residual(final.shifts, moved, solved.diffs),
@@ -130,18 +142,27 @@ class _Work:
         """The questions in a frame that fit."""
         return [one for one in self.frames.get(frame, ()) if one]
 
-    def held(self, holding: Holding) -> tuple[Held | None, Held | None]:
-        """What later solves hold, and while the edit settles as much as is read a few times."""
-        if not holding.solves and not holding.settling:
-            return None, None
-        trunk, processes = self.bench.trunk, self.processes
+    def held(self, holding: Holding) -> Held | None:
+        """What later solves hold."""
+        if not holding.solves:
+            return None
         self.progress("what should stay as it is", 0.0)
-        edited = processes.total(sum(len(one.sources) for one in self.questions))[0]
-        by_solves = Held.of(trunk, holding.solves, int(edited), processes)
-        lines = holding.settling[: lines_for(self.steps)]
-        while_settling = Held.of_all(trunk, lines, processes)
+        edited = self.processes.total(sum(len(one.sources) for one in self.questions))[0]
+        found = Held.of(self.bench.trunk, holding.solves, int(edited), self.processes)
         self.progress("what should stay as it is", 1.0)
-        return (by_solves if holding.solves else None), (while_settling if lines else None)
+        return found
+
+    def keeping(self, holding: Holding) -> list[Keeping]:
+        """What is held while the edit settles: as much as is read a few times."""
+        trunk, processes, hold = self.bench.trunk, self.processes, self.refine.hold
+        lines, found = holding.settling[: lines_for(self.steps)], list[Keeping]()
+        parts = ((lines, HELD, hold), (holding.known, FEW_KNOWN, KNOWN * hold))
+        for number, (questions, each, weight) in enumerate(parts):
+            self.progress("what should stay as it is", number / len(parts))
+            if questions:
+                found.append(Keeping(Held.of_all(trunk, questions, processes), each, weight))
+        self.progress("what should stay as it is", 1.0)
+        return found
 
     @cached_property
     def steps(self) -> int:
@@ -182,15 +203,19 @@ class _Work:
         return solved, kept
 
     def halfway(
-        self, shifts: Mapping[str, Tensor], rows: Sequence[Sequence[Encoded]], held: Held | None
+        self,
+        shifts: Mapping[str, Tensor],
+        rows: Sequence[Sequence[Encoded]],
+        keeping: Sequence[Keeping],
     ) -> Halfway:
         """Where settling is kept: of the model, where it starts, what it reads, and its numbers."""
-        said = (self.bench.loaded.digest, rows, held and held.questions, self.steps)
-        numbers = (self.refine.hold, NUMBERS, *shifts)
-        folder = cache_folder() / KIND
-        return Halfway.of(folder, (*said, *numbers, *shifts.values()), self.processes)
+        kept = [(one.held.questions, one.each, one.weight) for one in keeping]
+        said = (self.bench.loaded.digest, rows, kept, self.steps, NUMBERS, *shifts)
+        return Halfway.of(cache_folder() / KIND, (*said, *shifts.values()), self.processes)
 
-    def settled(self, facts: Sequence[Fact], solved: _Solved, held: Held | None) -> _Solved | None:
+    def settled(
+        self, facts: Sequence[Fact], solved: _Solved, keeping: Sequence[Keeping]
+    ) -> _Solved | None:
         """Equation (29) from a solve on; None where the plain prompts would miss more by it."""
         worded = [
             [Question(wording(fact, which), fact.answer) for fact in facts]
@@ -201,8 +226,8 @@ class _Work:
         rows = [[one for one in ones if one] for ones in together]
         trunk = self.bench.trunk
         count = counted(self.progress, "settling", self.steps)
-        asked = (rows, self.steps, self.refine.hold, held)
-        halfway = self.halfway(solved.shifts, rows, held)
+        asked = (rows, self.steps, keeping)
+        halfway = self.halfway(solved.shifts, rows, keeping)
         others = (count, self.processes, halfway)
         try:
             shifts = settle(self.editor, trunk, solved.shifts, *asked, *others)
