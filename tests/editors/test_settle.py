@@ -243,6 +243,20 @@ def drawn(asked, steps: int, processes=ALONE) -> list[list[Way]]:
     return found
 
 
+def test_a_ranking_that_is_taken_up_draws_as_the_one_that_was_kept():
+    asked = ways(40, 0.0, 3.0)
+    first = module._Readings(asked, ALONE)
+    for _ in range(9):
+        first.read(torch.tensor([one.nats for one in first.draw()], dtype=torch.float64))
+    second = module._Readings(asked, ALONE)
+    second.go_on({name: one.clone() for name, one in first.state().items()})
+    for _ in range(9):
+        names = [one.name for one in first.draw()]
+        assert [one.name for one in second.draw()] == names
+        for readings in (first, second):
+            readings.read(torch.rand(len(names), generator=torch.Generator().manual_seed(1)))
+
+
 def test_everything_is_read_once_before_anything_is_read_again():
     asked = ways(50, 1.0, 1.0, 1.0)
     del asked[7][1:]  # too long in any frame

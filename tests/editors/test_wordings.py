@@ -109,11 +109,13 @@ def test_the_first_is_in_fewer_words_the_second_turned_and_all_others_are_both()
     measured = replace(turns, paraphrases=(*measured.paraphrases, *shorter))
     assert {wording(measured, which) for which in range(4)} == {turns.prompt}
     assert wording(turns, 0) == fewer_words(turns, 0)
-    for which in (2, 3):
+    for which in range(2, 10):
         asked = replace(turns, prompt="What is the capital of Chad?")
         assert wording(turns, which) == fewer_words(asked, which)
         assert wording(stays, which) == fewer_words(stays, which)
     assert len({wording(turns, which) for which in range(2, 10)}) > 3
+    longer = Fact("o", "The name of the official language of Chad is", "x")
+    assert wording(longer, 2) not in (turned(longer.prompt), fewer_words(longer, 2))
     measured = replace(turns, paraphrases=("What is the capital of Chad?",))
     assert wording(measured, 3) == fewer_words(measured, 3)  # nor anything made of one
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from malmend.numerics import losses
 from malmend.numerics.losses import answer_nll, kl_and_grad, kl_per_token, nll_and_grad
 
 EXACT = {"rtol": 1e-12, "atol": 1e-13}  # float64, sums of eleven terms
@@ -126,6 +127,12 @@ def test_nothing_in_nothing_out():
 LABELLED = [LABELS, torch.tensor([0, -100, 3, -100, 7])]
 
 
+@pytest.fixture(params=[1, 2, 100])
+def rows_at_once(request, monkeypatch):
+    monkeypatch.setattr(losses, "IN_CACHE", request.param * logits(0).shape[1])
+
+
+@pytest.mark.usefixtures("rows_at_once")
 @pytest.mark.parametrize("labels", LABELLED, ids=["all", "some without a label"])
 def test_nll_and_its_derivative_are_autograds(labels):
     free = logits(0).requires_grad_()
@@ -139,6 +146,7 @@ def test_nll_and_its_derivative_are_autograds(labels):
     assert torch.equal(free, before)  # it works in place, on what is its own
 
 
+@pytest.mark.usefixtures("rows_at_once")
 def test_kl_and_its_derivative_are_autograds():
     free, known = logits(1).requires_grad_(), logits(0)
     wanted = kl_per_token(known, free)

@@ -20,6 +20,7 @@ from malmend.errors import MalmendError
 from malmend.files import prune, written_beside
 from malmend.processes import ALONE, Processes
 
+FORMAT = 1  # of what is kept
 KIND = "settling"  # of what the cache folder holds
 STEPS = "steps"
 EVERY = 16  # steps from one time that it is kept to the next
@@ -41,7 +42,7 @@ class Halfway:
     @classmethod
     def of(cls, folder: Path, parts: Iterable[object], processes: Processes = ALONE) -> Halfway:
         """Of what a descent depends on: tensors by their bytes, all else by what it prints."""
-        digest = hashlib.sha256(f"{processes.rank} of {processes.count}".encode())
+        digest = hashlib.sha256(f"{FORMAT} {processes.rank} of {processes.count}".encode())
         for part in parts:
             if isinstance(part, Tensor):
                 digest.update(part.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())

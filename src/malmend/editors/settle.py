@@ -310,4 +310,6 @@ class _Metric:
         moments = dict(state)
         self._free_VK.data.copy_(moments.pop("free"))
         self._adam.param_groups[0]["eps"] = moments.pop("eps").item()
-        self._adam.state[self._free_VK].update(moments)
+        device = self._free_VK.device
+        on_device = {n: one if n == "step" else one.to(device) for n, one in moments.items()}
+        self._adam.state[self._free_VK].update(on_device)
