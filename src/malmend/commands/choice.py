@@ -167,6 +167,16 @@ class ByEditor:
         """The layers that the editor edits."""
         return self.choice.settings.sites_in(model)
 
+    def known(
+        self, bench: Workbench, facts: Sequence[Fact], progress: Progress
+    ) -> Sequence[Encoded]:
+        """Facts of others that the model knows."""
+        progress("what the model knows", 0.0)
+        with self.processes.first_then_others():  # who find it in the cache
+            found = known_facts(bench, facts)
+        progress("what the model knows", 1.0)
+        return found
+
     def find(self, bench: Workbench, facts: Sequence[Fact], progress: Progress) -> Found:
         """Calibrates where no editor is trained, then Algorithm 1."""
         start = time.perf_counter()
@@ -176,8 +186,7 @@ class ByEditor:
             )
         once = time.perf_counter() - start
         encoder, lines = bench.encoder, self.settles and self.refine.hold > 0
-        with self.processes.first_then_others():  # the same
-            known = known_facts(bench, facts) if lines else ()
+        known = self.known(bench, facts, progress) if lines else ()
         held = Holding(
             to_hold(encoder, facts, self.text) if self.restores(encoder) else (),
             to_hold(encoder, facts, self.text, more=True) if lines else (),
