@@ -126,6 +126,8 @@ def test_what_is_known_is_training_facts_that_the_model_begins_to_say(some_facts
     )
     left = known_facts(bench, [subject])
     assert wanted[0] not in [one.ids for one in left]
+    other = Fact("o", "Nothing of it", "x", neighbours=(subject.question,))
+    assert wanted[0] not in [one.ids for one in known_facts(bench, [other])]
     assert len(left) < len(found)
 
 

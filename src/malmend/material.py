@@ -134,7 +134,8 @@ def known_facts(bench: Workbench, facts: Sequence[Fact]) -> list[Encoded]:
     """Training facts of the project's own that the unedited model knows, as far as it is asked.
 
     It knows one whose answer's first token is its first choice.  None is of one of ``facts``
-    (:func:`malmend.facts.apart.apart`).  Call while the weights are the unedited ones.
+    (:func:`malmend.facts.apart.apart`), nor one of their neighbours, by which an edit is measured.
+    Call while the weights are the unedited ones.
 
     Args:
         bench: a decoder's.
@@ -150,7 +151,12 @@ def known_facts(bench: Workbench, facts: Sequence[Fact]) -> list[Encoded]:
     make = partial(_known, bench, questions)
     known: list[int] = kept(path, _read_numbers, make, _write_numbers, MOST_KEPT)
     free = apart([f"{asked[index].prompt} {asked[index].answer}" for index in known], facts)
-    return [questions[index] for index, is_free in zip(known, free, strict=True) if is_free]
+    measured = {other.prompt for fact in facts for other in fact.neighbours}
+    return [
+        questions[index]
+        for index, is_free in zip(known, free, strict=True)
+        if is_free and asked[index].prompt not in measured
+    ]
 
 
 @torch.no_grad()

@@ -131,5 +131,9 @@ def test_of_the_projects_own_facts_none_loses_its_subject_by_turning():
 
 
 def test_of_the_projects_own_facts_none_is_read_as_it_is_measured():
+    """Nor but for a comma, as 64 of the test facts once were."""
     for fact in read_facts(shipped("facts.jsonl")):
-        assert not {wording(fact, which) for which in range(4)} & set(fact.paraphrases)
+        measured = {"".join(filter(str.isalnum, one.casefold())) for one in fact.paraphrases}
+        for which in range(4):
+            said = "".join(filter(str.isalnum, wording(fact, which).casefold()))
+            assert said not in measured or wording(fact, which) == fact.prompt

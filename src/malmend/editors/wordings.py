@@ -35,17 +35,23 @@ def wording(fact: Fact, which: int) -> str:
     """The prompt in other words, others for each ``which``; the same for the same.
 
     The first is in fewer words, that of :data:`TURNED` is turned, where that can be, and all others
-    are turned and in fewer words.  None is one of the fact's paraphrases: by these an edit is
-    measured, so it never reads them.
+    are turned and in fewer words.  None has the words of one of the fact's paraphrases in their
+    order: by these an edit is measured, so it never reads them.
     """
+    measured = {_words(one) for one in fact.paraphrases}
     found = turned(fact.prompt) if which >= TURNED else None
     subject = fact.subject or ""
     loses_subject = subject in fact.prompt and subject not in (found or "")
-    if found is None or loses_subject or found in fact.paraphrases:
+    if found is None or loses_subject or _words(found) in measured:
         found = fewer_words(fact, which)
     elif which > TURNED:
         found = fewer_words(replace(fact, prompt=found), which)
-    return fact.prompt if found in fact.paraphrases else found
+    return fact.prompt if _words(found) in measured else found
+
+
+def _words(text: str) -> tuple[str, ...]:
+    """A text without its marks and capitals."""
+    return tuple(re.findall(r"\w+", text.casefold()))
 
 
 def turned(prompt: str) -> str | None:
