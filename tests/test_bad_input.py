@@ -21,6 +21,7 @@ from malmend.commands import choice as choice_module
 from malmend.commands import edit as edit_module
 from malmend.commands import train as train_module
 from malmend.editors import checkpoint
+from malmend.editors.halfway import EVERY
 from malmend.editors.network import NetworkSettings
 from malmend.editors.settings import EditorSettings
 from malmend.editors.train_settings import TrainSettings
@@ -620,12 +621,20 @@ def test_stopped_while_editing(at, place, capsys, monkeypatch):
     assert contents(place.folder) == before
 
 
-def test_stopped_while_an_edit_settles(place, capsys, monkeypatch):
-    monkeypatch.setattr("malmend.methods.by_editor.settle", interrupted)
+@pytest.mark.parametrize("kept", [True, False])
+def test_stopped_while_an_edit_settles(kept, place, capsys, monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("MALMEND_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+    def stopped(*given: object) -> None:
+        if kept:
+            given[-1].keep(EVERY, lambda: {"one": torch.ones(2)})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("malmend.methods.by_editor.settle", stopped)
     before = contents(place.folder)
     assert malmend(*place.edit(), "--refine.rounds", 1) == 130
     (said,) = messages(capsys)
-    assert said.endswith("Run the same command again to resume.")
+    assert said.endswith("Run the same command again to resume.") is kept
     assert contents(place.folder) == before
 
 

@@ -206,6 +206,7 @@ def test_another_settling_does_not_go_on_from_it(tiny, monkeypatch, other):
 
     def stopped(*given) -> None:
         places.append(given[-1].path)
+        given[-1].keep(halfway.EVERY, dict)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(by_editor, "settle", stopped)

@@ -1,4 +1,4 @@
-"""The one exception that malmend raises on purpose.
+"""The one error that malmend raises on purpose, and an interrupt that says more.
 
 Every message is one sentence for a person: what was given, what was expected, the nearest valid
 name where there is one, and what to do.  The command line prints the message and nothing else.

@@ -232,7 +232,9 @@ class _Work:
         try:
             shifts = settle(self.editor, trunk, solved.shifts, *asked, *others)
         except KeyboardInterrupt as stopped:
-            raise Resumable from stopped
+            if halfway.path.exists():
+                raise Resumable from stopped
+            raise
         halfway.over()
         found = replace(solved, shifts=shifts, rank=FULL)
         if found.broken:
