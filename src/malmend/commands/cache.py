@@ -12,7 +12,7 @@ from malmend.models.source import cache_folder
 
 KINDS = {
     "trunk": "activations of questions, by model",
-    "calibrations": "what a model is calibrated on",
+    "calibrations": "what a model is calibrated on, and which facts it knows",
     "settling": "edits that were interrupted",
     "models": "configurations and tokenizers made of GGUF files",
 }

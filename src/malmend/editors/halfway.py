@@ -52,10 +52,9 @@ class Halfway:
 
     def found(self) -> tuple[int, dict[str, Tensor]]:
         """How many steps were taken, and what was kept then; 0 where any process lacks it."""
-        tensors = dict[str, Tensor]()
+        tensors, steps = dict[str, Tensor](), 0
         with suppress(Exception):  # whatever is wrong with it, the descent starts anew
-            tensors = load_file(self.path)
-        steps = int(tensors.pop(STEPS, torch.zeros(())))
+            tensors, steps = (found := load_file(self.path)), int(found.pop(STEPS))
         everyone = self.processes.gathered(torch.tensor([steps]))
         return (steps, tensors) if (everyone == steps).all() and steps else (0, {})
 
