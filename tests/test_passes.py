@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import sys
 from dataclasses import replace
@@ -19,17 +20,19 @@ from malmend.editors import refine as refine_module
 from malmend.editors.refine import WITH_CHAT, RefineSettings
 from malmend.editors.settings import training_free
 from malmend.editors.wordings import wording
-from malmend.errors import EditorError, Resumable
+from malmend.errors import EditorError, MalmendError, Resumable
 from malmend.facts.fact import Question
 from malmend.facts.tokens import Encoder, Reading
 from malmend.material import to_hold
 from malmend.methods import by_editor
 from malmend.methods.ultraedit import UltraEdit
+from malmend.processes import Processes
 from malmend.workbench import encoder_for
 
 tiny = command_support.tiny
 cache = command_support.cache
 
+edit_module = importlib.import_module("malmend.commands.edit")
 FEW = make_facts(3)
 ONCE = RefineSettings(passes=1)
 FRAMES = ("Well: {prompt}",)
@@ -198,6 +201,50 @@ def test_a_settling_that_was_stopped_goes_on_and_leaves_nothing(
     assert shares == [0.5, 0.75, 1.0]
     assert same(found, wanted)
     assert not list((tmp_path / "settling").iterdir())
+
+
+def test_a_patch_that_cannot_be_written_leaves_what_was_settled(
+    tiny, briefly, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("MALMEND_CACHE", str(tmp_path))
+    out, shares = tmp_path / "facts.patch", []
+
+    def full(_patch, _path) -> None:
+        raise MalmendError("the disk is full")
+
+    def noted(stage: str, share: float) -> None:
+        if stage == "settling":
+            shares.append(share)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(edit_module, "save_patch", full)
+        with pytest.raises(MalmendError, match="the disk is full"):
+            malmend.edit(tiny.loaded, FEW, out=out, refine=SETTLED, **own(tiny))
+    assert len(list((tmp_path / "settling").iterdir())) == 1
+    malmend.edit(tiny.loaded, FEW, out=out, refine=SETTLED, progress=noted, **own(tiny))
+    assert shares == [1.0]
+    assert not list((tmp_path / "settling").iterdir())
+
+
+def test_a_fact_is_read_as_any_other_of_the_batch_is_asked(tiny, monkeypatch):
+    """Also one of another process."""
+    facts = [
+        replace(fact, subject=fact.prompt.split()[-2], relation="r", paraphrases=()) for fact in FEW
+    ]
+    facts[2] = replace(facts[2], prompt=f"go to {facts[2].subject} in")
+    read = []
+
+    def noted(_editor, _trunk, shifts, asked, *_rest):
+        read.extend(asked)
+        return shifts
+
+    monkeypatch.setattr(by_editor, "settle", noted)
+    monkeypatch.setattr(Processes, "share", lambda _self, things: list(things[:2]))
+    refine = replace(SETTLED, frames=(), wordings=3)
+    malmend.edit(tiny.loaded, facts, refine=refine, **own(tiny))
+    encoder = encoder_for(tiny.model)
+    wanted = [Question(f"go to {fact.subject} in", fact.answer) for fact in facts[:2]]
+    assert [ways[-1] for ways in read] == [encoder.encode(one) for one in wanted]
 
 
 @pytest.mark.parametrize("other", [{"hold": 5.0}, {"wordings": 1}, {"rounds": 600.0}])

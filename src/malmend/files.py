@@ -250,10 +250,11 @@ def kept(
     return found
 
 
-def prune(folder: Path, most_bytes: int) -> None:
+def prune(folder: Path, most_bytes: int, spared: str | None = None) -> None:
     """Removes the oldest files until the others take at most so many bytes; the newest stays.
 
-    Files that are being written (hidden, see :func:`written_beside`) are left alone.
+    Files that are being written (hidden, see :func:`written_beside`) are left alone, and those
+    whose name begins with ``spared``.
 
     Raises:
         OSError: the folder cannot be read or written.
@@ -262,7 +263,8 @@ def prune(folder: Path, most_bytes: int) -> None:
     total = 0
     for index, (about, path) in enumerate(sorted(known, key=lambda one: -one[0].st_mtime_ns)):
         total += about.st_size
-        if index and total > most_bytes:
+        is_spared = spared is not None and path.name.startswith(spared)
+        if index and total > most_bytes and not is_spared:
             path.unlink(missing_ok=True)
 
 

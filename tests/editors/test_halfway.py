@@ -62,15 +62,22 @@ def test_another_descent_has_another_place(tmp_path):
     assert Halfway.of(tmp_path, parts, Pair(1, None)).path != place.path
 
 
-def test_it_is_gone_when_the_descent_has_ended(tmp_path):
-    place = Halfway.of(tmp_path, ("a",))
-    place.keep(3, lambda: {"one": torch.ones(2)})
-    steps, kept = place.found()
-    assert steps == 3
-    assert torch.equal(kept["one"], torch.ones(2))
-    place.over()
-    assert place.found() == (0, {})
-    place.over()
+def test_a_descent_that_has_ended_is_kept_whole_until_its_patch_is_written(tmp_path):
+    place, counts = Halfway.of(tmp_path, ("a",)), []
+    wanted = Case().settled(5, halfway=place)
+    found = Case().settled(5, halfway=place, progress=counts.append)
+    assert counts == [5]
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_what_one_process_keeps_removes_no_part_of_another(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MOST_KEPT", 0)
+    older = Halfway.of(tmp_path, ("b",))
+    older.keep(3, lambda: {"one": torch.ones(2)})
+    pair = [Halfway.of(tmp_path, ("a",), Pair(rank, None)) for rank in range(2)]
+    for place in pair:
+        place.keep(3, lambda: {"one": torch.ones(2)})
+    assert sorted(tmp_path.iterdir()) == sorted(place.path for place in pair)
 
 
 def test_a_damaged_one_and_a_folder_that_cannot_be_made_start_anew(tmp_path):
@@ -82,7 +89,6 @@ def test_a_damaged_one_and_a_folder_that_cannot_be_made_start_anew(tmp_path):
     nowhere = Halfway.of(tmp_path / "file", ("a",))
     nowhere.keep(3, lambda: {"one": torch.ones(2)})
     assert nowhere.found() == (0, {})
-    nowhere.over()
 
 
 @pytest.mark.parametrize("second", [0, 3, 6])

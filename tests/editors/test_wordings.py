@@ -6,7 +6,15 @@ from dataclasses import replace
 
 import pytest
 
-from malmend.editors.wordings import LEFT_OUT, TURNED, fewer_words, turned, wording
+from malmend.editors.borrowing import Borrowing
+from malmend.editors.wordings import (
+    LEFT_OUT,
+    TURNED,
+    fewer_words,
+    in_other_words,
+    turned,
+    wording,
+)
 from malmend.facts.fact import Fact
 from malmend.facts.readers import read_facts
 from malmend.workbench import shipped
@@ -52,10 +60,12 @@ def test_of_the_projects_own_facts_most_lose_a_word_and_none_its_subject():
     known = list(read_facts(shipped("facts.jsonl")))[:500]
     shorter = [fewer_words(fact, 0) for fact in known]
     fewer = [said for said, fact in zip(shorter, known, strict=True) if said != fact.prompt]
-    assert len(fewer) > 450
+    assert len(fewer) > 0.85 * len(known)
     for said, fact in zip(shorter, known, strict=True):
         subject = fact.subject or ""
         assert (subject in said) is (subject in fact.prompt)
+        named = [one for one in fact.prompt.split()[1:] if one != one.lower()]
+        assert set(named) <= set(said.split())  # "The name of Iceland is" is another question
 
 
 @pytest.mark.parametrize(
@@ -132,8 +142,26 @@ def test_of_the_projects_own_facts_none_loses_its_subject_by_turning():
 
 def test_of_the_projects_own_facts_none_is_read_as_it_is_measured():
     """Nor but for a comma, as 64 of the test facts once were."""
-    for fact in read_facts(shipped("facts.jsonl")):
-        measured = {"".join(filter(str.isalnum, one.casefold())) for one in fact.paraphrases}
-        for which in range(4):
-            said = "".join(filter(str.isalnum, wording(fact, which).casefold()))
-            assert said not in measured or wording(fact, which) == fact.prompt
+    known, count = list(read_facts(shipped("facts.jsonl"))), 5
+    found = in_other_words(known, count, Borrowing(known))
+    assert len(found) == count
+    for questions in found:
+        for fact, question in zip(known, questions, strict=True):
+            measured = {plain(one) for one in fact.paraphrases}
+            assert plain(question.prompt) not in measured or question.prompt == fact.prompt
+            assert question.answer == fact.answer
+
+
+def plain(text: str) -> str:
+    return "".join(filter(str.isalnum, text.casefold()))
+
+
+def test_what_others_of_the_batch_lend_is_read_as_it_is_and_before_what_is_made():
+    fact = Fact("c", "The capital of Chad is", "x", "Chad", relation="capital")
+    lent = ["Which city is the capital of Chad?", "Chad is governed from"]
+    assert [wording(fact, which, lent) for which in (2, 3)] == lent
+    for which in (0, 1, 4):
+        assert wording(fact, which, lent) == wording(fact, which)
+    measured = replace(fact, paraphrases=("Which city is the capital of Chad",))
+    assert wording(measured, 2, lent) == lent[1]
+    assert wording(measured, 3, lent) == wording(fact, 3)

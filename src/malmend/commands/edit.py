@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -233,6 +234,9 @@ def _edited(
     metrics = {"ES": {"token_ratio": {"unedited": before, "edited": after}}}
     patch = Patch(patch.factors, {**patch.provenance, "metrics": metrics})
     patch = _written(patch, out, processes)  # last, so that what fails leaves no patch
+    if found.leftover is not None:
+        with suppress(OSError):
+            found.leftover.unlink(missing_ok=True)
     return EditResult(patch, facts, None if out is None else Path(out), before, after, seconds)
 
 

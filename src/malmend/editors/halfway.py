@@ -42,13 +42,14 @@ class Halfway:
     @classmethod
     def of(cls, folder: Path, parts: Iterable[object], processes: Processes = ALONE) -> Halfway:
         """Of what a descent depends on: tensors by their bytes, all else by what it prints."""
-        digest = hashlib.sha256(f"{FORMAT} {processes.rank} of {processes.count}".encode())
+        digest = hashlib.sha256(str(FORMAT).encode())
         for part in parts:
             if isinstance(part, Tensor):
                 digest.update(part.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
             else:
                 digest.update(repr(part).encode())
-        return cls(folder / f"{digest.hexdigest()[:32]}.safetensors", processes)
+        name = f"{digest.hexdigest()[:32]}-{processes.rank + 1}-of-{processes.count}"
+        return cls(folder / f"{name}.safetensors", processes)
 
     def found(self) -> tuple[int, dict[str, Tensor]]:
         """How many steps were taken, and what was kept then; 0 where any process lacks it."""
@@ -58,18 +59,15 @@ class Halfway:
         everyone = self.processes.gathered(torch.tensor([steps]))
         return (steps, tensors) if (everyone == steps).all() and steps else (0, {})
 
-    def keep(self, steps: int, state: Callable[[], Mapping[str, Tensor]]) -> None:
-        """Keeps the state after so many steps, if it is time to."""
-        if steps % EVERY:
+    def keep(
+        self, steps: int, state: Callable[[], Mapping[str, Tensor]], is_last: bool = False
+    ) -> None:
+        """Keeps the state after so many steps, if it is time to or it is the last."""
+        if steps % EVERY and not is_last:
             return
         tensors = {name: one.cpu().contiguous() for name, one in state().items()}
         with suppress(OSError, MalmendError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with written_beside(self.path) as beside:
                 save_file({**tensors, STEPS: torch.tensor(steps)}, beside)
-            prune(self.path.parent, MOST_KEPT)
-
-    def over(self) -> None:
-        """Removes it: the descent has ended."""
-        with suppress(OSError):
-            self.path.unlink(missing_ok=True)
+            prune(self.path.parent, MOST_KEPT, self.path.name.split("-")[0])

@@ -82,7 +82,7 @@ class RefineSettings:
             0.
         wordings: in how many other wordings each fact is read besides in that descent: the
             first is in fewer words, the second is turned from a sentence to a question or back, all
-            others are both (wordings.py).
+            others are as the batch asks others of the relation, or both of these (wordings.py).
         hold: weight of other questions and of text in that descent.
     """
 

@@ -147,7 +147,7 @@ def settle(
             metric[site.name].step(processes.summed(grad_VK), 1 - step / steps)
         progress(1)
         if halfway is not None:
-            halfway.keep(step + 1, lambda: _state(parts))
+            halfway.keep(step + 1, lambda: _state(parts), is_last=step + 1 == steps)
     return {name: one.shift().double().cpu() for name, one in metric.items()}
 
 

@@ -1,4 +1,4 @@
-"""A fact asked in other words, made of its prompt alone.
+"""A fact asked in other words: of its prompt alone, or as its batch asks others (borrowing.py).
 
 An edit that holds for its prompt, and for the prompt in frames, still leans on the words between:
 asked otherwise, it may not be there.  With some of them left out, others each time, what is left to
@@ -7,20 +7,23 @@ answer by is what a rewording has too, above all the subject.
 And an edit of a sentence to complete is not there in a question, whose answer follows a question
 mark, nor one of a question in a sentence.  So one wording turns the one into the other.  It knows
 a few English words and no grammar: what it makes is often clumsy ("What is Lyon located in?"), and
-of a prompt in another language mostly a sentence with "what?" at its end.  Not in the papers.
+of a prompt in another language mostly a sentence with "what?" at its end.  Where facts have a
+relation, the others of it lend better ones.  Not in the papers.
 """
 
 from __future__ import annotations
 
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 
-from malmend.facts.fact import Fact
+from malmend.editors.borrowing import Borrowing
+from malmend.facts.fact import Fact, Question
 
 LEFT_OUT = 0.3  # share of a prompt's other words
 MARKS = ".,;:!?'\"()"
-TURNED = 1  # which of a fact's wordings is the turned one; later ones are too
+TURNED = 1  # which of a fact's wordings is the turned one; later ones are borrowed, or turned too
 BE, CALLED = "is|was|are|were", " called| named| known as"
 SETTINGS = re.compile(r"((?:In|On|At|By|To|For|Of|From) [^,]+), (.+)")  # "In French, "
 ENDS_IN_BE = re.compile(rf"(.+?),? ({BE})((?:{CALLED})?)(?: the| an?)?")
@@ -31,14 +34,36 @@ ASKS_WHAT = re.compile(rf"(?:What|Who|Where|When) ({BE}) (.+?)((?:{CALLED})?)\??
 WITHOUT_NAME = re.compile("(?:The|An?|In|On|At|By|To|For|Of|From|Its?|This|That) ", re.I)
 
 
-def wording(fact: Fact, which: int) -> str:
+def in_other_words(facts: Sequence[Fact], count: int, batch: Borrowing) -> list[list[Question]]:
+    """The facts' questions in so many other wordings, of each wording a list as long as ``facts``.
+
+    Args:
+        facts: some of the batch's.
+        count: of wordings.
+        batch: how all facts that are edited at once are asked.
+    """
+    lent = [batch.prompts(fact) for fact in facts]
+    return [
+        [
+            Question(wording(fact, which, some), fact.answer)
+            for fact, some in zip(facts, lent, strict=True)
+        ]
+        for which in range(count)
+    ]
+
+
+def wording(fact: Fact, which: int, lent: Sequence[str] = ()) -> str:
     """The prompt in other words, others for each ``which``; the same for the same.
 
-    The first is in fewer words, that of :data:`TURNED` is turned, where that can be, and all others
-    are turned and in fewer words.  None has the words of one of the fact's paraphrases in their
-    order: by these an edit is measured, so it never reads them.
+    The first is in fewer words, that of :data:`TURNED` is turned, where that can be, all others are
+    those that are ``lent``, one after another, and where none is left turned and in fewer words.
+    None has the words of one of the fact's paraphrases in their order: by these an edit is
+    measured, so it never reads them.
     """
     measured = {_words(one) for one in fact.paraphrases}
+    lent = [one for one in lent if _words(one) not in measured]
+    if 0 <= which - TURNED - 1 < len(lent):
+        return lent[which - TURNED - 1]
     found = turned(fact.prompt) if which >= TURNED else None
     subject = fact.subject or ""
     loses_subject = subject in fact.prompt and subject not in (found or "")
@@ -87,17 +112,18 @@ def _large(text: str) -> str:
 def fewer_words(fact: Fact, which: int) -> str:
     """The prompt with some words left out, others for each ``which``; the same for the same.
 
-    Words of the subject stay; of a fact without one, all with a capital letter or a digit.
+    Words of the subject stay, and others with a capital letter or a digit: without "German" or
+    "Monday" it would be another question.  Where the subject is given, the first word may go.
     """
     words = fact.prompt.split()
     subject = {one.strip(MARKS) for one in (fact.subject or "").split()}
     draw = random.Random(f"{which} {fact.prompt}")
 
-    def stays(word: str) -> bool:
-        named = word.strip(MARKS) in subject if subject else any(map(_names, word))
-        return draw.random() >= LEFT_OUT or named
+    def stays(index: int, word: str) -> bool:
+        named = any(map(_names, word)) and (index > 0 or not subject)
+        return draw.random() >= LEFT_OUT or named or word.strip(MARKS) in subject
 
-    return " ".join(filter(stays, words)) or fact.prompt
+    return " ".join(one for at, one in enumerate(words) if stays(at, one)) or fact.prompt
 
 
 def _names(mark: str) -> bool:

@@ -19,13 +19,15 @@ class Question:
 class Fact:
     """One correction: after ``prompt`` the model should say ``answer``.
 
-    ``edit`` reads ``prompt`` and ``answer`` only; the rest serves training and evaluation.
+    An edit is of ``prompt`` and ``answer``; what else there is serves training and evaluation, but
+    that ``subject`` and ``relation`` help an edit that settles to other wordings.
 
     Attributes:
         paraphrases: other ways to ask, same answer.
         unrelated: questions whose answers must not move.
         line: where the fact stood in its file, counted from 1 (for a JSON list: the entry).
-        relation: what the fact says of its subject, by name; groups facts in a report.
+        relation: what the fact says of its subject, by name; groups facts in a report, and facts
+            of one are taken to be asked alike.
         alternative: a false answer of the same relation (the counterfactual).
         neighbours: the same question about other subjects, whose true answers must not move.
         reversed: the fact asked from the other side, as "Lima is the capital of" with "Peru".
@@ -103,7 +105,7 @@ def subject_hash(subject: str) -> str:
 
 
 def facts_digest(facts: Iterable[Fact]) -> str:
-    """SHA-256 over prompts and answers, in order: what a shift depends on."""
+    """SHA-256 over prompts and answers, in order: what is edited in."""
     digest = hashlib.sha256()
     for fact in facts:
         digest.update(f"{fact.prompt}\x1f{fact.answer}\x1e".encode())

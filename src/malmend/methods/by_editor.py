@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from operator import truediv
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from malmend.editors.borrowing import Borrowing
 from malmend.editors.editor import Aggregation, Editor
 from malmend.editors.halfway import KIND, Halfway
 from malmend.editors.refine import CHAT, ENOUGH, PROMPT, RefineSettings, framed, further, missed
@@ -26,7 +28,7 @@ from malmend.editors.settle import (
     settle,
     steps_for,
 )
-from malmend.editors.wordings import wording
+from malmend.editors.wordings import in_other_words
 from malmend.errors import EditorError, Resumable
 from malmend.facts.encoded import Encoded, Form, settled
 from malmend.facts.fact import Fact, Question
@@ -83,7 +85,7 @@ def find_by_editor(
         EditorError: a shift holds NaN or infinity, or a frame does not suit the model.
     """
     settings, trunk, form = editor.settings, bench.trunk, bench.encoder.reading.form
-    facts = processes.share(facts)
+    batch, facts = Borrowing(facts), processes.share(facts)
     questions = bench.encoder.encode_all(fact.question for fact in facts)
     again = refinable(settings) and refine.goes_on(bench.encoder, 1, 1.0)
     settles = refinable(settings) and bool(refine.rounds)
@@ -102,7 +104,8 @@ def find_by_editor(
             f"--eta and that the weights of {bench.loaded.name} are whole."
         )
     solved, kept = work.solved_again(solves, solved, held) if again else (solved, 1)
-    settled_one = work.settled(facts, solved, keeping) if settles else None
+    worded = in_other_words(facts, refine.wordings, batch) if settles else []
+    settled_one, left = work.settled(worded, solved, keeping) if settles else (None, None)
     final = settled_one or solved
     with shifted(list(trunk.sites), final.shifts):
         moved = keys_of(trunk, questions, settings.tokens)
@@ -120,7 +123,7 @@ def find_by_editor(
         "mean_residual": solved.mean_residual,
         "residual_after": solves.mean_residual(final.shifts, moved, solved.diffs),
     }
-    return Found(final.shifts, final.rank, said)
+    return Found(final.shifts, final.rank, said, leftover=left)
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,35 +217,33 @@ class _Work:
         return Halfway.of(cache_folder() / KIND, (*said, *shifts.values()), self.processes)
 
     def settled(
-        self, facts: Sequence[Fact], solved: _Solved, keeping: Sequence[Keeping]
-    ) -> _Solved | None:
-        """Equation (29) from a solve on; None where the plain prompts would miss more by it."""
-        worded = [
-            [Question(wording(fact, which), fact.answer) for fact in facts]
-            for which in range(self.refine.wordings)
-        ]
+        self, worded: Sequence[Sequence[Question]], solved: _Solved, keeping: Sequence[Keeping]
+    ) -> tuple[_Solved | None, Path]:
+        """Equation (29) from a solve on, of the facts and their other wordings.
+
+        What was found, None where the plain prompts would miss more by it, and the file that has it
+        until it is written.
+        """
         otherwise = [framed(self.bench.encoder, ones, PROMPT) for ones in worded]
         together = zip(self.questions, *self.frames.values(), *otherwise, strict=True)
         rows = [[one for one in ones if one] for ones in together]
-        trunk = self.bench.trunk
         count = counted(self.progress, "settling", self.steps)
-        asked = (rows, self.steps, keeping)
         halfway = self.halfway(solved.shifts, rows, keeping)
-        others = (count, self.processes, halfway)
+        asked = (rows, self.steps, keeping, count, self.processes, halfway)
         try:
-            shifts = settle(self.editor, trunk, solved.shifts, *asked, *others)
+            shifts = settle(self.editor, self.bench.trunk, solved.shifts, *asked)
         except KeyboardInterrupt as stopped:
             if halfway.path.exists():
                 raise Resumable from stopped
             raise
-        halfway.over()
         found = replace(solved, shifts=shifts, rank=FULL)
         if found.broken:
-            return None
+            return None, halfway.path
         before, after = (
-            missed(trunk, self.questions, one.shifts, self.processes) for one in (solved, found)
+            missed(self.bench.trunk, self.questions, one.shifts, self.processes)
+            for one in (solved, found)
         )
-        return found if after <= max(before, ENOUGH) else None
+        return (found if after <= max(before, ENOUGH) else None), halfway.path
 
 
 def _in_frames(

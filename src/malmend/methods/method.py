@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -34,12 +35,14 @@ class Found:
         said: entries of the patch's header that only the method knows; where "settings" is not
             among them, they are the method's fields.
         once: seconds that went into what a model needs once, whatever is edited.
+        leftover: a file to go on from if the patch cannot be written; removed when it is.
     """
 
     shifts: Mapping[str, Tensor]
     rank: int
     said: Mapping[str, Any] = field(default_factory=dict)
     once: float = 0.0
+    leftover: Path | None = None
 
 
 class Method(Protocol):
@@ -61,7 +64,7 @@ class Method(Protocol):
         """
 
     def find(self, bench: Workbench, facts: Sequence[Fact], progress: Progress) -> Found:
-        """The shifts for all facts at once; reads their prompts, answers and subjects only.
+        """The shifts for all facts at once; reads no paraphrase or neighbour of theirs.
 
         The weights are as they were when it returns, also after an exception.
         """
