@@ -32,8 +32,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from malmend.editors import settle
-from malmend.editors.borrowing import MOST
+from malmend.editors import borrowing, settle
 from malmend.editors.editor import Aggregation, Editor, chunks
 from malmend.editors.malmen import Malmen
 from malmend.editors.restore import NUMBERS, Held, restoring
@@ -155,7 +154,7 @@ UNSAID: list[object] = [USUAL, MOST, ENOUGH, END_NLL, *FRAMES, *WITH_CHAT, *NUMB
 UNSAID += [RefineSettings.gain, RefineSettings.chat_gain, RefineSettings.restore]
 # The same of what settles.
 SETTLING: list[object] = [RefineSettings.hold, RefineSettings.wordings, FEW, ROUNDS]
-SETTLING += [LEFT_OUT, TURNED, MOST, *settle.NUMBERS]
+SETTLING += [LEFT_OUT, TURNED, borrowing.MOST, *settle.NUMBERS]
 
 
 def framing(encoder: Encoder, frame: str) -> Encoder:
