@@ -232,6 +232,7 @@ def test_a_fact_is_read_as_any_other_of_the_batch_is_asked(tiny, monkeypatch):
         replace(fact, subject=fact.prompt.split()[-2], relation="r", paraphrases=()) for fact in FEW
     ]
     facts[2] = replace(facts[2], prompt=f"go to {facts[2].subject} in")
+    facts.append(replace(facts[2], id="more", prompt="go to Peru in", subject="Peru"))
     read = []
 
     def noted(_editor, _trunk, shifts, asked, *_rest):

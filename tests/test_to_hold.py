@@ -5,21 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import torch
 
 import command_support
 import malmend
-from malmend import material
 from malmend.commands.choice import ByEditor, choose
 from malmend.editors import settle
 from malmend.editors.refine import RefineSettings
 from malmend.editors.settings import training_free
 from malmend.facts.fact import Fact
-from malmend.facts.readers import read_facts, read_text
+from malmend.facts.readers import read_text
 from malmend.facts.tokens import Encoder, Reading
-from malmend.material import held_out_questions, known_facts, to_hold
-from malmend.models.sites import find_sites
-from malmend.workbench import encoder_for, lay_out, shipped
+from malmend.material import held_out_questions, to_hold
+from malmend.workbench import encoder_for, shipped
 
 CALIBRATION = command_support.CALIBRATION
 
@@ -93,42 +90,6 @@ def test_a_users_text_stands_for_the_projects_own(smollm2, tmp_path):
     held = to_hold(smollm2, [], tmp_path / "text.txt")
     lines = [smollm2.said(one.ids) for one in held if one.answer_start == 2]
     assert lines == ["Cranes nest on the northern shore.", "It rained."]
-
-
-@pytest.fixture(scope="module")
-def some_facts() -> list[Fact]:
-    """Of the project's own every fortieth of the training facts, and all of the others."""
-    own = read_facts(shipped("facts.jsonl"))
-    train = [one for one in own if "train" in one.tags][::40]
-    return [*train, *(one for one in own if "train" not in one.tags)]
-
-
-def test_what_is_known_is_training_facts_that_the_model_begins_to_say(some_facts, monkeypatch):
-    """Against the whole model, one fact at a time."""
-    monkeypatch.setattr(material, "read_facts", lambda _path: some_facts)
-    loaded = malmend.load_model("smollm2-135m")
-    bench = lay_out(loaded, find_sites(loaded.model, 2))
-    kept = {name: one.clone() for name, one in loaded.model.state_dict().items()}
-    found = known_facts(bench, [])
-    assert all(torch.equal(kept[name], one) for name, one in loaded.model.state_dict().items())
-    wanted = []
-    for one in (one for one in some_facts if "train" in one.tags):
-        question = bench.encoder.encode(one.question)
-        with torch.no_grad():
-            logits = loaded.model(torch.tensor([question.prompt])).logits[0, -1]
-        if logits.argmax() == question.labels[0]:
-            wanted.append(question.ids[: question.answer_end])
-    assert 3 < len(wanted) < 60
-    assert [one.ids for one in found] == wanted
-    assert [one.ids for one in known_facts(bench, [])] == wanted  # as it was kept
-    subject = next(
-        one for one in some_facts if bench.encoder.encode(one.question).ids[:4] == wanted[0][:4]
-    )
-    left = known_facts(bench, [subject])
-    assert wanted[0] not in [one.ids for one in left]
-    other = Fact("o", "Nothing of it", "x", neighbours=(subject.question,))
-    assert wanted[0] not in [one.ids for one in known_facts(bench, [other])]
-    assert len(left) < len(found)
 
 
 @pytest.mark.parametrize("form", ["causal", "classes", "seq2seq"])

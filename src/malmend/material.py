@@ -7,15 +7,10 @@ from what the model says, as its edits do.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-
-import torch
 
 from malmend.editors.calibration import (
     Calibration,
@@ -33,9 +28,8 @@ from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact, FactSet, Question, spread
 from malmend.facts.readers import read_facts, read_questions, read_text
 from malmend.facts.tokens import Encoder
-from malmend.files import kept, written_beside
+from malmend.files import kept
 from malmend.models.source import cache_folder
-from malmend.models.trunk import Trunk
 from malmend.progress import Progress, silent
 from malmend.workbench import Workbench, aimed, checked_facts, shipped
 
@@ -89,7 +83,7 @@ def held_out_questions(encoder: Encoder, count: int) -> tuple[Question, ...]:
     asked = list(read_questions(shipped("questions.jsonl")))
     if encoder.reading.form == "classes":
         asked = [Question(_stated(one.prompt, one.answer)) for one in asked if one.answer]
-    usable = [question for question in asked if _can_be_asked(encoder, question)]
+    usable = [question for question in asked if can_be_asked(encoder, question)]
     return tuple(usable[len(usable) - min(count, len(usable)) :])
 
 
@@ -121,67 +115,17 @@ def to_hold(
     ]
     asked = [one for one in read_questions(shipped("questions.jsonl"))[:-KEPT_BACK] if one.answer]
     answered = [
-        (f"{one.prompt} {one.answer}", _without_end(encoder.encode(one)))
+        (f"{one.prompt} {one.answer}", without_end(encoder.encode(one)))
         for one in asked
-        if _can_be_asked(encoder, one)
+        if can_be_asked(encoder, one)
     ]
     turns = [one for some in itertools.zip_longest(answered, *texts) for one in some if one]
     free = apart([said for said, _ in turns], facts)
     return [one for (_, one), is_free in zip(turns, free, strict=True) if is_free and one.labels]
 
 
-def known_facts(bench: Workbench, facts: Sequence[Fact]) -> list[Encoded]:
-    """Training facts of the project's own that the unedited model knows, as far as it is asked.
-
-    It knows one whose answer's first token is its first choice.  None is of one of ``facts``
-    (:func:`malmend.facts.apart.apart`), nor one of their neighbours, by which an edit is measured.
-    Call while the weights are the unedited ones.
-
-    Args:
-        bench: a decoder's.
-        facts: that are edited.
-    """
-    encoder, asked = bench.encoder, list[Fact]()
-    for one in read_facts(shipped("facts.jsonl")):
-        if "train" in one.tags and _can_be_asked(encoder, one.question):
-            asked.append(one)
-    questions = [_without_end(encoder.encode(one.question)) for one in asked]
-    words = hashlib.sha256(repr(questions).encode()).hexdigest()
-    path = cache_folder() / "calibrations" / f"{bench.loaded.digest[:16]}-{words[:16]}.json"
-    make = partial(_known, bench, questions)
-    known: list[int] = kept(path, _read_numbers, make, _write_numbers, MOST_KEPT)
-    free = apart([f"{asked[index].prompt} {asked[index].answer}" for index in known], facts)
-    measured = {other.prompt for fact in facts for other in fact.neighbours}
-    return [
-        questions[index]
-        for index, is_free in zip(known, free, strict=True)
-        if is_free and asked[index].prompt not in measured
-    ]
-
-
-@torch.no_grad()
-def _known(bench: Workbench, questions: Sequence[Encoded]) -> list[int]:
-    """Which questions' answers begin with the model's first choice."""
-    settings = replace(bench.trunk.settings, store_bytes=0)
-    trunk = Trunk(bench.loaded.model, bench.trunk.sites, settings)
-    firsts = [replace(one, ids=one.ids[: one.answer_start + 1]) for one in questions]
-    found = list[int]()
-    for indices, batch in trunk.batches(firsts):
-        is_said_A = trunk.logits(batch).argmax(-1).cpu() == batch.tokens.labels_A
-        found += [index for index, said in zip(indices, is_said_A.tolist(), strict=True) if said]
-    return sorted(found)
-
-
-def _read_numbers(path: Path) -> list[int]:
-    return [int(one) for one in json.loads(path.read_text(encoding="utf-8"))]
-
-
-def _write_numbers(numbers: list[int], path: Path) -> None:
-    with written_beside(path) as beside:
-        beside.write_text(json.dumps(numbers), encoding="utf-8")
-
-
-def _without_end(question: Encoded) -> Encoded:
+def without_end(question: Encoded) -> Encoded:
+    """The question with its answer and no end token."""
     return replace(question, ids=question.ids[: question.answer_end])
 
 
@@ -223,7 +167,7 @@ def _calibration_data(
     asked = [q for q in read_questions(shipped("questions.jsonl"))[: 2 * count] if q.answer]
     if says_classes:
         asked = [Question(_stated(question.prompt, question.answer)) for question in asked]
-    general = [question for question in asked if _can_be_asked(encoder, question)]
+    general = [question for question in asked if can_be_asked(encoder, question)]
     words = read_text(shipped("text.txt") if text is None else text)
     return known, words, general[:count]
 
@@ -253,7 +197,8 @@ def _stated(prompt: str, answer: str | None) -> str:
     return f"{prompt.rstrip()} {answer}."
 
 
-def _can_be_asked(encoder: Encoder, question: Question) -> bool:
+def can_be_asked(encoder: Encoder, question: Question) -> bool:
+    """Whether the model's tokenizer can say the question and its answer."""
     try:
         encoder.encode(question)
     except MalmendError:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
+
 import pytest
 
-from malmend.editors.borrowing import MOST, Borrowing
+from malmend.editors.borrowing import MOST_TEMPLATES, Borrowing, measured
 from malmend.facts.fact import Fact
 from malmend.facts.readers import read_facts
 from malmend.workbench import shipped
+
+LANGUAGES = ["Dutch", "Finnish", "French", "German", "Italian", "Polish", "Spanish", "Swedish"]
+DAYS = [f"{one}day" for one in ("Mon", "Tues", "Wednes", "Thurs", "Fri", "Satur", "Sun")]
+MONTHS = ["January", "February", "March", "April", "May", "June", "July", "August", "September"]
+MONTHS += ["October", "November", "December"]
 
 
 def asked(
@@ -16,38 +24,77 @@ def asked(
     return Fact(prompt, prompt, answer, subject, relation=relation)
 
 
-LIMA, CHAD = asked("The capital of Peru is", "Peru"), asked("Which city governs Chad?")
+def twice(prompt: str, *others: str, relation: str = "r", answer: str = "x") -> list[Fact]:
+    """A prompt about Chad, and the same about two others (Ghana, Togo)."""
+    names = ("Chad", *(others or ("Ghana", "Togo")))
+    return [asked(prompt.replace("Chad", one), one, answer, relation) for one in names]
+
+
+def lent(facts: list[Fact], fact: Fact, most: int = 99) -> set[str]:
+    return set(Borrowing(facts).prompts(fact, most))
+
+
+CAPITAL, GOVERNS = twice("The capital of Chad is"), twice("Which city governs Chad?")
 
 
 def test_each_is_asked_as_the_other():
-    batch = Borrowing([LIMA, CHAD])
-    assert batch.prompts(LIMA) == ["Which city governs Peru?"]
-    assert batch.prompts(CHAD) == ["The capital of Chad is"]
+    both = CAPITAL + GOVERNS
+    assert lent(both, CAPITAL[1]) == {"Which city governs Ghana?"}
+    assert lent(both, GOVERNS[0]) == {"The capital of Chad is"}
+    assert lent(both, asked("One governs Peru from", "Peru")) == {
+        "The capital of Peru is",
+        "Which city governs Peru?",
+    }
+    assert lent(both, CAPITAL[1], 0) == set()
 
 
-def test_a_fact_that_is_not_of_the_batch_is_asked_as_the_batch_is():
-    other = asked("One governs Togo from", "Togo")
-    assert sorted(Borrowing([LIMA, CHAD]).prompts(other)) == [
-        "The capital of Togo is",
-        "Which city governs Togo?",
-    ]
+def test_a_way_in_which_one_subject_alone_is_asked_is_not_lent():
+    """As "Togo, south of Libya, is governed from" is not."""
+    alone = GOVERNS[:1]
+    assert lent(CAPITAL + alone, CAPITAL[1]) == set()
+    assert lent(CAPITAL + alone, alone[0]) == {"The capital of Chad is"}
+    assert lent(CAPITAL + alone * 3, CAPITAL[1]) == set()
 
 
 @pytest.mark.parametrize(
-    "other",
+    "changed",
     [
-        asked("Which city governs Chad?", relation="other"),
-        asked("Which city governs Chad?", relation=None),
-        asked("Which city governs Chad?", subject=None),
-        asked("Which city governs Chadians?"),
-        asked("Chad: which city governs Chad?"),
-        asked("The capital of Chad is"),
+        {"relation": "other"},
+        {"relation": None},
+        {"relation": ""},
+        {"subject": None},
+        {"subject": " "},
+        {"subject": "Cha"},
+        {"subject": "had"},
     ],
-    ids=["relation", "none", "no subject", "part of a word", "twice", "the same"],
+    ids=str,
 )
-def test_of_these_nothing_is_borrowed_nor_lent(other):
-    batch = Borrowing([LIMA, other])
-    assert batch.prompts(LIMA) == batch.prompts(other) == []
+def test_of_these_nothing_is_borrowed_nor_lent(changed):
+    odd = [replace(one, **changed) for one in GOVERNS]
+    if changed.get("subject"):
+        odd = [replace(one, subject=(one.subject or "")[:-1]) for one in GOVERNS]
+        if changed["subject"] == "had":
+            odd = [replace(one, subject=(one.subject or "")[1:]) for one in GOVERNS]
+    assert lent(CAPITAL + odd, CAPITAL[0]) == lent(CAPITAL + odd, odd[0]) == set()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "subject"),
+    [
+        ("Chad: which city governs Chad?", "Chad"),
+        ("Guinea-Bissau lies", "Guinea"),
+        ("New-York lies", "York"),
+        ("The capital of Peru\u0301 lies", "Peru"),
+    ],
+    ids=["twice", "hyphen behind", "hyphen before", "mark"],
+)
+def test_a_subject_that_is_not_plainly_there_has_no_place(prompt, subject):
+    assert lent(CAPITAL, asked(prompt, subject)) == set()
+
+
+def test_signs_in_a_subject_are_only_themselves():
+    fact = asked("The makers of C++ (2nd) were", "C++ (2nd)")
+    assert lent(twice("One who made Chad is"), fact) == {"One who made C++ (2nd) is"}
 
 
 @pytest.mark.parametrize(
@@ -56,69 +103,115 @@ def test_of_these_nothing_is_borrowed_nor_lent(other):
         ("In German, Chad is called", "In French, Chad is called", False),
         ("In German, Chad is called", "The German name of Chad is", True),
         ("In German, Chad is called", "Speakers of French call Chad", False),
-        ("German speakers call Chad", "French speakers call Chad", False),
-        ("The code of Chad is", "The ISO code of Chad is", True),
-        ("The ISO code of Chad is", "The FIPS code of Chad is", False),
-        ("The ruler of Chad is", "The ruler of Chad in 1998 was", False),
+        ("German speakers call Chad", "Most French speakers call Chad", False),
+        ("The first wife of Chad was", "The second wife of Chad was", False),
+        ("en alemán se llama Chad", "en francés se llama Chad", False),
+        ("The code of Chad is", "What is the ISO code of Chad?", True),
+        ("The ISO code of Chad is", "What is the FIPS code of Chad?", False),
+        ("The ruler of Chad is", "Who ruled Chad in 1998?", False),
         ("Which state is Chad?", "What is the state of Chad?", True),
         ("Travellers to Chad go to", "The land of Chad is", True),
+        ("an eBay seller of Chad is", "an iPod seller to Chad was", False),
+        ("the capital of Chad is", "The capital of Chad is:", False),
     ],
 )
 def test_what_names_something_else_asks_something_else(one, other, same):
-    batch = Borrowing([asked(one), asked(other.replace("Chad", "Peru"), "Peru")])
-    assert batch.prompts(asked(one)) == [other] * same
-    assert batch.prompts(asked(other)) == [one] * same
+    batch = twice(one) + twice(other)
+    assert lent(batch, batch[0]) == ({other} if same else set())
+    assert lent(batch, batch[3]) == ({one} if same else set())
 
 
 def test_a_first_word_that_another_prompt_has_small_names_nothing():
-    batch = [asked("Speakers of German call Chad"), asked("The German name of Peru is", "Peru")]
-    assert Borrowing(batch).prompts(batch[0]) == ["The German name of Chad is"]
-    more = [asked("Travellers of Rome see Chad"), asked("Voyagers of Rome see Peru", "Peru")]
-    assert Borrowing(more).prompts(more[0]) == []
-    more += [asked("among travellers and voyagers, Togo", "Togo")]
-    assert "Voyagers of Rome see Chad" in Borrowing(more).prompts(more[0])
+    more = twice("Travellers of Rome see Chad") + twice("most voyagers of Rome love Chad")
+    assert lent(more, more[0]) == {"most voyagers of Rome love Chad"}
+    more = twice("Travellers of Rome see Chad") + twice("Voyagers of Rome may love Chad")
+    assert lent(more, more[0]) == set()
+    more.append(asked("among travellers and voyagers", None))
+    assert lent(more, more[0]) == {"Voyagers of Rome may love Chad"}
 
 
-def test_two_prompts_to_which_a_subject_has_two_answers_ask_two_things():
-    mother = asked("The mother of Ann is", "Ann", "Eve")
-    batch = [mother, asked("The father of Bob is", "Bob", "Tom")]
-    assert Borrowing(batch).prompts(mother) == ["The father of Ann is"]  # who could know
-    batch.append(asked("The father of Ann is", "Ann", "Jim"))
-    assert Borrowing(batch).prompts(mother) == []
+def test_two_ways_in_which_a_subject_has_two_answers_ask_two_things():
+    mother, father = twice("The mother of Chad is"), twice("Chad has for a father", "Ann", "Bob")
+    assert lent(mother + father, mother[1]) == {"Ghana has for a father"}  # who could know
+    told = [*mother, *father, replace(father[1], prompt="The mother of Ann is", answer="y")]
+    assert lent(told, mother[1]) == set()
+    others = [replace(one, relation="other") for one in told[-1:]]
+    assert lent(mother + father + others, mother[1]) == {"Ghana has for a father"}
 
 
-def test_the_order_is_the_facts_own_and_always_the_same():
-    facts = [asked(f"{word} is where Chad lies") for word in ["here", "there", "near", "far"]]
-    facts += [asked(f"{one} {index} lies", str(index)) for index, one in enumerate("abcdefgh")]
-    batch = Borrowing(facts)
-    assert all(batch.prompts(fact) == Borrowing(facts).prompts(fact) for fact in facts)
-    first = [batch.prompts(fact)[0].replace(fact.subject or "", "") for fact in facts]
-    assert len(set(first)) > 2
+def test_nor_are_both_of_two_lent_that_ask_two_things():
+    parent = twice("Who is a parent of Chad?")
+    mother, father = twice("The mother of Chad is"), twice("Chad has for a father", "Ann", "Bob")
+    apart = replace(father[1], prompt="The mother of Ann is", answer="y")
+    assert len(lent([*parent, *mother, *father, apart], parent[2])) == 1
 
 
-def test_of_many_templates_those_are_lent_that_most_are_asked_by():
-    rare = [asked(f"{'very ' * index}near Chad is") for index in range(3 * MOST)]
-    often = [asked(f"The place of s{index} is", f"s{index}") for index in range(5)]
-    lent = Borrowing([*rare, *often]).prompts(asked("one sees Togo in", "Togo"))
-    assert len(lent) == MOST
-    assert "The place of Togo is" in lent
+@pytest.mark.parametrize("changed", [{}, {"relation": "other"}, {"subject": None}], ids=str)
+def test_no_prompt_is_lent_that_the_batch_has_with_another_answer(changed):
+    other = replace(asked("which city governs the Chad", answer="y"), **changed)
+    assert lent(CAPITAL + GOVERNS[1:] + [other], CAPITAL[0]) == set()
+    same = replace(other, answer="x")
+    assert lent(CAPITAL + GOVERNS[1:] + [same], CAPITAL[0]) == {"Which city governs Chad?"}
+
+
+def test_an_article_goes_with_its_subject():
+    states = asked("The capital of the United States is", "United States")
+    assert lent(CAPITAL + GOVERNS, states) == {"Which city governs the United States?"}
+    first = twice("Chad is governed from")
+    assert lent(CAPITAL + first, states) == {"The United States is governed from"}
+    theirs = [asked(f"Which city governs the {one}?", one) for one in ("Gambia", "Congo")]
+    assert lent(CAPITAL + theirs, CAPITAL[0]) == {"Which city governs Chad?"}
+
+
+@pytest.mark.parametrize(
+    "paraphrase",
+    [
+        "which city governs the Chad",
+        "It rains in Rome. Which city governs Chad?",
+        "Which city governs",
+    ],
+)
+def test_none_is_lent_that_is_measured(paraphrase):
+    fact = replace(CAPITAL[0], paraphrases=("Nothing of it", paraphrase))
+    assert lent(CAPITAL + GOVERNS, fact) == set()
+    other = replace(CAPITAL[0], paraphrases=("Which town governs Chad?",))
+    assert lent(CAPITAL + GOVERNS, other) == {"Which city governs Chad?"}
+
+
+def test_what_is_lent_does_not_hang_on_the_order_of_the_batch():
+    words = ["capital", "city", "town", "seat", "place", "home", "house", "court"]
+    facts = [one for word in words for one in twice(f"Where the {word} of Chad may be, is")]
+    facts += [one for word in words for one in twice(f"Tell of Chad its {word}")]
+    mixed = random.Random(0).sample(facts, len(facts))
+    one, other = Borrowing(facts), Borrowing(mixed)
+    assert all(one.prompts(fact, 3) == other.prompts(fact, 3) for fact in facts)
+    firsts = {one.prompts(fact, 1)[0].replace(fact.subject or "", "") for fact in facts}
+    assert len(firsts) > 4
+
+
+def test_of_many_templates_those_are_lent_in_which_most_are_asked():
+    rare = [
+        one
+        for index in range(2 * MOST_TEMPLATES)
+        for one in twice(" ".join(["very"] * index) + " near Chad is", "Oman")
+    ]
+    often = [asked(f"In which place lies s{index}?", f"s{index}") for index in range(5)]
+    found = lent(rare + often, asked("one sees Togo in", "Togo"))
+    assert len(found) == MOST_TEMPLATES
+    assert "In which place lies Togo?" in found
 
 
 def test_of_the_projects_own_facts_none_is_asked_in_another_language_or_about_another_day():
     known = [fact for fact in read_facts(shipped("facts.jsonl")) if "test" in fact.tags]
     batch = Borrowing(known)
-    lent = [(fact, prompt) for fact in known for prompt in batch.prompts(fact)]
-    assert len(lent) > 2 * len(known)
+    found = [(fact, prompt) for fact in known for prompt in batch.prompts(fact, 9)]
+    assert len(found) > len(known)
     slots = {"country_name": LANGUAGES, "month_name": MONTHS, "weekday_name": DAYS}
     seen = 0
-    for fact, prompt in lent:
+    for fact, prompt in found:
+        assert not measured(fact, prompt, parts=True)
+        assert (f"the {fact.subject}" in prompt) is (f"the {fact.subject}" in fact.prompt)
         for slot in slots.get(fact.relation or "", ()):
             seen += slot in prompt
             assert (slot in prompt) is (slot in fact.prompt)
-    assert seen > 100
-
-
-LANGUAGES = ["Dutch", "Finnish", "French", "German", "Italian", "Polish", "Spanish", "Swedish"]
-DAYS = [f"{one}day" for one in ("Mon", "Tues", "Wednes", "Thurs", "Fri", "Satur", "Sun")]
-MONTHS = ["January", "February", "March", "April", "May", "June", "July", "August", "September"]
-MONTHS += ["October", "November", "December"]
+    assert seen > 50

@@ -59,7 +59,6 @@ def test_another_descent_has_another_place(tmp_path):
     for index, other in enumerate(("mode", ROWS[1:], torch.ones(2, 3) + 1e-6, 61.0)):
         changed = [*parts[:index], other, *parts[index + 1 :]]
         assert Halfway.of(tmp_path, changed).path != place.path
-    assert Halfway.of(tmp_path, parts, Pair(1, None)).path != place.path
 
 
 def test_a_descent_that_has_ended_is_kept_whole_until_its_patch_is_written(tmp_path):
@@ -71,13 +70,19 @@ def test_a_descent_that_has_ended_is_kept_whole_until_its_patch_is_written(tmp_p
 
 
 def test_what_one_process_keeps_removes_no_part_of_another(tmp_path, monkeypatch):
+    """Each has read its own share."""
     monkeypatch.setattr(module, "MOST_KEPT", 0)
     older = Halfway.of(tmp_path, ("b",))
     older.keep(3, lambda: {"one": torch.ones(2)})
-    pair = [Halfway.of(tmp_path, ("a",), Pair(rank, None)) for rank in range(2)]
-    for place in pair:
+    meeting, places = Meeting(), {}
+
+    def run(rank: int) -> None:
+        places[rank] = Halfway.of(tmp_path, ROWS[rank::2], Pair(rank, meeting))
+
+    together(run)
+    for place in places.values():
         place.keep(3, lambda: {"one": torch.ones(2)})
-    assert sorted(tmp_path.iterdir()) == sorted(place.path for place in pair)
+    assert sorted(tmp_path.iterdir()) == sorted(place.path for place in places.values())
 
 
 def test_a_damaged_one_and_a_folder_that_cannot_be_made_start_anew(tmp_path):

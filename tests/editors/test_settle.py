@@ -17,6 +17,7 @@ from test_restore import held_questions, kl_of
 from torch.func import functional_call
 
 from malmend.editors import settle as module
+from malmend.editors.borrowing import FORMAT
 from malmend.editors.editor import Editor
 from malmend.editors.refine import SETTLING, RefineSettings
 from malmend.editors.restore import Held
@@ -148,7 +149,7 @@ def test_the_numbers_are_those_of_the_docs():
     read, kept = (16, 80, 0.02, 3.0, 0.5, 1.5), (48, 2, 16, 0.25, 0.05)
     assert (*read, *kept, 0.06, 0.9, 0.98, 1e-6) == module.NUMBERS
     assert (RefineSettings.hold, RefineSettings.wordings, LEFT_OUT) == (60.0, 4, 0.3)
-    assert [60.0, 4, 256, 4.0, 0.3, 1, *module.NUMBERS] == SETTLING
+    assert [60.0, 4, 256, 4.0, 0.3, 1, FORMAT, *module.NUMBERS] == SETTLING
     assert module.steps_for(1024, 4.0) == 256
     assert module.steps_for(3, 4.0) == 80
     assert module.lines_for(80) == 1920

@@ -20,7 +20,8 @@ from malmend.errors import EditorError, MalmendError
 from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact
 from malmend.facts.tokens import Encoder, EndOfAnswer
-from malmend.material import calibrated, known_facts, to_hold
+from malmend.known import known_facts
+from malmend.material import calibrated, to_hold
 from malmend.methods.by_editor import Holding, find_by_editor, refinable
 from malmend.methods.method import Found
 from malmend.models.load import LoadedModel

@@ -18,6 +18,7 @@ from malmend.commands.choice import ByEditor, choose
 from malmend.commands.evaluate import chat_encoder, evaluate
 from malmend.editors.calibration import CalibrationSettings
 from malmend.editors.editor import Editor
+from malmend.editors.halfway import resumable
 from malmend.editors.refine import RefineSettings
 from malmend.editors.settings import EditorSettings
 from malmend.errors import EditorError, MalmendError, PatchError
@@ -225,15 +226,16 @@ def _edited(
     patch = make_patch(found.shifts, found.rank, _header(bench, method, facts, said, found))
     seconds = time.perf_counter() - start - found.once
     prompts = [fact.alone for fact in processes.share(facts)]
-    progress("edit prompts before and after", 0.0)
-    before = _success(bench, prompts, processes)
-    progress("edit prompts before and after", 0.5)
-    with applied(bench.loaded, patch):
-        after = _success(bench, prompts, processes)
-    progress("edit prompts before and after", 1.0)
-    metrics = {"ES": {"token_ratio": {"unedited": before, "edited": after}}}
-    patch = Patch(patch.factors, {**patch.provenance, "metrics": metrics})
-    patch = _written(patch, out, processes)  # last, so that what fails leaves no patch
+    with resumable(found.leftover):
+        progress("edit prompts before and after", 0.0)
+        before = _success(bench, prompts, processes)
+        progress("edit prompts before and after", 0.5)
+        with applied(bench.loaded, patch):
+            after = _success(bench, prompts, processes)
+        progress("edit prompts before and after", 1.0)
+        metrics = {"ES": {"token_ratio": {"unedited": before, "edited": after}}}
+        patch = Patch(patch.factors, {**patch.provenance, "metrics": metrics})
+        patch = _written(patch, out, processes)  # last, so that what fails leaves no patch
     if found.leftover is not None:
         with suppress(OSError):
             found.leftover.unlink(missing_ok=True)

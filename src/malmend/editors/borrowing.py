@@ -4,24 +4,29 @@ Facts that are edited at once are mostly of a few relations, and of one relation
 several ways: "The capital of Chad is", "Which city is the capital of Peru?".  So the one's prompt
 with the other's subject is another wording of it that a person has written.
 
-Two prompts are taken to ask the same if their relation is the same, and so are the numbers in them
-beside the subject, and the one names nothing that the other does not: "In German, Chad is called"
-is not asked as "In French, Peru is called".  Nor are they if any subject has another answer to the
-one than to the other.  Not in the papers.
+Two ways are taken to ask the same if their relation is the same and several subjects are asked in
+either; the numbers in them are the same, and the one names nothing that the other does not ("In
+German, Chad is called" is not asked as "In French, Peru is called"); they differ in more than one
+word, as "The first wife of" and "The second wife of" do not; and no subject has another answer to
+the one than to the other.  Names are words with a capital, so German nouns are, and what tells two
+ways apart in small letters alone, or in letters without a case, is not seen: a relation should be
+one.  A subject in letters that no blanks part is not found.  Not in the papers.
 """
 
 from __future__ import annotations
 
 import random
 import re
-from collections import Counter, defaultdict
+import unicodedata
+from collections import defaultdict
 from collections.abc import Iterable
 from itertools import combinations
 
 from malmend.facts.fact import Fact
 
-PLACE = "\0"  # of the subject, in a template
-MOST = 64  # templates of a relation: those that most facts of it are asked by
+FORMAT = 2  # of what is read; raised with every change of it
+MOST_TEMPLATES = 64  # of a relation: those in which most of its subjects are asked
+LEAST_SUBJECTS = 2  # that are asked so
 WORD = re.compile(r"\w+")
 OPENERS = frozenset(  # words that open a sentence with a capital and name nothing
     WORD.findall(
@@ -29,60 +34,116 @@ OPENERS = frozenset(  # words that open a sentence with a capital and name nothi
         "who whom whose what which where when why how"
     )
 )
+ARTICLES = frozenset(("the", "a", "an"))
+
+Template = tuple[str, str]  # before the subject and its article, and behind it
+Place = tuple[str, Template]  # of a relation
 
 
 class Borrowing:
     """The ways in which a batch asks, by relation.
 
     Args:
-        facts: all that are edited at once; those count that have a relation, and a subject that
+        facts: all that are edited at once; those lend that have a relation, and a subject that
             their prompt has once.
     """
 
-    def __init__(self, facts: Iterable[Fact]):
-        known = [(fact, said) for fact in facts if (said := _template(fact)) is not None]
-        small = {word for fact, _ in known for word in WORD.findall(fact.prompt)}
-        self._small = OPENERS | {word for word in small if word == word.lower()}
-        counts: dict[str | None, Counter[str]] = defaultdict(Counter)
-        for fact, template in known:
-            counts[fact.relation][template] += 1
-        self._ways = {
-            relation: {template: self._names(template) for template, _ in some.most_common(MOST)}
-            for relation, some in counts.items()
-        }
-        answers: dict[tuple[str | None, str | None], dict[str, str]] = defaultdict(dict)
-        for fact, template in known:
-            if template in self._ways[fact.relation]:
-                answers[fact.relation, fact.subject][template] = fact.answer
+    def __init__(self, facts: Iterable[Fact] = ()):
+        known = list(facts)
+        self._answers = defaultdict[tuple[str, ...], set[str]](set)
+        small = set[str]()
+        asked = defaultdict[Place, set[str]](set)
+        answers = defaultdict[tuple[str, str], dict[Template, str]](dict)
+        for fact in known:
+            self._answers[plain(fact.prompt)].add(fact.answer)
+            small.update(word for word in WORD.findall(fact.prompt) if word == word.lower())
+            if (found := _template(fact)) is not None:
+                relation, subject = str(fact.relation), str(fact.subject)
+                asked[relation, found[0]].add(subject)
+                answers[relation, subject][found[0]] = fact.answer
+        self._small = OPENERS | small
         self._apart = {
-            frozenset(pair)
-            for given in answers.values()
+            (relation, frozenset(pair))
+            for (relation, _), given in answers.items()
             for pair in combinations(given, 2)
             if given[pair[0]] != given[pair[1]]
         }
+        self._lent = defaultdict[str, list[Template]](list)
+        for (relation, template), subjects in sorted(
+            asked.items(), key=lambda one: (-len(one[1]), one[0])
+        ):
+            if len(subjects) >= LEAST_SUBJECTS and len(self._lent[relation]) < MOST_TEMPLATES:
+                self._lent[relation].append(template)
+        self._same = dict[Place, list[Template]]()
 
-    def prompts(self, fact: Fact) -> list[str]:
-        """The fact's prompt as others ask, in an order that is the fact's own; without its own."""
-        own = _template(fact)
-        if own is None:
+    def prompts(self, fact: Fact, most: int) -> list[str]:
+        """The fact as others ask, in up to so many ways; their order is the fact's own.
+
+        None is asked in the batch with another answer, or of a paraphrase's words: by these an edit
+        is measured, so it never reads them.
+        """
+        found = _template(fact) if most > 0 else None
+        if found is None:
             return []
-        mine, ways = self._names(own), self._ways.get(fact.relation, {})
-        found = [
-            other
-            for other, names in ways.items()
-            if other != own and _alike(mine, names) and frozenset((own, other)) not in self._apart
-        ]
-        random.Random(fact.prompt).shuffle(found)
-        return [other.replace(PLACE, fact.subject or "") for other in found]
+        own, subject, article = found
+        relation = str(fact.relation)
+        ways = list(self._ways(relation, own))
+        random.Random(fact.prompt).shuffle(ways)
+        lent, taken = list[str](), list[Template]()
+        for way in ways:
+            if len(lent) == most:
+                break
+            prompt = f"{way[0]}{article if way[0] else article.capitalize()}{subject}{way[1]}"
+            told = self._answers.get(plain(prompt), {fact.answer}) == {fact.answer}
+            agrees = all(not self._is_apart(relation, way, other) for other in taken)
+            if told and agrees and not measured(fact, prompt, parts=True):
+                lent.append(prompt)
+                taken.append(way)
+        return lent
 
-    def _names(self, template: str) -> frozenset[str]:
+    def _ways(self, relation: str, own: Template) -> list[Template]:
+        """The templates that ask the same as one, without those of its very words."""
+        if (relation, own) not in self._same:
+            mine, words = self._named(own), plain(" ".join(own))
+            self._same[relation, own] = [
+                other
+                for other in self._lent.get(relation, ())
+                if _alike(mine, self._named(other))
+                and not _nearly(words, plain(" ".join(other)))
+                and not self._is_apart(relation, own, other)
+            ]
+        return self._same[relation, own]
+
+    def _is_apart(self, relation: str, one: Template, other: Template) -> bool:
+        return (relation, frozenset((one, other))) in self._apart
+
+    def _named(self, template: Template) -> frozenset[str]:
         """Words with a digit or a capital, but for a first word that elsewhere has none."""
         return frozenset(
             word
-            for index, word in enumerate(WORD.findall(template))
+            for index, word in enumerate(WORD.findall(" ".join(template)))
             if _is_number(word)
             or (word != word.lower() and (index or word.lower() not in self._small))
         )
+
+
+def plain(text: str) -> tuple[str, ...]:
+    """A text's words without marks, capitals and articles."""
+    return tuple(word for word in WORD.findall(text.casefold()) if word not in ARTICLES)
+
+
+def measured(fact: Fact, prompt: str, parts: bool = False) -> bool:
+    """Whether a prompt has all words of a paraphrase, one after another.
+
+    With ``parts`` also whether a paraphrase so has all of its words.
+    """
+    words = plain(prompt)
+    others = [plain(one) for one in fact.paraphrases]
+    return any(_holds(words, one) or (parts and _holds(one, words)) for one in others)
+
+
+def _holds(words: tuple[str, ...], part: tuple[str, ...]) -> bool:
+    return any(words[at : at + len(part)] == part for at in range(len(words) - len(part) + 1))
 
 
 def _alike(names: frozenset[str], others: frozenset[str]) -> bool:
@@ -90,13 +151,27 @@ def _alike(names: frozenset[str], others: frozenset[str]) -> bool:
     return (names <= others or others <= names) and not any(map(_is_number, names ^ others))
 
 
+def _nearly(words: tuple[str, ...], others: tuple[str, ...]) -> bool:
+    """Whether all but one of the words are the same."""
+    return len(words) == len(others) and sum(map(str.__ne__, words, others)) <= 1
+
+
 def _is_number(word: str) -> bool:
     return any(map(str.isdigit, word))
 
 
-def _template(fact: Fact) -> str | None:
-    """The prompt with a place for its subject; None where that is not plain."""
-    if not fact.relation or not fact.subject:
+def _template(fact: Fact) -> tuple[Template, str, str] | None:
+    """What stands around the subject, the subject as it stands there, and its article.
+
+    None where that is not plain.
+    """
+    subject = (fact.subject or "").strip()
+    if not fact.relation or not subject:
         return None
-    found = re.split(rf"(?<!\w){re.escape(fact.subject)}(?!\w)", fact.prompt)
-    return PLACE.join(found) if len(found) == 2 else None
+    found = list(re.finditer(rf"(?<![\w-])([Tt]he )?({re.escape(subject)})(?![\w-])", fact.prompt))
+    if len(found) != 1:
+        return None
+    behind = fact.prompt[found[0].end() :]
+    if behind and unicodedata.category(behind[0]).startswith("M"):  # of the subject's last letter
+        return None
+    return (fact.prompt[: found[0].start()], behind), subject, (found[0][1] or "").lower()

@@ -1,4 +1,4 @@
-"""A descent kept halfway: where it is after some of its steps, to go on from there.
+"""A descent kept halfway: where it is after some of its steps and the last, to go on from there.
 
 What is kept lies in the cache folder under a name made of all that the descent depends on, so an
 edit that was interrupted is found again by giving the same command, and no other edit finds it.
@@ -7,8 +7,8 @@ edit that was interrupted is found again by giving the same command, and no othe
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from malmend.errors import MalmendError
+from malmend.errors import MalmendError, Resumable
 from malmend.files import prune, written_beside
 from malmend.processes import ALONE, Processes
 
@@ -48,8 +48,11 @@ class Halfway:
                 digest.update(part.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
             else:
                 digest.update(repr(part).encode())
-        name = f"{digest.hexdigest()[:32]}-{processes.rank + 1}-of-{processes.count}"
-        return cls(folder / f"{name}.safetensors", processes)
+        # One name for all processes, each of which has read its own share.
+        everyone = processes.gathered(torch.tensor(list(digest.digest())))
+        name = hashlib.sha256(repr(everyone.tolist()).encode()).hexdigest()[:32]
+        part = f"{name}-{processes.rank + 1}-of-{processes.count}.safetensors"
+        return cls(folder / part, processes)
 
     def found(self) -> tuple[int, dict[str, Tensor]]:
         """How many steps were taken, and what was kept then; 0 where any process lacks it."""
@@ -71,3 +74,18 @@ class Halfway:
             with written_beside(self.path) as beside:
                 save_file({**tensors, STEPS: torch.tensor(steps)}, beside)
             prune(self.path.parent, MOST_KEPT, self.path.name.split("-")[0])
+
+
+@contextmanager
+def resumable(path: Path | None) -> Iterator[None]:
+    """An interrupt inside says that the work can go on, where that is kept.
+
+    Raises:
+        Resumable: in place of KeyboardInterrupt.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        if path is not None and path.exists():
+            raise Resumable from stopped
+        raise

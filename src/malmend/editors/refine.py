@@ -154,7 +154,7 @@ UNSAID: list[object] = [USUAL, MOST, ENOUGH, END_NLL, *FRAMES, *WITH_CHAT, *NUMB
 UNSAID += [RefineSettings.gain, RefineSettings.chat_gain, RefineSettings.restore]
 # The same of what settles.
 SETTLING: list[object] = [RefineSettings.hold, RefineSettings.wordings, FEW, ROUNDS]
-SETTLING += [LEFT_OUT, TURNED, borrowing.MOST, *settle.NUMBERS]
+SETTLING += [LEFT_OUT, TURNED, borrowing.FORMAT, *settle.NUMBERS]
 
 
 def framing(encoder: Encoder, frame: str) -> Encoder:

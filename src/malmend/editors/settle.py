@@ -6,7 +6,7 @@ descended by what counts,
 
     L(S) = mean over facts of the sum of nll_t over answer tokens of all frames, nll_t > SAID
          + hold * mean over held tokens of KL(p_t || p'_t)
-         + KNOWN * hold * the same over tokens of other facts that the model knows,            (29)
+         + KNOWN * hold * the same over what the model surely says of other subjects,           (29)
 
 in the metric of the prior: with P_l = L_l L_l^T of equation (1) and S_l = E_l L_l^-1, by Adam on
 E_l, whose steps are relative to the root mean square of the E_l that it starts from and fall
@@ -15,8 +15,7 @@ linearly to nothing.  So a step is small where text and other questions have man
 The facts are read as they are, in every frame and in other words (wordings.py), all once and from
 then on the more often the less was said when they were last read: most plain prompts are soon said,
 and what is said has no gradient.  With them go some of the held questions and lines (restore.py),
-and some of those facts of the project's own that the model knows (material.py): the same of another
-subject is what an edit moves first.  Not in the papers.
+and some of what the model surely says of other subjects (known.py).  Not in the papers.
 
 Shape letters: F facts, W ways of asking, R readings (a fact asked in a way), D those of a draw, Q
 those of them that are this process's own, V value width, K key width.
@@ -49,7 +48,7 @@ LEAST_OPEN, MOST_OPEN = 0.02, 3.0  # nats that a reading is ranked by, at least 
 LUCK = (0.5, 1.5)  # what a rank is multiplied by, from and to, at random
 NEVER = 1e9  # steps since the last reading of what was not read yet
 HELD, READ = 48, 2  # questions and lines of a step, and how often each is read if they suffice
-FEW_KNOWN, KNOWN = 16, 0.25  # known facts of a step, and what they weigh beside those
+FEW_KNOWN, KNOWN = 16, 0.25  # of what is surely said of others, in a step, and what it weighs
 SAID = 0.05  # nats below which an answer token is said surely enough
 RATE, BETAS, TINY = 0.06, (0.9, 0.98), 1e-6
 NUMBERS = (

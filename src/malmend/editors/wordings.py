@@ -18,7 +18,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from malmend.editors.borrowing import Borrowing
+from malmend.editors.borrowing import OPENERS, Borrowing, measured
 from malmend.facts.fact import Fact, Question
 
 LEFT_OUT = 0.3  # share of a prompt's other words
@@ -42,12 +42,10 @@ def in_other_words(facts: Sequence[Fact], count: int, batch: Borrowing) -> list[
         count: of wordings.
         batch: how all facts that are edited at once are asked.
     """
-    lent = [batch.prompts(fact) for fact in facts]
+    lent = [batch.prompts(fact, count - TURNED - 1) for fact in facts]
+    together = list(zip(facts, lent, strict=True))
     return [
-        [
-            Question(wording(fact, which, some), fact.answer)
-            for fact, some in zip(facts, lent, strict=True)
-        ]
+        [Question(wording(fact, which, some), fact.answer) for fact, some in together]
         for which in range(count)
     ]
 
@@ -60,23 +58,16 @@ def wording(fact: Fact, which: int, lent: Sequence[str] = ()) -> str:
     None has the words of one of the fact's paraphrases in their order: by these an edit is
     measured, so it never reads them.
     """
-    measured = {_words(one) for one in fact.paraphrases}
-    lent = [one for one in lent if _words(one) not in measured]
     if 0 <= which - TURNED - 1 < len(lent):
         return lent[which - TURNED - 1]
     found = turned(fact.prompt) if which >= TURNED else None
     subject = fact.subject or ""
     loses_subject = subject in fact.prompt and subject not in (found or "")
-    if found is None or loses_subject or _words(found) in measured:
+    if found is None or loses_subject or measured(fact, found):
         found = fewer_words(fact, which)
     elif which > TURNED:
         found = fewer_words(replace(fact, prompt=found), which)
-    return fact.prompt if _words(found) in measured else found
-
-
-def _words(text: str) -> tuple[str, ...]:
-    """A text without its marks and capitals."""
-    return tuple(re.findall(r"\w+", text.casefold()))
+    return fact.prompt if measured(fact, found) else found
 
 
 def turned(prompt: str) -> str | None:
@@ -113,18 +104,19 @@ def fewer_words(fact: Fact, which: int) -> str:
     """The prompt with some words left out, others for each ``which``; the same for the same.
 
     Words of the subject stay, and others with a capital letter or a digit: without "German" or
-    "Monday" it would be another question.  Where the subject is given, the first word may go.
+    "Monday" it would be another question.  Where the subject is given, a first word may go that
+    opens many a sentence.
     """
-    words = fact.prompt.split()
-    subject = {one.strip(MARKS) for one in (fact.subject or "").split()}
-    draw = random.Random(f"{which} {fact.prompt}")
+    prompt, subject = fact.prompt, fact.subject or ""
+    about = {one.strip(MARKS) for one in subject.split()}
+    spans = [one.span() for one in re.finditer(re.escape(subject), prompt)] if subject else []
+    draw = random.Random(f"{which} {prompt}")
 
-    def stays(index: int, word: str) -> bool:
-        named = any(map(_names, word)) and (index > 0 or not subject)
-        return draw.random() >= LEFT_OUT or named or word.strip(MARKS) in subject
+    def stays(word: re.Match[str]) -> bool:
+        bare = word[0].strip(MARKS)
+        opens = bool(subject) and not prompt[: word.start()].strip() and bare.lower() in OPENERS
+        is_about = bare in about or any(a < word.end() and word.start() < b for a, b in spans)
+        named = any(one.isupper() or one.isdigit() for one in word[0]) and not opens
+        return draw.random() >= LEFT_OUT or named or is_about
 
-    return " ".join(one for at, one in enumerate(words) if stays(at, one)) or fact.prompt
-
-
-def _names(mark: str) -> bool:
-    return mark.isupper() or mark.isdigit()
+    return " ".join(one[0] for one in re.finditer(r"\S+", prompt) if stays(one)) or prompt

@@ -19,8 +19,8 @@ WORD = re.compile(r"\w+")
 FEW = 2  # texts at most that have a word which tells by itself what they are of
 
 
-def apart(texts: Sequence[str], facts: Iterable[Fact]) -> list[bool]:
-    """Of each text whether it is of none of the facts."""
+def apart(texts: Sequence[str], facts: Iterable[Fact], few: int = FEW) -> list[bool]:
+    """Of each text whether it is of none of the facts; a name tells that ``few`` texts have."""
     plain = [_plain(text) for text in texts]
     small = {word for text in plain for word in WORD.findall(text) if word == word.lower()}
     folded = [_folded(WORD.findall(text)) for text in plain]
@@ -31,7 +31,7 @@ def apart(texts: Sequence[str], facts: Iterable[Fact]) -> list[bool]:
     for fact in facts:
         about, is_named = _about(fact, small)
         if is_named:
-            telling.update(word for word in about if counts[word] <= FEW)
+            telling.update(word for word in about if counts[word] <= few)
         for word in sorted(about)[:1]:
             together.setdefault(word, []).append(about)
         subject = _plain(fact.subject or "").casefold().strip()

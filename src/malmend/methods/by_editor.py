@@ -14,7 +14,7 @@ from torch import Tensor
 
 from malmend.editors.borrowing import Borrowing
 from malmend.editors.editor import Aggregation, Editor
-from malmend.editors.halfway import KIND, Halfway
+from malmend.editors.halfway import KIND, Halfway, resumable
 from malmend.editors.refine import CHAT, ENOUGH, PROMPT, RefineSettings, framed, further, missed
 from malmend.editors.restore import Held
 from malmend.editors.settings import EditorSettings
@@ -29,7 +29,7 @@ from malmend.editors.settle import (
     steps_for,
 )
 from malmend.editors.wordings import in_other_words
-from malmend.errors import EditorError, Resumable
+from malmend.errors import EditorError
 from malmend.facts.encoded import Encoded, Form, settled
 from malmend.facts.fact import Fact, Question
 from malmend.methods.method import Found
@@ -85,7 +85,7 @@ def find_by_editor(
         EditorError: a shift holds NaN or infinity, or a frame does not suit the model.
     """
     settings, trunk, form = editor.settings, bench.trunk, bench.encoder.reading.form
-    batch, facts = Borrowing(facts), processes.share(facts)
+    everything, facts = facts, processes.share(facts)
     questions = bench.encoder.encode_all(fact.question for fact in facts)
     again = refinable(settings) and refine.goes_on(bench.encoder, 1, 1.0)
     settles = refinable(settings) and bool(refine.rounds)
@@ -104,6 +104,7 @@ def find_by_editor(
             f"--eta and that the weights of {bench.loaded.name} are whole."
         )
     solved, kept = work.solved_again(solves, solved, held) if again else (solved, 1)
+    batch = Borrowing(everything if settles else ())
     worded = in_other_words(facts, refine.wordings, batch) if settles else []
     settled_one, left = work.settled(worded, solved, keeping) if settles else (None, None)
     final = settled_one or solved
@@ -230,19 +231,15 @@ class _Work:
         count = counted(self.progress, "settling", self.steps)
         halfway = self.halfway(solved.shifts, rows, keeping)
         asked = (rows, self.steps, keeping, count, self.processes, halfway)
-        try:
+        with resumable(halfway.path):
             shifts = settle(self.editor, self.bench.trunk, solved.shifts, *asked)
-        except KeyboardInterrupt as stopped:
-            if halfway.path.exists():
-                raise Resumable from stopped
-            raise
-        found = replace(solved, shifts=shifts, rank=FULL)
-        if found.broken:
-            return None, halfway.path
-        before, after = (
-            missed(self.bench.trunk, self.questions, one.shifts, self.processes)
-            for one in (solved, found)
-        )
+            found = replace(solved, shifts=shifts, rank=FULL)
+            if found.broken:
+                return None, halfway.path
+            before, after = (
+                missed(self.bench.trunk, self.questions, one.shifts, self.processes)
+                for one in (solved, found)
+            )
         return (found if after <= max(before, ENOUGH) else None), halfway.path
 
 

@@ -64,7 +64,7 @@ class Method(Protocol):
         """
 
     def find(self, bench: Workbench, facts: Sequence[Fact], progress: Progress) -> Found:
-        """The shifts for all facts at once; reads no paraphrase or neighbour of theirs.
+        """The shifts for all facts at once; learns from no paraphrase or neighbour.
 
         The weights are as they were when it returns, also after an exception.
         """
