@@ -26,6 +26,7 @@ from malmend.facts.tokens import Encoder, Reading
 from malmend.material import to_hold
 from malmend.methods import by_editor
 from malmend.methods.ultraedit import UltraEdit
+from malmend.models.source import cache_folder
 from malmend.processes import Processes
 from malmend.workbench import encoder_for
 
@@ -226,6 +227,18 @@ def test_a_patch_that_cannot_be_written_leaves_what_was_settled(
     assert not list((tmp_path / "settling").iterdir())
 
 
+def test_an_interrupt_behind_the_settling_says_that_it_goes_on(tiny, briefly):
+    def stopping(stage: str, _share: float) -> None:
+        if stage == "edit prompts before and after":
+            raise KeyboardInterrupt
+
+    with pytest.raises(Resumable):
+        malmend.edit(tiny.loaded, FEW, refine=SETTLED, progress=stopping, **own(tiny))
+    with pytest.raises(KeyboardInterrupt) as stopped:  # what solves once keeps nothing
+        malmend.edit(tiny.loaded, FEW, refine=ONCE, progress=stopping, **own(tiny))
+    assert not isinstance(stopped.value, Resumable)
+
+
 def test_a_fact_is_read_as_any_other_of_the_batch_is_asked(tiny, monkeypatch):
     """Also one of another process."""
     facts = [
@@ -273,7 +286,9 @@ def test_what_is_solved_does_not_depend_on_what_settles_it(tiny, monkeypatch, br
     plain = RefineSettings(passes=2, frames=FRAMES)
     wanted = malmend.edit(tiny.loaded, FEW, refine=plain, **own(tiny)).patch
 
-    def spoilt(_editor, _trunk, shifts, *_rest):
+    def spoilt(_editor, _trunk, shifts, *rest):
+        rest[-1].keep(halfway.EVERY, lambda: {"one": torch.ones(2)})
+        assert rest[-1].path.exists()
         return {name: shift * (math.nan if broken else 0.0) for name, shift in shifts.items()}
 
     monkeypatch.setattr(by_editor, "settle", spoilt)
@@ -282,6 +297,7 @@ def test_what_is_solved_does_not_depend_on_what_settles_it(tiny, monkeypatch, br
     assert found.provenance["restore"] == 1.0
     assert found.provenance["rounds"] == 0.0
     assert same(found, wanted)
+    assert not list((cache_folder() / halfway.KIND).iterdir())
 
 
 def test_only_a_decoders_edit_is_settled(tiny):

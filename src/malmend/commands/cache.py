@@ -12,8 +12,8 @@ from malmend.models.source import cache_folder
 
 KINDS = {
     "trunk": "activations of questions, by model",
-    "calibrations": "what a model is calibrated on, and which facts it knows",
-    "settling": "edits that were interrupted",
+    "calibrations": "what a model is calibrated on, and what it surely says",
+    "settling": "edits whose patch is not written yet",
     "models": "configurations and tokenizers made of GGUF files",
 }
 
