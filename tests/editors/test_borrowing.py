@@ -154,13 +154,18 @@ def test_no_prompt_is_lent_that_the_batch_has_with_another_answer(changed):
     assert lent(CAPITAL + GOVERNS[1:] + [same], CAPITAL[0]) == {"Which city governs Chad?"}
 
 
-def test_an_article_goes_with_its_subject():
-    states = asked("The capital of the United States is", "United States")
-    assert lent(CAPITAL + GOVERNS, states) == {"Which city governs the United States?"}
-    first = twice("Chad is governed from")
-    assert lent(CAPITAL + first, states) == {"The United States is governed from"}
+def test_only_ways_that_agree_in_the_article_lend_to_one_another():
+    """The one of "The Sardinian word for Monday is" is not the subject's."""
+    gambia = [asked(f"The capital of the {one} is", one) for one in ("Gambia", "Congo")]
     theirs = [asked(f"Which city governs the {one}?", one) for one in ("Gambia", "Congo")]
-    assert lent(CAPITAL + theirs, CAPITAL[0]) == {"Which city governs Chad?"}
+    theirs += [asked(f"The {one} is governed from", one) for one in ("Gambia", "Congo")]
+    batch = CAPITAL + GOVERNS + gambia + theirs
+    states = asked("The capital of the United States is", "United States")
+    assert lent(batch, states) == {
+        "Which city governs the United States?",
+        "The United States is governed from",
+    }
+    assert lent(batch, CAPITAL[0]) == {"Which city governs Chad?"}
 
 
 @pytest.mark.parametrize(
@@ -210,7 +215,8 @@ def test_of_the_projects_own_facts_none_is_asked_in_another_language_or_about_an
     seen = 0
     for fact, prompt in found:
         assert not measured(fact, prompt, parts=True)
-        assert (f"the {fact.subject}" in prompt) is (f"the {fact.subject}" in fact.prompt)
+        article = f"the {fact.subject}".casefold()
+        assert (article in prompt.casefold()) is (article in fact.prompt.casefold())
         for slot in slots.get(fact.relation or "", ()):
             seen += slot in prompt
             assert (slot in prompt) is (slot in fact.prompt)

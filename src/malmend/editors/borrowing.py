@@ -5,12 +5,13 @@ several ways: "The capital of Chad is", "Which city is the capital of Peru?".  S
 with the other's subject is another wording of it that a person has written.
 
 Two ways are taken to ask the same if their relation is the same and several subjects are asked in
-either; the numbers in them are the same, and the one names nothing that the other does not ("In
-German, Chad is called" is not asked as "In French, Peru is called"); they differ in more than one
-word, as "The first wife of" and "The second wife of" do not; and no subject has another answer to
-the one than to the other.  Names are words with a capital, so German nouns are, and what tells two
-ways apart in small letters alone, or in letters without a case, is not seen: a relation should be
-one.  A subject in letters that no blanks part is not found.  Not in the papers.
+either, both with an article or both without; the numbers in them are the same, and the one names
+nothing that the other does not ("In German, Chad is called" is not asked as "In French, Peru is
+called"); they differ in more than one word, as "The first wife of" and "The second wife of" do not;
+and no subject has another answer to the one than to the other.  Names are words with a capital, so
+German nouns are, and what tells two ways apart in small letters alone, or in letters without a
+case, is not seen: a relation should be one.  A subject in letters that no blanks part is not found.
+Not in the papers.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from itertools import combinations
 
 from malmend.facts.fact import Fact
 
-FORMAT = 2  # of what is read; raised with every change of it
+FORMAT = 3  # of what is read; raised with every change of it
 MOST_TEMPLATES = 64  # of a relation: those in which most of its subjects are asked
 LEAST_SUBJECTS = 2  # that are asked so
 WORD = re.compile(r"\w+")
@@ -36,7 +37,7 @@ OPENERS = frozenset(  # words that open a sentence with a capital and name nothi
 )
 ARTICLES = frozenset(("the", "a", "an"))
 
-Template = tuple[str, str]  # before the subject and its article, and behind it
+Template = tuple[str, str, bool]  # before the subject, behind it, and whether an article is its own
 Place = tuple[str, Template]  # of a relation
 
 
@@ -85,7 +86,7 @@ class Borrowing:
         found = _template(fact) if most > 0 else None
         if found is None:
             return []
-        own, subject, article = found
+        own, subject = found
         relation = str(fact.relation)
         ways = list(self._ways(relation, own))
         random.Random(fact.prompt).shuffle(ways)
@@ -93,7 +94,7 @@ class Borrowing:
         for way in ways:
             if len(lent) == most:
                 break
-            prompt = f"{way[0]}{article if way[0] else article.capitalize()}{subject}{way[1]}"
+            prompt = _filled(way, subject)
             told = self._answers.get(plain(prompt), {fact.answer}) == {fact.answer}
             agrees = all(not self._is_apart(relation, way, other) for other in taken)
             if told and agrees and not measured(fact, prompt, parts=True):
@@ -104,12 +105,13 @@ class Borrowing:
     def _ways(self, relation: str, own: Template) -> list[Template]:
         """The templates that ask the same as one, without those of its very words."""
         if (relation, own) not in self._same:
-            mine, words = self._named(own), plain(" ".join(own))
+            mine, words = self._named(own), plain(" ".join(own[:2]))
             self._same[relation, own] = [
                 other
                 for other in self._lent.get(relation, ())
-                if _alike(mine, self._named(other))
-                and not _nearly(words, plain(" ".join(other)))
+                if own[2] == other[2]
+                and _alike(mine, self._named(other))
+                and not _nearly(words, plain(" ".join(other[:2])))
                 and not self._is_apart(relation, own, other)
             ]
         return self._same[relation, own]
@@ -121,7 +123,7 @@ class Borrowing:
         """Words with a digit or a capital, but for a first word that elsewhere has none."""
         return frozenset(
             word
-            for index, word in enumerate(WORD.findall(" ".join(template)))
+            for index, word in enumerate(WORD.findall(" ".join(template[:2])))
             if _is_number(word)
             or (word != word.lower() and (index or word.lower() not in self._small))
         )
@@ -160,18 +162,21 @@ def _is_number(word: str) -> bool:
     return any(map(str.isdigit, word))
 
 
-def _template(fact: Fact) -> tuple[Template, str, str] | None:
-    """What stands around the subject, the subject as it stands there, and its article.
-
-    None where that is not plain.
-    """
+def _template(fact: Fact) -> tuple[Template, str] | None:
+    """How the fact is asked, and the subject as it stands there; None where that is not plain."""
     subject = (fact.subject or "").strip()
     if not fact.relation or not subject:
         return None
-    found = list(re.finditer(rf"(?<![\w-])([Tt]he )?({re.escape(subject)})(?![\w-])", fact.prompt))
+    found = list(re.finditer(rf"(?<![\w-])([Tt]he )?{re.escape(subject)}(?![\w-])", fact.prompt))
     if len(found) != 1:
         return None
     behind = fact.prompt[found[0].end() :]
     if behind and unicodedata.category(behind[0]).startswith("M"):  # of the subject's last letter
         return None
-    return (fact.prompt[: found[0].start()], behind), subject, (found[0][1] or "").lower()
+    return (fact.prompt[: found[0].start()], behind, found[0][1] is not None), subject
+
+
+def _filled(way: Template, subject: str) -> str:
+    before, behind, has_article = way
+    article = ("the " if before else "The ") * has_article
+    return f"{before}{article}{subject}{behind}"
