@@ -171,7 +171,7 @@ class ByEditor:
     def known(
         self, bench: Workbench, facts: Sequence[Fact], progress: Progress
     ) -> Sequence[Encoded]:
-        """Facts of others that the model knows."""
+        """What the model surely says of others."""
         progress("what the model knows", 0.0)
         with self.processes.first_then_others():  # who find it in the cache
             found = known_facts(bench, facts)

@@ -51,7 +51,7 @@ class Holding:
     Attributes:
         solves: of the later solves.
         settling: of the descent after them.
-        known: facts of others that the model knows, of that descent too.
+        known: what the model surely says of other subjects, of that descent too.
     """
 
     solves: Sequence[Encoded] = ()
