@@ -28,12 +28,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import malmend
 from malmend.editors.calibration import CalibrationSettings
-from malmend.editors.editor import Editor
+from malmend.editors.editor import Editor, chunks
 from malmend.editors.metaloss import meta_loss
 from malmend.editors.refine import RefineSettings
 from malmend.editors.settings import EditorSettings, published
 from malmend.editors.train_settings import TrainSettings, published_training
 from malmend.editors.training import Trainer
+from malmend.evaluation.examiner import Examiner
+from malmend.evaluation.replies import questions_of
 from malmend.facts.fact import Fact, FactSet
 from malmend.material import calibrated
 from malmend.memory import Room, peak_memory
@@ -238,6 +240,43 @@ def capturing(bench: Bench) -> list[Row]:
     return rows
 
 
+def network(bench: Bench) -> list[Row]:
+    """The published network over all tokens of 256 facts: once as it edits, once as it learns."""
+    laid, editor = bench.paper()
+    questions = laid.encoder.encode_all(fact.question for fact in bench.facts[:FACTS])
+    captured = capture(laid.trunk, questions)
+
+    def run() -> None:
+        for site, pair in enumerate(captured):
+            for rows in chunks(len(pair.keys_NK), TrainSettings().chunk):
+                with torch.no_grad():
+                    editor.pseudo(site, pair.rows(rows))
+                pseudo = editor.pseudo(site, pair.rows(rows))
+                (pseudo.keys_NK.sum() + pseudo.grads_NV.sum()).backward()
+
+    seconds, megabytes, share = rated(run)
+    return [Row("network, twice forward, once backward", seconds, megabytes, share=share)]
+
+
+def evaluation(bench: Bench) -> list[Row]:
+    """Every question about 256 facts, teacher forced, beside the whole model on padded batches."""
+    laid, editor = bench.paper()
+    facts = bench.facts[:FACTS]
+    examiner = Examiner(bench.loaded, laid.trunk, laid.encoder)
+    questions = list(dict.fromkeys(question for _, _, question in questions_of(facts)))
+    sites = laid.trunk.sites
+    plain = Straightforward(editor, bench.loaded, sites, laid.encoder, Path())  # writes nothing
+    theirs, _, _ = timed(lambda: [plain.reference(group) for group in plain.groups(questions)])
+    first, first_mb, _ = timed(lambda: examiner.examine(facts, 0))
+    seconds, megabytes, share = rated(lambda: examiner.examine(facts, 0))
+    beside = "whole model, padded"
+    said = f"{len(questions)} questions"
+    return [
+        Row("evaluation, unedited", first, first_mb, beside, theirs / first, said=said),
+        Row("evaluation, from the store", seconds, megabytes, beside, theirs / seconds, share),
+    ]
+
+
 def solve(bench: Bench) -> list[Row]:
     """One factor and its two uses, beside a general LU of the K x K matrix solved twice."""
     rows = []
@@ -322,7 +361,9 @@ STAGES: dict[str, Callable[[Bench], list[Row]]] = {
     "step": step,
     "head": head,
     "capture": capturing,
+    "network": network,
     "solve": solve,
+    "evaluation": evaluation,
     "growth": growth,
     "edit": editing,
 }

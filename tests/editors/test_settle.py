@@ -56,6 +56,7 @@ def said_by(model, weights, one):
 
 def reference(case: Case, hold: float, steps: int, enough: float, known: Held | None = None):
     """E by torch's Adam on (29) written out, every fact and every held question in each step."""
+    readings = [one for rows in ROWS for one in rows]
     sites = list(case.trunk.sites)
     roots, free = [], []
     for index, site in enumerate(sites):
@@ -75,10 +76,10 @@ def reference(case: Case, hold: float, steps: int, enough: float, known: Held | 
             for site, one, root in zip(sites, free, roots, strict=True)
         }
         loss = torch.zeros((), dtype=torch.float64)
-        for one in (one for rows in ROWS for one in rows):
+        for one in readings:
             labels = torch.tensor(one.labels)
             nll_A = -said_by(case.model, weights, one).gather(1, labels[:, None])[:, 0]
-            loss = loss + nll_A[nll_A > enough].sum() / len(ROWS)
+            loss = loss + 7 * nll_A[nll_A > enough].sum() / len(readings)
         for held, weight in holds:
             tokens = sum(len(one.sources) for one in held.questions)
             for one in held.questions:
@@ -146,12 +147,12 @@ def test_what_it_holds_beside_micro_batches_is_planned():
 
 
 def test_the_numbers_are_those_of_the_docs():
-    read, kept = (16, 80, 0.02, 3.0, 0.5, 1.5), (48, 2, 16, 0.25, 0.05)
+    read, kept = (112, 80, 7, 0.02, 3.0, 0.5, 1.5), (48, 2, 16, 0.25, 0.05)
     assert (*read, *kept, 0.06, 0.9, 0.98, 1e-6) == module.NUMBERS
-    assert (RefineSettings.hold, RefineSettings.wordings, LEFT_OUT) == (60.0, 4, 0.3)
-    assert [60.0, 4, 256, 4.0, 0.3, 1, FORMAT, *module.NUMBERS] == SETTLING
-    assert module.steps_for(1024, 4.0) == 256
-    assert module.steps_for(3, 4.0) == 80
+    assert (RefineSettings.hold, RefineSettings.wordings, LEFT_OUT) == (60.0, 8, 0.3)
+    assert [60.0, 8, 256, 4.0, 0.3, 1, FORMAT, *module.NUMBERS] == SETTLING
+    assert module.steps_for(7 * 1024, 4.0) == 256
+    assert module.steps_for(21, 4.0) == 80
     assert module.lines_for(80) == 1920
 
 
@@ -236,6 +237,11 @@ def ways(facts: int, *nats: float) -> list[list[Way]]:
     return [[Way(f"{fact}{way}", one) for way, one in enumerate(nats)] for fact in range(facts)]
 
 
+@pytest.fixture
+def at_once(monkeypatch):
+    return lambda count: monkeypatch.setattr(module, "READINGS", count)
+
+
 def drawn(asked, steps: int, processes=ALONE) -> list[list[Way]]:
     readings, found = module._Readings(asked, processes), []
     for _ in range(steps):
@@ -244,7 +250,8 @@ def drawn(asked, steps: int, processes=ALONE) -> list[list[Way]]:
     return found
 
 
-def test_a_ranking_that_is_taken_up_draws_as_the_one_that_was_kept():
+def test_a_ranking_that_is_taken_up_draws_as_the_one_that_was_kept(at_once):
+    at_once(32)
     asked = ways(40, 0.0, 3.0)
     first = module._Readings(asked, ALONE)
     for _ in range(9):
@@ -258,7 +265,8 @@ def test_a_ranking_that_is_taken_up_draws_as_the_one_that_was_kept():
             readings.read(torch.rand(len(names), generator=torch.Generator().manual_seed(1)))
 
 
-def test_everything_is_read_once_before_anything_is_read_again():
+def test_everything_is_read_once_before_anything_is_read_again(at_once):
+    at_once(48)
     asked = ways(50, 1.0, 1.0, 1.0)
     del asked[7][1:]  # too long in any frame
     steps = drawn(asked, 4)
@@ -268,7 +276,8 @@ def test_everything_is_read_once_before_anything_is_read_again():
     assert len(set(names)) == 148 == sum(map(len, asked))
 
 
-def test_what_is_open_is_read_the_more_often_and_what_is_said_now_and_then():
+def test_what_is_open_is_read_the_more_often_and_what_is_said_now_and_then(at_once):
+    at_once(64)
     counts = {0.0: 0, 0.3: 0, 3.0: 0, 30.0: 0}
     steps = drawn(ways(64, *counts), 400)
     for one in (one for step in steps[4:] for one in step):
@@ -279,7 +288,8 @@ def test_what_is_open_is_read_the_more_often_and_what_is_said_now_and_then():
     assert abs(counts[30.0] - counts[3.0]) < 0.05 * counts[3.0]  # beyond the most it counts with
 
 
-def test_what_was_read_long_ago_is_read_before_what_was_just_read():
+def test_what_was_read_long_ago_is_read_before_what_was_just_read(at_once):
+    at_once(16)
     steps = drawn(ways(64, 1.0), 100)
     last, pauses = {}, []
     for number, step in enumerate(steps):
@@ -290,22 +300,22 @@ def test_what_was_read_long_ago_is_read_before_what_was_just_read():
     assert max(pauses) <= 8  # 4 is the mean
 
 
-def test_what_is_alike_is_read_in_another_order_each_round():
+def test_what_is_alike_is_read_in_another_order_each_round(at_once):
+    at_once(16)
     steps = [[one.name for one in step] for step in drawn(ways(64, 1.0), 12)]
     rounds = [steps[start : start + 4] for start in (0, 4, 8)]
     first = [{name: at for at, step in enumerate(one) for name in step} for one in rounds]
     assert first[0] != first[1] != first[2]
 
 
-def test_a_reading_weighs_what_it_does_in_the_mean_over_facts():
-    assert module._Readings(ways(64, 1.0, 1.0), Processes()).weight == 1 / 16
-    assert module._Readings(ways(5, 1.0, 1.0), Processes()).weight == 1 / 5
-    asked = ways(64, 1.0, 1.0)
-    del asked[3][1]
-    assert module._Readings(asked, Processes()).weight == pytest.approx(127 / 64 / 32)
+def test_all_that_a_fact_is_read_in_weighs_alike_however_much_it_is():
+    for facts, many in ((64, 1), (64, 3), (5, 2)):
+        readings = module._Readings(ways(facts, *[1.0] * many), Processes())
+        assert readings.weight * len(readings.draw()) == pytest.approx(7)
 
 
-def test_processes_read_what_one_reads():
+def test_processes_read_what_one_reads(at_once):
+    at_once(48)
     asked = ways(51, 0.1, 2.0, 0.5)
     for some in asked[::2]:  # the first process has fewer ways than the other
         del some[2:]
@@ -353,7 +363,7 @@ def together(run) -> None:
 
 def test_two_processes_settle_as_one_does(monkeypatch):
     """With two facts and one held line in each step, which one process has none of."""
-    monkeypatch.setattr(module, "FACTS", 2)
+    monkeypatch.setattr(module, "READINGS", 4)
     monkeypatch.setattr(module, "HELD", 1)
     wanted, meeting, found = Case().settled(7), Meeting(), {}
 

@@ -15,7 +15,7 @@ from malmend.editors.wordings import (
     turned,
     wording,
 )
-from malmend.facts.fact import Fact
+from malmend.facts.fact import Fact, Question
 from malmend.facts.readers import read_facts
 from malmend.workbench import shipped
 
@@ -104,7 +104,7 @@ def test_a_sentence_is_turned_into_a_question_and_back(prompt, wanted):
     assert turned(prompt) == wanted
 
 
-def test_the_first_is_in_fewer_words_the_second_turned_and_all_others_are_both():
+def test_the_first_is_in_fewer_words_the_second_turned_and_all_others_are_in_fewer():
     turns, stays = (
         Fact("t", "The capital of Chad is", "x"),
         Fact("s", "Which country is Lyon in?", "x"),
@@ -119,13 +119,14 @@ def test_the_first_is_in_fewer_words_the_second_turned_and_all_others_are_both()
     measured = replace(turns, paraphrases=(*measured.paraphrases, *shorter))
     assert {wording(measured, which) for which in range(4)} == {turns.prompt}
     assert wording(turns, 0) == fewer_words(turns, 0)
+    asked = replace(turns, prompt="What is the capital of Chad?")
     for which in range(2, 10):
-        asked = replace(turns, prompt="What is the capital of Chad?")
-        assert wording(turns, which) == fewer_words(asked, which)
+        assert wording(turns, which) == fewer_words(asked if which % 2 else turns, which)
+        assert wording(asked, which) == fewer_words(turns, which)  # always as a sentence
         assert wording(stays, which) == fewer_words(stays, which)
     assert len({wording(turns, which) for which in range(2, 10)}) > 3
     longer = Fact("o", "The name of the official language of Chad is", "x")
-    assert wording(longer, 2) not in (turned(longer.prompt), fewer_words(longer, 2))
+    assert wording(longer, 5) not in (turned(longer.prompt), fewer_words(longer, 5))
     measured = replace(turns, paraphrases=("What is the capital of Chad?",))
     assert wording(measured, 3) == fewer_words(measured, 3)  # nor anything made of one
 
@@ -142,15 +143,32 @@ def test_of_the_projects_own_facts_none_loses_its_subject_by_turning():
 
 def test_of_the_projects_own_facts_none_is_read_as_it_is_measured():
     """Nor but for a comma, as 64 of the test facts once were."""
-    known, count = list(read_facts(shipped("facts.jsonl"))), 5
-    found = in_other_words(known, count, Borrowing(known))
-    assert len(found) == count
-    for questions in found:
-        for fact, question in zip(known, questions, strict=True):
-            others = [without_marks(one) for one in fact.paraphrases]
-            said = without_marks(question.prompt)
-            assert question.prompt == fact.prompt or not any(one in said for one in others)
-            assert question.answer == fact.answer
+    known = list(read_facts(shipped("facts.jsonl")))
+    found = in_other_words(known, 5, Borrowing(known))
+    for fact, questions in zip(known, found, strict=True):
+        others = [without_marks(one) for one in fact.paraphrases]
+        prompts = [one.prompt for one in questions]
+        assert len({fact.prompt, *prompts}) == 1 + len(prompts)
+        assert all(one.answer == fact.answer for one in questions)
+        for said in map(without_marks, prompts):
+            assert not any(one in said for one in others)
+
+
+def test_a_fact_is_read_in_no_wording_twice_nor_in_its_own():
+    asked = ("The capital of {} is", "Which city governs {}?", "{} is ruled from", "{}'s seat is")
+    facts = [
+        Fact(f"{place}{way}", text.format(place), "x", place, relation="capital")
+        for way, text in enumerate(asked)
+        for place in ("Chad", "Peru")
+    ]
+    lent = {text.format("Chad") for text in asked[1:]}
+    for count, few in ((2, 0), (3, 1), (4, 2), (5, 3), (9, 3)):
+        (ones,) = in_other_words(facts[:1], count, Borrowing(facts))
+        assert len({one.prompt for one in ones} & lent) == few
+        assert len({one.prompt for one in ones} | {facts[0].prompt}) == len(ones) + 1 <= count + 1
+    ((one,),) = in_other_words([Fact("a", "Chad", "x", "Chad")], 2, Borrowing())
+    assert one == Question("Chad what?", "x")
+    assert in_other_words(facts[:1], 0, Borrowing(facts)) == [[]]
 
 
 def without_marks(text: str) -> str:

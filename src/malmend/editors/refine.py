@@ -51,7 +51,7 @@ from malmend.processes import ALONE, Processes
 PROMPT = "{prompt}"
 CHAT = "chat"
 USUAL, MOST, ENOUGH = 3, 4, 0.01  # solves, and the share of missed tokens that needs no more
-FEW, ROUNDS = 256, 4.0  # facts that are solved again, and how more are settled
+FEW, ROUNDS = 256, 3.0  # facts that are solved again, and how more are settled
 MOST_WORDINGS = 10
 MOST_WEIGHT = 1000  # of what is asked back: far heavier ones leave nothing of the edits
 END_NLL = 0.05  # what a later solve asks of end tokens: they weigh little, and the prior pulls
@@ -76,10 +76,10 @@ class RefineSettings:
         chat_gain: the same, of rows in the chat template.
         restore: weight of the rows that ask back what the edit moved of other questions and of
             text (restore.py); 0 for none of them.  Of a decoder only.
-        rounds: how often in the mean each fact is read, in all frames, while the shift is
-            descended after the solves (settle.py); 0 for not at all.  Of a decoder only.  Null for
-            4 of a decoder's edit of more than 256 facts whose ``passes`` nobody gave, and else for
-            0.
+        rounds: how often in the mean each fact is read, in every frame and wording, while the shift
+            is descended after the solves (settle.py); 0 for not at all.  Of a decoder only.  Null
+            for 3 of a decoder's edit of more than 256 facts whose ``passes`` nobody gave, and else
+            for 0.
         wordings: in how many other wordings each fact is read besides in that descent: the
             first is in fewer words, the second is turned from a sentence to a question or back, all
             others are as the batch asks others of the relation, or both of these (wordings.py).
@@ -92,7 +92,7 @@ class RefineSettings:
     chat_gain: float = 3.0
     restore: float = 1.0
     rounds: float | None = None
-    wordings: int = 4
+    wordings: int = 8
     hold: float = 60.0
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ A least-squares solution asks every value to be near what its token needs, thoug
 beyond it, and what it moves besides is known in the mean alone.  From there on the shift itself is
 descended by what counts,
 
-    L(S) = mean over facts of the sum of nll_t over answer tokens of all frames, nll_t > SAID
+    L(S) = WAYS * mean over readings of the sum of nll_t over answer tokens with nll_t > SAID
          + hold * mean over held tokens of KL(p_t || p'_t)
          + KNOWN * hold * the same over what the model surely says of other subjects,           (29)
 
@@ -43,7 +43,8 @@ from malmend.numerics.ridge import Prior
 from malmend.patch import shifted
 from malmend.processes import ALONE, Processes
 
-FACTS, FEWEST = 16, 80  # facts of a step (as many readings as these have ways), and steps at least
+READINGS, FEWEST = 112, 80  # of a step, and steps at least
+WAYS = 7  # of asking, that all of a fact's weigh as together
 LEAST_OPEN, MOST_OPEN = 0.02, 3.0  # nats that a reading is ranked by, at least and at most
 LUCK = (0.5, 1.5)  # what a rank is multiplied by, from and to, at random
 NEVER = 1e9  # steps since the last reading of what was not read yet
@@ -52,8 +53,9 @@ FEW_KNOWN, KNOWN = 16, 0.25  # of what is surely said of others, in a step, and 
 SAID = 0.05  # nats below which an answer token is said surely enough
 RATE, BETAS, TINY = 0.06, (0.9, 0.98), 1e-6
 NUMBERS = (
-    FACTS,
+    READINGS,
     FEWEST,
+    WAYS,
     LEAST_OPEN,
     MOST_OPEN,
     *LUCK,
@@ -77,9 +79,9 @@ class Keeping:
     weight: float
 
 
-def steps_for(facts: int, rounds: float) -> int:
-    """How many steps read each of so many facts ``rounds`` times in the mean, or a few more."""
-    return max(FEWEST, math.ceil(rounds * facts / FACTS))
+def steps_for(readings: int, rounds: float) -> int:
+    """How many steps read so many readings ``rounds`` times each in the mean, or a few more."""
+    return max(FEWEST, math.ceil(rounds * readings / READINGS))
 
 
 def lines_for(steps: int) -> int:
@@ -210,7 +212,7 @@ class _Readings:
     was last read, times the steps since, times :data:`LUCK`.
 
     Attributes:
-        weight: what a reading counts in (29), as if all were read alike.
+        weight: what a reading counts in (29).
     """
 
     def __init__(self, asked: Sequence[Sequence[Encoded]], processes: Processes):
@@ -222,11 +224,11 @@ class _Readings:
             there_FW[index * processes.count + processes.rank, : len(some)] = 1
         self._places_R = processes.summed(there_FW).flatten().nonzero()[:, 0]
         count = len(self._places_R)
-        self._size = min(FACTS * self._ways, count)
+        self._size = min(READINGS, count)
         self._open_R = torch.full((count,), MOST_OPEN)
         self._since_R = torch.full((count,), NEVER)
         self._generator, self._drawn_D = torch.Generator().manual_seed(0), torch.zeros(0).long()
-        self.weight = count / facts / self._size
+        self.weight = WAYS / self._size
 
     def draw(self) -> list[Encoded]:
         """The next readings that are this process's own."""

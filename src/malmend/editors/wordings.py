@@ -35,32 +35,35 @@ WITHOUT_NAME = re.compile("(?:The|An?|In|On|At|By|To|For|Of|From|Its?|This|That)
 
 
 def in_other_words(facts: Sequence[Fact], count: int, batch: Borrowing) -> list[list[Question]]:
-    """The facts' questions in so many other wordings, of each wording a list as long as ``facts``.
+    """Of each fact its question in other wordings, none twice and none the prompt itself.
 
     Args:
         facts: some of the batch's.
         count: of wordings.
         batch: how all facts that are edited at once are asked.
     """
-    lent = [batch.prompts(fact, count - TURNED - 1) for fact in facts]
-    together = list(zip(facts, lent, strict=True))
-    return [
-        [Question(wording(fact, which, some), fact.answer) for fact, some in together]
-        for which in range(count)
-    ]
+    found = list[list[Question]]()
+    for fact in facts:
+        lent = batch.prompts(fact, count - TURNED - 1)
+        prompts = dict.fromkeys(wording(fact, which, lent) for which in range(count))
+        found.append([Question(one, fact.answer) for one in prompts if one != fact.prompt])
+    return found
 
 
 def wording(fact: Fact, which: int, lent: Sequence[str] = ()) -> str:
     """The prompt in other words, others for each ``which``; the same for the same.
 
     The first is in fewer words, that of :data:`TURNED` is turned, where that can be, all others are
-    those that are ``lent``, one after another, and where none is left turned and in fewer words.
+    those that are ``lent``, one after another, and where none is left in fewer words, of a question
+    turned, of a sentence every second time: to sentences edits carry over worse than to questions.
     None has the words of one of the fact's paraphrases in their order: by these an edit is
     measured, so it never reads them.
     """
     if 0 <= which - TURNED - 1 < len(lent):
         return lent[which - TURNED - 1]
-    found = turned(fact.prompt) if which >= TURNED else None
+    is_sentence = not ASKS.match(fact.prompt.strip())
+    stays = which < TURNED or (is_sentence and not which % 2)
+    found = None if stays else turned(fact.prompt)
     subject = fact.subject or ""
     loses_subject = subject in fact.prompt and subject not in (found or "")
     if found is None or loses_subject or measured(fact, found):

@@ -90,7 +90,8 @@ def find_by_editor(
     again = refinable(settings) and refine.goes_on(bench.encoder, 1, 1.0)
     settles = refinable(settings) and bool(refine.rounds)
     frames = _in_frames(bench, facts, refine, processes) if again or settles else {}
-    work = _Work(bench, editor, refine, questions, frames, progress, processes)
+    worded = in_other_words(facts, refine.wordings, Borrowing(everything)) if settles else ()
+    work = _Work(bench, editor, refine, questions, frames, worded, progress, processes)
     held = work.held(holding) if holding and again else None
     keeping = work.keeping(holding) if holding and settles else []
     count = counted(progress, "keys and value gradients", len(questions))
@@ -104,9 +105,7 @@ def find_by_editor(
             f"--eta and that the weights of {bench.loaded.name} are whole."
         )
     solved, kept = work.solved_again(solves, solved, held) if again else (solved, 1)
-    batch = Borrowing(everything if settles else ())
-    worded = in_other_words(facts, refine.wordings, batch) if settles else []
-    settled_one, left = work.settled(worded, solved, keeping) if settles else (None, None)
+    settled_one, left = work.settled(solved, keeping) if settles else (None, None)
     final = settled_one or solved
     with shifted(list(trunk.sites), final.shifts):
         moved = keys_of(trunk, questions, settings.tokens)
@@ -131,7 +130,8 @@ def find_by_editor(
 class _Work:
     """An edit in the making: the facts in every frame, and what follows the first solve.
 
-    ``frames`` has by frame one question for each of ``questions``, None where it is too long.
+    ``frames`` has by frame one question for each of ``questions``, None where it is too long;
+    ``worded`` has for each those in other words.
     """
 
     bench: Workbench
@@ -139,6 +139,7 @@ class _Work:
     refine: RefineSettings
     questions: Sequence[Encoded]
     frames: Mapping[str, Sequence[Encoded | None]]
+    worded: Sequence[Sequence[Question]]
     progress: Progress
     processes: Processes
 
@@ -169,9 +170,20 @@ class _Work:
         return found
 
     @cached_property
+    def readings(self) -> list[list[Encoded]]:
+        """Of each fact every way in which it is read while the edit settles, the prompt first."""
+        asked = zip(self.questions, *self.frames.values(), strict=True)
+        otherwise = [framed(self.bench.encoder, ones, PROMPT) for ones in self.worded]
+        return [
+            [one for one in (*ones, *others) if one]
+            for ones, others in zip(asked, otherwise, strict=True)
+        ]
+
+    @cached_property
     def steps(self) -> int:
         """Of settling."""
-        return steps_for(int(self.processes.total(len(self.questions))[0]), self.refine.rounds or 0)
+        count = self.processes.total(sum(map(len, self.readings)))[0]
+        return steps_for(int(count), self.refine.rounds or 0)
 
     def missed_by(self, one: _Solved) -> tuple[float, float]:
         """Of the plain prompts' tokens, and of theirs or of those in chat if these are worse."""
@@ -209,28 +221,22 @@ class _Work:
     def halfway(
         self,
         shifts: Mapping[str, Tensor],
-        rows: Sequence[Sequence[Encoded]],
         keeping: Sequence[Keeping],
     ) -> Halfway:
         """Where settling is kept: of the model, where it starts, what it reads, and its numbers."""
         kept = [(one.held.questions, one.each, one.weight) for one in keeping]
-        said = (self.bench.loaded.digest, rows, kept, self.steps, NUMBERS, *shifts)
+        said = (self.bench.loaded.digest, self.readings, kept, self.steps, NUMBERS, *shifts)
         return Halfway.of(cache_folder() / KIND, (*said, *shifts.values()), self.processes)
 
-    def settled(
-        self, worded: Sequence[Sequence[Question]], solved: _Solved, keeping: Sequence[Keeping]
-    ) -> tuple[_Solved | None, Path]:
+    def settled(self, solved: _Solved, keeping: Sequence[Keeping]) -> tuple[_Solved | None, Path]:
         """Equation (29) from a solve on, of the facts and their other wordings.
 
         What was found, None where the plain prompts would miss more by it, and the file that has it
         until it is written.
         """
-        otherwise = [framed(self.bench.encoder, ones, PROMPT) for ones in worded]
-        together = zip(self.questions, *self.frames.values(), *otherwise, strict=True)
-        rows = [[one for one in ones if one] for ones in together]
         count = counted(self.progress, "settling", self.steps)
-        halfway = self.halfway(solved.shifts, rows, keeping)
-        asked = (rows, self.steps, keeping, count, self.processes, halfway)
+        halfway = self.halfway(solved.shifts, keeping)
+        asked = (self.readings, self.steps, keeping, count, self.processes, halfway)
         with resumable(halfway.path):
             shifts = settle(self.editor, self.bench.trunk, solved.shifts, *asked)
             found = replace(solved, shifts=shifts, rank=FULL)
