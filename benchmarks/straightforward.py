@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from malmend.editors.editor import Editor, chunks
 from malmend.editors.pseudo import value_diffs
@@ -76,8 +77,7 @@ class Straightforward:
 
     def logits(self, group: TokenBatch) -> Tensor:
         """Of the whole model at every position, then those of the answers, A x W."""
-        out = self.model(input_ids=group.ids_BT, attention_mask=group.mask_BT, use_cache=False)
-        return out.logits.flatten(0, 1)[group.flat_sources_A]
+        return answered(self.model, group)
 
     def cache(self, edits: Sequence[Encoded]) -> None:
         """Keys and value gradients of the edits, into files."""
@@ -169,3 +169,9 @@ class Straightforward:
             diffs_NV = value_diffs(chunk.keys_NK, self.editor.pseudo(site, chunk))
             # In float64, as the matrix: M u is small beside M and u, which nearly cancel.
             ((chunk.keys_NK.double() @ adjoint_VK.T) * diffs_NV).sum().backward()
+
+
+def answered(model: PreTrainedModel, group: TokenBatch) -> Tensor:
+    """Logits of the whole model at every position, then those of the answers, A x W."""
+    out = model(input_ids=group.ids_BT, attention_mask=group.mask_BT, use_cache=False)
+    return out.logits.flatten(0, 1)[group.flat_sources_A]

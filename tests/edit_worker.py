@@ -35,7 +35,7 @@ def edited(method: str, folder: Path, processes: Processes = ALONE) -> EditResul
     model.__class__ = tiny.in_float64(type(model))
     text = " ".join(command_support.name_of(random.Random(2)) for _ in range(400))
     (folder / f"text-{processes.rank}.txt").write_text(text)
-    few = mock.patch.multiple(settle, FACTS=1, HELD=3, FEWEST=12)  # of one process at a time
+    few = mock.patch.multiple(settle, READINGS=5, HELD=3, FEWEST=2)  # steps by all readings
     with few:
         return _edited(prepared(model, tokenizer, "tiny"), method, folder, processes)
 

@@ -121,11 +121,11 @@ def test_an_edit_is_settled_from_its_last_kept_solve_in_every_frame(tiny, monkey
     monkeypatch.setattr(choice, "known_facts", lambda _bench, facts: known if facts else None)
     monkeypatch.setattr(by_editor, "settle", noted)
     counting(monkeypatch, 0.0, 0.5, 0.0, 0.01)  # the second solve is let go, a hundredth is not
-    refine = replace(SETTLED, passes=2, restore=0.0, wordings=3)
+    refine = replace(SETTLED, passes=2, restore=0.0, wordings=3, rounds=900.0)
     found = malmend.edit(tiny.loaded, FEW, refine=refine, **own(tiny)).patch
     once = malmend.edit(tiny.loaded, FEW, refine=ONCE, **own(tiny)).patch
     encoder = encoder_for(tiny.model)
-    assert given["steps"] == 80
+    assert given["steps"] == math.ceil(900 * sum(map(len, given["asked"])) / 112) > 80
     assert given["asked"] == [
         [
             encoder.encode(Question(text, one.answer))
@@ -140,7 +140,11 @@ def test_an_edit_is_settled_from_its_last_kept_solve_in_every_frame(tiny, monkey
     ]
     held = to_hold(encoder, FEW, tiny.text, more=True)
     lines, others = given["keeping"]
-    assert (list(lines.held.questions), lines.each, lines.weight) == (held[:1920], 48, 4.0)
+    assert (list(lines.held.questions), lines.each, lines.weight) == (
+        held[: given["steps"] * 24],
+        48,
+        4.0,
+    )
     assert (list(others.held.questions), others.each, others.weight) == (known, 16, 1.0)
     for name in once.factors:
         torch.testing.assert_close(given["shifts"][name].float(), once.shift(name))
@@ -154,7 +158,7 @@ def test_an_edit_is_settled_from_its_last_kept_solve_in_every_frame(tiny, monkey
     ("form", "facts", "given", "passes", "rounds"),
     [
         ("causal", 256, {}, None, 0.0),
-        ("causal", 257, {}, 1, 4.0),
+        ("causal", 257, {}, 1, 3.0),
         ("causal", 257, {"passes": 3}, 3, 0.0),
         ("causal", 257, {"rounds": 0.0}, None, 0.0),
         ("causal", 2, {"rounds": 4.0}, 1, 4.0),
@@ -175,7 +179,7 @@ def test_an_edit_of_many_facts_into_a_decoder_settles_by_default(
 def test_what_settles_by_default_is_the_first_solve(tiny, briefly, monkeypatch, few):
     monkeypatch.setattr(refine_module, "FEW", few)
     said = malmend.edit(tiny.loaded, FEW, **own(tiny)).patch.provenance
-    assert (said["passes"] == 1) is (said["rounds"] == 4.0) is (few < len(FEW))
+    assert (said["passes"] == 1) is (said["rounds"] == refine_module.ROUNDS) is (few < len(FEW))
     assert (said["wordings"], said["hold"] > 0) == ((8, True) if few < len(FEW) else (0, False))
 
 

@@ -30,7 +30,7 @@ def stop_after(steps: int):
 @pytest.fixture(autouse=True)
 def often(monkeypatch):
     monkeypatch.setattr(module, "EVERY", 3)
-    monkeypatch.setattr(settle_module, "FACTS", 2)
+    monkeypatch.setattr(settle_module, "READINGS", 4)
     monkeypatch.setattr(settle_module, "HELD", 1)
 
 

@@ -17,7 +17,6 @@ from test_restore import held_questions, kl_of
 from torch.func import functional_call
 
 from malmend.editors import settle as module
-from malmend.editors.borrowing import FORMAT
 from malmend.editors.editor import Editor
 from malmend.editors.refine import SETTLING, RefineSettings
 from malmend.editors.restore import Held
@@ -150,8 +149,9 @@ def test_the_numbers_are_those_of_the_docs():
     read, kept = (112, 80, 7, 0.02, 3.0, 0.5, 1.5), (48, 2, 16, 0.25, 0.05)
     assert (*read, *kept, 0.06, 0.9, 0.98, 1e-6) == module.NUMBERS
     assert (RefineSettings.hold, RefineSettings.wordings, LEFT_OUT) == (60.0, 8, 0.3)
-    assert [60.0, 8, 256, 4.0, 0.3, 1, FORMAT, *module.NUMBERS] == SETTLING
-    assert module.steps_for(7 * 1024, 4.0) == 256
+    assert [60.0, 8, 256, 3.0, 0.3, 1, 4, *module.NUMBERS] == SETTLING
+    assert module.steps_for(7 * 1024, 3.0) == 192
+    assert module.steps_for(113, 300.0) == 303
     assert module.steps_for(21, 4.0) == 80
     assert module.lines_for(80) == 1920
 
@@ -308,10 +308,13 @@ def test_what_is_alike_is_read_in_another_order_each_round(at_once):
     assert first[0] != first[1] != first[2]
 
 
-def test_all_that_a_fact_is_read_in_weighs_alike_however_much_it_is():
+def test_what_is_drawn_weighs_seven_together_however_many_ways_a_fact_has():
     for facts, many in ((64, 1), (64, 3), (5, 2)):
         readings = module._Readings(ways(facts, *[1.0] * many), Processes())
         assert readings.weight * len(readings.draw()) == pytest.approx(7)
+    asked = ways(8, 1.0, 1.0)
+    del asked[3][1:]  # which then weighs half of what the others do
+    assert module._Readings(asked, Processes()).weight == pytest.approx(7 / 15)
 
 
 def test_processes_read_what_one_reads(at_once):

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from malmend.editors.borrowing import Borrowing
+from malmend.editors.refine import MOST_WORDINGS
 from malmend.editors.wordings import (
     LEFT_OUT,
     TURNED,
@@ -111,6 +112,10 @@ def test_the_first_is_in_fewer_words_the_second_turned_and_all_others_are_in_few
     )
     assert wording(turns, TURNED) == "What is the capital of Chad?"
     assert wording(stays, TURNED) == fewer_words(stays, TURNED)
+    blank = replace(turns, prompt=" What is the capital of Chad?")
+    assert {wording(blank, which) for which in range(4, 9)} == {
+        fewer_words(turns, which) for which in range(4, 9)
+    }
     loses = Fact("l", "The Beatles was written in", "x", subject="The Beatles")
     assert wording(loses, TURNED) == fewer_words(loses, TURNED)
     measured = replace(turns, paraphrases=("What is the capital of Chad?",))
@@ -144,7 +149,7 @@ def test_of_the_projects_own_facts_none_loses_its_subject_by_turning():
 def test_of_the_projects_own_facts_none_is_read_as_it_is_measured():
     """Nor but for a comma, as 64 of the test facts once were."""
     known = list(read_facts(shipped("facts.jsonl")))
-    found = in_other_words(known, 5, Borrowing(known))
+    found = in_other_words(known, MOST_WORDINGS, Borrowing(known))
     for fact, questions in zip(known, found, strict=True):
         others = [without_marks(one) for one in fact.paraphrases]
         prompts = [one.prompt for one in questions]
@@ -169,6 +174,13 @@ def test_a_fact_is_read_in_no_wording_twice_nor_in_its_own():
     ((one,),) = in_other_words([Fact("a", "Chad", "x", "Chad")], 2, Borrowing())
     assert one == Question("Chad what?", "x")
     assert in_other_words(facts[:1], 0, Borrowing(facts)) == [[]]
+    short = Fact("s", "the seat of Chad is", "x", "Chad")
+    every = [wording(short, which) for which in range(10)]
+    assert len(set(every)) < len(every)
+    ((*ones,),) = in_other_words([short], 10, Borrowing())
+    assert [one.prompt for one in ones] == [
+        text for at, text in enumerate(every) if text not in (short.prompt, *every[:at])
+    ]
 
 
 def without_marks(text: str) -> str:

@@ -80,9 +80,10 @@ class RefineSettings:
             is descended after the solves (settle.py); 0 for not at all.  Of a decoder only.  Null
             for 3 of a decoder's edit of more than 256 facts whose ``passes`` nobody gave, and else
             for 0.
-        wordings: in how many other wordings each fact is read besides in that descent: the
+        wordings: in how many other wordings at most each fact is read besides in that descent: the
             first is in fewer words, the second is turned from a sentence to a question or back, all
-            others are as the batch asks others of the relation, or both of these (wordings.py).
+            others are as the batch asks others of the relation, or in fewer words, turned or not
+            (wordings.py); none is read twice.
         hold: weight of other questions and of text in that descent.
     """
 

@@ -44,7 +44,7 @@ from malmend.patch import shifted
 from malmend.processes import ALONE, Processes
 
 READINGS, FEWEST = 112, 80  # of a step, and steps at least
-WAYS = 7  # of asking, that all of a fact's weigh as together
+WAYS = 7  # what all readings of a fact weigh together, in the mean over facts
 LEAST_OPEN, MOST_OPEN = 0.02, 3.0  # nats that a reading is ranked by, at least and at most
 LUCK = (0.5, 1.5)  # what a rank is multiplied by, from and to, at random
 NEVER = 1e9  # steps since the last reading of what was not read yet
@@ -212,12 +212,12 @@ class _Readings:
     was last read, times the steps since, times :data:`LUCK`.
 
     Attributes:
-        weight: what a reading counts in (29).
+        weight: what a reading counts in (29); a fact counts by how many it has.
     """
 
     def __init__(self, asked: Sequence[Sequence[Encoded]], processes: Processes):
         self._asked, self._processes = asked, processes
-        self._ways = int(processes.gathered(torch.tensor([max(map(len, asked))])).max())
+        self._ways = int(processes.gathered(torch.tensor([max(map(len, asked), default=0)])).max())
         facts = int(processes.total(len(asked))[0])
         there_FW = torch.zeros(facts, self._ways)
         for index, some in enumerate(asked):

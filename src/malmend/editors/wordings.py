@@ -23,7 +23,7 @@ from malmend.facts.fact import Fact, Question
 
 LEFT_OUT = 0.3  # share of a prompt's other words
 MARKS = ".,;:!?'\"()"
-TURNED = 1  # which of a fact's wordings is the turned one; later ones are borrowed, or turned too
+TURNED = 1  # which of a fact's wordings is the turned one; later ones are borrowed, or shorter
 BE, CALLED = "is|was|are|were", " called| named| known as"
 SETTINGS = re.compile(r"((?:In|On|At|By|To|For|Of|From) [^,]+), (.+)")  # "In French, "
 ENDS_IN_BE = re.compile(rf"(.+?),? ({BE})((?:{CALLED})?)(?: the| an?)?")
@@ -53,9 +53,10 @@ def in_other_words(facts: Sequence[Fact], count: int, batch: Borrowing) -> list[
 def wording(fact: Fact, which: int, lent: Sequence[str] = ()) -> str:
     """The prompt in other words, others for each ``which``; the same for the same.
 
-    The first is in fewer words, that of :data:`TURNED` is turned, where that can be, all others are
-    those that are ``lent``, one after another, and where none is left in fewer words, of a question
-    turned, of a sentence every second time: to sentences edits carry over worse than to questions.
+    The first is in fewer words, that of :data:`TURNED` is turned, where that can be, and then come
+    those that are ``lent``, one after another.  Behind them words are left out again: of a question
+    after it is turned, of a sentence every second time after it is turned, since edits carry over
+    to sentences worse than to questions.
     None has the words of one of the fact's paraphrases in their order: by these an edit is
     measured, so it never reads them.
     """
