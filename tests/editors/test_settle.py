@@ -149,7 +149,7 @@ def test_the_numbers_are_those_of_the_docs():
     read, kept = (112, 80, 7, 0.02, 3.0, 0.5, 1.5), (48, 2, 16, 0.25, 0.05)
     assert (*read, *kept, 0.06, 0.9, 0.98, 1e-6) == module.NUMBERS
     assert (RefineSettings.hold, RefineSettings.wordings, LEFT_OUT) == (60.0, 8, 0.3)
-    assert [60.0, 8, 256, 3.0, 0.3, 1, 4, *module.NUMBERS] == SETTLING
+    assert [60.0, 8, 256, 3.0, 0.3, 1, 5, *module.NUMBERS] == SETTLING
     assert module.steps_for(7 * 1024, 3.0) == 192
     assert module.steps_for(113, 300.0) == 303
     assert module.steps_for(21, 4.0) == 80

@@ -105,7 +105,7 @@ def test_a_sentence_is_turned_into_a_question_and_back(prompt, wanted):
     assert turned(prompt) == wanted
 
 
-def test_the_first_is_in_fewer_words_the_second_turned_and_all_others_are_in_fewer():
+def test_the_first_is_in_fewer_words_the_second_turned_and_all_others_are_both():
     turns, stays = (
         Fact("t", "The capital of Chad is", "x"),
         Fact("s", "Which country is Lyon in?", "x"),
@@ -126,7 +126,7 @@ def test_the_first_is_in_fewer_words_the_second_turned_and_all_others_are_in_few
     assert wording(turns, 0) == fewer_words(turns, 0)
     asked = replace(turns, prompt="What is the capital of Chad?")
     for which in range(2, 10):
-        assert wording(turns, which) == fewer_words(asked if which % 2 else turns, which)
+        assert wording(turns, which) == fewer_words(asked, which)
         assert wording(asked, which) == fewer_words(turns, which)  # always as a sentence
         assert wording(stays, which) == fewer_words(stays, which)
     assert len({wording(turns, which) for which in range(2, 10)}) > 3

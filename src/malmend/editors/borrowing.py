@@ -25,7 +25,7 @@ from itertools import combinations
 
 from malmend.facts.fact import Fact
 
-FORMAT = 4  # of what is read; raised with every change of it
+FORMAT = 5  # of what is read; raised with every change of it
 MOST_TEMPLATES = 64  # of a relation: those in which most of its subjects are asked
 LEAST_SUBJECTS = 2  # that are asked so
 WORD = re.compile(r"\w+")

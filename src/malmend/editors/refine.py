@@ -51,7 +51,7 @@ from malmend.processes import ALONE, Processes
 PROMPT = "{prompt}"
 CHAT = "chat"
 USUAL, MOST, ENOUGH = 3, 4, 0.01  # solves, and the share of missed tokens that needs no more
-FEW, ROUNDS = 256, 3.0  # facts that are solved again, and how more are settled
+FEW, ROUNDS = 256, 3.0  # facts that are solved again; the rounds of larger edits
 MOST_WORDINGS = 10
 MOST_WEIGHT = 1000  # of what is asked back: far heavier ones leave nothing of the edits
 END_NLL = 0.05  # what a later solve asks of end tokens: they weigh little, and the prior pulls
@@ -82,7 +82,7 @@ class RefineSettings:
             for 0.
         wordings: in how many other wordings at most each fact is read besides in that descent: the
             first is in fewer words, the second is turned from a sentence to a question or back, all
-            others are as the batch asks others of the relation, or in fewer words, turned or not
+            others are as the batch asks others of the relation, or turned and in fewer words
             (wordings.py); none is read twice.
         hold: weight of other questions and of text in that descent.
     """

@@ -23,7 +23,7 @@ from malmend.facts.fact import Fact, Question
 
 LEFT_OUT = 0.3  # share of a prompt's other words
 MARKS = ".,;:!?'\"()"
-TURNED = 1  # which of a fact's wordings is the turned one; later ones are borrowed, or shorter
+TURNED = 1  # which of a fact's wordings is the turned one; later ones are borrowed, or turned too
 BE, CALLED = "is|was|are|were", " called| named| known as"
 SETTINGS = re.compile(r"((?:In|On|At|By|To|For|Of|From) [^,]+), (.+)")  # "In French, "
 ENDS_IN_BE = re.compile(rf"(.+?),? ({BE})((?:{CALLED})?)(?: the| an?)?")
@@ -39,7 +39,7 @@ def in_other_words(facts: Sequence[Fact], count: int, batch: Borrowing) -> list[
 
     Args:
         facts: some of the batch's.
-        count: of wordings.
+        count: of wordings, at most.
         batch: how all facts that are edited at once are asked.
     """
     found = list[list[Question]]()
@@ -54,17 +54,13 @@ def wording(fact: Fact, which: int, lent: Sequence[str] = ()) -> str:
     """The prompt in other words, others for each ``which``; the same for the same.
 
     The first is in fewer words, that of :data:`TURNED` is turned, where that can be, and then come
-    those that are ``lent``, one after another.  Behind them words are left out again: of a question
-    after it is turned, of a sentence every second time after it is turned, since edits carry over
-    to sentences worse than to questions.
+    those that are ``lent``, one after another.  Behind them it is turned and then in fewer words.
     None has the words of one of the fact's paraphrases in their order: by these an edit is
     measured, so it never reads them.
     """
     if 0 <= which - TURNED - 1 < len(lent):
         return lent[which - TURNED - 1]
-    is_sentence = not ASKS.match(fact.prompt.strip())
-    stays = which < TURNED or (is_sentence and not which % 2)
-    found = None if stays else turned(fact.prompt)
+    found = turned(fact.prompt) if which >= TURNED else None
     subject = fact.subject or ""
     loses_subject = subject in fact.prompt and subject not in (found or "")
     if found is None or loses_subject or measured(fact, found):
