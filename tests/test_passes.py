@@ -102,6 +102,7 @@ def test_a_settled_edit_is_of_full_rank_and_says_so(tiny, briefly):
     found = malmend.edit(tiny.loaded, FEW, refine=SETTLED, **own(tiny)).patch
     said = found.provenance
     assert (said["passes"], said["rounds"], said["hold"]) == (1, 1.0, 4.0)
+    assert said["steps"] == 4
     assert said["frames"] == list(FRAMES)
     for name in found.factors:
         assert len(found.factors[name]) == 1
@@ -267,7 +268,7 @@ def test_a_fact_is_read_as_any_other_of_the_batch_is_asked(tiny, monkeypatch):
     assert [ways[-1] for ways in read] == [encoder.encode(one) for one in wanted]
 
 
-@pytest.mark.parametrize("other", [{"hold": 5.0}, {"wordings": 1}, {"rounds": 600.0}])
+@pytest.mark.parametrize("other", [{"hold": 5.0}, {"wordings": 1}, {"rounds": 600.0}, {"steps": 2}])
 def test_another_settling_does_not_go_on_from_it(tiny, monkeypatch, other):
     places = []
 
@@ -324,13 +325,35 @@ def test_numbers_that_nothing_can_be_done_by_are_refused(name, value):
         RefineSettings(**{name: value})
 
 
+def test_no_steps_are_refused():
+    with pytest.raises(EditorError, match=r"^steps is 0, .* --refine.steps, or .*rounds 0 "):
+        RefineSettings(steps=0)
+
+
+def test_an_edit_settles_in_no_more_steps_than_are_given(tiny, monkeypatch, briefly):
+    """However many its rounds would be; and as many lines are held as these steps read."""
+    taken, held = [], []
+    steps, keeping = settle.weight_grads, by_editor.Keeping
+
+    def kept(one, each, weight):
+        held.append(len(one.questions))
+        return keeping(one, each, weight)
+
+    monkeypatch.setattr(by_editor, "Keeping", kept)
+    monkeypatch.setattr(settle, "weight_grads", lambda *a: taken.append(1) or steps(*a))
+    refine = replace(SETTLED, rounds=600.0, steps=3)
+    said = malmend.edit(tiny.loaded, FEW, refine=refine, **own(tiny)).patch.provenance
+    assert (said["rounds"], said["steps"], len(taken)) == (600.0, 3, 3)
+    assert held[0] == settle.lines_for(3)
+
+
 def test_a_settled_edit_that_misses_more_is_taken_back(tiny, monkeypatch, briefly):
     once = malmend.edit(tiny.loaded, FEW, refine=ONCE, **own(tiny)).patch
     counting(monkeypatch, 0.2, 0.21)
     found = malmend.edit(tiny.loaded, FEW, refine=SETTLED, **own(tiny)).patch
     assert same(found, once)
     said = found.provenance
-    assert (said["rounds"], said["wordings"], said["hold"]) == (0.0, 0, 0.0)
+    assert (said["rounds"], said["steps"], said["wordings"], said["hold"]) == (0.0, 0, 0, 0.0)
     assert said["frames"] == []
 
 

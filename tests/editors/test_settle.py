@@ -149,10 +149,12 @@ def test_the_numbers_are_those_of_the_docs():
     read, kept = (112, 80, 7, 0.02, 3.0, 0.5, 1.5), (48, 2, 16, 0.25, 0.05)
     assert (*read, *kept, 0.06, 0.9, 0.98, 1e-6) == module.NUMBERS
     assert (RefineSettings.hold, RefineSettings.wordings, LEFT_OUT) == (60.0, 8, 0.3)
-    assert [60.0, 8, 256, 3.0, 0.3, 1, 5, *module.NUMBERS] == SETTLING
-    assert module.steps_for(7 * 1024, 3.0) == 192
-    assert module.steps_for(113, 300.0) == 303
-    assert module.steps_for(21, 4.0) == 80
+    assert [60.0, 8, 256, 3.0, 400, 0.3, 1, 5, *module.NUMBERS] == SETTLING
+    assert module.steps_for(7 * 1024, 3.0, 400) == 192
+    assert module.steps_for(113, 300.0, 400) == 303
+    assert module.steps_for(21, 4.0, 400) == 80
+    assert module.steps_for(8 * 4096, 3.0, 400) == 400
+    assert module.steps_for(21, 4.0, 5) == 5  # what a user gives is held to, however few
     assert module.lines_for(80) == 1920
 
 

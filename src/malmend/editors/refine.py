@@ -80,6 +80,7 @@ class RefineSettings:
             is descended after the solves (settle.py); 0 for not at all.  Of a decoder only.  Null
             for 3 of a decoder's edit of more than 256 facts whose ``passes`` nobody gave, and else
             for 0.
+        steps: of that descent at most, however many readings there are.
         wordings: in how many other wordings at most each fact is read besides in that descent: the
             first is in fewer words, the second is turned from a sentence to a question or back, all
             others are as the batch asks others of the relation, or turned and in fewer words
@@ -93,6 +94,7 @@ class RefineSettings:
     chat_gain: float = 3.0
     restore: float = 1.0
     rounds: float | None = None
+    steps: int = 400
     wordings: int = 8
     hold: float = 60.0
 
@@ -101,6 +103,11 @@ class RefineSettings:
             raise EditorError(
                 f"passes is {self.passes}, expected 1 or more; give --refine.passes 1 for a single "
                 "solve."
+            )
+        if self.steps < 1:
+            raise EditorError(
+                f"steps is {self.steps}, expected 1 or more; change --refine.steps, or give "
+                "--refine.rounds 0 for no descent."
             )
         for name in ("gain", "chat_gain"):
             value = getattr(self, name)
@@ -155,6 +162,7 @@ UNSAID: list[object] = [USUAL, MOST, ENOUGH, END_NLL, *FRAMES, *WITH_CHAT, *NUMB
 UNSAID += [RefineSettings.gain, RefineSettings.chat_gain, RefineSettings.restore]
 # The same of what settles.
 SETTLING: list[object] = [RefineSettings.hold, RefineSettings.wordings, FEW, ROUNDS]
+SETTLING += [RefineSettings.steps]
 SETTLING += [LEFT_OUT, TURNED, borrowing.FORMAT, *settle.NUMBERS]
 
 

@@ -79,9 +79,12 @@ class Keeping:
     weight: float
 
 
-def steps_for(readings: int, rounds: float) -> int:
-    """How many steps read so many readings ``rounds`` times each in the mean, or a few more."""
-    return max(FEWEST, math.ceil(rounds * readings / READINGS))
+def steps_for(readings: int, rounds: float, most: int) -> int:
+    """How many steps read so many readings ``rounds`` times each in the mean, or a few more.
+
+    Never more than ``most``.
+    """
+    return min(most, max(FEWEST, math.ceil(rounds * readings / READINGS)))
 
 
 def lines_for(steps: int) -> int:

@@ -117,6 +117,7 @@ def find_by_editor(
         "chat_gain": refine.chat_gain,
         "restore": refine.restore if held and kept > 1 else 0.0,
         "rounds": refine.rounds if settled_one else 0.0,
+        "steps": work.steps if settled_one else 0,
         "wordings": refine.wordings if settled_one else 0,
         "hold": refine.hold if keeping and settled_one else 0.0,
         "tokens": solved.tokens,
@@ -183,7 +184,7 @@ class _Work:
     def steps(self) -> int:
         """Of settling."""
         count = self.processes.total(sum(map(len, self.readings)))[0]
-        return steps_for(int(count), self.refine.rounds or 0)
+        return steps_for(int(count), self.refine.rounds or 0, self.refine.steps)
 
     def missed_by(self, one: _Solved) -> tuple[float, float]:
         """Of the plain prompts' tokens, and of theirs or of those in chat if these are worse."""
