@@ -16,7 +16,7 @@ import malmend
 from command_support import CALIBRATION, make_facts
 from malmend.commands import choice
 from malmend.commands.choice import ByEditor, choose
-from malmend.editors import halfway, restore, settle
+from malmend.editors import draws, halfway, restore, settle
 from malmend.editors import refine as refine_module
 from malmend.editors.refine import WITH_CHAT, RefineSettings
 from malmend.editors.settings import training_free
@@ -90,8 +90,8 @@ def test_a_framed_edit_keeps_the_rank_of_all_its_rows(tiny, monkeypatch):
 def briefly(monkeypatch):
     """Four steps on two held lines each; a random model knows no facts."""
     monkeypatch.setattr(choice, "known_facts", lambda _bench, _facts: [])
-    monkeypatch.setattr(settle, "FEWEST", 4)
-    monkeypatch.setattr(settle, "HELD", 2)
+    monkeypatch.setattr(draws, "FEWEST", 4)
+    monkeypatch.setattr(draws, "HELD", 2)
 
 
 SETTLED = RefineSettings(passes=1, frames=FRAMES, rounds=1.0, hold=4.0)
@@ -344,7 +344,7 @@ def test_an_edit_settles_in_no_more_steps_than_are_given(tiny, monkeypatch, brie
     refine = replace(SETTLED, rounds=600.0, steps=3)
     said = malmend.edit(tiny.loaded, FEW, refine=refine, **own(tiny)).patch.provenance
     assert (said["rounds"], said["steps"], len(taken)) == (600.0, 3, 3)
-    assert held[0] == settle.lines_for(3)
+    assert held[0] == draws.lines_for(3)
 
 
 def test_a_settled_edit_that_misses_more_is_taken_back(tiny, monkeypatch, briefly):

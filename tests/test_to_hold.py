@@ -9,7 +9,7 @@ import pytest
 import command_support
 import malmend
 from malmend.commands.choice import ByEditor, choose
-from malmend.editors import settle
+from malmend.editors import draws
 from malmend.editors.refine import RefineSettings
 from malmend.editors.settings import training_free
 from malmend.facts.fact import Fact
@@ -117,7 +117,7 @@ def test_lines_of_wikipedia_are_held_while_an_edit_settles(tiny, monkeypatch, ro
         "text": tiny.text,
         "calibration": command_support.CALIBRATION,
     }
-    monkeypatch.setattr(settle, "FEWEST", 3)
+    monkeypatch.setattr(draws, "FEWEST", 3)
     refine = RefineSettings(passes=2, frames=(), rounds=rounds)
     malmend.edit(tiny.loaded, command_support.make_facts(3), refine=refine, **own)
     assert asked == [False, True][: 1 + (rounds > 0)]
@@ -136,7 +136,7 @@ def test_nothing_is_read_where_nothing_will_be_restored(tiny, monkeypatch, refin
         raise AssertionError("held without need")
 
     monkeypatch.setattr("malmend.commands.choice.to_hold", no)
-    monkeypatch.setattr(settle, "FEWEST", 3)
+    monkeypatch.setattr(draws, "FEWEST", 3)
     own = {
         "calibrate": tiny.calibrate,
         "text": tiny.text,

@@ -5,18 +5,19 @@ Shape letters: V value width, K key width.
 
 from __future__ import annotations
 
-import threading
 from dataclasses import replace
-from itertools import islice
 
 import pytest
 import torch
 from support import captured_of, random_editor, statistics_of, tiny_model, tiny_trunk
+from test_draws import Meeting, Pair, together
 from test_refine import FACTS, OTHERS, QUESTIONS, SETTINGS, edited, nll
 from test_restore import held_questions, kl_of
 from torch.func import functional_call
 
+from malmend.editors import draws
 from malmend.editors import settle as module
+from malmend.editors.draws import Readings
 from malmend.editors.editor import Editor
 from malmend.editors.refine import SETTLING, RefineSettings
 from malmend.editors.restore import Held
@@ -25,7 +26,6 @@ from malmend.editors.settle import Keeping, settle
 from malmend.editors.wordings import LEFT_OUT
 from malmend.errors import MalmendError
 from malmend.numerics.ridge import Prior
-from malmend.processes import ALONE, Processes
 
 ROWS = [list(rows) for rows in zip(QUESTIONS, OTHERS, strict=True)]
 
@@ -43,7 +43,7 @@ class Case:
         self.held = Held.of(self.trunk, held_questions(), 10)
 
     def settled(self, steps: int, hold: float = 3.0, rows=ROWS, **more):
-        keeping = [Keeping(self.held, module.HELD, hold)] if hold else []
+        keeping = [Keeping(self.held, draws.HELD, hold)] if hold else []
         return settle(self.editor, self.trunk, self.shifts, rows, steps, keeping, **more)
 
 
@@ -150,12 +150,6 @@ def test_the_numbers_are_those_of_the_docs():
     assert (*read, *kept, 0.06, 0.9, 0.98, 1e-6) == module.NUMBERS
     assert (RefineSettings.hold, RefineSettings.wordings, LEFT_OUT) == (60.0, 8, 0.3)
     assert [60.0, 8, 256, 3.0, 400, 0.3, 1, 5, *module.NUMBERS] == SETTLING
-    assert module.steps_for(7 * 1024, 3.0, 400) == 192
-    assert module.steps_for(113, 300.0, 400) == 303
-    assert module.steps_for(21, 4.0, 400) == 80
-    assert module.steps_for(8 * 4096, 3.0, 400) == 400
-    assert module.steps_for(21, 4.0, 5) == 5  # what a user gives is held to, however few
-    assert module.lines_for(80) == 1920
 
 
 def test_what_is_asked_is_said_and_what_is_held_stays():
@@ -211,165 +205,10 @@ def test_the_weights_stay_and_the_same_is_found_again():
     assert torch.equal(generator, torch.random.get_rng_state())
 
 
-@pytest.mark.parametrize(("count", "size"), [(7, 3), (7, 16), (1, 4), (12, 4)])
-def test_everything_is_drawn_once_before_anything_is_drawn_again(count, size):
-    draws = list(islice(module._draws(count, size, Processes()), 3 * count))
-    assert {len(draw) for draw in draws} == {min(count, size)}
-    order = [one for draw in draws for one in draw]
-    for start in range(0, len(order) - count, count):
-        assert sorted(order[start : start + count]) == list(range(count))
-
-
-def test_processes_draw_what_one_draws():
-    one = islice(module._draws(11, 4, Processes()), 20)
-    parts = [islice(module._draws(11, 4, Processes(rank, 2)), 20) for rank in range(2)]
-    for whole, first, second in zip(one, *parts, strict=True):
-        mine = [2 * index for index in first] + [2 * index + 1 for index in second]
-        assert sorted(mine) == sorted(whole)
-
-
-class Way:
-    """A question that only has a name and what is open in it."""
-
-    def __init__(self, name: str, nats: float = 1.0):
-        self.name, self.nats = name, nats
-
-
-def ways(facts: int, *nats: float) -> list[list[Way]]:
-    return [[Way(f"{fact}{way}", one) for way, one in enumerate(nats)] for fact in range(facts)]
-
-
-@pytest.fixture
-def at_once(monkeypatch):
-    return lambda count: monkeypatch.setattr(module, "READINGS", count)
-
-
-def drawn(asked, steps: int, processes=ALONE) -> list[list[Way]]:
-    readings, found = module._Readings(asked, processes), []
-    for _ in range(steps):
-        found.append(readings.draw())
-        readings.read(torch.tensor([one.nats for one in found[-1]], dtype=torch.float64))
-    return found
-
-
-def test_a_ranking_that_is_taken_up_draws_as_the_one_that_was_kept(at_once):
-    at_once(32)
-    asked = ways(40, 0.0, 3.0)
-    first = module._Readings(asked, ALONE)
-    for _ in range(9):
-        first.read(torch.tensor([one.nats for one in first.draw()], dtype=torch.float64))
-    second = module._Readings(asked, ALONE)
-    second.go_on({name: one.clone() for name, one in first.state().items()})
-    for _ in range(9):
-        names = [one.name for one in first.draw()]
-        assert [one.name for one in second.draw()] == names
-        for readings in (first, second):
-            readings.read(torch.rand(len(names), generator=torch.Generator().manual_seed(1)))
-
-
-def test_everything_is_read_once_before_anything_is_read_again(at_once):
-    at_once(48)
-    asked = ways(50, 1.0, 1.0, 1.0)
-    del asked[7][1:]  # too long in any frame
-    steps = drawn(asked, 4)
-    assert [len(step) for step in steps] == [48, 48, 48, 48]
-    names = [one.name for step in steps for one in step]
-    assert len(set(names[:144])) == 144
-    assert len(set(names)) == 148 == sum(map(len, asked))
-
-
-def test_what_is_open_is_read_the_more_often_and_what_is_said_now_and_then(at_once):
-    at_once(64)
-    counts = {0.0: 0, 0.3: 0, 3.0: 0, 30.0: 0}
-    steps = drawn(ways(64, *counts), 400)
-    for one in (one for step in steps[4:] for one in step):
-        counts[one.nats] += 1
-    assert len({one.name for step in steps[4:] for one in step if not one.nats}) == 64
-    assert 0 < 4 * counts[0.0] < counts[0.3]
-    assert 3 * counts[0.3] < counts[3.0]
-    assert abs(counts[30.0] - counts[3.0]) < 0.05 * counts[3.0]  # beyond the most it counts with
-
-
-def test_what_was_read_long_ago_is_read_before_what_was_just_read(at_once):
-    at_once(16)
-    steps = drawn(ways(64, 1.0), 100)
-    last, pauses = {}, []
-    for number, step in enumerate(steps):
-        for one in step:
-            pauses.append(number - last.get(one.name, number - 4))
-            last[one.name] = number
-    assert min(pauses) >= 2
-    assert max(pauses) <= 8  # 4 is the mean
-
-
-def test_what_is_alike_is_read_in_another_order_each_round(at_once):
-    at_once(16)
-    steps = [[one.name for one in step] for step in drawn(ways(64, 1.0), 12)]
-    rounds = [steps[start : start + 4] for start in (0, 4, 8)]
-    first = [{name: at for at, step in enumerate(one) for name in step} for one in rounds]
-    assert first[0] != first[1] != first[2]
-
-
-def test_what_is_drawn_weighs_seven_together_however_many_ways_a_fact_has():
-    for facts, many in ((64, 1), (64, 3), (5, 2)):
-        readings = module._Readings(ways(facts, *[1.0] * many), Processes())
-        assert readings.weight * len(readings.draw()) == pytest.approx(7)
-    asked = ways(8, 1.0, 1.0)
-    del asked[3][1:]  # which then weighs half of what the others do
-    assert module._Readings(asked, Processes()).weight == pytest.approx(7 / 15)
-
-
-def test_processes_read_what_one_reads(at_once):
-    at_once(48)
-    asked = ways(51, 0.1, 2.0, 0.5)
-    for some in asked[::2]:  # the first process has fewer ways than the other
-        del some[2:]
-    alone = [[one.name for one in step] for step in drawn(asked, 30)]
-    meeting, found = Meeting(), {}
-
-    def run(rank: int) -> None:
-        found[rank] = drawn(asked[rank::2], 30, Pair(rank, meeting))
-
-    together(run)
-    for step, first, second in zip(alone, found[0], found[1], strict=True):
-        assert sorted(step) == sorted(one.name for one in [*first, *second])
-
-
-class Pair(Processes):
-    """One of two processes, as threads that meet in every sum."""
-
-    def __init__(self, rank: int, meeting: Meeting):
-        super().__init__(rank, 2)
-        object.__setattr__(self, "meeting", meeting)
-
-    def summed(self, tensor):
-        return self.meeting.sum(self.rank, tensor)
-
-
-class Meeting:
-    def __init__(self):
-        self.barrier, self.parts = threading.Barrier(2, timeout=60), {}
-
-    def sum(self, rank, tensor):
-        self.parts[rank] = tensor.detach().clone()
-        self.barrier.wait()
-        whole = self.parts[0] + self.parts[1]
-        self.barrier.wait()
-        return whole
-
-
-def together(run) -> None:
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
-    for one in threads:
-        one.start()
-    for one in threads:
-        one.join()
-
-
 def test_two_processes_settle_as_one_does(monkeypatch):
     """With two facts and one held line in each step, which one process has none of."""
-    monkeypatch.setattr(module, "READINGS", 4)
-    monkeypatch.setattr(module, "HELD", 1)
+    monkeypatch.setattr(draws, "READINGS", 4)
+    monkeypatch.setattr(draws, "HELD", 1)
     wanted, meeting, found = Case().settled(7), Meeting(), {}
 
     cases = Case(), Case()  # a model is made by the one generator of all threads
@@ -386,15 +225,15 @@ def test_two_processes_settle_as_one_does(monkeypatch):
 
 
 def test_what_is_open_in_each_reading_is_told_to_what_ranks_them(monkeypatch):
-    case, told, read, draw = Case(), [], [], module._Readings.draw
+    case, told, read, draw = Case(), [], [], Readings.draw
 
     def noted(readings):
         read.extend(found := draw(readings))
         return found
 
     monkeypatch.setattr(module, "SAID", 0.0)
-    monkeypatch.setattr(module._Readings, "draw", noted)
-    monkeypatch.setattr(module._Readings, "read", lambda _self, losses_Q: told.append(losses_Q))
+    monkeypatch.setattr(Readings, "draw", noted)
+    monkeypatch.setattr(Readings, "read", lambda _self, losses_Q: told.append(losses_Q))
     case.settled(1)
     model, wanted = edited(case.model, case.trunk, case.shifts), []
     assert len(read) == sum(map(len, ROWS))

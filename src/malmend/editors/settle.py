@@ -12,25 +12,24 @@ in the metric of the prior: with P_l = L_l L_l^T of equation (1) and S_l = E_l L
 E_l, whose steps are relative to the root mean square of the E_l that it starts from and fall
 linearly to nothing.  So a step is small where text and other questions have many keys.
 
-The facts are read as they are, in every frame and in other words (wordings.py), all once and from
-then on the more often the less was said when they were last read: most plain prompts are soon said,
-and what is said has no gradient.  With them go some of the held questions and lines (restore.py),
-and some of what the model surely says of other subjects (known.py).  Not in the papers.
+The facts are read as they are, in every frame and in other words (wordings.py).  With them go some
+of the held questions and lines (restore.py), and some of what the model surely says of other
+subjects (known.py); draws.py says which, in each step.  Not in the papers.
 
-Shape letters: F facts, W ways of asking, R readings (a fact asked in a way), D those of a draw, Q
-those of them that are this process's own, V value width, K key width.
+Shape letters: V value width, K key width.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 import torch
 from torch import Tensor
 
+from malmend.editors import draws
+from malmend.editors.draws import Readings, in_turns
 from malmend.editors.editor import Editor
 from malmend.editors.halfway import Halfway
 from malmend.editors.restore import Held
@@ -43,31 +42,10 @@ from malmend.numerics.ridge import Prior
 from malmend.patch import shifted
 from malmend.processes import ALONE, Processes
 
-READINGS, FEWEST = 112, 80  # of a step, and steps at least
-WAYS = 7  # what all readings of a fact weigh together, in the mean over facts
-LEAST_OPEN, MOST_OPEN = 0.02, 3.0  # nats that a reading is ranked by, at least and at most
-LUCK = (0.5, 1.5)  # what a rank is multiplied by, from and to, at random
-NEVER = 1e9  # steps since the last reading of what was not read yet
-HELD, READ = 48, 2  # questions and lines of a step, and how often each is read if they suffice
-FEW_KNOWN, KNOWN = 16, 0.25  # of what is surely said of others, in a step, and what it weighs
+KNOWN = 0.25  # what is surely said of others weighs, beside ``hold``
 SAID = 0.05  # nats below which an answer token is said surely enough
 RATE, BETAS, TINY = 0.06, (0.9, 0.98), 1e-6
-NUMBERS = (
-    READINGS,
-    FEWEST,
-    WAYS,
-    LEAST_OPEN,
-    MOST_OPEN,
-    *LUCK,
-    HELD,
-    READ,
-    FEW_KNOWN,
-    KNOWN,
-    SAID,
-    RATE,
-    *BETAS,
-    TINY,
-)
+NUMBERS = (*draws.NUMBERS, KNOWN, SAID, RATE, *BETAS, TINY)
 
 
 @dataclass(frozen=True)
@@ -77,19 +55,6 @@ class Keeping:
     held: Held
     each: int
     weight: float
-
-
-def steps_for(readings: int, rounds: float, most: int) -> int:
-    """How many steps read so many readings ``rounds`` times each in the mean, or a few more.
-
-    Never more than ``most``.
-    """
-    return min(most, max(FEWEST, math.ceil(rounds * readings / READINGS)))
-
-
-def lines_for(steps: int) -> int:
-    """How many held questions and lines so many steps read."""
-    return steps * HELD // READ
 
 
 def settle(
@@ -128,18 +93,18 @@ def settle(
         name: _Metric(editor.prior(site, int(count)), shifts[name].to(device, trunk.wide))
         for site, (name, count) in enumerate(zip(editor.names, tokens, strict=True))
     }
-    readings = _Readings(asked, processes)
+    readings = Readings(asked, processes)
     sizes = [int(processes.total(len(one.held.questions))[0]) for one in keeping]
-    draws = [_draws(n, one.each, processes) for n, one in zip(sizes, keeping, strict=True)]
-    parts: dict[str, _Metric | _Readings] = {"readings": readings, **metric}
+    others = [in_turns(n, one.each, processes) for n, one in zip(sizes, keeping, strict=True)]
+    parts: dict[str, _Metric | Readings] = {"readings": readings, **metric}
     first = _go_on(parts, halfway)
     if first:
         progress(first)
-    for step, *drawn in zip(
-        range(first, steps), *(islice(one, first, None) for one in draws), strict=False
+    for step, *some_of_each in zip(
+        range(first, steps), *(islice(one, first, None) for one in others), strict=False
     ):
         terms = [Term(readings.draw(), saying(trunk, SAID), readings.weight)]
-        for one, some in zip(keeping, drawn, strict=True):
+        for one, some in zip(keeping, some_of_each, strict=True):
             terms.append(_holding(trunk, one, some, processes))
         current = {name: one.shift() for name, one in metric.items()}
         with shifted(list(trunk.sites), current):
@@ -155,12 +120,12 @@ def settle(
     return {name: one.shift().double().cpu() for name, one in metric.items()}
 
 
-def _state(parts: Mapping[str, _Metric | _Readings]) -> dict[str, Tensor]:
+def _state(parts: Mapping[str, _Metric | Readings]) -> dict[str, Tensor]:
     """All that the next step depends on, by part and name."""
     return {f"{part} {n}": kept for part, one in parts.items() for n, kept in one.state().items()}
 
 
-def _go_on(parts: Mapping[str, _Metric | _Readings], halfway: Halfway | None) -> int:
+def _go_on(parts: Mapping[str, _Metric | Readings], halfway: Halfway | None) -> int:
     """Takes up what was kept halfway; after how many steps that was."""
     steps, kept = halfway.found() if halfway is not None else (0, {})
     if steps:
@@ -183,88 +148,16 @@ def beside(trunk: Trunk) -> int:
     return numbers * torch.finfo(trunk.wide).bits // 8
 
 
-def _holding(trunk: Trunk, keeping: Keeping, drawn: Sequence[int], processes: Processes) -> Term:
+def _holding(trunk: Trunk, keeping: Keeping, chosen: Sequence[int], processes: Processes) -> Term:
     """A later term of (29), of the held questions of these indices."""
     held = keeping.held
-    questions = [held.questions[index] for index in drawn]
+    questions = [held.questions[index] for index in chosen]
     tokens = processes.total(sum(len(one.sources) for one in questions))[0]
 
     def as_before(indices: Sequence[int], _batch: Batch) -> Part:
-        return kl_from(trunk, torch.cat([held.states[drawn[index]] for index in indices]))
+        return kl_from(trunk, torch.cat([held.states[chosen[index]] for index in indices]))
 
     return Term(questions, as_before, keeping.weight / max(tokens, 1.0))
-
-
-def _draws(count: int, size: int, processes: Processes) -> Iterator[list[int]]:
-    """Of so many things over all processes the next few, as indices of this process's own.
-
-    Each is drawn once before any is drawn again.
-    """
-    generator, queue = torch.Generator().manual_seed(0), list[int]()
-    while True:
-        while len(queue) < min(size, count):
-            queue += torch.randperm(count, generator=generator).tolist()
-        some, queue = queue[:size], queue[size:]
-        yield [one // processes.count for one in some if one % processes.count == processes.rank]
-
-
-class _Readings:
-    """Which facts are read next, and in which way, of all processes' F x W.
-
-    What was never read comes first.  Everything else is ranked by the nats that were open when it
-    was last read, times the steps since, times :data:`LUCK`.
-
-    Attributes:
-        weight: what a reading counts in (29); a fact counts by how many it has.
-    """
-
-    def __init__(self, asked: Sequence[Sequence[Encoded]], processes: Processes):
-        self._asked, self._processes = asked, processes
-        self._ways = int(processes.gathered(torch.tensor([max(map(len, asked), default=0)])).max())
-        facts = int(processes.total(len(asked))[0])
-        there_FW = torch.zeros(facts, self._ways)
-        for index, some in enumerate(asked):
-            there_FW[index * processes.count + processes.rank, : len(some)] = 1
-        self._places_R = processes.summed(there_FW).flatten().nonzero()[:, 0]
-        count = len(self._places_R)
-        self._size = min(READINGS, count)
-        self._open_R = torch.full((count,), MOST_OPEN)
-        self._since_R = torch.full((count,), NEVER)
-        self._generator, self._drawn_D = torch.Generator().manual_seed(0), torch.zeros(0).long()
-        self.weight = WAYS / self._size
-
-    def draw(self) -> list[Encoded]:
-        """The next readings that are this process's own."""
-        luck_R = torch.empty(len(self._places_R)).uniform_(*LUCK, generator=self._generator)
-        self._since_R += 1
-        score_R = self._open_R.clamp(LEAST_OPEN, MOST_OPEN) * self._since_R * luck_R
-        self._drawn_D = score_R.topk(self._size).indices
-        return [self._asked[fact // self._processes.count][way] for fact, way, _ in self._own()]
-
-    def read(self, losses_Q: Tensor) -> None:
-        """Notes what of this process's readings of the last draw is open, in nats."""
-        open_D = torch.zeros(len(self._drawn_D))
-        own_Q = torch.tensor([place for *_, place in self._own()], dtype=torch.long)
-        open_D[own_Q] = losses_Q.float()
-        self._open_R[self._drawn_D] = self._processes.summed(open_D)
-        self._since_R[self._drawn_D] = 0
-
-    def state(self) -> dict[str, Tensor]:
-        """What the next draw depends on."""
-        luck = self._generator.get_state()
-        return {"open": self._open_R, "since": self._since_R, "luck": luck}
-
-    def go_on(self, state: Mapping[str, Tensor]) -> None:
-        """Takes up a state that was kept."""
-        self._open_R, self._since_R = state["open"], state["since"]
-        self._generator.set_state(state["luck"])
-
-    def _own(self) -> Iterator[tuple[int, int, int]]:
-        """Of this process's readings in the last draw: fact, way, and place in the draw."""
-        for place, reading in enumerate(self._places_R[self._drawn_D].tolist()):
-            fact, way = divmod(reading, self._ways)
-            if fact % self._processes.count == self._processes.rank:
-                yield fact, way, place
 
 
 class _Metric:

@@ -6,36 +6,27 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from operator import truediv
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from malmend.editors.borrowing import Borrowing
-from malmend.editors.editor import Aggregation, Editor
+from malmend.editors.draws import FEW_KNOWN, HELD, lines_for, steps_for
+from malmend.editors.editor import Editor
 from malmend.editors.halfway import KIND, Halfway, resumable
 from malmend.editors.refine import CHAT, ENOUGH, PROMPT, RefineSettings, framed, further, missed
 from malmend.editors.restore import Held
 from malmend.editors.settings import EditorSettings
-from malmend.editors.settle import (
-    FEW_KNOWN,
-    HELD,
-    KNOWN,
-    NUMBERS,
-    Keeping,
-    lines_for,
-    settle,
-    steps_for,
-)
+from malmend.editors.settle import KNOWN, NUMBERS, Keeping, settle
 from malmend.editors.wordings import in_other_words
 from malmend.errors import EditorError
 from malmend.facts.encoded import Encoded, Form, settled
 from malmend.facts.fact import Fact, Question
 from malmend.methods.method import Found
-from malmend.models.capture import Captured, capture, keys_of
+from malmend.methods.solves import Solved, Solves
+from malmend.models.capture import capture, keys_of
 from malmend.models.source import cache_folder
-from malmend.numerics.ridge import mean_residual
 from malmend.patch import shifted
 from malmend.processes import ALONE, Processes
 from malmend.progress import Progress, counted, silent
@@ -96,7 +87,7 @@ def find_by_editor(
     keeping = work.keeping(holding) if holding and settles else []
     count = counted(progress, "keys and value gradients", len(questions))
     captured = capture(trunk, questions, settings.tokens, settings.descent, count)
-    solves = _Solves(editor, [len(pair.keys_NK) for pair in captured], progress, processes)
+    solves = Solves(editor, [len(pair.keys_NK) for pair in captured], progress, processes)
     solved = solves.solve(captured, editor.aggregate(captured, processes=processes))
     del captured
     if solved.broken is not None:
@@ -186,7 +177,7 @@ class _Work:
         count = self.processes.total(sum(map(len, self.readings)))[0]
         return steps_for(int(count), self.refine.rounds or 0, self.refine.steps)
 
-    def missed_by(self, one: _Solved) -> tuple[float, float]:
+    def missed_by(self, one: Solved) -> tuple[float, float]:
         """Of the plain prompts' tokens, and of theirs or of those in chat if these are worse."""
         trunk, processes = self.bench.trunk, self.processes
         plain = missed(trunk, self.questions, one.shifts, processes)
@@ -194,9 +185,7 @@ class _Work:
             return plain, plain
         return plain, max(plain, missed(trunk, self.inside(CHAT), one.shifts, processes))
 
-    def solved_again(
-        self, solves: _Solves, first: _Solved, held: Held | None
-    ) -> tuple[_Solved, int]:
+    def solved_again(self, solves: Solves, first: Solved, held: Held | None) -> tuple[Solved, int]:
         """The last solve that misses no more than the best before it, and which it is."""
         encoder, others = self.bench.encoder, {frame: self.inside(frame) for frame in self.frames}
         solved = latest = first
@@ -229,7 +218,7 @@ class _Work:
         said = (self.bench.loaded.digest, self.readings, kept, self.steps, NUMBERS, *shifts)
         return Halfway.of(cache_folder() / KIND, (*said, *shifts.values()), self.processes)
 
-    def settled(self, solved: _Solved, keeping: Sequence[Keeping]) -> tuple[_Solved | None, Path]:
+    def settled(self, solved: Solved, keeping: Sequence[Keeping]) -> tuple[Solved | None, Path]:
         """Equation (29) from a solve on, of the facts and their other wordings.
 
         What was found, None where the plain prompts would miss more by it, and the file that has it
@@ -280,70 +269,3 @@ def described(editor: Editor, form: Form) -> dict[str, Any]:
         "lambda": editor.log_ridge_S.exp().tolist(),
         "end_weight": editor.log_end_weight_S.exp().tolist(),
     }
-
-
-@dataclass(frozen=True, eq=False)
-class _Solved:
-    """What stays of a solve: a shift per site, and what it asked of the plain prompts' tokens.
-
-    ``tokens`` counts all that it was solved for, in every frame; no shift has a higher ``rank``.
-    """
-
-    shifts: dict[str, Tensor]
-    diffs: list[Tensor]
-    tokens: int
-    mean_residual: float
-    rank: int
-
-    @property
-    def broken(self) -> str | None:
-        """A site whose shift holds NaN or infinity."""
-        return next(
-            (n for n, shift_VK in self.shifts.items() if not shift_VK.isfinite().all()), None
-        )
-
-
-class _Solves:
-    """Solves one after another; what one captured is let go with it.
-
-    Args:
-        editor: whose sites these are.
-        rows: of this process, the tokens of the plain prompts at each site, which come first.
-        progress: called with stage and share done.
-        processes: that the facts are spread over.
-    """
-
-    def __init__(
-        self, editor: Editor, rows: Sequence[int], progress: Progress, processes: Processes
-    ):
-        self._rows, self._names, self._progress = rows, editor.names, progress
-        self._stage = "least squares" if editor.settings.method == "malmen" else "sum of shifts"
-        self._processes = processes
-        self.tokens = int(max(processes.total(*rows)))  # of the plain prompts
-
-    def solve(
-        self, captured: Sequence[Captured], aggregations: Sequence[Aggregation], which: str = ""
-    ) -> _Solved:
-        """Solves at every site; ``which`` is said after the stage's name."""
-        self._progress(self._stage + which, 0.0)
-        shifts = {name: one.shift() for name, one in zip(self._names, aggregations, strict=True)}
-        diffs = []
-        for count, pair, one in zip(self._rows, captured, aggregations, strict=True):
-            kept_NV = pair.room.empty(count, one.diffs_NV.shape[1], dtype=one.diffs_NV.dtype)
-            diffs.append(kept_NV.copy_(one.diffs_NV[:count]))
-        residual = self.mean_residual(shifts, [pair.keys_NK for pair in captured], diffs)
-        self._progress(self._stage + which, 1.0)
-        tokens = int(max(self._processes.total(*[len(pair.keys_NK) for pair in captured])))
-        return _Solved(shifts, diffs, tokens, residual, tokens)
-
-    def mean_residual(
-        self, shifts: dict[str, Tensor], keys: Sequence[Tensor], diffs: Sequence[Tensor]
-    ) -> float:
-        """MALMEN, section 5.2, over the plain prompts' tokens of all processes."""
-        sums = []
-        for shift_VK, keys_NK, diffs_NV, count in zip(
-            shifts.values(), keys, diffs, self._rows, strict=True
-        ):
-            sums += [mean_residual(shift_VK, keys_NK[:count], diffs_NV) * count, float(count)]
-        totals = self._processes.total(*sums)
-        return sum(map(truediv, totals[::2], totals[1::2])) / len(keys)
