@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from support import tiny_model
-from test_settle import ROWS, Case, Meeting, Pair, together
+from test_draws import Meeting, Pair, together
+from test_settle import ROWS, Case
 
+from malmend.editors import draws
 from malmend.editors import halfway as module
-from malmend.editors import settle as settle_module
 from malmend.editors.halfway import Halfway
 
 
@@ -30,8 +31,8 @@ def stop_after(steps: int):
 @pytest.fixture(autouse=True)
 def often(monkeypatch):
     monkeypatch.setattr(module, "EVERY", 3)
-    monkeypatch.setattr(settle_module, "READINGS", 4)
-    monkeypatch.setattr(settle_module, "HELD", 1)
+    monkeypatch.setattr(draws, "READINGS", 4)
+    monkeypatch.setattr(draws, "HELD", 1)
 
 
 @pytest.mark.parametrize("stopped", [4, 6, 7])
