@@ -99,6 +99,7 @@ OPTIONS = {
         "--refine.chat-gain",
         "--refine.restore",
         "--refine.rounds",
+        "--refine.steps",
         "--refine.wordings",
         "--refine.hold",
         "--memory",
