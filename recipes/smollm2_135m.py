@@ -2,7 +2,7 @@
 
     python recipes/smollm2_135m.py train      # recipes/out/, resumes where it was
     python recipes/smollm2_135m.py ship       # into the package, in half precision
-    python recipes/smollm2_135m.py measure    # the shipped editor at m = 1 to 4,096, and its card
+    python recipes/smollm2_135m.py measure    # the shipped editor at m = 1 to 4,096; a card in out/
 
 Training facts are the train split of the project's own, every second one towards its alternative,
 so that the editor learns to write what the model does not believe.  ``--data FOLDER`` adds, where
@@ -187,7 +187,8 @@ def main() -> None:
         save_editor(saved.editor, about, folder, slim=True)
     else:
         figures = measured(data)
-        (folder / "README.md").write_text(card(NAME, load_editor(folder).about, figures), "utf-8")
+        # Not over the shipped card, which has figures that were measured elsewhere too.
+        (OUT / "README.md").write_text(card(NAME, load_editor(folder).about, figures), "utf-8")
 
 
 if __name__ == "__main__":

@@ -14,21 +14,24 @@ import torch
 import command_support
 import malmend
 from command_support import CALIBRATION, make_facts
+from malmend import show
 from malmend.commands import choice
 from malmend.commands.choice import ByEditor, choose
 from malmend.editors import draws, halfway, restore, settle
 from malmend.editors import refine as refine_module
+from malmend.editors.borrowing import Borrowing
 from malmend.editors.refine import WITH_CHAT, RefineSettings
 from malmend.editors.settings import training_free
-from malmend.editors.wordings import wording
+from malmend.editors.wordings import in_other_words, wording
 from malmend.errors import EditorError, MalmendError, Resumable
 from malmend.facts.fact import Question
 from malmend.facts.tokens import Encoder, Reading
 from malmend.material import to_hold
 from malmend.methods import by_editor
 from malmend.methods.ultraedit import UltraEdit
+from malmend.models.sites import find_sites
 from malmend.processes import Processes
-from malmend.workbench import encoder_for
+from malmend.workbench import encoder_for, lay_out
 
 tiny = command_support.tiny
 cache = command_support.cache
@@ -102,7 +105,9 @@ def test_a_settled_edit_is_of_full_rank_and_says_so(tiny, briefly):
     found = malmend.edit(tiny.loaded, FEW, refine=SETTLED, **own(tiny)).patch
     said = found.provenance
     assert (said["passes"], said["rounds"], said["hold"]) == (1, 1.0, 4.0)
+    ways = in_other_words(FEW, 8, Borrowing(FEW))
     assert said["steps"] == 4
+    assert said["readings"] == sum(len(("prompt", *FRAMES, *some)) for some in ways) > 3 * len(FEW)
     assert said["frames"] == list(FRAMES)
     for name in found.factors:
         assert len(found.factors[name]) == 1
@@ -287,6 +292,51 @@ def test_another_settling_does_not_go_on_from_it(tiny, monkeypatch, other):
     assert len(set(places)) == 3
 
 
+def test_a_bound_that_does_not_bind_goes_on_from_the_same_settling(tiny, monkeypatch, briefly):
+    places = []
+    monkeypatch.setattr(by_editor, "settle", lambda *given: places.append(given[-1].path) or {})
+    for steps in (400, 500, 3):
+        with pytest.raises(KeyError):
+            malmend.edit(tiny.loaded, FEW, refine=replace(SETTLED, steps=steps), **own(tiny))
+    assert places[0] == places[1] != places[2]
+
+
+def test_a_budget_is_planned_with_the_lines_that_are_held(tiny, briefly):
+    """By default hundreds of megabytes, and once none of the plan's."""
+    loaded, few = tiny.loaded, [*FEW]
+    bench = lay_out(loaded, find_sites(loaded.model), "eos")
+    chosen = choose("none", training_free("malmen"))
+    edits = ByEditor(chosen, text=tiny.text, refine=replace(SETTLED, steps=4))
+    none = replace(edits, refine=replace(SETTLED, hold=0.0))
+    held = edits.lines(bench.encoder, few)[: draws.lines_for(4)]
+    tokens, width = sum(len(one.sources) for one in held), tiny.loaded.model.config.hidden_size
+    assert tokens > 0
+    assert edits.beside(bench, few) - none.beside(bench, few) == tokens * width * 4
+
+
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [
+        ({}, ""),
+        ({"steps": 0, "rounds": 0.0, "readings": 0}, ""),
+        ({"steps": 228, "rounds": 3.0, "readings": 8470}, "Settled in 228 steps."),
+        ({"steps": 80, "rounds": 3.0, "readings": 40}, "Settled in 80 steps."),
+        (
+            {"steps": 400, "rounds": 3.0, "readings": 34418},
+            "Settled in 400 steps, which read each fact 1.3 times in every wording; 3 would take "
+            "--refine.steps 922.",
+        ),
+        (
+            {"steps": 80, "rounds": 0.0, "readings": 40},
+            "Settling missed more of the prompts and was let go: the edit is its last solve.",
+        ),
+    ],
+)
+def test_what_settling_came_to_is_said(capsys, said, line):
+    show.settled(said)
+    assert " ".join(capsys.readouterr().out.split()) == line
+
+
 @pytest.mark.parametrize("broken", [True, False])
 def test_what_is_solved_does_not_depend_on_what_settles_it(tiny, monkeypatch, broken):
     """Nothing else is held by the later solves, and a settling that breaks is let go."""
@@ -353,7 +403,7 @@ def test_a_settled_edit_that_misses_more_is_taken_back(tiny, monkeypatch, briefl
     found = malmend.edit(tiny.loaded, FEW, refine=SETTLED, **own(tiny)).patch
     assert same(found, once)
     said = found.provenance
-    assert (said["rounds"], said["steps"], said["wordings"], said["hold"]) == (0.0, 0, 0, 0.0)
+    assert (said["rounds"], said["steps"], said["wordings"], said["hold"]) == (0.0, 4, 0, 0.0)
     assert said["frames"] == []
 
 
@@ -503,7 +553,7 @@ def test_a_budget_is_planned_with_what_follows_the_first_solve(
     seen = set()
     monkeypatch.setattr(restore, "rehearse", lambda _trunk, _some: seen.add("restore"))
     monkeypatch.setattr(settle, "rehearse", lambda _trunk, _some: seen.add("settle"))
-    monkeypatch.setattr(settle, "beside", lambda _trunk: seen.add("beside") or 1000)
+    monkeypatch.setattr(settle, "beside", lambda _trunk, _held: seen.add("beside") or 1000)
     malmend.edit(tiny.loaded, FEW, memory="6GB", refine=refine, **own(tiny))
     assert seen == rehearsed
 

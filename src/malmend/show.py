@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from malmend.commands.cache import CacheResult
 from malmend.commands.continuations import ContinuationsResult
 from malmend.commands.edit import EditResult
 from malmend.commands.inspect import Inspection
+from malmend.editors.draws import READINGS
 from malmend.evaluation.page import PAGE
 from malmend.facts.fact import FactSet
 
@@ -67,6 +69,7 @@ def edited(result: EditResult) -> None:
         f"{percent(result.edited)} of the time, {percent(result.unedited)} before "
         "(token ratio, teacher forced)."
     )
+    settled(result.patch.provenance)
     trained_on(result.patch.provenance.get("trained_on"), facts)
     if result.path is not None:
         size = result.path.stat().st_size / 1e6
@@ -75,6 +78,23 @@ def edited(result: EditResult) -> None:
         peak(result.peak)
     if result.page is not None:
         page(result.page.parent)
+
+
+def settled(said: Mapping[str, Any]) -> None:
+    """What settling came to, where an edit did: by the patch's header."""
+    steps, rounds, readings = (said.get(name, 0) for name in ("steps", "rounds", "readings"))
+    if not steps:
+        return
+    if not rounds:
+        OUT.print("Settling missed more of the prompts and was let go: the edit is its last solve.")
+        return
+    line, taken = f"Settled in {steps:,} steps.", steps * min(READINGS, readings) / readings
+    if taken < rounds:
+        line = (
+            f"Settled in {steps:,} steps, which read each fact {taken:.1f} times in every wording; "
+            f"{rounds:g} would take --refine.steps {math.ceil(rounds * readings / READINGS):d}."
+        )
+    OUT.print(line)
 
 
 def peak(held: int) -> None:

@@ -439,7 +439,7 @@ def test_what_was_done_under_other_defaults_is_done_again_and_never_averaged(
     ("given", "size", "settles"),
     [
         ({"malmen": {"rounds": 0.0}}, 257, False),
-        ({"malmen": {"rounds": 2.0}}, 2, True),
+        ({"malmen": {"rounds": 2.0, "steps": 50}}, 2, True),
         ({"malmen": {}}, 256, False),
         ({"malmen": {}}, 257, True),
         ({"malmen": {"passes": 1}}, 257, False),

@@ -142,7 +142,7 @@ def test_a_singular_prior_is_refused():
 def test_what_it_holds_beside_micro_batches_is_planned():
     trunk = tiny_trunk(tiny_model())
     v, k = trunk.sites[0].shape_VK
-    assert module.beside(trunk) == 2 * 8 * (7 * v * k + k * k)
+    assert module.beside(trunk, ()) == 2 * 8 * (7 * v * k + k * k)
 
 
 def test_the_numbers_are_those_of_the_docs():

@@ -17,7 +17,7 @@ One YAML file::
       mine: {class: "mymodule:MyMethod", share: 0.3}
 
 What stands under a method's name are its settings: of the method, or of an editor without a network
-(``malmend.EditorSettings``), or of its solves (``passes``, ``frames``, the gains, ``restore``).
+(``malmend.EditorSettings``), or of its solves and what follows them (``editors/refine.py``).
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from malmend.editors import restore, settle
 from malmend.editors.calibration import CalibrationSettings
 from malmend.editors.checkpoint import SavedEditor, load_editor
+from malmend.editors.draws import lines_for
 from malmend.editors.editor import Editor
 from malmend.editors.refine import RefineSettings, framing
 from malmend.editors.settings import EditorSettings, training_free
@@ -153,9 +154,12 @@ class ByEditor:
         """Whether the shift is descended after the solves."""
         return bool(self.refine.rounds) and refinable(self.choice.settings)
 
-    def beside(self, bench: Workbench) -> int:
+    def beside(self, bench: Workbench, facts: Sequence[Fact]) -> int:
         """Bytes that a memory's plan has to leave beside micro-batches and captured tensors."""
-        return settle.beside(bench.trunk) if self.settles else 0
+        if not self.settles:
+            return 0
+        lines = self.lines(bench.encoder, facts)[: lines_for(self.refine.steps)]
+        return settle.beside(bench.trunk, self.processes.share(lines))
 
     def rehearse(self, bench: Workbench, questions: Sequence[Encoded]) -> None:
         """What is done with micro-batches of a memory's plan, beside capturing."""
@@ -167,6 +171,11 @@ class ByEditor:
     def sites_in(self, model: PreTrainedModel) -> tuple[Site, ...]:
         """The layers that the editor edits."""
         return self.choice.settings.sites_in(model)
+
+    def lines(self, encoder: Encoder, facts: Sequence[Fact]) -> Sequence[Encoded]:
+        """What is held while the edit settles: questions and text."""
+        holds = self.settles and self.refine.hold > 0
+        return to_hold(encoder, facts, self.text, more=True) if holds else ()
 
     def known(
         self, bench: Workbench, facts: Sequence[Fact], progress: Progress
@@ -186,11 +195,11 @@ class ByEditor:
                 bench, self.calibrate, self.text, self.calibration, progress
             )
         once = time.perf_counter() - start
-        encoder, lines = bench.encoder, self.settles and self.refine.hold > 0
-        known = self.known(bench, facts, progress) if lines else ()
+        encoder, holds = bench.encoder, self.settles and self.refine.hold > 0
+        known = self.known(bench, facts, progress) if holds else ()
         held = Holding(
             to_hold(encoder, facts, self.text) if self.restores(encoder) else (),
-            to_hold(encoder, facts, self.text, more=True) if lines else (),
+            self.lines(encoder, facts),
             known,
         )
         found = find_by_editor(bench, editor, facts, self.refine, held, progress, self.processes)

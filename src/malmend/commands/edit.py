@@ -118,8 +118,8 @@ def edit(
         report: a folder for a report as an HTML page; asks everything about the facts before and
             after, 200 of them free-running too.
         calibration: how the model is calibrated; as facts and text only without a trained editor.
-        refine: how often the edit is solved, and in which frames; an editor that sums, or takes
-            plain gradients, solves once.
+        refine: how the edit is solved and in which frames, and how it settles afterwards; an editor
+            that sums, or takes plain gradients, solves once.
         trunk: grouping of questions and the disk budget for trunk activations.
         memory: what the process may hold, as "4GB": micro-batches are chosen by it, and captured
             tensors go to disk beyond it; null for micro-batches of ``trunk`` and no bound.
@@ -161,7 +161,7 @@ def edit(
     known = aimed(bench, known, away)
     aims = {"alternative": alternative, "away": away, "created": now()}
     also = partial(by_editor.rehearse, bench) if method is None else None
-    extra = by_editor.beside(bench) if method is None else 0
+    extra = by_editor.beside(bench, known) if method is None and memory else 0
     bench, plan = within_memory(bench, processes.share(known), memory, extra, also)
     with watched(plan, told) as peak:
         done = _edited(bench, working, known, aims, out, progress, processes)

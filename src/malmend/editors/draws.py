@@ -1,8 +1,8 @@
 """Which readings of an edit's facts, and what of the rest, a step of settling takes.
 
-A reading is a fact asked in one way.  All are read once and from then on the more often the less
-was said when they were last read: most plain prompts are soon said, and what is said has no
-gradient.
+A reading is a fact asked in one way.  Where there are steps enough all are read once, and from then
+on the more often the less was said when they were last read: most plain prompts are soon said, and
+what is said has no gradient.
 
 Shape letters: F facts, W ways of asking, R readings, D those of a draw, Q those of them that are
 this process's own.
@@ -30,9 +30,9 @@ NUMBERS = (READINGS, FEWEST, WAYS, LEAST_OPEN, MOST_OPEN, *LUCK, HELD, READ, FEW
 
 
 def steps_for(readings: int, rounds: float, most: int) -> int:
-    """How many steps read so many readings ``rounds`` times each in the mean, or a few more.
+    """How many steps read so many readings ``rounds`` times each in the mean.
 
-    Never more than ``most``.
+    At least :data:`FEWEST`, and never more than ``most``.
     """
     return min(most, max(FEWEST, math.ceil(rounds * readings / READINGS)))
 

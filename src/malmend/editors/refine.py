@@ -76,16 +76,17 @@ class RefineSettings:
         chat_gain: the same, of rows in the chat template.
         restore: weight of the rows that ask back what the edit moved of other questions and of
             text (restore.py); 0 for none of them.  Of a decoder only.
-        rounds: how often in the mean each fact is read, in every frame and wording, while the shift
-            is descended after the solves (settle.py); 0 for not at all.  Of a decoder only.  Null
-            for 3 of a decoder's edit of more than 256 facts whose ``passes`` nobody gave, and else
-            for 0.
-        steps: of that descent at most, however many readings there are.
-        wordings: in how many other wordings at most each fact is read besides in that descent: the
+        rounds: how often in the mean each fact is read in every frame and wording while the edit
+            settles, that is, while its shift is descended after the solves (settle.py), in 80 steps
+            at least; 0 for not at all, and what follows here then does nothing.  Of a decoder only.
+            Null for 3 of a decoder's edit of more than 256 facts whose ``passes`` nobody gave, and
+            else for 0.
+        steps: of settling at most; with more facts each is read less often.
+        wordings: in how many other wordings at most each fact is read besides while it settles: the
             first is in fewer words, the second is turned from a sentence to a question or back, all
             others are as the batch asks others of the relation, or turned and in fewer words
             (wordings.py); none is read twice.
-        hold: weight of other questions and of text in that descent.
+        hold: weight of other questions and of text while the edit settles.
     """
 
     passes: int | None = None

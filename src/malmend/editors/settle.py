@@ -142,10 +142,14 @@ def rehearse(trunk: Trunk, questions: Sequence[Encoded]) -> None:
     weight_grads(trunk, [Term(questions, saying(trunk), 1.0)])
 
 
-def beside(trunk: Trunk) -> int:
-    """Bytes of E, both moments, S, W + S, two gradients and L, of all sites."""
+def beside(trunk: Trunk, held: Sequence[Encoded]) -> int:
+    """Bytes of E, both moments, S, W + S, two gradients and L, of all sites, and of what is held.
+
+    That is what the output layer reads of these questions, as :class:`Held` keeps it.
+    """
     numbers = sum(v * k * 7 + k * k for v, k in (site.shape_VK for site in trunk.sites))
-    return numbers * torch.finfo(trunk.wide).bits // 8
+    states = sum(len(one.sources) for one in held) * trunk.states_width
+    return numbers * trunk.wide.itemsize + states * trunk.model.dtype.itemsize
 
 
 def _holding(trunk: Trunk, keeping: Keeping, chosen: Sequence[int], processes: Processes) -> Term:

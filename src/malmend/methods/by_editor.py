@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from malmend.editors import draws
 from malmend.editors.borrowing import Borrowing
-from malmend.editors.draws import FEW_KNOWN, HELD, lines_for, steps_for
 from malmend.editors.editor import Editor
 from malmend.editors.halfway import KIND, Halfway, resumable
 from malmend.editors.refine import CHAT, ENOUGH, PROMPT, RefineSettings, framed, further, missed
@@ -108,7 +108,8 @@ def find_by_editor(
         "chat_gain": refine.chat_gain,
         "restore": refine.restore if held and kept > 1 else 0.0,
         "rounds": refine.rounds if settled_one else 0.0,
-        "steps": work.steps if settled_one else 0,
+        "steps": work.steps if settles else 0,
+        "readings": work.count if settles else 0,
         "wordings": refine.wordings if settled_one else 0,
         "hold": refine.hold if keeping and settled_one else 0.0,
         "tokens": solved.tokens,
@@ -152,8 +153,8 @@ class _Work:
     def keeping(self, holding: Holding) -> list[Keeping]:
         """What is held while the edit settles: as much as is read a few times."""
         trunk, processes, hold = self.bench.trunk, self.processes, self.refine.hold
-        lines, found = holding.settling[: lines_for(self.steps)], list[Keeping]()
-        parts = ((lines, HELD, hold), (holding.known, FEW_KNOWN, KNOWN * hold))
+        lines, found = holding.settling[: draws.lines_for(self.steps)], list[Keeping]()
+        parts = ((lines, draws.HELD, hold), (holding.known, draws.FEW_KNOWN, KNOWN * hold))
         for number, (questions, each, weight) in enumerate(parts):
             self.progress("what should stay as it is", number / len(parts))
             if questions:
@@ -172,10 +173,14 @@ class _Work:
         ]
 
     @cached_property
+    def count(self) -> int:
+        """Of the readings of all processes."""
+        return int(self.processes.total(sum(map(len, self.readings)))[0])
+
+    @cached_property
     def steps(self) -> int:
         """Of settling."""
-        count = self.processes.total(sum(map(len, self.readings)))[0]
-        return steps_for(int(count), self.refine.rounds or 0, self.refine.steps)
+        return draws.steps_for(self.count, self.refine.rounds or 0, self.refine.steps)
 
     def missed_by(self, one: Solved) -> tuple[float, float]:
         """Of the plain prompts' tokens, and of theirs or of those in chat if these are worse."""

@@ -52,7 +52,6 @@ class Solves:
         self._rows, self._names, self._progress = rows, editor.names, progress
         self._stage = "least squares" if editor.settings.method == "malmen" else "sum of shifts"
         self._processes = processes
-        self.tokens = int(max(processes.total(*rows)))  # of the plain prompts
 
     def solve(
         self, captured: Sequence[Captured], aggregations: Sequence[Aggregation], which: str = ""

@@ -86,7 +86,7 @@ class Trunk:
         states = None if store_folder is None else store_folder / "unedited-states"
         budget = settings.store_bytes
         self.store = ActivationStore(folder, self.cut.width, model.dtype, budget)
-        self._states = ActivationStore(states, self._states_width(), model.dtype, budget)
+        self._states = ActivationStore(states, self.states_width, model.dtype, budget)
 
     def again(self, settings: TrunkSettings, room: Room) -> Trunk:
         """The same cut and stores, with other micro-batches and another room."""
@@ -188,7 +188,9 @@ class Trunk:
             return int(self.model.config.num_labels)
         return int(self.model.get_output_embeddings().weight.shape[0])
 
-    def _states_width(self) -> int:
+    @property
+    def states_width(self) -> int:
+        """H, how wide :meth:`final_states` are."""
         if self.cut.form == "classes":
             return int(self.model.config.num_labels)
         # Some project to another width before the output layer.
