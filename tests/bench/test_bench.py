@@ -93,6 +93,7 @@ def test_a_plan_reads_as_it_is_written(tmp_path):
         ({"methods": {"ft": {"epoch": 3}}}, "has no setting 'epoch'; did you mean 'epochs'"),
         ({"methods": {"ft": {"epochs": 0}}}, "ft.epochs is 0"),
         ({"methods": {"malmen": {"laiers": 3}}}, "has no setting 'laiers'; did you mean 'layers'"),
+        ({"methods": {"malmen": {"stpes": 3}}}, "has no setting 'stpes'; did you mean 'steps'"),
         ({"methods": {"a": {"editor": "e", "layers": 3}}}, "names an editor, which brings its own"),
         ({"methods": {"a": {"class": "nowhere:Mine"}}}, "'nowhere:Mine', which cannot be imported"),
     ],

@@ -171,21 +171,31 @@ def way_of(name: str, given: Mapping[str, Any]) -> Way:
             f"The plan's method {name!r} names an editor, which brings its own settings; leave out "
             f"{', '.join(sorted(rest)) or f'method: {method}'}."
         )
-    settings = _made(name, EditorSettings, {"method": method, **rest}, {"network"})
+    settings = _made(name, EditorSettings, {"method": method, **rest}, {"network"}, solves)
     settings = replace(settings, network=NetworkSettings(blocks=0))
     return Way(editor="none", settings=settings, refine=refine)
 
 
-def _made(name: str, kind: Any, values: Mapping[str, Any], skip: Collection[str] = ()) -> Any:
-    """A settings class with these values, each of its kind, by jsonargparse."""
+def _made(
+    name: str,
+    kind: Any,
+    values: Mapping[str, Any],
+    skip: Collection[str] = (),
+    also: Collection[str] = (),
+) -> Any:
+    """A settings class with these values, each of its kind, by jsonargparse.
+
+    ``skip`` names what cannot be given, ``also`` what can be given beside.
+    """
     from jsonargparse import ArgumentError, ArgumentParser
 
     valid = [one.name for one in fields(kind) if one.name not in skip]
     for key in values:
         if key not in valid:
+            known = [*valid, *sorted(also)]
             raise MalmendError(
-                f"The plan's method {name!r} has no setting {key!r}{nearest(key, valid) or '.'} "
-                f"It has {', '.join(valid)}, and {', '.join(OF_CELL)}."
+                f"The plan's method {name!r} has no setting {key!r}{nearest(key, known) or '.'} "
+                f"It has {', '.join(known)}, and {', '.join(OF_CELL)}."
             )
     for one in fields(kind):  # which the parser would leave to the dataclass
         if one.name in values and values[one.name] is None and "None" not in str(one.type):
