@@ -9,7 +9,7 @@ import torch
 
 import tiny
 from malmend.facts.encoded import Encoded
-from malmend.models import cut as cut_module
+from malmend.models import ending as ending_module
 from malmend.models import forms as forms_module
 from malmend.models.cut import Cut
 from malmend.models.forms import find_stacks
@@ -436,7 +436,7 @@ def test_a_forward_that_was_replaced_before_stays_replaced():
 def test_replaced_and_hooks_end_in_a_fault():
     model = tiny.model_of("llama")
     before = state_of(model)
-    with suppress(Fault), cut_module._replaced(model, lambda: None):
+    with suppress(Fault), ending_module.replaced(model, lambda: None):
         raise Fault
     with suppress(Fault), forms_module.output_reads(model, lambda states: states):
         raise Fault

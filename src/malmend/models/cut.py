@@ -24,7 +24,7 @@ F stored width (K + H, or H).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -33,10 +33,9 @@ from transformers import PreTrainedModel
 
 from malmend.errors import ModelError
 from malmend.facts.encoded import TokenBatch
+from malmend.models.ending import WIDE, Ending, replaced
 from malmend.models.forms import Stack, find_stacks, form_of, output_reads, probe, run
 from malmend.models.sites import Site, stack_of
-
-WIDE = (torch.float32, torch.float64)
 
 
 class _Stop(Exception):
@@ -116,6 +115,7 @@ class Cut:
 
     def __init__(self, model: PreTrainedModel, sites: Sequence[Site]):
         self.model, self.form = model, form_of(model)
+        self._ending: Ending | None = None
         stacks = find_stacks(model)
         self._lanes = [_Lane(stack) for stack in stacks]
         self._try_out()
@@ -143,6 +143,10 @@ class Cut:
                 f"{type(model).__name__} cannot be edited: its blocks need more than the states "
                 "of the block below, so that no part of it can be run alone."
             )
+        if self.form != "classes":
+            self._ending = Ending(model, stacks[-1].blocks[-1])
+            if not self._agrees():
+                self._ending = None
 
     @property
     def block(self) -> nn.Module:
@@ -197,7 +201,8 @@ class Cut:
             if self.form == "classes":
                 return read(run(self.model, tokens).logits)
             encoded = stored_BTF if self.place == "encoder" else None
-            with output_reads(self.model, choose):
+            ending = self._ending.at_answers(tokens) if self._ending else nullcontext()
+            with ending, output_reads(self.model, choose):
                 return run(self.model, tokens, encoded).logits[0]
 
     @contextmanager
@@ -207,8 +212,8 @@ class Cut:
             if self.place != "encoder":
                 for index in range(self.index):
                     skipped = self._lane.skipped(index)
-                    stack.enter_context(_replaced(self._lane.blocks[index], skipped))
-                stack.enter_context(_replaced(self.block, self._head_block(stored_BTF)))
+                    stack.enter_context(replaced(self._lane.blocks[index], skipped))
+                stack.enter_context(replaced(self.block, self._head_block(stored_BTF)))
             yield
 
     def logits_of(self, states_AH: Tensor) -> Tensor:
@@ -218,7 +223,7 @@ class Cut:
         with ExitStack() as stack:
             for lane in self._lanes:
                 for index, block in enumerate(lane.blocks):
-                    stack.enter_context(_replaced(block, lane.skipped(index, hand_down=False)))
+                    stack.enter_context(replaced(block, lane.skipped(index, hand_down=False)))
             stack.enter_context(output_reads(self.model, lambda _: states_AH))
             return run(self.model, probe(self.model, (0,))).logits[0]
 
@@ -320,18 +325,3 @@ class Cut:
         finally:
             for handle in handles:
                 handle.remove()
-
-
-@contextmanager
-def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Swaps a module's forward for the duration of the block."""
-    missing = object()
-    before = module.__dict__.get("forward", missing)
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        if before is missing:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = before

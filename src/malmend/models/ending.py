@@ -1,0 +1,126 @@
+"""What the last block runs last, its feed-forward part, at the answer tokens alone.
+
+No attention follows it, so what it gives at any other token is never read; of short questions with
+long prompts those are most.  Which part that is shows in one pass; a trial (cut.py) shows whether
+logits stay what they are.  Of a block whose last part mixes tokens, as a recurrent one's, nothing
+is left out.
+
+Shape letters: B questions, T positions, A answer tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from malmend.facts.encoded import TokenBatch
+from malmend.models.forms import probe, run
+
+WIDE = (torch.float32, torch.float64)
+
+
+class Ending:
+    """The part of a block that is run last.
+
+    Args:
+        model: in evaluation mode.
+        block: its last.
+
+    Attributes:
+        part: None where there is none, or none that can be run so.
+    """
+
+    def __init__(self, model: PreTrainedModel, block: nn.Module):
+        self._block = block
+        self.part = _last_run(model, block)
+
+    @contextmanager
+    def at_answers(self, tokens: TokenBatch) -> Iterator[None]:
+        """Inside, it gives zeros at all tokens that output no answer.
+
+        Unless a hook is on a layer of the block: whoever looks at one sees every token.
+        """
+        if self.part is None or any(map(_is_watched, self._block.modules())):
+            yield
+            return
+        with replaced(self.part, _at(tokens.flat_sources_A, self.part.forward)):
+            yield
+
+
+@contextmanager
+def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Swaps a module's forward for the duration of the block."""
+    missing = object()
+    before = module.__dict__.get("forward", missing)
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is missing:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = before
+
+
+def _at(flat_A: Tensor, original: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward of tensors, B x T x any width or flattened, at these positions."""
+
+    def forward(*args: Tensor) -> Tensor:
+        lead = args[0].shape[:-1]
+        rows_A = flat_A.to(args[0].device)
+        chosen = [one.reshape(-1, one.shape[-1])[rows_A] for one in args]
+        found: Tensor = original(*(one.view(*[1] * (len(lead) - 1), *one.shape) for one in chosen))
+        everywhere = found.new_zeros(lead.numel(), found.shape[-1])
+        return everywhere.index_copy(0, rows_A, found.view(len(rows_A), -1)).view(*lead, -1)
+
+    return forward
+
+
+@torch.no_grad()
+def _last_run(model: PreTrainedModel, block: nn.Module) -> nn.Module | None:
+    """Of the outermost parts with a matrix the one that ends last, if it mixes no tokens."""
+    ended = list[tuple[nn.Module, list[Tensor]]]()
+
+    def note(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], out: Any) -> None:
+        plain = all(isinstance(one, Tensor) for one in (*args, out)) and not keywords
+        # What follows may change any of them in place.
+        ended.append((module, [one.clone() for one in (*args, out)] if plain else []))
+
+    handles = [
+        part.register_forward_hook(note, with_kwargs=True)
+        for part in _parts(block)
+        if any(parameter.ndim >= 2 for parameter in part.parameters())
+    ]
+    try:
+        run(model, probe(model, (0, 1, 2)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    part, seen = ended[-1] if ended else (block, [])
+    if len(seen) < 2 or len({one.shape[:-1] for one in seen}) > 1:
+        return None
+    share = 1e-3 if seen[-1].dtype in WIDE else 2e-2
+    for at in range(seen[-1].shape[-2]):
+        *states, out = (one[..., [at], :] for one in seen)
+        if not (part(*states) - out).norm() <= share * out.norm():
+            return None
+    return part
+
+
+def _parts(module: nn.Module) -> Iterator[nn.Module]:
+    """Its children; of a list, which is never run, what it holds."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield from _parts(child)
+        else:
+            yield child
+
+
+def _is_watched(module: nn.Module) -> bool:
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, name, None) for name in hooks)
