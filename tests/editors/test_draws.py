@@ -56,7 +56,7 @@ def at_once(monkeypatch):
 
 
 def drawn(asked, steps: int, processes=ALONE) -> list[list[Way]]:
-    readings, found = Readings(asked, processes), []
+    readings, found = Readings(asked, processes, steps), []
     for _ in range(steps):
         found.append(readings.draw())
         readings.read(torch.tensor([one.nats for one in found[-1]], dtype=torch.float64))
@@ -66,10 +66,10 @@ def drawn(asked, steps: int, processes=ALONE) -> list[list[Way]]:
 def test_a_ranking_that_is_taken_up_draws_as_the_one_that_was_kept(at_once):
     at_once(32)
     asked = ways(40, 0.0, 3.0)
-    first = Readings(asked, ALONE)
+    first = Readings(asked, ALONE, 18)
     for _ in range(9):
         first.read(torch.tensor([one.nats for one in first.draw()], dtype=torch.float64))
-    second = Readings(asked, ALONE)
+    second = Readings(asked, ALONE, 18)
     second.go_on({name: one.clone() for name, one in first.state().items()})
     for _ in range(9):
         names = [one.name for one in first.draw()]
@@ -87,6 +87,16 @@ def test_everything_is_read_once_before_anything_is_read_again(at_once):
     names = [one.name for step in steps for one in step]
     assert len(set(names[:144])) == 144
     assert len(set(names)) == 148 == sum(map(len, asked))
+
+
+@pytest.mark.parametrize(("steps", "comes_first"), [(11, True), (12, False)])
+def test_where_not_all_can_be_read_the_facts_own_prompts_come_first(at_once, steps, comes_first):
+    at_once(16)
+    names = [one.name for step in drawn(ways(48, 1.0, 1.0, 1.0, 1.0), steps) for one in step]
+    first = {f"{fact}0" for fact in range(48)}
+    assert (set(names[:48]) == first) == comes_first
+    assert len(set(names)) == 16 * steps  # of the others none is read again instead
+    assert first <= set(names)
 
 
 def test_what_is_open_is_read_the_more_often_and_what_is_said_now_and_then(at_once):
@@ -123,11 +133,11 @@ def test_what_is_alike_is_read_in_another_order_each_round(at_once):
 
 def test_what_is_drawn_weighs_seven_together_however_many_ways_a_fact_has():
     for facts, many in ((64, 1), (64, 3), (5, 2)):
-        readings = Readings(ways(facts, *[1.0] * many), Processes())
+        readings = Readings(ways(facts, *[1.0] * many), Processes(), 9)
         assert readings.weight * len(readings.draw()) == pytest.approx(7)
     asked = ways(8, 1.0, 1.0)
     del asked[3][1:]  # which then weighs half of what the others do
-    assert Readings(asked, Processes()).weight == pytest.approx(7 / 15)
+    assert Readings(asked, Processes(), 9).weight == pytest.approx(7 / 15)
 
 
 class Pair(Processes):

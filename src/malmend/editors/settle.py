@@ -93,7 +93,7 @@ def settle(
         name: _Metric(editor.prior(site, int(count)), shifts[name].to(device, trunk.wide))
         for site, (name, count) in enumerate(zip(editor.names, tokens, strict=True))
     }
-    readings = Readings(asked, processes)
+    readings = Readings(asked, processes, steps)
     sizes = [int(processes.total(len(one.held.questions))[0]) for one in keeping]
     others = [in_turns(n, one.each, processes) for n, one in zip(sizes, keeping, strict=True)]
     parts: dict[str, _Metric | Readings] = {"readings": readings, **metric}
