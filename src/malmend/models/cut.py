@@ -203,7 +203,7 @@ class Cut:
             encoded = stored_BTF if self.place == "encoder" else None
             ending = self._ending.at_answers(tokens) if self._ending else nullcontext()
             with ending, output_reads(self.model, choose):
-                return run(self.model, tokens, encoded).logits[0]
+                return run(self.model, tokens, encoded).logits.squeeze(0)
 
     @contextmanager
     def heading(self, stored_BTF: Tensor) -> Iterator[None]:
@@ -225,7 +225,7 @@ class Cut:
                 for index, block in enumerate(lane.blocks):
                     stack.enter_context(replaced(block, lane.skipped(index, hand_down=False)))
             stack.enter_context(output_reads(self.model, lambda _: states_AH))
-            return run(self.model, probe(self.model, (0,))).logits[0]
+            return run(self.model, probe(self.model, (0,))).logits.squeeze(0)
 
     def _head_block(self, stored_BTF: Tensor) -> Callable[..., Any]:
         if self.place == "site":

@@ -188,4 +188,4 @@ def answer_logits(model: PreTrainedModel, tokens: TokenBatch) -> Tensor:
         return flat[tokens.flat_sources_A.to(flat.device)]
 
     with output_reads(model, choose):
-        return run(model, tokens).logits[0]
+        return run(model, tokens).logits.squeeze(0)
