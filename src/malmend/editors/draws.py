@@ -2,7 +2,8 @@
 
 A reading is a fact asked in one way.  Where there are steps enough all are read once, and from then
 on the more often the less was said when they were last read: most plain prompts are soon said, and
-what is said has no gradient.  Where there are too few steps, the facts' own prompts come first.
+what is said has no gradient.  Where there are too few, every fact's own prompt is, and of the rest
+some.
 
 Shape letters: F facts, W ways of asking, R readings, D those of a draw, Q those of them that are
 this process's own.
@@ -24,10 +25,9 @@ WAYS = 7  # what all readings of a fact weigh together, in the mean over facts
 LEAST_OPEN, MOST_OPEN = 0.02, 3.0  # nats that a reading is ranked by, at least and at most
 LUCK = (0.5, 1.5)  # what a rank is multiplied by, from and to, at random
 NEVER = 1e9  # steps since the last reading of what was not read yet
-FIRST = 4.0  # times that of a fact's own prompt, where not all can be read: more than luck undoes
 HELD, READ = 48, 2  # questions and lines of a step, and how often each is read if they suffice
 FEW_KNOWN = 16  # of what is surely said of others, in a step
-NUMBERS = (READINGS, FEWEST, WAYS, LEAST_OPEN, MOST_OPEN, *LUCK, HELD, READ, FEW_KNOWN, FIRST)
+NUMBERS = (READINGS, FEWEST, WAYS, LEAST_OPEN, MOST_OPEN, *LUCK, HELD, READ, FEW_KNOWN)
 
 
 def steps_for(readings: int, rounds: float, most: int) -> int:
@@ -83,9 +83,11 @@ class Readings:
         self._size = min(READINGS, count)
         self._open_R = torch.full((count,), MOST_OPEN)
         self._since_R = torch.full((count,), NEVER)
-        if count > steps * READINGS:
-            self._since_R[self._places_R % self._ways == 0] *= FIRST
         self._generator, self._drawn_D = torch.Generator().manual_seed(0), torch.zeros(0).long()
+        if (over := count - steps * READINGS) > 0:
+            reworded = (self._places_R % self._ways).nonzero()[:, 0]
+            order = torch.randperm(len(reworded), generator=self._generator)
+            self._since_R[reworded[order[:over]]] = 0  # left to the end, which does not come
         self.weight = WAYS / self._size
 
     def draw(self) -> list[Encoded]:

@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 
 from malmend.errors import ModelError
 from malmend.facts.encoded import TokenBatch
-from malmend.models.ending import WIDE, Ending, replaced
+from malmend.models.ending import UNRUN, WIDE, Ending, replaced, trial
 from malmend.models.forms import Stack, find_stacks, form_of, output_reads, probe, run
 from malmend.models.sites import Site, stack_of
 
@@ -143,9 +143,9 @@ class Cut:
                 f"{type(model).__name__} cannot be edited: its blocks need more than the states "
                 "of the block below, so that no part of it can be run alone."
             )
-        if self.form != "classes":
+        if self.form == "causal":  # of the others all tokens are read, or one for all
             self._ending = Ending(model, stacks[-1].blocks[-1])
-            if not self._agrees():
+            if not self._agrees(trial()):
                 self._ending = None
 
     @property
@@ -299,16 +299,16 @@ class Cut:
         return bool((moved - added)[:, -1].norm() < 1e-3 * added[:, -1].norm())
 
     @torch.no_grad()
-    def _agrees(self) -> bool:
+    def _agrees(self, tokens: TokenBatch | None = None) -> bool:
         """Whether trunk and head together give what the whole model gives, on a trial batch."""
-        trial = probe(self.model, (0, 1, 2), (2, 1))
-        whole = run(self.model, trial).logits
+        tokens = tokens or probe(self.model, (0, 1, 2), (2, 1))
+        whole = run(self.model, tokens).logits
         if self.form != "classes":
-            whole = whole.reshape(-1, whole.shape[-1])[trial.flat_sources_A.to(whole.device)]
+            whole = whole.reshape(-1, whole.shape[-1])[tokens.flat_sources_A.to(whole.device)]
         try:
-            stored = nn.utils.rnn.pad_sequence(self.activations(trial), batch_first=True)
-            found = self.head(trial, stored.to(self.model.device), lambda states_AH: states_AH)
-        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError):
+            stored = nn.utils.rnn.pad_sequence(self.activations(tokens), batch_first=True)
+            found = self.head(tokens, stored.to(self.model.device), lambda states_AH: states_AH)
+        except UNRUN:
             return False  # a block that lacks what the skipped ones would have made
         return self.agree(found, whole)
 

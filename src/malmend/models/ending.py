@@ -1,9 +1,10 @@
-"""What the last block runs last, its feed-forward part, at the answer tokens alone.
+"""What a decoder's last block runs last, mostly its feed-forward part, at the answer tokens alone.
 
-No attention follows it, so what it gives at any other token is never read; of short questions with
-long prompts those are most.  Which part that is shows in one pass; a trial (cut.py) shows whether
-logits stay what they are.  Of a block whose last part mixes tokens, as a recurrent one's, nothing
-is left out.
+No attention follows it, so what it gives at any other token is never read; of short answers to long
+prompts those are most.  Which part that is shows in one pass: of a block that holds its
+feed-forward layers itself (OPT) the second of them alone.  A trial (cut.py) shows whether logits
+stay what they are.  Run whole are a part that mixes tokens, as a recurrent one's, and experts,
+each of which may take so many tokens of a text and no more.
 
 Shape letters: B questions, T positions, A answer tokens.
 """
@@ -18,26 +19,29 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from malmend.facts.encoded import TokenBatch
-from malmend.models.forms import probe, run
+from malmend.facts.encoded import Encoded, TokenBatch, collate
+from malmend.models.forms import run
 
 WIDE = (torch.float32, torch.float64)
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+UNRUN = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)  # what a trial may raise
 
 
 class Ending:
     """The part of a block that is run last.
 
     Args:
-        model: in evaluation mode.
+        model: a decoder, in evaluation mode.
         block: its last.
 
     Attributes:
-        part: None where there is none, or none that can be run so.
+        part: None where there is none, none that can be run so, or a hook that keeps it from being
+            tried.
     """
 
     def __init__(self, model: PreTrainedModel, block: nn.Module):
         self._block = block
-        self.part = _last_run(model, block)
+        self.part = None if _is_watched(block) else _last_run(model, block)
 
     @contextmanager
     def at_answers(self, tokens: TokenBatch) -> Iterator[None]:
@@ -45,11 +49,16 @@ class Ending:
 
         Unless a hook is on a layer of the block: whoever looks at one sees every token.
         """
-        if self.part is None or any(map(_is_watched, self._block.modules())):
+        if self.part is None or _is_watched(self._block):
             yield
             return
         with replaced(self.part, _at(tokens.flat_sources_A, self.part.forward)):
             yield
+
+
+def trial() -> TokenBatch:
+    """Two questions of unlike length, with more tokens before their answers than in them."""
+    return collate([Encoded((0, 1, 2) * 4, 10, 12), Encoded((2, 1, 0, 1, 2), 4, 5)])
 
 
 @contextmanager
@@ -97,18 +106,21 @@ def _last_run(model: PreTrainedModel, block: nn.Module) -> nn.Module | None:
         if any(parameter.ndim >= 2 for parameter in part.parameters())
     ]
     try:
-        run(model, probe(model, (0, 1, 2)))
+        run(model, trial())
     finally:
         for handle in handles:
             handle.remove()
     part, seen = ended[-1] if ended else (block, [])
-    if len(seen) < 2 or len({one.shape[:-1] for one in seen}) > 1:
+    if len(seen) < 2 or len({one.shape[:-1] for one in seen}) > 1 or _has_experts(part):
         return None
     share = 1e-3 if seen[-1].dtype in WIDE else 2e-2
-    for at in range(seen[-1].shape[-2]):
-        *states, out = (one[..., [at], :] for one in seen)
-        if not (part(*states) - out).norm() <= share * out.norm():
-            return None
+    try:
+        for at in range(seen[-1].shape[-2]):
+            *states, out = (one[..., [at], :] for one in seen)
+            if not (part(*states) - out).norm() <= share * out.norm():
+                return None
+    except UNRUN:
+        return None
     return part
 
 
@@ -121,6 +133,12 @@ def _parts(module: nn.Module) -> Iterator[nn.Module]:
             yield child
 
 
-def _is_watched(module: nn.Module) -> bool:
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, name, None) for name in hooks)
+def _has_experts(part: nn.Module) -> bool:
+    """Whether it holds a list of parts, or matrices kept as one tensor."""
+    lists = [one for one in part.modules() if isinstance(one, nn.ModuleList | nn.ModuleDict)]
+    return any(len(one) > 1 for one in lists) or any(p.ndim > 2 for p in part.parameters())
+
+
+def _is_watched(block: nn.Module) -> bool:
+    """Whether a hook is on the block or on anything in it."""
+    return any(getattr(module, name, None) for module in block.modules() for name in HOOKS)

@@ -81,7 +81,9 @@ class Suffix:
         cache = _copied(self._cache)
         _fill(cache.layers)
         with self._cut.heading(self._stored_BSF):
-            return _run(self._cut, self._ids_BS, self._mask, self._at_BS, choose, cache)[0][0]
+            return _run(self._cut, self._ids_BS, self._mask, self._at_BS, choose, cache)[0].squeeze(
+                0
+            )
 
     def subset(self, rows: Sequence[int], tokens: TokenBatch) -> Suffix:
         """Some of the questions, whose tokens these are."""
