@@ -18,6 +18,7 @@ from transformers import (
 
 import tiny
 from malmend.errors import ModelError
+from malmend.models.blocks import is_linear
 from malmend.models.forms import find_stacks
 from malmend.models.sites import Site, find_sites
 
@@ -351,3 +352,12 @@ def test_both_layers_of_a_block_in_the_order_they_run(family):
         [site.name for site in find_sites(model, 2, linear=one)] for one in ("first", "second")
     )
     assert both == [first[0], second[0], first[1], second[1]]
+
+
+def test_a_router_that_gives_more_than_its_product_is_no_linear_layer():
+    class Router(torch.nn.Linear):
+        def forward(self, states):
+            return super().forward(states), None
+
+    assert is_linear(torch.nn.Linear(3, 2))
+    assert not is_linear(Router(3, 2))
