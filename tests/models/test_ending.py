@@ -157,7 +157,19 @@ def test_where_a_hook_keeps_it_from_being_tried_nothing_is_left_out():
     handle = find_stacks(model)[-1].blocks[-1].register_forward_hook(lambda *_: None)
     trunk = trunk_of(model)
     handle.remove()
-    assert trunk.cut._ending.part is None
+    assert trunk.cut._ending is None
+
+
+def test_a_model_of_fewer_positions_than_the_trial_is_run_whole():
+    model = copy.deepcopy(tiny.model_of("gpt2"))
+    positions = model.transformer.wpe
+    positions.weight = nn.Parameter(positions.weight.detach()[:8], requires_grad=False)
+    asked = [one for one in QUESTIONS if len(one.ids) <= 8]
+    trunk = trunk_of(model)
+    assert trunk.cut._ending is None
+    with torch.no_grad():
+        found = trunk.logits(trunk.batch(asked))
+    assert (found - tiny.logits_alone(model, asked)).abs().max() < 1e-11
 
 
 class Last(nn.Module):

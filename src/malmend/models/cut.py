@@ -144,8 +144,9 @@ class Cut:
                 "of the block below, so that no part of it can be run alone."
             )
         if self.form == "causal":  # of the others all tokens are read, or one for all
-            self._ending = Ending(model, stacks[-1].blocks[-1])
-            if not self._agrees(trial()):
+            ending = Ending(model, stacks[-1].blocks[-1])
+            self._ending = ending if ending.part is not None else None
+            if self._ending is not None and not self._agrees(trial()):
                 self._ending = None
 
     @property

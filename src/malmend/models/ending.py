@@ -107,6 +107,8 @@ def _last_run(model: PreTrainedModel, block: nn.Module) -> nn.Module | None:
     ]
     try:
         run(model, trial())
+    except UNRUN:  # as a model of fewer positions
+        return None
     finally:
         for handle in handles:
             handle.remove()
