@@ -63,6 +63,19 @@ def test_it_is_the_feed_forward_part_and_sees_the_answer_tokens_alone(family):
     assert seen[0] < batch.tokens.ids_BT.numel() / 2
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gptj", "gemma2"])
+def test_of_a_prompt_whose_keys_and_values_are_kept_it_sees_no_token(family):
+    model = tiny.model_of(family)
+    trunk = trunk_of(model)
+    batch = trunk.batch(QUESTIONS)
+    assert trunk.suffix(batch) is not None  # which tries it first
+    with rows_seen(part_of(model)) as seen, torch.no_grad():
+        suffix = trunk.suffix(batch)
+        assert seen == [0]
+        found = suffix.logits()
+    assert (found - tiny.logits_alone(model, QUESTIONS)).abs().max() < CLOSE[family]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_are_those_of_autograd_through_the_whole_model(family):
     model = tiny.model_of(family)
@@ -276,7 +289,7 @@ def test_the_part_is_as_before_after_an_error():
     block = find_stacks(model)[-1].blocks[-1]
     ending = Ending(model, block)
     tokens = collate(QUESTIONS)
-    with suppress(KeyError), ending.at_answers(tokens):
+    with suppress(KeyError), ending.at(tokens.flat_sources_A):
         assert "forward" in ending.part.__dict__
         raise KeyError
     assert "forward" not in ending.part.__dict__

@@ -24,7 +24,7 @@ F stored width (K + H, or H).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -202,8 +202,7 @@ class Cut:
             if self.form == "classes":
                 return read(run(self.model, tokens).logits)
             encoded = stored_BTF if self.place == "encoder" else None
-            ending = self._ending.at_answers(tokens) if self._ending else nullcontext()
-            with ending, output_reads(self.model, choose):
+            with self.ending_at(tokens.flat_sources_A), output_reads(self.model, choose):
                 return run(self.model, tokens, encoded).logits.squeeze(0)
 
     @contextmanager
@@ -216,6 +215,10 @@ class Cut:
                     stack.enter_context(replaced(self._lane.blocks[index], skipped))
                 stack.enter_context(replaced(self.block, self._head_block(stored_BTF)))
             yield
+
+    def ending_at(self, flat_A: Tensor) -> AbstractContextManager[None]:
+        """Inside, what is run last of a decoder is run at these positions alone, if it can be."""
+        return self._ending.at(flat_A) if self._ending else nullcontext()
 
     def logits_of(self, states_AH: Tensor) -> Tensor:
         """Logits, A x W, of what an output layer read, through the model's own output code."""

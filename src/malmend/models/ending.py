@@ -44,15 +44,15 @@ class Ending:
         self.part = None if _is_watched(block) else _last_run(model, block)
 
     @contextmanager
-    def at_answers(self, tokens: TokenBatch) -> Iterator[None]:
-        """Inside, it gives zeros at all tokens that output no answer.
+    def at(self, flat_A: Tensor) -> Iterator[None]:
+        """Inside, it gives zeros at all positions, of the flattened B x T, but these.
 
         Unless a hook is on a layer of the block: whoever looks at one sees every token.
         """
         if self.part is None or _is_watched(self._block):
             yield
             return
-        with replaced(self.part, _at(tokens.flat_sources_A, self.part.forward)):
+        with replaced(self.part, _at(flat_A, self.part.forward)):
             yield
 
 
@@ -84,8 +84,9 @@ def _at(flat_A: Tensor, original: Callable[..., Any]) -> Callable[..., Any]:
         rows_A = flat_A.to(args[0].device)
         chosen = [one.reshape(-1, one.shape[-1])[rows_A] for one in args]
         found: Tensor = original(*(one.view(*[1] * (len(lead) - 1), *one.shape) for one in chosen))
-        everywhere = found.new_zeros(lead.numel(), found.shape[-1])
-        return everywhere.index_copy(0, rows_A, found.view(len(rows_A), -1)).view(*lead, -1)
+        width = found.shape[-1]
+        everywhere = found.new_zeros(lead.numel(), width)
+        return everywhere.index_copy(0, rows_A, found.view(-1, width)).view(*lead, width)
 
     return forward
 
