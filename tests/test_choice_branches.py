@@ -165,6 +165,17 @@ def test_each_of_them_alone_decides(tiny, carried, what):
         assert len(said["eta"]) == (FREE.layers if what == "settings" else LAYERS)
 
 
+@pytest.mark.parametrize("rounds", [0.0, 1.0])
+def test_what_is_said_of_settling_where_there_is_none_is_told(tiny, carried, rounds):
+    told, refine = [], RefineSettings(passes=1, rounds=rounds, steps=2, hold=3.0, wordings=8)
+    malmend.edit(tiny.loaded, FEW, told=told.append, refine=refine)
+    idle = (
+        "No use is made of --refine.steps and --refine.hold: this edit does not settle "
+        "(--refine.rounds)."
+    )
+    assert told == ["Editor: shipped:mine.", *[idle] * (not rounds)]
+
+
 def test_the_carried_editor_brings_its_own_layers_and_end(tiny, carried):
     done = malmend.edit(tiny.loaded, FEW, refine=RefineSettings(passes=1))
     assert len(done.patch.factors) == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from malmend.models.sites import Site
 from malmend.processes import ALONE, Processes
 from malmend.progress import Progress, silent
 from malmend.workbench import SHIPPED, Workbench, shipped_editor
+
+OF_SETTLING = ("steps", "wordings", "hold")  # fields of RefineSettings
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,6 +131,14 @@ class ByEditor:
     def for_facts(self, encoder: Encoder, count: int) -> ByEditor:
         """The same for an edit of so many facts."""
         return replace(self, refine=self.refine.of(encoder.reading.form, count))
+
+    def said(self) -> Iterator[str]:
+        """Of which editor, and what was given of settling where there is none."""
+        yield self.choice.said()
+        given = [one for one in OF_SETTLING if vars(self.refine)[one] != vars(RefineSettings)[one]]
+        if given and not self.settles:
+            names = " and ".join(f"--refine.{one}" for one in given)
+            yield f"No use is made of {names}: this edit does not settle (--refine.rounds)."
 
     def check(self, encoder: Encoder) -> None:
         """Whether the model can be asked in every frame, and its edit be settled.

@@ -155,7 +155,8 @@ def edit(
         page_folder(report, facts, calibrate, text, out)
     loaded = opened(model, dtype)
     by_editor = replace(by_editor, choice=chosen.on(loaded)) if method is None else by_editor
-    told(f"Method: {method.name}." if method else by_editor.choice.said())
+    for line in [f"Method: {method.name}."] if method else by_editor.said():
+        told(line)
     working = method or by_editor
     bench = lay_out(loaded, working.sites_in(loaded.model), working.end_of_answer, trunk=trunk)
     known = aimed(bench, known, away)
