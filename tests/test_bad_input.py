@@ -178,6 +178,10 @@ CASES: dict[str, tuple[Callable[[Place], Arguments], str]] = {
         lambda p: p.edit("--zzz"),
         "no option '--zzz' of malmend edit.",
     ),
+    "one argument too many": (
+        lambda p: ["eval", p.model, p.facts, "an_edit.patch"],
+        "malmend eval takes no 'an_edit.patch' there; see malmend eval --help.",
+    ),
     "unknown nested option": (lambda p: p.train("--network.rnk=3"), "mean '--network.rank'?"),
     "bad choice": (
         lambda p: p.edit("--method", "mand"),
@@ -411,7 +415,7 @@ CASES: dict[str, tuple[Callable[[Place], Arguments], str]] = {
     "no fact per step": (lambda p: p.train("--facts-per-step", 0), "facts_per_step is 0"),
     "more facts per step than facts": (
         lambda p: p.train("--facts-per-step", 99),
-        "There are 12 facts to train on, expected at least 99",
+        "Facts to train on: 12, expected at least 99",
     ),
     "eta below zero": (lambda p: p.edit("--eta=-1"), "--eta"),
     "rate below zero": (lambda p: p.train("--network-rate=-1"), "network_rate is -1"),
@@ -553,7 +557,7 @@ def test_fewer_steps_than_were_taken(place, capsys):
 def test_too_few_facts_are_noticed_before_the_model_is_loaded(place, capsys, monkeypatch):
     monkeypatch.setattr(train_module, "opened", None)
     said = refused(place.train("--facts-per-step", 99), place.folder, capsys)
-    assert "There are 12 facts to train on, expected at least 99" in said
+    assert "Facts to train on: 12, expected at least 99" in said
 
 
 def test_training_state_that_is_damaged(place, capsys):

@@ -167,6 +167,8 @@ def _usage_error(command: str, message: str, parser: Any) -> str:
     wrong = re.search(r"[Uu]nrecognized arguments: (\S+)", text)
     if wrong is None:
         return f"{_bad_value(text) or text.rstrip('.')}; see malmend {command} --help."
+    if not wrong[1].startswith("-"):
+        return f"malmend {command} takes no {wrong[1]!r} there; see malmend {command} --help."
     name = wrong[1].split("=")[0].replace("_", "-")
     close = difflib.get_close_matches(name, options, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else "."

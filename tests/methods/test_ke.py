@@ -352,7 +352,7 @@ def test_settings_that_make_no_sense(field, value):
 
 
 def test_facts_that_cannot_be_trained_on():
-    with pytest.raises(EditorError, match=r"There are 1 facts to train on, .* at least 2"):
+    with pytest.raises(EditorError, match=r"Facts to train on: 1, .* at least 2"):
         trainer_of("llama", facts=FACTS[:1])
     lonely = [*FACTS[:3], replace(FACTS[3], unrelated=())]
     with pytest.raises(EditorError, match=r"The fact 'f3' \(line 4\) has no unrelated question"):

@@ -184,7 +184,7 @@ def _check(folder: Path, facts: int, settings: TrainSettings) -> None:
     """What can be refused before any model is loaded."""
     if facts < settings.facts_per_step:
         raise MalmendError(
-            f"There are {facts} facts to train on, expected at least "
+            f"Facts to train on: {facts:,}, expected at least "
             f"{settings.facts_per_step}, the facts of one step; lower --facts-per-step."
         )
     if not abs(settings.seed) < MOST_SEED:

@@ -97,7 +97,7 @@ class Trainer:
             )
         if len(self.facts) < settings.facts_per_step:
             raise MalmendError(
-                f"There are {len(self.facts)} facts to train on, expected at least "
+                f"Facts to train on: {len(self.facts):,}, expected at least "
                 f"{settings.facts_per_step}, the facts of one step; lower --facts-per-step."
             )
         lonely = next(

@@ -77,7 +77,7 @@ class EnnTrainer:
         self.facts, self.locality = list(facts), list(locality)
         if len(self.facts) < settings.facts_per_step:
             raise EditorError(
-                f"There are {len(self.facts)} facts to train on, expected at least "
+                f"Facts to train on: {len(self.facts):,}, expected at least "
                 f"{settings.facts_per_step}, those of one step; lower enn.facts_per_step."
             )
         lonely = [f for f in self.facts if not (locality or f.unrelated or f.neighbours)]

@@ -62,7 +62,7 @@ class KeTrainer:
         self.step, self.multiplier = 0, 1.0
         if len(self.facts) < settings.facts_per_step:
             raise EditorError(
-                f"There are {len(self.facts)} facts to train on, expected at least "
+                f"Facts to train on: {len(self.facts):,}, expected at least "
                 f"{settings.facts_per_step}, the facts of one step; lower ke.facts_per_step."
             )
         for fact in self.facts:
