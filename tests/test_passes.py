@@ -20,7 +20,7 @@ from malmend.commands.choice import ByEditor, choose
 from malmend.editors import draws, halfway, restore, settle
 from malmend.editors import refine as refine_module
 from malmend.editors.borrowing import Borrowing
-from malmend.editors.refine import WITH_CHAT, RefineSettings
+from malmend.editors.refine import CHAT, WITH_CHAT, RefineSettings, framed
 from malmend.editors.settings import training_free
 from malmend.editors.wordings import in_other_words, wording
 from malmend.errors import EditorError, MalmendError, Resumable
@@ -470,6 +470,26 @@ def test_by_default_solves_go_on_while_much_is_missed(tiny, monkeypatch, shares,
     refine = RefineSettings(frames=())
     found = malmend.edit(tiny.loaded, FEW, refine=refine, **own(tiny)).patch
     assert found.provenance["passes"] == solves
+
+
+def test_an_edit_that_settles_is_read_in_chat_twice_as_often(tiny, monkeypatch, briefly):
+    template = "User: {{ messages[0]['content'] }} Assistant: "
+    monkeypatch.setattr(tiny.loaded.tokenizer, "chat_template", template, raising=False)
+    given = {}
+
+    def noted(_editor, _trunk, shifts, asked, *_rest):
+        given["asked"] = asked
+        return dict(shifts)
+
+    monkeypatch.setattr(by_editor, "settle", noted)
+    refine = RefineSettings(passes=1, rounds=1.0, wordings=0)
+    malmend.edit(tiny.loaded, FEW, refine=refine, **own(tiny))
+    encoder = encoder_for(tiny.loaded)
+    for fact, ways in zip(FEW, given["asked"], strict=True):
+        prompts = (fact.prompt, *(frame.format(prompt=fact.prompt) for frame in WITH_CHAT[:1]))
+        plain = [encoder.encode(Question(one, fact.answer)) for one in prompts]
+        chat = framed(encoder, [fact.question], CHAT)
+        assert ways == [*plain, *chat, *chat]
 
 
 @pytest.mark.parametrize(("in_chat", "solves"), [(0.01, 3), (0.011, 4)])

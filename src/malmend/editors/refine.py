@@ -55,6 +55,7 @@ FEW, ROUNDS = 256, 3.0  # facts that are solved again; the rounds of larger edit
 MOST_WORDINGS = 10
 MOST_WEIGHT = 1000  # of what is asked back: far heavier ones leave nothing of the edits
 END_NLL = 0.05  # what a later solve asks of end tokens: they weigh little, and the prior pulls
+IN_CHAT = 2  # how often it is read in chat for each other way: no other is so far from the prompt
 FRAMES = ("This is well known. {prompt}", "{prompt} (in one word):")
 WITH_CHAT = (FRAMES[1], CHAT)  # of a model that has a chat template
 
@@ -163,7 +164,7 @@ UNSAID: list[object] = [USUAL, MOST, ENOUGH, END_NLL, *FRAMES, *WITH_CHAT, *NUMB
 UNSAID += [RefineSettings.gain, RefineSettings.chat_gain, RefineSettings.restore]
 # The same of what settles.
 SETTLING: list[object] = [RefineSettings.hold, RefineSettings.wordings, FEW, ROUNDS]
-SETTLING += [RefineSettings.steps]
+SETTLING += [RefineSettings.steps, IN_CHAT]
 SETTLING += [LEFT_OUT, TURNED, borrowing.FORMAT, *settle.NUMBERS]
 
 

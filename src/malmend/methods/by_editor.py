@@ -15,7 +15,16 @@ from malmend.editors import draws
 from malmend.editors.borrowing import Borrowing
 from malmend.editors.editor import Editor
 from malmend.editors.halfway import KIND, Halfway, resumable
-from malmend.editors.refine import CHAT, ENOUGH, PROMPT, RefineSettings, framed, further, missed
+from malmend.editors.refine import (
+    CHAT,
+    ENOUGH,
+    IN_CHAT,
+    PROMPT,
+    RefineSettings,
+    framed,
+    further,
+    missed,
+)
 from malmend.editors.restore import Held
 from malmend.editors.settings import EditorSettings
 from malmend.editors.settle import KNOWN, NUMBERS, Keeping, settle
@@ -164,8 +173,12 @@ class _Work:
 
     @cached_property
     def readings(self) -> list[list[Encoded]]:
-        """Of each fact every way in which it is read while the edit settles, the prompt first."""
-        asked = zip(self.questions, *self.frames.values(), strict=True)
+        """Of each fact every way in which it is read while the edit settles, the prompt first.
+
+        That in chat is there :data:`IN_CHAT` times.
+        """
+        in_chat = [self.frames[CHAT]] * (IN_CHAT - 1) if CHAT in self.frames else []
+        asked = zip(self.questions, *self.frames.values(), *in_chat, strict=True)
         otherwise = [framed(self.bench.encoder, ones, PROMPT) for ones in self.worded]
         return [
             [one for one in (*ones, *others) if one]
