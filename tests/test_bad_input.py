@@ -179,8 +179,12 @@ CASES: dict[str, tuple[Callable[[Place], Arguments], str]] = {
         "no option '--zzz' of malmend edit.",
     ),
     "one argument too many": (
-        lambda p: ["eval", p.model, p.facts, "an_edit.patch"],
-        "malmend eval takes no 'an_edit.patch' there; see malmend eval --help.",
+        lambda p: ["eval", p.model, p.facts, "my edit.patch"],
+        "malmend eval takes no further 'my edit.patch'; see malmend eval --help.",
+    ),
+    "an empty argument too many": (
+        lambda p: ["eval", p.model, p.facts, ""],
+        "malmend eval takes no further ''; see malmend eval --help.",
     ),
     "unknown nested option": (lambda p: p.train("--network.rnk=3"), "mean '--network.rank'?"),
     "bad choice": (

@@ -165,15 +165,42 @@ def test_each_of_them_alone_decides(tiny, carried, what):
         assert len(said["eta"]) == (FREE.layers if what == "settings" else LAYERS)
 
 
-@pytest.mark.parametrize("rounds", [0.0, 1.0])
-def test_what_is_said_of_settling_where_there_is_none_is_told(tiny, carried, rounds):
-    told, refine = [], RefineSettings(passes=1, rounds=rounds, steps=2, hold=3.0, wordings=8)
-    malmend.edit(tiny.loaded, FEW, told=told.append, refine=refine)
-    idle = (
-        "No use is made of --refine.steps and --refine.hold: this edit does not settle "
-        "(--refine.rounds)."
-    )
-    assert told == ["Editor: shipped:mine.", *[idle] * (not rounds)]
+@pytest.mark.parametrize(
+    ("given", "idle"),
+    [
+        ({"passes": 1, "rounds": 1.0, "steps": 2, "hold": 3.0}, []),
+        ({"passes": 2, "gain": 1.2, "wordings": 8}, []),
+        (
+            {"passes": 2, "steps": 2, "hold": 3.0, "wordings": 3},
+            ["--refine.steps, --refine.wordings, --refine.hold: this edit is not settled."],
+        ),
+        (
+            {"rounds": 1.0, "steps": 2, "gain": 2.0, "chat_gain": 2.0, "restore": 0.5},
+            ["--refine.gain, --refine.chat-gain, --refine.restore: this edit is solved once."],
+        ),
+        (
+            {"passes": 1, "hold": 3.0, "gain": 2.0},
+            [
+                "--refine.hold: this edit is not settled.",
+                "--refine.gain: this edit is solved once.",
+            ],
+        ),
+    ],
+)
+def test_what_is_given_and_not_read_is_told(tiny, carried, given, idle):
+    told = []
+    malmend.edit(tiny.loaded, FEW, told=told.append, refine=RefineSettings(**given))
+    assert told == ["Editor: shipped:mine.", *(f"No use is made of {one}" for one in idle)]
+
+
+def test_the_same_of_a_sum_which_never_solves_again(tiny):
+    told, settings = [], replace(FREE, method="mend")
+    refine = RefineSettings(rounds=2.0, steps=3, gain=2.0)
+    malmend.edit(tiny.loaded, FEW, settings=settings, told=told.append, refine=refine)
+    assert told[1:] == [
+        "No use is made of --refine.steps: this edit is not settled.",
+        "No use is made of --refine.gain: this edit is solved once.",
+    ]
 
 
 def test_the_carried_editor_brings_its_own_layers_and_end(tiny, carried):

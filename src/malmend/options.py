@@ -164,12 +164,13 @@ def _usage_error(command: str, message: str, parser: Any) -> str:
         names = [name.replace("_", "-") for name in missing[1].split(", ")]
         named = [f"--{name}" if f"--{name}" in options else name.upper() for name in names]
         return f"{', '.join(named)} must be given; see malmend {command} --help."
-    wrong = re.search(r"[Uu]nrecognized arguments: (\S+)", text)
+    wrong = re.search(r"[Uu]nrecognized arguments:\s*(.*)", text)
     if wrong is None:
         return f"{_bad_value(text) or text.rstrip('.')}; see malmend {command} --help."
-    if not wrong[1].startswith("-"):
-        return f"malmend {command} takes no {wrong[1]!r} there; see malmend {command} --help."
-    name = wrong[1].split("=")[0].replace("_", "-")
+    given = wrong[1]
+    if not given.startswith("-"):
+        return f"malmend {command} takes no further {given!r}; see malmend {command} --help."
+    name = re.split(r"[=\s]", given)[0].replace("_", "-")
     close = difflib.get_close_matches(name, options, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else "."
     return f"There is no option {name!r} of malmend {command}{hint} See malmend {command} --help."

@@ -31,7 +31,8 @@ from malmend.processes import ALONE, Processes
 from malmend.progress import Progress, silent
 from malmend.workbench import SHIPPED, Workbench, shipped_editor
 
-OF_SETTLING = ("steps", "wordings", "hold")  # fields of RefineSettings
+# Fields of RefineSettings that settling alone reads, and that later solves alone do.
+OF_SETTLING, OF_SOLVES = ("steps", "wordings", "hold"), ("gain", "chat_gain", "restore")
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,12 +134,18 @@ class ByEditor:
         return replace(self, refine=self.refine.of(encoder.reading.form, count))
 
     def said(self) -> Iterator[str]:
-        """Of which editor, and what was given of settling where there is none."""
+        """By which editor, and what was given that this edit does not read."""
         yield self.choice.said()
-        given = [one for one in OF_SETTLING if vars(self.refine)[one] != vars(RefineSettings)[one]]
-        if given and not self.settles:
-            names = " and ".join(f"--refine.{one}" for one in given)
-            yield f"No use is made of {names}: this edit does not settle (--refine.rounds)."
+        refine, unread = self.refine, dict[str, Sequence[str]]()
+        if not self.settles:
+            unread["is not settled"] = OF_SETTLING
+        if refine.passes == 1 or not refinable(self.choice.settings):
+            unread["is solved once"] = OF_SOLVES
+        for why, names in unread.items():
+            given = [one for one in names if getattr(refine, one) != getattr(RefineSettings, one)]
+            if given:
+                options = ", ".join(f"--refine.{one.replace('_', '-')}" for one in given)
+                yield f"No use is made of {options}: this edit {why}."
 
     def check(self, encoder: Encoder) -> None:
         """Whether the model can be asked in every frame, and its edit be settled.

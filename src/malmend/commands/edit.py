@@ -126,8 +126,8 @@ def edit(
         dtype: the model is loaded in.
         processes: that the facts are spread over, of an editor; the first one writes.
         progress: called with stage and share done.
-        told: called with a line about the editor, once it is known and before the work, and with
-            the memory's plan.
+        told: called with lines about the editor, and about what was given and is not read, once it
+            is known and before the work, and with the memory's plan.
 
     Raises:
         MalmendError: any bad input, in one sentence.

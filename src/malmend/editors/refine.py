@@ -55,7 +55,7 @@ FEW, ROUNDS = 256, 3.0  # facts that are solved again; the rounds of larger edit
 MOST_WORDINGS = 10
 MOST_WEIGHT = 1000  # of what is asked back: far heavier ones leave nothing of the edits
 END_NLL = 0.05  # what a later solve asks of end tokens: they weigh little, and the prior pulls
-IN_CHAT = 2  # how often it is read in chat for each other way: no other is so far from the prompt
+IN_CHAT = 2  # readings of a fact in chat, for one in each other way: the farthest from its prompt
 FRAMES = ("This is well known. {prompt}", "{prompt} (in one word):")
 WITH_CHAT = (FRAMES[1], CHAT)  # of a model that has a chat template
 
@@ -77,16 +77,17 @@ class RefineSettings:
         chat_gain: the same, of rows in the chat template.
         restore: weight of the rows that ask back what the edit moved of other questions and of
             text (restore.py); 0 for none of them.  Of a decoder only.
-        rounds: how often in the mean each fact is read in every frame and wording while the edit
-            settles, that is, while its shift is descended after the solves (settle.py), in 80 steps
-            at least; 0 for not at all, and what follows here then does nothing.  Of a decoder only.
+        rounds: how often in the mean each fact is read in every frame and wording, and twice that
+            in chat, while the edit settles, that is, while its shift is descended after the solves
+            (settle.py), in 80 steps at least; 0 for not at all, and what follows here then does
+            nothing.  Of a decoder only.
             Null for 3 of a decoder's edit of more than 256 facts whose ``passes`` nobody gave, and
             else for 0.
         steps: of settling at most; with more facts each is read less often.
         wordings: in how many other wordings at most each fact is read besides while it settles: the
             first is in fewer words, the second is turned from a sentence to a question or back, all
             others are as the batch asks others of the relation, or turned and in fewer words
-            (wordings.py); none is read twice.
+            (wordings.py); none is there twice.
         hold: weight of other questions and of text while the edit settles.
     """
 

@@ -47,8 +47,8 @@ class Suffix:
         self.kept = int(first_B.max())
         at_BP = first_B[:, None] - self.kept + torch.arange(self.kept)
         at_BP, is_there_BP = at_BP.clamp(min=0), at_BP >= 0
-        nowhere = torch.zeros(0, dtype=torch.long)  # only keys and values are read
-        with torch.no_grad(), cut.heading(self._stored_at(at_BP)), cut.ending_at(nowhere):
+        hardly = torch.zeros(1, dtype=torch.long)  # only keys and values are read
+        with torch.no_grad(), cut.heading(self._stored_at(at_BP)), cut.ending_at(hardly):
             ids_BP = tokens.ids_BT.gather(1, at_BP)
             self._cache = _run(cut, ids_BP, is_there_BP, at_BP, lambda states: states[:0, :0])[1]
         self._lay_out(tokens)
