@@ -385,7 +385,7 @@ def test_of_a_fused_first_layer_the_second_alone_is_edited():
 
 
 def test_facts_that_do_not_serve():
-    with pytest.raises(EditorError, match=r"There are 2 facts .* at least 3"):
+    with pytest.raises(EditorError, match=r"Facts to train on: 2, .* at least 3"):
         trainer_of(facts=FACTS[:2])
     bare = [*FACTS[:3], replace(FACTS[3], unrelated=())]
     with pytest.raises(EditorError, match=r"The fact 'f3' \(line 4\) has no unrelated question"):
