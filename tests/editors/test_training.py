@@ -283,7 +283,9 @@ def test_a_checkpoint_says_what_it_is(tmp_path):
 
 def test_too_few_facts_are_refused():
     trainer_of(replace(SETTINGS, facts_per_step=24))
-    with pytest.raises(MalmendError, match=r"Facts to train on: 24, .* at least 25, .* lower --facts-"):
+    with pytest.raises(
+        MalmendError, match=r"Facts to train on: 24, .* at least 25, .* lower --facts-"
+    ):
         trainer_of(replace(SETTINGS, facts_per_step=25))
 
 
