@@ -82,9 +82,9 @@ class Suffix:
         cache = _copied(self._cache)
         _fill(cache.layers)
         with self._cut.heading(self._stored_BSF):
-            return _run(self._cut, self._ids_BS, self._mask, self._at_BS, choose, cache)[0].squeeze(
-                0
-            )
+            inputs = (self._ids_BS, self._mask, self._at_BS)
+            logits_1AW = _run(self._cut, *inputs, choose, cache)[0]
+        return logits_1AW.squeeze(0)
 
     def subset(self, rows: Sequence[int], tokens: TokenBatch) -> Suffix:
         """Some of the questions, whose tokens these are."""
