@@ -195,7 +195,7 @@ def test_what_is_given_and_not_read_is_told(tiny, carried, given, idle):
 
 def test_the_same_of_a_sum_which_never_solves_again(tiny):
     told, settings = [], replace(FREE, method="mend")
-    refine = RefineSettings(rounds=2.0, steps=3, gain=2.0)
+    refine = RefineSettings(steps=3, gain=2.0)
     malmend.edit(tiny.loaded, FEW, settings=settings, told=told.append, refine=refine)
     assert told[1:] == [
         "No use is made of --refine.steps: this edit is not settled.",
