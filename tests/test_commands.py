@@ -17,7 +17,7 @@ from command_support import CALIBRATION, EAGER, Tiny, as_lines, files_in, make_f
 from malmend.commands import edit as edit_module
 from malmend.commands import train as train_module
 from malmend.commands.demo import weights_digest
-from malmend.editors.calibration import load_calibration
+from malmend.editors.calibration_file import load_calibration
 from malmend.editors.network import NetworkSettings
 from malmend.editors.refine import RefineSettings
 from malmend.editors.settings import EditorSettings, published, training_free

@@ -21,7 +21,8 @@ import forms_folders as folders
 import tiny
 from command_support import malmend
 from malmend.commands.finetune import finetune
-from malmend.editors.calibration import CalibrationSettings, calibration_key
+from malmend.editors.calibration import CalibrationSettings
+from malmend.editors.calibration_file import calibration_key
 from malmend.editors.settings import EditorSettings
 from malmend.errors import MalmendError, ModelError
 from malmend.evaluation.generate import generate

@@ -12,10 +12,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from malmend.editors.calibration import (
-    Calibration,
-    CalibrationSettings,
-    calibrate,
+from malmend.editors.calibration import Calibration, CalibrationSettings, calibrate
+from malmend.editors.calibration_file import (
     calibration_key,
     load_calibration,
     save_calibration,

@@ -17,9 +17,8 @@ from support import (
 )
 
 from malmend.editors import calibration
-from malmend.editors.calibration import (
-    CalibrationSettings,
-    calibrate,
+from malmend.editors.calibration import CalibrationSettings, calibrate
+from malmend.editors.calibration_file import (
     calibration_key,
     load_calibration,
     save_calibration,

@@ -14,16 +14,12 @@ Shape letters: K key width.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from safetensors import safe_open
-from safetensors.torch import save_file
+from torch import Tensor
 
 from malmend.editors.editor import Editor, SiteStatistics
 from malmend.editors.keymoments import end_of, key_moments, others_of, passages_of
@@ -33,14 +29,11 @@ from malmend.errors import MalmendError
 from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact, Question, spread
 from malmend.facts.tokens import Encoder
-from malmend.files import written_beside
 from malmend.models.capture import Captured, capture, token_counts
 from malmend.models.trunk import Trunk
 from malmend.numerics.moments import RunningMoments
 from malmend.patch import shifted
 from malmend.progress import Progress, counted, silent
-
-FORMAT = 8
 
 
 @dataclass(frozen=True)
@@ -149,17 +142,7 @@ def calibrate(
         editor_settings.tokens,
         progress,
     )
-    statistics = {}
-    for index, (site, pair) in enumerate(zip(trunk.sites, captured, strict=True)):
-        value_width, key_width = site.shape_VK
-        known = SiteStatistics(
-            RunningMoments(key_width),
-            RunningMoments(value_width),
-            {term: moments[term][index] for term in terms},
-        )
-        known.keys.add(pair.keys_NK)
-        known.value_grads.add(pair.value_grads_NV)
-        statistics[site.name] = known
+    statistics = _statistics(trunk, captured, moments)
     # Without a term, lambda is absolute and starts at 1 (log lambda at 0), as published.
     ridge = settings.ridge if terms else 1.0
     start = Calibration(
@@ -182,6 +165,24 @@ def calibrate(
         settings,
         progress,
     )
+
+
+def _statistics(
+    trunk: Trunk, captured: Sequence[Captured], moments: Mapping[str, Sequence[Tensor]]
+) -> dict[str, SiteStatistics]:
+    """By site name: mean and spread of what was captured, and the prior's moments by term."""
+    statistics = {}
+    for index, (site, pair) in enumerate(zip(trunk.sites, captured, strict=True)):
+        value_width, key_width = site.shape_VK
+        known = SiteStatistics(
+            RunningMoments(key_width),
+            RunningMoments(value_width),
+            {term: found[index] for term, found in moments.items()},
+        )
+        known.keys.add(pair.keys_NK)
+        known.value_grads.add(pair.value_grads_NV)
+        statistics[site.name] = known
+    return statistics
 
 
 def _unrelated(encoder: Encoder, facts: Sequence[Fact], far: Sequence[Encoded]) -> list[Encoded]:
@@ -239,79 +240,3 @@ def _search(
     best = min(tried, key=lambda row: math.inf if math.isnan(row["loss"]) else row["loss"])
     weights = settings.weights(terms, best["alpha"])
     return replace(start, eta=best["eta"], weights=weights, tried=tuple(tried))
-
-
-def calibration_key(
-    fingerprint: str,
-    trunk: Trunk,
-    editor_settings: EditorSettings,
-    settings: CalibrationSettings,
-    facts: Sequence[Fact],
-    text: str,
-    general: Sequence[Question] = (),
-) -> str:
-    """A name for the calibration that these inputs give."""
-
-    def rows(questions: Sequence[Question]) -> list[tuple[str, str | None]]:
-        return [(question.prompt, question.answer) for question in questions]
-
-    used = [
-        (f.prompt, f.answer, f.paraphrases, rows(f.neighbours), rows(f.unrelated)) for f in facts
-    ]
-    what = {
-        "format": FORMAT,
-        "model": [fingerprint, str(trunk.model.dtype)],
-        "sites": [site.name for site in trunk.sites],
-        "editor": {**asdict(editor_settings), "network": None},
-        "settings": asdict(settings),
-        "facts": used,
-        "general": rows(general),
-        "text": hashlib.sha256(text.encode()).hexdigest(),
-    }
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
-
-
-def save_calibration(calibration: Calibration, path: Path) -> None:
-    """Writes a calibration to one safetensors file."""
-    tensors = {}
-    for name, known in calibration.statistics.items():
-        for part, moments in (("key", known.keys), ("grad", known.value_grads)):
-            tensors[f"{name}.{part}_mean"] = moments.mean_F
-            tensors[f"{name}.{part}_m2"] = moments.m2_F
-        for term, moment_KK in known.priors_KK.items():
-            tensors[f"{name}.prior_{term}"] = moment_KK.contiguous()
-    counts = {name: known.keys.count for name, known in calibration.statistics.items()}
-    header = {
-        "eta": calibration.eta,
-        "weights": calibration.weights,
-        "terms": list(next(iter(calibration.statistics.values())).priors_KK),
-        "ridge": calibration.ridge,
-        "tried": list(calibration.tried),
-        "counts": counts,
-    }
-    with written_beside(path) as beside:
-        save_file(tensors, beside, metadata={"calibration": json.dumps(header)})
-
-
-def load_calibration(path: Path) -> Calibration:
-    """Reads what :func:`save_calibration` wrote."""
-    with safe_open(path, framework="pt") as file:
-        header = json.loads(file.metadata()["calibration"])
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    statistics = {}
-    for name, count in header["counts"].items():
-        moments = []
-        for part in ("key", "grad"):
-            one = RunningMoments(len(tensors[f"{name}.{part}_mean"]))
-            one.count = count
-            one.mean_F, one.m2_F = tensors[f"{name}.{part}_mean"], tensors[f"{name}.{part}_m2"]
-            moments.append(one)
-        priors_KK = {term: tensors[f"{name}.prior_{term}"] for term in header["terms"]}
-        statistics[name] = SiteStatistics(moments[0], moments[1], priors_KK)
-    return Calibration(
-        statistics,
-        header["eta"],
-        tuple(header["weights"]),
-        header["ridge"],
-        tuple(header["tried"]),
-    )
