@@ -213,11 +213,3 @@ def _settings(raw: Mapping[str, Any]) -> EditorSettings:
         "descent": None if raw["descent"] is None else Descent(**raw["descent"]),
     }
     return EditorSettings(**{**raw, **nested})
-
-
-def save_training(state: Mapping[str, Tensor], about: Mapping[str, Any], folder: Path) -> None:
-    """Writes what resuming needs: optimiser state as tensors, the rest as JSON in the header."""
-    folder.mkdir(parents=True, exist_ok=True)
-    header = {"training": json.dumps(about, allow_nan=False)}
-    with written_beside(folder / "training.safetensors") as beside:
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, beside, header)

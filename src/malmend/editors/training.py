@@ -11,7 +11,6 @@ generator's state, and goes on bit for bit (on a CPU, at an equal thread count).
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import time
@@ -21,18 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import Tensor
 
-from malmend.editors.checkpoint import save_training
 from malmend.editors.editor import Editor
 from malmend.editors.metaloss import Judged, MetaLoss, meta_loss
 from malmend.editors.pairs import Pairs
+from malmend.editors.resuming import resume_run, save_run
 from malmend.editors.train_settings import TrainSettings
-from malmend.errors import EditorError, MalmendError
+from malmend.errors import MalmendError
 from malmend.facts.fact import Fact, Question
 from malmend.facts.tokens import Encoder
-from malmend.files import reason
 from malmend.models.store import ActivationStore
 from malmend.models.trunk import Trunk
 from malmend.patch import shifted
@@ -221,96 +217,28 @@ class Trainer:
                 "lower --network-rate or --scalar-rate and resume."
             )
 
-    def save(self, folder: Path, about: dict[str, object]) -> None:
+    def save(self, folder: Path, about: Mapping[str, object]) -> None:
         """Writes all that resuming needs to ``training.safetensors``, whole or not at all."""
-        tensors = {f"editor.{name}": t for name, t in self.editor.state_dict().items()}
-        for index, state in self.optimiser.state_dict()["state"].items():
-            tensors |= {f"optimiser.{index}.{name}": value for name, value in state.items()}
-        what = {
-            "step": self.step,
-            "settings": asdict(self.settings),
-            "editor": asdict(self.editor.settings),
-            "threads": torch.get_num_threads(),
-            "moments": sorted(self.optimiser.state_dict()["state"]),
-            **about,
-        }
-        save_training(tensors, what, folder)
+        save_run(self._parts, self.step, {**self._mine, **about}, folder)
 
-    def resume(self, folder: Path) -> dict[str, object]:
+    def resume(self, folder: Path) -> dict[str, Any]:
         """Goes on from what :meth:`save` wrote; returns what it said about the run.
 
         Raises:
             EditorError: the file is damaged, or was written under other settings.
         """
-        path = folder / "training.safetensors"
-        try:
-            with safe_open(path, framework="pt") as file:
-                about = json.loads(file.metadata()["training"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            self._check_same(about, path)
-            step, state = about["step"], dict[int, dict[str, Tensor]]()
-            if type(step) is not int or step < 1:
-                raise ValueError(f"it stands at step {step!r}")
-            if not all(torch.isfinite(tensor).all() for tensor in self._finite(tensors)):
-                raise ValueError("a tensor holds NaN or infinity")
-            for key in [key for key in tensors if key.startswith("optimiser.")]:
-                _, index, name = key.split(".")
-                state.setdefault(int(index), {})[name] = tensors.pop(key)
-            self._check_moments(state, about.get("moments", sorted(state)))
-            self._take_weights({k.removeprefix("editor."): t for k, t in tensors.items()}, path)
-            groups = self.optimiser.state_dict()["param_groups"]
-            self.optimiser.load_state_dict({"state": state, "param_groups": groups})
-        except EditorError:
-            raise
-        except Exception as error:
-            raise EditorError(
-                f"{path} is damaged ({reason(error)}); remove it to train from the start."
-            ) from error
-        self.step = step
-        return dict(about)
+        about = resume_run(self._parts, self._mine, folder)
+        self.step = about["step"]
+        return about
 
-    def _check_same(self, about: Mapping[str, Any], path: Path) -> None:
-        """Raises EditorError where a run was of other settings than this."""
-        mine = {"settings": asdict(self.settings), "editor": asdict(self.editor.settings)}
-        for part, wanted in json.loads(json.dumps(mine)).items():
-            for name, value in wanted.items():
-                if name not in ("steps", "save_every") and about[part].get(name) != value:
-                    raise EditorError(
-                        f"{path} was trained with {name} = {about[part].get(name)!r}, now "
-                        f"{value!r} is asked for; give the same settings, or another --out."
-                    )
+    @property
+    def _parts(self) -> tuple[Editor, torch.optim.Adam]:
+        return self.editor, self.optimiser
 
-    @staticmethod
-    def _finite(tensors: Mapping[str, Tensor]) -> Iterator[Tensor]:
-        """All that must be: the logarithm of a prior's weight of zero is minus infinity."""
-        for name, tensor in tensors.items():
-            yield tensor.exp() if name == "editor.log_weights_SP" else tensor
-
-    def _check_moments(
-        self, state: Mapping[int, Mapping[str, Tensor]], wanted: Sequence[int]
-    ) -> None:
-        """Raises ValueError unless Adam's state is one of these parameters, and all of it."""
-        if sorted(state) != wanted or not state:
-            raise ValueError("it lacks a part of the optimiser's state")
-        every = [one for group in self.optimiser.param_groups for one in group["params"]]
-        for index, found in state.items():
-            if set(found) != {"step", "exp_avg", "exp_avg_sq"}:
-                raise ValueError(f"the optimiser's state {index} lacks a moment, or has others")
-            for name, tensor in found.items():
-                shape = torch.Size() if name == "step" else every[index].shape
-                if tensor.shape != shape or not tensor.is_floating_point():
-                    raise ValueError(f"the optimiser's {name} {index} is of another shape")
-                if name != "exp_avg" and (tensor < 0).any():
-                    raise ValueError(f"the optimiser's {name} {index} is negative")
-
-    def _take_weights(self, weights: Mapping[str, Tensor], path: Path) -> None:
-        try:
-            self.editor.load_state_dict(dict(weights))
-        except RuntimeError as error:
-            raise EditorError(
-                f"{path} holds an editor for layers of another shape; give the same model, or "
-                "another --out."
-            ) from error
+    @property
+    def _mine(self) -> dict[str, dict[str, Any]]:
+        """The settings that a run is resumed under."""
+        return {"settings": asdict(self.settings), "editor": asdict(self.editor.settings)}
 
 
 def estimate_seconds(trainer: Trainer, sample: int = 24) -> float:

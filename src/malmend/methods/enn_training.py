@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from malmend.editors.checkpoint import save_training
+from malmend.editors.resuming import FREE, read_training, save_training
 from malmend.errors import EditorError, MalmendError
 from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact, Question, subject_hash
@@ -39,7 +38,6 @@ from malmend.methods.enn import (
 from malmend.numerics.losses import kl_per_token
 from malmend.workbench import Workbench
 
-MAY_CHANGE = ("steps", "save_every")  # of a run that is resumed
 MOMENTS = ("exp_avg", "exp_avg_sq")  # as torch's Adam calls them
 
 Asked = tuple[Question, Question, Question]  # of a fact: prompt, equivalent, unrelated
@@ -218,12 +216,10 @@ class EnnTrainer:
         """
         path, mine = Path(folder) / "training.safetensors", self._about()
         with whole(path, "remove it to train from the start"):
-            with safe_open(path, framework="pt") as file:
-                about = json.loads(file.metadata()["training"])
-                found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            about, found = read_training(path)
             told, asked = ({**one["settings"], **one} for one in (about, mine))
             for name in {**mine["settings"], **mine}:
-                if name not in ("settings", *MAY_CHANGE) and told[name] != asked[name]:
+                if name not in ("settings", *FREE) and told[name] != asked[name]:
                     raise EditorError(
                         f"{path} was trained with {name} = {told[name]!r}, now {asked[name]!r} is "
                         "asked for; give the same settings, model and questions, or another folder."

@@ -12,12 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from malmend.editors.checkpoint import save_training
 from malmend.editors.metaloss import Judged, meta_loss
+from malmend.editors.resuming import FREE, read_training, save_training
 from malmend.errors import EditorError
 from malmend.facts.fact import Fact, Question
 from malmend.files import reason, written_beside
@@ -26,7 +25,6 @@ from malmend.patch import shifted
 from malmend.workbench import Workbench
 
 CLIP = 1.0  # largest norm of a step's gradient
-FREE = ("steps", "save_every")  # settings that may be others when a run is resumed
 Drawn = tuple[Question, Question, Question]  # an edit, an equivalent question, an unrelated one
 
 
@@ -162,9 +160,7 @@ class KeTrainer:
         path, state = Path(folder) / "training.safetensors", dict[int, dict[str, Tensor]]()
         groups = self.optimiser.state_dict()["param_groups"]
         try:
-            with safe_open(path, framework="pt") as file:
-                about = json.loads(file.metadata()["training"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            about, tensors = read_training(path)
             check_base(folder, about, self.bench)
             if about.get("data_sha256") != self._data():
                 raise EditorError(

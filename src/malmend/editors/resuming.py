@@ -1,0 +1,136 @@
+"""The file of a training run: what going on needs, written whole, and read back whole or not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from malmend.editors.editor import Editor
+from malmend.errors import EditorError
+from malmend.files import reason, written_beside
+
+FILE = "training.safetensors"
+FREE = ("steps", "save_every")  # settings that a run may be resumed under others of
+
+
+def save_training(state: Mapping[str, Tensor], about: Mapping[str, Any], folder: Path) -> None:
+    """Writes what resuming needs: optimiser state as tensors, the rest as JSON in the header."""
+    folder.mkdir(parents=True, exist_ok=True)
+    header = {"training": json.dumps(about, allow_nan=False)}
+    with written_beside(folder / FILE) as beside:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, beside, header)
+
+
+def read_training(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What :func:`save_training` wrote, the JSON first; what a bad file raises is not caught."""
+    with safe_open(path, framework="pt") as file:
+        about: dict[str, Any] = json.loads(file.metadata()["training"])
+        return about, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+
+def save_run(
+    parts: tuple[Editor, torch.optim.Adam], step: int, about: Mapping[str, Any], folder: Path
+) -> None:
+    """Writes an editor in training and its optimiser, with all that ``about`` says of the run."""
+    editor, optimiser = parts
+    tensors = {f"editor.{name}": tensor for name, tensor in editor.state_dict().items()}
+    moments = optimiser.state_dict()["state"]
+    for index, state in moments.items():
+        tensors |= {f"optimiser.{index}.{name}": value for name, value in state.items()}
+    said = {"step": step, "threads": torch.get_num_threads(), "moments": sorted(moments)}
+    save_training(tensors, {**said, **about}, folder)
+
+
+def resume_run(
+    parts: tuple[Editor, torch.optim.Adam],
+    mine: Mapping[str, Mapping[str, Any]],
+    folder: Path,
+) -> dict[str, Any]:
+    """Puts what :func:`save_run` wrote into an editor and its optimiser; returns what it said.
+
+    Args:
+        parts: of a run that was set up alike; changed only where the whole file is good.
+        mine: this run's settings, by the name that the file has them under.
+        folder: where the file lies.
+
+    Raises:
+        EditorError: the file is damaged, or was written under other settings.
+    """
+    editor, optimiser = parts
+    path = folder / FILE
+    try:
+        about, tensors = read_training(path)
+        _check_same(about, mine, path)
+        step, state = about["step"], dict[int, dict[str, Tensor]]()
+        if type(step) is not int or step < 1:
+            raise ValueError(f"it stands at step {step!r}")
+        if not all(torch.isfinite(tensor).all() for tensor in _finite(tensors)):
+            raise ValueError("a tensor holds NaN or infinity")
+        for key in [key for key in tensors if key.startswith("optimiser.")]:
+            _, index, name = key.split(".")
+            state.setdefault(int(index), {})[name] = tensors.pop(key)
+        groups = optimiser.state_dict()["param_groups"]
+        every = [one for group in optimiser.param_groups for one in group["params"]]
+        _check_moments(state, every, about.get("moments", sorted(state)))
+        _take_weights(editor, {k.removeprefix("editor."): t for k, t in tensors.items()}, path)
+        optimiser.load_state_dict({"state": state, "param_groups": groups})
+    except EditorError:
+        raise
+    except Exception as error:
+        raise EditorError(
+            f"{path} is damaged ({reason(error)}); remove it to train from the start."
+        ) from error
+    return about
+
+
+def _check_same(
+    about: Mapping[str, Any], mine: Mapping[str, Mapping[str, Any]], path: Path
+) -> None:
+    """Raises EditorError where a run was of other settings than this."""
+    for part, wanted in json.loads(json.dumps(mine)).items():
+        for name, value in wanted.items():
+            if name not in FREE and about[part].get(name) != value:
+                raise EditorError(
+                    f"{path} was trained with {name} = {about[part].get(name)!r}, now "
+                    f"{value!r} is asked for; give the same settings, or another --out."
+                )
+
+
+def _finite(tensors: Mapping[str, Tensor]) -> Iterator[Tensor]:
+    """All that must be: the logarithm of a prior's weight of zero is minus infinity."""
+    for name, tensor in tensors.items():
+        yield tensor.exp() if name == "editor.log_weights_SP" else tensor
+
+
+def _check_moments(
+    state: Mapping[int, Mapping[str, Tensor]], every: Sequence[Tensor], wanted: Sequence[int]
+) -> None:
+    """Raises ValueError unless Adam's state is one of these parameters, and all of it."""
+    if sorted(state) != wanted or not state:
+        raise ValueError("it lacks a part of the optimiser's state")
+    for index, found in state.items():
+        if set(found) != {"step", "exp_avg", "exp_avg_sq"}:
+            raise ValueError(f"the optimiser's state {index} lacks a moment, or has others")
+        for name, tensor in found.items():
+            shape = torch.Size() if name == "step" else every[index].shape
+            if tensor.shape != shape or not tensor.is_floating_point():
+                raise ValueError(f"the optimiser's {name} {index} is of another shape")
+            if name != "exp_avg" and (tensor < 0).any():
+                raise ValueError(f"the optimiser's {name} {index} is negative")
+
+
+def _take_weights(editor: Editor, weights: Mapping[str, Tensor], path: Path) -> None:
+    try:
+        editor.load_state_dict(dict(weights))
+    except RuntimeError as error:
+        raise EditorError(
+            f"{path} holds an editor for layers of another shape; give the same model, or "
+            "another --out."
+        ) from error
