@@ -55,8 +55,9 @@ def add_methods(parser: Any) -> None:
     """``--method``, and each method's settings under its name, as ``--ft.rate``."""
     from malmend.editors.settings import EditorMethod
     from malmend.methods.table import METHODS
+    from malmend.methods.trained import TRAINED
 
-    _add_method(parser, (*get_args(EditorMethod), *METHODS), METHODS)
+    _add_method(parser, (*get_args(EditorMethod), *METHODS, *TRAINED), METHODS)
 
 
 def add_trained(parser: Any) -> None:

@@ -90,6 +90,12 @@ def test_a_plan_reads_as_it_is_written(tmp_path):
             {"methods": {"fft": {"method": "fft"}}},
             "is 'fft', expected .*; did you mean 'ft'",
         ),
+        ({"methods": {"ftt": {}}}, "'ftt' is none of malmen, .*; did you mean 'ft'"),
+        ({"methods": {"memitt": {"most": 5}}}, "'memitt' is none of .*; did you mean 'memit'"),
+        ({"methods": {"paper": {}}}, "'paper' is none of malmen, .* say what it is: method"),
+        ({"methods": {"enn": {}}}, "enn is trained before it edits; run `malmend train"),
+        ({"methods": {"a": {"method": "ke"}}}, "ke is trained before it edits"),
+        ({"methods": {"mend-single": {"passes": 1}}}, "mend-single is trained before it edits"),
         ({"methods": {"ft": {"epoch": 3}}}, "has no setting 'epoch'; did you mean 'epochs'"),
         ({"methods": {"ft": {"epochs": 0}}}, "ft.epochs is 0"),
         ({"methods": {"malmen": {"laiers": 3}}}, "has no setting 'laiers'; did you mean 'layers'"),
@@ -189,6 +195,14 @@ def test_facts_alone_are_each_edited_and_asked_alone(plan, tiny, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_cost_is_said_again_when_smaller_cells_are_known(plan, tmp_path):
+    said: list[str] = []
+    bench(plan, tmp_path / "out", told=said.append)
+    assert len(said) == 2  # sizes 2 and 4
+    assert said[0].endswith("not known yet of ft, by sums.")
+    assert re.fullmatch(r"8 cells, 4 to do: about \d+ minutes by what is done\.", said[1])
+
+
 def test_a_stopped_bench_goes_on_and_does_nothing_twice(plan, tmp_path, monkeypatch):
     ran, run = [], bench_module.run_cell
 
@@ -282,6 +296,23 @@ def test_more_facts_than_there_are(plan, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"models": ("smollm2-135n",)}, "no model 'smollm2-135n'; did you mean 'smollm2-135m'"),
+        ({"methods": {"ft": {}, "paper": {"editor": "runs/none"}}}, "no editor in runs/none"),
+        ({"text": "nowhere.txt"}, r"nowhere\.txt"),
+    ],
+)
+def test_what_is_not_there_is_said_before_a_model_is_loaded(
+    change, said, plan, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(bench_module, "load_model", lambda name: pytest.fail("a model was loaded"))
+    with pytest.raises(MalmendError, match=said):
+        bench(replace(plan, **change), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 # --- tables and figures
 
 
@@ -324,9 +355,34 @@ def test_the_table_has_means_deviations_and_the_unedited_model():
 def test_failures_are_shown_of_the_largest_cell():
     lines = failures(ROWS).splitlines()
     assert lines[2:] == [
-        "| one | 16 | a \\| b | c | d | e f |",
-        "| two | 16 | a \\| b | c | d | e f |",
+        "| one | 16 | ES | a \\| b | c | d | e f |",
+        "| two | 16 | ES | a \\| b | c | d | e f |",
     ]
+    said = dict(ROWS[0]["failures"][0])
+    many = [said | {"kind": kind, "prompt": str(i)} for kind in ("ES", "LS") for i in range(5)]
+    lines = failures([ROWS[0] | {"failures": many}]).splitlines()
+    assert [line.split(" | ")[2:4] for line in lines[2:]] == [
+        [kind, prompt] for kind in ("ES", "LS") for prompt in "012"
+    ]
+
+
+def test_failures_are_of_every_kind_and_are_what_eval_says(plan, tiny, tmp_path):
+    one = replace(plan, sizes=(4,), seeds=(0,), decode=0, methods={"ft": METHODS["ft"]})
+    (row,) = bench(one, tmp_path / "out").rows
+    facts = drawn(list(malmend.read_facts(tiny.facts)), 4, 0)
+    patch = malmend.edit(tiny.loaded, facts, method=FineTuning(**METHODS["ft"])).patch
+    report = malmend.eval(tiny.loaded, facts, patch, decode_facts=0, text="none")
+    replies = [reply for fact in report.rows for reply in fact.edited]
+    wanted = [
+        (kind, reply.question.prompt)
+        for kind in ("ES", "GS", "LS")
+        for reply in replies
+        if reply.kind == kind and (reply.moved if kind == "LS" else reply.exact == 0.0)
+    ]
+    assert [(one["kind"], one["prompt"]) for one in row["failures"]] == wanted
+    assert {kind for kind, _ in wanted} >= {"GS", "LS"}
+    moved = [one for one in row["failures"] if one["kind"] == "LS"]
+    assert all(one["unedited"] != one["edited"] for one in moved)
 
 
 def test_figures_are_drawn_and_hold_the_points(tmp_path):

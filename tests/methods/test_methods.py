@@ -129,6 +129,10 @@ def test_settings_of_another_method_are_refused(tiny, tmp_path, capsys):
         "--method is 'lorra', expected 'malmen', 'mend', 'mend-single', 'ft'"
         in capsys.readouterr().err
     )
+    for name in ("enn", "ke", "mend-single"):
+        assert command(*edit, "--method", name) == 2
+        said = f"{name} is trained before it edits; run `malmend train --method {name}`"
+        assert said in " ".join(capsys.readouterr().err.split())
     assert not patch.exists()
 
 

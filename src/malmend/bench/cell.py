@@ -27,7 +27,8 @@ from malmend.patch import Patch
 from malmend.progress import Progress, silent
 from malmend.workbench import encoder_for
 
-SHOWN = 10  # failed facts that a row keeps
+SHOWN = 10  # failures of a kind that a row keeps
+FAILING = ("ES", "GS", "LS")
 
 
 @dataclass(frozen=True)
@@ -121,26 +122,32 @@ def _of(fact: int, row: FactRow) -> FactRow:
 
 
 def _failures(loaded: LoadedModel, rows: Sequence[FactRow]) -> list[dict[str, str]]:
-    """The first facts whose edit prompt is not answered, and what is said instead.
+    """What edited models say instead, as in MALMEN's Tables 4 and 5: the first of each kind.
 
-    Teacher forced where nothing was decoded.
+    Edit prompts and paraphrases that are not answered, teacher forced where nothing was decoded,
+    and unrelated questions whose answer moved.
     """
-    found: list[dict[str, str]] = []
+    found: dict[str, list[dict[str, str]]] = {kind: [] for kind in FAILING}
     for row in rows:
-        (before,), (after,) = (
-            [one for one in asked if one.kind == "ES"] for asked in (row.unedited, row.edited)
-        )
-        wrong = after.generated == 0.0 if after.generated is not None else after.exact == 0.0
-        if wrong and len(found) < SHOWN:
-            found.append(
-                {
-                    "prompt": row.prompt,
-                    "wanted": row.answer,
-                    "unedited": _said(loaded, before),
-                    "edited": _said(loaded, after),
-                }
-            )
-    return found
+        for before, after in zip(row.unedited, row.edited, strict=True):
+            some = found.get(after.kind)
+            if some is not None and len(some) < SHOWN and _fails(after):
+                some.append(
+                    {
+                        "kind": after.kind,
+                        "prompt": after.question.prompt,
+                        "wanted": after.question.answer or "",
+                        "unedited": _said(loaded, before),
+                        "edited": _said(loaded, after),
+                    }
+                )
+    return [one for some in found.values() for one in some]
+
+
+def _fails(after: Reply) -> bool:
+    if after.kind == "LS":
+        return bool(after.moved)
+    return (after.exact if after.generated is None else after.generated) == 0.0
 
 
 def _said(loaded: LoadedModel, asked: Reply) -> str:

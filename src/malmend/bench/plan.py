@@ -40,6 +40,7 @@ from malmend.editors.settings import EditorMethod, EditorSettings
 from malmend.errors import MalmendError, nearest
 from malmend.methods.method import Method
 from malmend.methods.table import METHODS
+from malmend.methods.trained import TRAINED, check_trained
 
 Protocol = Literal["together", "alone"]
 EDITORS = get_args(EditorMethod)
@@ -141,8 +142,16 @@ def way_of(name: str, given: Mapping[str, Any]) -> Way:
             f"The plan's method {name!r} has most {given['most']!r}, expected a number of facts."
         )
     own = {key: value for key, value in given.items() if key not in OF_CELL}
-    known = [*EDITORS, *METHODS, "context"]
-    named = name in known and not (name in EDITORS and "editor" in given)  # which says its own
+    known = [*EDITORS, *METHODS, *TRAINED, "context"]
+    if name not in known and not own and not {"method", "class", "editor"} & set(given):
+        raise MalmendError(
+            f"The plan's method {name!r} is none of {', '.join(known)}"
+            f"{nearest(name, known) or '.'} Under a name of your own say what it is: method, class, "
+            "editor, or settings of an editor without a network or of its solves."
+        )
+    named = name in known and not (
+        name in (*EDITORS, *TRAINED) and "editor" in given
+    )  # says its own
     method = str(given.get("method", name if named else "malmen"))
     if "editor" in given and (method not in EDITORS or "class" in given):
         raise MalmendError(
@@ -155,6 +164,8 @@ def way_of(name: str, given: Mapping[str, Any]) -> Way:
         return Way(method=_made(name, METHODS[method], own))
     if method == "context":
         return Way(context=_made(name, InContext, own))
+    if "editor" not in given:
+        check_trained(method)
     if method not in EDITORS:
         raise MalmendError(
             f"The plan's method {name!r} is {method!r}, expected one of {', '.join(known)}, or a "

@@ -92,6 +92,7 @@ def _makes_sense(row: Mapping[str, Any]) -> bool:
     numbers += [row["patch"].get(one) for one in ("mean_residual", "residual_after")]
     known = [row["edit_seconds"], row["seconds"], row["seed"], row["m"]]
     said = [one[part] for one in row["failures"] for part in SAID]
+    said += [one.get("kind", "") for one in row["failures"]]
     words = [row["model"], row["name"], *said]
     return (
         all(value is None or _is_number(value) for value in [*numbers, row.get("edit_bytes")])

@@ -16,12 +16,14 @@ from malmend.bench.plot import plot
 from malmend.bench.results import NAME, Results
 from malmend.bench.table import Row, failures, latest, markdown
 from malmend.commands.edit import now
+from malmend.editors.checkpoint import load_editor
 from malmend.editors.refine import SETTLING, UNSAID
 from malmend.errors import MalmendError
 from malmend.facts.fact import Fact
-from malmend.facts.readers import read_facts
+from malmend.facts.readers import read_facts, read_text
 from malmend.files import writable_folder
-from malmend.models.load import load_model
+from malmend.methods.trained import trained_method
+from malmend.models.load import load_config, load_model
 from malmend.progress import Progress, silent
 
 
@@ -48,7 +50,7 @@ def bench(
         plan: a plan's file, or a plan.
         out: the folder of results.
         progress: called with stage and share done.
-        told: called with what the plan will cost, before the work.
+        told: called with what the plan will cost, before the work and whenever facts become more.
         stepped: called with the row of every finished cell.
 
     Raises:
@@ -56,6 +58,7 @@ def bench(
     """
     plan = plan if isinstance(plan, Plan) else read_plan(plan)
     facts = list(read_facts(plan.facts))
+    _check_files(plan)
     cells = list(plan.cells())
     if not cells:
         raise MalmendError("The plan has no cell: every size is above its methods' `most`.")
@@ -70,7 +73,11 @@ def bench(
     left = {key: cell for key, cell in keyed.items() if key not in results.rows}
     told(cost(list(left.values()), len(keyed), results))
     asking: Asking | None = None
-    for key, cell in left.items():
+    size = next(iter(left.values())).size if left else 0
+    for index, (key, cell) in enumerate(left.items()):
+        if cell.size != size:  # what smaller ones took says more than was known before
+            told(cost(list(left.values())[index:], len(keyed), results))
+            size = cell.size
         if asking is None or asking.loaded.name != cell.model:
             asking = Asking(load_model(cell.model), plan)
         row = run_cell(asking, cell, drawn(facts, cell.size, cell.seed), progress)
@@ -80,6 +87,18 @@ def bench(
         results.add(key, {**row, **made, **asked, **settings})
         stepped(results.rows[key])
     return BenchResult(folder, tuple(results.rows[key] for key in keyed))
+
+
+def _check_files(plan: Plan) -> None:
+    """Raises MalmendError where a model, an editor or the text that a plan names is not there."""
+    for model in plan.models:
+        load_config(model)
+    for name, given in plan.methods.items():
+        editor = way_of(name, given).editor
+        if editor not in ("auto", "none") and trained_method(editor) is None:
+            load_editor(editor)
+    if plan.text != "none":
+        read_text(plan.text)
 
 
 def cost(left: Sequence[Cell], count: int, results: Results) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -92,19 +93,27 @@ _SAID = {
 }
 
 
-def failures(rows: Sequence[Row], most: int = 5) -> str:
-    """What edited models said instead, as a Markdown table: the largest cell of each method."""
+def failures(rows: Sequence[Row], most: int = 3) -> str:
+    """What edited models said instead, as a Markdown table: the largest cell of each method.
+
+    Of each kind of question the first ``most``.  Rows of before there were kinds are of edit
+    prompts.
+    """
     largest: dict[tuple[str, str, str], Row] = {}
     for row in rows:
         key = (row["model"], row["protocol"], row["name"])
         if key not in largest or row["m"] > largest[key]["m"]:
             largest[key] = row
-    head = ["method", "m", "prompt", "wanted", "unedited", "edited"]
+    head = ["method", "m", "asked", "prompt", "wanted", "unedited", "edited"]
     lines = [_line(head), _line(["---"] * len(head))]
     for (_, _, name), row in largest.items():
-        for one in row["failures"][:most]:
-            said = [one[part] for part in ("prompt", "wanted", "unedited", "edited")]
-            lines.append(_line([name, f"{row['m']:,}", *map(_escaped, said)]))
+        shown = Counter[str]()
+        for one in row["failures"]:
+            kind = one.get("kind", "ES")
+            shown[kind] += 1
+            if shown[kind] <= most:
+                said = [one[part] for part in ("prompt", "wanted", "unedited", "edited")]
+                lines.append(_line([name, f"{row['m']:,}", kind, *map(_escaped, said)]))
     return "\n".join(lines) + "\n"
 
 

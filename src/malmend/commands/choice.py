@@ -25,6 +25,7 @@ from malmend.known import known_facts
 from malmend.material import calibrated, to_hold
 from malmend.methods.by_editor import Holding, find_by_editor, refinable
 from malmend.methods.method import Found
+from malmend.methods.trained import check_trained
 from malmend.models.load import LoadedModel
 from malmend.models.sites import Site
 from malmend.processes import ALONE, Processes
@@ -236,10 +237,12 @@ def choose(
             make "auto" "none" too.
 
     Raises:
-        MalmendError: settings or data beside an editor that brings its own, or no editor there.
+        MalmendError: settings or data beside an editor that brings its own, no editor there, or a
+            method that has to be trained.
     """
     if isinstance(editor, str) and editor in ("auto", "none"):
         free = Choice("none", settings or training_free())
+        check_trained(free.settings.method)
         may_ship = editor == "auto" and settings is None and not own_data
         return replace(free, may_ship=may_ship)
     if settings is not None:

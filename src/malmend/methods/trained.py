@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from malmend.errors import EditorError
 from malmend.methods.enn import Enn, EnnSettings
 from malmend.methods.enn_training import EnnTrainer
 from malmend.methods.ke import Ke, KeSettings
@@ -47,6 +48,18 @@ TRAINED = {
     "enn": Trained(EnnSettings, EnnTrainer, Enn),
     "ke": Trained(KeSettings, KeTrainer, Ke),
 }
+
+
+TRAINED_FIRST = (*TRAINED, "mend-single")  # which of itself edits nothing, or is another method
+
+
+def check_trained(name: str) -> None:
+    """Raises EditorError for a method that only an editor's folder holds."""
+    if name in TRAINED_FIRST:
+        raise EditorError(
+            f"{name} is trained before it edits; run `malmend train --method {name}` and give the "
+            "folder that it writes as the editor."
+        )
 
 
 def trained_method(folder: object) -> Method | None:
