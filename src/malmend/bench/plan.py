@@ -146,8 +146,8 @@ def way_of(name: str, given: Mapping[str, Any]) -> Way:
     if name not in known and not own and not {"method", "class", "editor"} & set(given):
         raise MalmendError(
             f"The plan's method {name!r} is none of {', '.join(known)}"
-            f"{nearest(name, known) or '.'} Under a name of your own say what it is: method, class, "
-            "editor, or settings of an editor without a network or of its solves."
+            f"{nearest(name, known) or '.'} Under a name of your own say what it is: method, "
+            "class, editor, or settings of an editor without a network or of its solves."
         )
     named = name in known and not (
         name in (*EDITORS, *TRAINED) and "editor" in given
