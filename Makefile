@@ -33,7 +33,7 @@ check: $(VENV)/installed ## format, lint, types, layers, tests
 thorough: $(VENV)/installed ## the slow tests too
 	$(BIN)/python -m pytest $(BESIDE) -m "not proof"
 
-proofs: $(VENV)/installed ## heavier proofs on the real model; results go to docs/results.md
+proofs: $(VENV)/installed ## heavier proofs on the real model; results go to docs/results.md and docs/history.md
 	$(BIN)/python -m pytest -m proof
 
 bench: $(VENV)/installed ## what each stage costs, beside the published procedure and the ceiling

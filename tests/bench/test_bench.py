@@ -27,6 +27,7 @@ from malmend.methods.ft import FineTuning, FineTuningKL
 tiny = command_support.tiny
 cache = command_support.cache
 
+ROOT = Path(__file__).resolve().parents[2]
 METHODS = {
     "ft": {"epochs": 2, "layers": 1, "rate": 0.01},
     "by sums": {"method": "mend", "eta": 0.01, "layers": 2},
@@ -437,7 +438,7 @@ def test_as_a_command(plan, tiny, tmp_path, capsys):
 
 
 def test_the_method_of_the_documentation_works_as_it_stands(plan, tmp_path, monkeypatch):
-    docs = (Path(__file__).parents[2] / "docs" / "bench.md").read_text()
+    docs = (ROOT / "docs" / "bench.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", docs, re.DOTALL)
     assert len(code.splitlines()) < 60
     (tmp_path / "mymodule_of_docs.py").write_text(code)
@@ -450,13 +451,20 @@ def test_the_method_of_the_documentation_works_as_it_stands(plan, tmp_path, monk
 
 
 def test_the_plan_of_the_documentation_reads(tmp_path):
-    docs = (Path(__file__).parents[2] / "docs" / "bench.md").read_text()
+    docs = (ROOT / "docs" / "bench.md").read_text()
     (written,) = re.findall(r"```yaml\n(.*?)```", docs, re.DOTALL)
     given = yaml.safe_load(written)
     del given["methods"]["mine"]  # whose module is the reader's own
     plan = read_plan(write(tmp_path / "plan.yaml", **given))
     assert plan.methods["memit"] == {"most": 256}
     assert len(list(plan.cells())) == 3 * 3 * 9 + 1 * 8
+
+
+@pytest.mark.parametrize("name", ["ablations", "alone", "mend-appendix", "methods"])
+def test_the_plans_of_the_results_read(name, monkeypatch):
+    monkeypatch.chdir(ROOT)  # from where a class of benchmarks/ is found
+    found = read_plan(ROOT / f"benchmarks/plans/{name}.yaml")
+    assert list(found.cells())
 
 
 def test_settings_may_be_nested(tmp_path):

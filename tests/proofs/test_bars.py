@@ -2,7 +2,7 @@
 
 The facts are not shipped.  MALMEND_DATA names a folder with ``qa/dev.json`` (the JSON layout of
 MEND's zsRE files); the default is ``../shared/data`` beside the project.  Results go to
-docs/results.md.
+docs/results.md, those of an editor that is not trained to docs/history.md.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ Nothing is trained.  Facts come in batches of ``batch``: each is captured on the
 before it left it, and its shift is added to theirs; the mean and spread go on.
 
 Deviations: eta is 1e-3, for at the 1e-6 of models of billions no answer of SmolLM2 changes
-(docs/results.md).  A dimension that does not vary is not blown up (numerics/moments.py), so that a
-single token, of which no spread is known, keeps its gradient's own scale.
+(docs/deviations.md).  A dimension that does not vary is not blown up (numerics/moments.py), so that
+a single token, of which no spread is known, keeps its gradient's own scale.
 
 Shape letters: N tokens, K key width, V value width.
 """
