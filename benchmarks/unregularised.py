@@ -1,9 +1,9 @@
 """Least squares without a prior (MALMEN, Table 1), for plans.
 
-Use it by ``class: "benchmarks.unregularised:Unregularised"``, from the repository's root.  With
-fewer tokens than a key is wide, U U^T is singular.  ``primal`` solves it nevertheless, by LU in float32 as the
-published code does; ``dual`` is the minimum-norm solution, by singular values in float64.  Both ask
-each value for the same move, -eta g (12).
+Use it by ``class: "benchmarks.unregularised:Unregularised"``, from the repository's root. With
+fewer tokens than a key is wide, U U^T is singular. ``primal`` solves it nevertheless, by LU in
+float32 as the published code does; ``dual`` is the minimum-norm solution, by singular values in
+float64. Both ask each value for the same move, -eta g (12).
 
 Shape letters: N tokens, K key width, V value width.
 """

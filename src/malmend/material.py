@@ -7,10 +7,14 @@ from what the model says, as its edits do.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from malmend.editors.calibration import Calibration, CalibrationSettings, calibrate
 from malmend.editors.calibration_file import (
@@ -18,7 +22,7 @@ from malmend.editors.calibration_file import (
     load_calibration,
     save_calibration,
 )
-from malmend.editors.keymoments import first_of, passages_of
+from malmend.editors.keymoments import first_of, passages_of, text_moment
 from malmend.editors.settings import EditorSettings
 from malmend.errors import MalmendError
 from malmend.facts.apart import apart
@@ -26,11 +30,12 @@ from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact, FactSet, Question, spread
 from malmend.facts.readers import read_facts, read_questions, read_text
 from malmend.facts.tokens import Encoder
-from malmend.files import kept
+from malmend.files import kept, written_beside
 from malmend.models.source import cache_folder
 from malmend.progress import Progress, silent
 from malmend.workbench import Workbench, aimed, checked_facts, shipped
 
+MOMENTS = 1  # of how moments of general text are taken; a change makes those that are kept anew
 MOST_KEPT = 2_000_000_000  # bytes of calibrations in the cache folder
 KEPT_BACK = 200  # general questions that no edit holds
 
@@ -68,6 +73,40 @@ def calibrated(
             bench.trunk, bench.encoder, plain, known, words, settings, progress, general
         ),
         save_calibration,
+        MOST_KEPT,
+    )
+
+
+def general_text(encoder: Encoder, tokens: int) -> list[Encoded]:
+    """The first lines of the project's own text, until they have so many tokens."""
+    return first_of(passages_of(encoder, read_text(shipped("text.txt"))), tokens)
+
+
+def general_moments(bench: Workbench, tokens: int, progress: Progress = silent) -> list[Tensor]:
+    """C_text of every site over the project's own text, from the cache folder or made now.
+
+    Args:
+        bench: the model, unedited.
+        tokens: of the text.
+        progress: called with stage and share done.
+
+    Returns:
+        K x K in float64 for each site (:func:`malmend.editors.keymoments.text_moment`).
+    """
+    lines = general_text(bench.encoder, tokens)
+    names = [site.name for site in bench.trunk.sites]
+    said = [MOMENTS, bench.loaded.digest, str(bench.trunk.model.dtype), names]
+    key = hashlib.sha256(repr([*said, [line.ids for line in lines]]).encode()).hexdigest()
+
+    def save(moments: list[Tensor], path: Path) -> None:
+        with written_beside(path) as beside:
+            save_file(dict(zip(names, moments, strict=True)), beside)
+
+    return kept(
+        cache_folder() / "calibrations" / f"moments-{key[:24]}.safetensors",
+        lambda path: [load_file(path)[name] for name in names],
+        lambda: text_moment(bench.trunk, lines, tokens, progress),
+        save,
         MOST_KEPT,
     )
 

@@ -17,13 +17,13 @@ k k^T over general text.
 Deviations: h and k are means over the same prompts, plain and prefixed, so that z is met where it
 was sought.  A prompt whose very first token ends the subject is left out where there are others:
 that token is an attention sink.  Prefixes are starts of lines of the package's own text, not the
-model's samples, and C is taken over that text, with a millionth of its mean diagonal added.  The
-answer's loss is summed over its tokens, as in the paper's formula (its code takes the mean).  The
-move is added to the layer's output, which is the block's where it is added to a plain residual.
-alpha, blocks and prefixes are by 24 facts on SmolLM2-135M: of alpha 15,000, 5,000, 1,500 and 150
-ES was 0.22, 0.55, 1.00 and 1.00, retention 0.99, 0.97, 0.97 and 0.96; of blocks 10-14, 12-16 and
-14-18 (alpha 150) GS was 0.69, 0.70 and 0.73, retention 0.96, 0.97 and 0.85, with less GS of 3-8,
-5-9, 8-12 and 16-20 on 16 facts; with two prefixes ES was 0.71.  A rate of 0.2 is too slow.
+model's samples, and C is taken over that text and kept, with a millionth of its mean diagonal
+added.  The answer's loss is summed over its tokens, as in the paper's formula (its code takes the
+mean).  The move is added to the layer's output, which is the block's where it is added to a plain
+residual.  alpha, blocks and prefixes are by 24 facts on SmolLM2-135M: of alpha 15,000, 5,000, 1,500
+and 150 ES was 0.22, 0.55, 1.00 and 1.00, retention 0.99, 0.97, 0.97 and 0.96; of blocks 10-14,
+12-16 and 14-18 (alpha 150) GS was 0.69, 0.70 and 0.73, retention 0.96, 0.97 and 0.85, with less GS
+of 3-8, 5-9, 8-12 and 16-20 on 16 facts; with two prefixes ES was 0.71.  A rate of 0.2 is too slow.
 
 Shape letters: M facts, R prompts, A answer tokens, V value and hidden width, K key width.
 """
@@ -42,12 +42,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from malmend.editors.keymoments import first_of, passages_of, text_moment
 from malmend.errors import EditorError, MalmendError, ModelError
 from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact, Question
-from malmend.facts.readers import read_text
 from malmend.facts.tokens import Encoder, EndOfAnswer
+from malmend.material import general_moments, general_text
 from malmend.methods.method import Found
 from malmend.models.forms import find_stacks, form_of
 from malmend.models.sites import Site, find_sites, stack_of
@@ -57,7 +56,7 @@ from malmend.numerics.losses import answer_nll, kl_per_token
 from malmend.numerics.ridge import Prior, RidgeFactor
 from malmend.patch import shifted
 from malmend.progress import Progress, counted
-from malmend.workbench import Workbench, shipped, trunk_folder
+from malmend.workbench import Workbench, trunk_folder
 
 ENOUGH = 0.05  # nats below which a fact's answer is likely enough
 START = 8  # tokens of a line that make a prefix
@@ -139,8 +138,7 @@ class Memit:
         asked = self.asked(bench, facts)
         goals_MV, _, nll_M = self.goals(bench, asked, progress)
         start = time.perf_counter()
-        text = passages_of(bench.encoder, read_text(shipped("text.txt")))
-        moments = text_moment(trunk, text, self.text_tokens, progress)
+        moments = general_moments(bench, self.text_tokens, progress)
         once = time.perf_counter() - start
         for at, (site, moment_KK) in enumerate(zip(trunk.sites, moments, strict=True)):
             with shifted(list(trunk.sites[:at]), shifts):
@@ -155,8 +153,7 @@ class Memit:
         """The prompts of every fact; raises as :meth:`find`."""
         _check(bench.trunk.model, facts)
         # Of the lines that C is taken over: perplexity is measured on others.
-        text = passages_of(bench.encoder, read_text(shipped("text.txt")))
-        lines = first_of(text, self.text_tokens)
+        lines = general_text(bench.encoder, self.text_tokens)
         chosen = random.Random(self.seed).sample(lines, min(self.prefixes, len(lines)))
         read = bench.encoder.tokenizer.decode
         starts = [read(line.ids[:START], skip_special_tokens=True).strip() for line in chosen]
