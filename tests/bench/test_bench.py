@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import command_support
@@ -175,6 +176,9 @@ def test_a_row_holds_what_edit_and_eval_say(plan, tiny, tmp_path):
                 assert known == (None if wanted is None else pytest.approx(wanted, abs=1e-6))
     assert row["patch"]["facts_sha256"] == patch.provenance["facts_sha256"]
     assert (row["m"], row["seed"], row["protocol"]) == (4, 1, "together")
+    assert row["facts_sha256"] == row["patch"]["facts_sha256"]
+    assert (row["base"], row["device"]) == (tiny.loaded.fingerprint, "cpu")
+    assert row["threads"] == torch.get_num_threads()
 
 
 def test_facts_alone_are_each_edited_and_asked_alone(plan, tiny, tmp_path):
@@ -350,6 +354,17 @@ def test_the_table_has_means_deviations_and_the_unedited_model():
         "| 16 | *unedited* | 0.100 ± 0.000 | 0.500 ± 0.000 |  | 2 |",
         "| 16 | one | 0.800 ± 0.141 | 0.500 ± 0.000 | 2 | 2 |",
         "| 16 | two | 0.500 | 0.500 | 2 | 1 |",
+    ]
+
+
+def test_the_table_has_the_perplexity_of_rows_that_have_one():
+    text = {"perplexity": {"unedited": 26.83, "edited": 29.371}}
+    lines = markdown([ROWS[0] | text, ROWS[1] | text, ROWS[2] | {"perplexity": {}}]).splitlines()
+    assert lines[2] == "| m | method | ES | LS | perplexity | edit s | seeds |"
+    assert lines[4:] == [
+        "| 16 | *unedited* | 0.100 ± 0.000 | 0.500 ± 0.000 | 26.83 ± 0.00 |  | 2 |",
+        "| 16 | one | 0.800 ± 0.141 | 0.500 ± 0.000 | 29.37 ± 0.00 | 2 | 2 |",
+        "| 16 | two | 0.500 | 0.500 |  | 2 | 1 |",
     ]
 
 

@@ -90,6 +90,7 @@ def _makes_sense(row: Mapping[str, Any]) -> bool:
     scores = [row[one].values() for one in ("unedited", "edited")]
     numbers = [value for kinds in scores for kind in kinds for value in kind.values()]
     numbers += [row["patch"].get(one) for one in ("mean_residual", "residual_after")]
+    numbers += [row.get("perplexity", {}).get(one) for one in ("unedited", "edited")]
     known = [row["edit_seconds"], row["seconds"], row["seed"], row["m"]]
     said = [one[part] for one in row["failures"] for part in SAID]
     said += [one.get("kind", "") for one in row["failures"]]

@@ -9,6 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from malmend.bench.asking import Asking
 from malmend.bench.cell import drawn, run_cell
 from malmend.bench.plan import Cell, Plan, read_plan, source_of, way_of
@@ -19,7 +21,7 @@ from malmend.commands.edit import now
 from malmend.editors.checkpoint import load_editor
 from malmend.editors.refine import SETTLING, UNSAID
 from malmend.errors import MalmendError
-from malmend.facts.fact import Fact
+from malmend.facts.fact import Fact, facts_digest
 from malmend.facts.readers import read_facts, read_text
 from malmend.files import writable_folder
 from malmend.methods.trained import trained_method
@@ -80,8 +82,17 @@ def bench(
             size = cell.size
         if asking is None or asking.loaded.name != cell.model:
             asking = Asking(load_model(cell.model), plan)
-        row = run_cell(asking, cell, drawn(facts, cell.size, cell.seed), progress)
-        made = {"malmend": version("malmend"), "torch": version("torch"), "finished": now()}
+        draw = drawn(facts, cell.size, cell.seed)
+        row = run_cell(asking, cell, draw, progress)
+        made = {
+            "malmend": version("malmend"),
+            "torch": version("torch"),
+            "finished": now(),
+            "base": asking.loaded.fingerprint,
+            "facts_sha256": facts_digest(draw),
+            "device": str(asking.loaded.model.device),
+            "threads": torch.get_num_threads(),
+        }
         asked = {"facts": plan.facts, "asked": _asked(plan)}
         settings = {"given": dict(cell.given), "unsaid": _unsaid(cell)}
         results.add(key, {**row, **made, **asked, **settings})

@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import chain
 from typing import Any
 
 # Heading, kind of question, metric.
@@ -65,21 +67,22 @@ def markdown(rows: Sequence[Row]) -> str:
     for model, protocol in dict.fromkeys(key[:2] for key in found):
         mine = {key[2:]: some for key, some in found.items() if key[:2] == (model, protocol)}
         used = [one for one in COLUMNS if any(_has(some, one) for some in mine.values())]
-        others = [one for one in OTHERS if any(one[1](row) is not None for row in rows)]
+        others = [one for one in OTHERS if any(one[1](row, "edited") is not None for row in rows)]
         head = ["m", "method", *(said for said, _, _ in used), *(said for said, *_ in others)]
         head += ["edit s", "seeds"]
         lines = [f"**{model}**, {_SAID[protocol]}", "", _line(head), _line(["---:"] * len(head))]
         for size in dict.fromkeys(key[0] for key in mine):
             of_size = [some for key, some in mine.items() if key[0] == size]
-            every = list({row["seed"]: row for some in of_size for row in some}.values())
+            rows_of_size = sorted(chain(*of_size), key=lambda row: bool(row.get("perplexity")))
+            every = list({row["seed"]: row for row in rows_of_size}.values())
             cells = _cells(every, "unedited", used)
-            blank = [""] * (len(others) + 1)
-            lines.append(_line([f"{size:,}", "*unedited*", *cells, *blank, str(len(every))]))
+            cells += [said([of(row, "unedited") for row in every]) for _, of, said in others]
+            lines.append(_line([f"{size:,}", "*unedited*", *cells, "", str(len(every))]))
             for key, some in mine.items():
                 if key[0] == size:
                     seconds = statistics.fmean(row["edit_seconds"] for row in some)
                     cells = _cells(some, "edited", used)
-                    cells += [said([of(row) for row in some]) for _, of, said in others]
+                    cells += [said([of(row, "edited") for row in some]) for _, of, said in others]
                     lines.append(
                         _line([f"{size:,}", key[1], *cells, f"{seconds:.0f}", str(len(some))])
                     )
@@ -125,12 +128,12 @@ def _cells(rows: Sequence[Row], model: str, used: Sequence[tuple[str, str, str]]
     return [_shown([figure(row, model, kind, metric) for row in rows]) for _, kind, metric in used]
 
 
-def _shown(values: Sequence[float | None]) -> str:
+def _shown(values: Sequence[float | None], digits: int = 3) -> str:
     known = [value for value in values if value is not None]
     if not known:
         return ""
-    mean = f"{statistics.fmean(known):.3f}"
-    return mean if len(known) == 1 else f"{mean} ± {statistics.stdev(known):.3f}"
+    mean = f"{statistics.fmean(known):.{digits}f}"
+    return mean if len(known) == 1 else f"{mean} ± {statistics.stdev(known):.{digits}f}"
 
 
 def _residuals(values: Sequence[float | None]) -> str:
@@ -143,13 +146,22 @@ def _whole(values: Sequence[float | None]) -> str:
     return f"{statistics.fmean(known):,.0f}" if known else ""
 
 
-# Heading, figure of a row, and how its mean is said.
+def _of_edit(figure: Callable[[Row], float | None]) -> Callable[[Row, str], float | None]:
+    return lambda row, model: figure(row) if model == "edited" else None
+
+
+# Heading, figure of a row's model, unedited or edited, and how the mean of some is said.
 OTHERS: tuple[
-    tuple[str, Callable[[Row], float | None], Callable[[Sequence[float | None]], str]], ...
+    tuple[str, Callable[[Row, str], float | None], Callable[[Sequence[float | None]], str]], ...
 ] = (
-    ("residual", lambda row: row["patch"].get("mean_residual"), _residuals),
-    ("on edited keys", lambda row: row["patch"].get("residual_after"), _residuals),
-    ("edit MB", megabytes, _whole),
+    (
+        "perplexity",
+        lambda row, model: row.get("perplexity", {}).get(model),
+        partial(_shown, digits=2),
+    ),
+    ("residual", _of_edit(lambda row: row["patch"].get("mean_residual")), _residuals),
+    ("on edited keys", _of_edit(lambda row: row["patch"].get("residual_after")), _residuals),
+    ("edit MB", _of_edit(megabytes), _whole),
 )
 
 
