@@ -625,7 +625,16 @@ def test_published_mend():
     assert (settings.facts_per_step, settings.locality_weight) == (10, 1 / 0.1)
     assert (settings.network_rate, settings.scalar_rate) == (1e-6, 1e-4)
     assert (editor.method, editor.layers, editor.linear) == ("mend-single", 3, "both")
-    assert (editor.network.placement, editor.network.start) == ("before", "xavier")
+    assert (editor.form, editor.tokens, editor.descent) == ("published", "all", None)
+    assert (editor.end_of_answer, editor.eta) == ("none", 1e-4)
+    network = editor.network
+    assert (network.placement, network.start) == ("before", "xavier")
+    assert (network.rank, network.blocks, network.identity, network.normalise) == (
+        1920,
+        2,
+        True,
+        True,
+    )
     assert editor.terms == ()
 
 

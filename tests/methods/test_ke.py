@@ -123,6 +123,42 @@ def test_the_shift_by_hand(family):
         torch.testing.assert_close(site.oriented(found[site.name]), wanted, rtol=1e-9, atol=1e-12)
 
 
+def last_state(lstm, rows_TH, way):
+    """An LSTM's last state in one direction, gate by gate: input, forget, cell, output."""
+    into, over, bias_in, bias_over = (
+        getattr(lstm, f"{part}_l0{way}")
+        for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    )
+    state = cell = torch.zeros(over.shape[1], dtype=rows_TH.dtype)
+    for row in rows_TH.flip(0) if way else rows_TH:
+        gates = into @ row + bias_in + over @ state + bias_over
+        taken, kept, new, shown = gates.chunk(4)
+        cell = kept.sigmoid() * cell + taken.sigmoid() * new.tanh()
+        state = shown.sigmoid() * cell.tanh()
+    return state
+
+
+def test_the_network_by_hand():
+    trainer = stirred(trainer_of("llama"))
+    network, (question, *_) = trainer.network, encoded(trainer.bench)
+    parts = [part.double() for part in heard(trainer.bench, question)]
+    first, second, third = (
+        (one - one.mean(1, keepdim=True)) / (one.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
+        for one in parts
+    )
+    rows = torch.cat([first, network.marks_2H[:1], second, network.marks_2H[1:], third])
+    read = torch.cat([last_state(network.lstm, rows, way) for way in ("", "_reverse")])
+    said = network(parts)
+    for at, (name, (value, key)) in enumerate(network.sites.items()):
+        one, two = network.firsts[at], network.seconds[at]
+        raw = two.weight @ (one.weight @ read + one.bias).tanh() + two.bias
+        ends = [0, key, key + value, 2 * key + value, 2 * (key + value), 2 * (key + value) + 1]
+        a, gamma, b, delta, c = (raw[i:j] for i, j in itertools.pairwise(ends))
+        gamma = (gamma - 1) * 2 * SMALL.start * key / 1e-3
+        for found, wanted in zip(said[name], (a, gamma, b, delta * key, c), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+
+
 @FAMILIES
 def test_an_untrained_network_descends_the_gradient(family):
     trainer = trainer_of(family)
