@@ -81,6 +81,16 @@ class Processes:
         whole[first : first + len(values)] = values
         return self.summed(whole)
 
+    def check_alike(self, what: str, *numbers: float) -> None:
+        """Raises MalmendError in every process unless these are the same in all."""
+        found = self.gathered(torch.tensor(numbers, dtype=torch.float64)).view(self.count, -1)
+        if not (found == found[0]).all():
+            raise MalmendError(
+                f"{what} is not the same in all {self.count} processes; let all of them see one "
+                "cache folder (MALMEND_CACHE) and one --out, on machines of one kind, and run the "
+                "same command again."
+            )
+
     @contextmanager
     def first_then_others(self) -> Iterator[None]:
         """The first process goes through the block alone, then the others: it fills caches."""

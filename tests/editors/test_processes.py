@@ -67,6 +67,39 @@ def test_a_process_that_lost_the_others_says_what_to_do(monkeypatch):
         pass
 
 
+ALIKE = """
+from malmend.errors import MalmendError
+from malmend.processes import joined
+with joined() as processes:
+    processes.check_alike("It", 3, 2**47 + 1)
+    for number in (2**47 + processes.rank, 5 * processes.rank):
+        try:
+            processes.check_alike("The editor", 3, number)
+        except MalmendError as error:
+            print(error)
+"""
+
+
+def test_what_is_not_alike_is_refused_in_every_process():
+    for one in run_two("-c", ALIKE):
+        assert one.returncode == 0, one.stderr
+        assert one.stdout.count("The editor is not the same in all 2 processes; let all") == 2
+
+
+def test_an_editors_checksum_is_of_every_number():
+    editor = trainer_of(SETTINGS, EDITOR).editor
+    assert editor.checksum() == trainer_of(SETTINGS, EDITOR).editor.checksum() < 2**48
+    before, seen = editor.checksum(), set[int]()
+    for tensor in editor.state_dict().values():
+        known = tensor.view(-1)[-1].clone()
+        tensor.view(-1)[-1] = known * 1.0000002 + 1e-30
+        seen.add(editor.checksum())
+        tensor.view(-1)[-1] = known
+    assert before not in seen
+    assert len(seen) == len(editor.state_dict())
+    assert editor.checksum() == before
+
+
 def test_shares_are_everything_once():
     things = list(range(11))
     parts = [Processes(rank, 3).share(things) for rank in range(3)]

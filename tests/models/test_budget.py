@@ -48,14 +48,17 @@ def test_half_of_what_is_left_is_for_micro_batches_and_half_for_rows(monkeypatch
     assert f"{plan.positions:,} positions" in plan.said
 
 
-def test_less_than_the_work_needs_is_refused_and_what_is_asked_for_then_suffices(monkeypatch):
+@pytest.mark.parametrize("taken", range(10_000_000, 110_000_000, 10_000_000))
+def test_less_than_the_work_needs_is_refused_and_what_is_asked_for_then_suffices(
+    taken, monkeypatch
+):
     trunk = trunk_of()
     monkeypatch.setattr(budget, "held", lambda: 1_000_000_000)
-    monkeypatch.setattr(budget, "_taken", lambda run: 10_000_000)
+    monkeypatch.setattr(budget, "_taken", lambda run: taken)
     with pytest.raises(MalmendError, match=r"expected at least (\d\.\d)GB") as refused:
         plan_memory(trunk, QUESTIONS, "1GB")
     least = str(refused.value).split("at least ")[1].split(":")[0]
-    plan_memory(trunk, QUESTIONS, str(float(least.removesuffix("GB")) + 0.1) + "GB")
+    plan_memory(trunk, QUESTIONS, least)
 
 
 def test_room_for_less_than_one_question_forth_and_back_is_refused(monkeypatch):

@@ -14,6 +14,7 @@ KINDS = {
     "trunk": "activations of questions, by model",
     "calibrations": "what a model is calibrated on, and what it surely says",
     "settling": "edits whose patch is not written yet",
+    "spill": "captured tensors of runs that were killed",
     "models": "configurations and tokenizers made of GGUF files",
 }
 

@@ -212,6 +212,8 @@ class ByEditor:
             editor = self.choice.editor(
                 bench, self.calibrate, self.text, self.calibration, progress
             )
+        if self.processes.count > 1:
+            self.processes.check_alike("The editor", editor.checksum())
         once = time.perf_counter() - start
         encoder, holds = bench.encoder, self.settles and self.refine.hold > 0
         known = self.known(bench, facts, progress) if holds else ()

@@ -147,6 +147,8 @@ def train(
         )
         about = _about(bench, known, others, settings)
         records = _resumed(trainer, folder, about, told)
+        if processes.count > 1:
+            processes.check_alike("The editor in training", trainer.step, start.checksum())
         with watched(plan, told) as peak:
             starting(trainer, _seconds_left(trainer, records))
             for record in trainer.run():

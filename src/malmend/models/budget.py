@@ -94,8 +94,9 @@ def plan_memory(
     left = SPARED * budget - now - extra - sum(sums_of(site) for site in trunk.sites)
     if left < 2 * each * width:
         least = (budget * SPARED - left + 2 * each * width) / SPARED
+        enough = math.ceil(least / 1e8) / 10
         raise MalmendError(
-            f"--memory is {memory}, expected at least {least / 1e9:.1f}GB: {now / 1e9:.1f} GB is "
+            f"--memory is {memory}, expected at least {enough:.1f}GB: {now / 1e9:.1f} GB is "
             "held before the work begins; give more, or edit fewer layers."
         )
     # A power of two, so that what else the machine does seldom makes other micro-batches of it.
