@@ -19,6 +19,7 @@ from malmend.files import (
     only_writer,
     part_of,
     prune,
+    writable,
     written_beside,
 )
 
@@ -302,3 +303,12 @@ def test_one_run_at_a_time_writes_into_a_folder(tmp_path):
     with only_writer(tmp_path, "--out"):  # the lock ends with its process
         pass
     assert not list(tmp_path.iterdir())
+
+
+def test_a_device_or_pipe_is_no_file_to_write(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(MalmendError, match="pipe is no regular file"):
+        writable(pipe)
+    assert pipe.is_fifo()
+    assert not list(tmp_path.glob(".*"))

@@ -109,6 +109,8 @@ def writable(path: str | Path, *inputs: object) -> Path:
         raise MalmendError(f"{path} is read by this command and would be lost; write elsewhere.")
     if path.is_dir():
         raise MalmendError(f"{path} is a folder, expected the path of a file to write.")
+    if path.exists() and not path.is_file():  # a device, which the rename would replace
+        raise MalmendError(f"{path} is no regular file, expected the path of a file to write.")
     if not path.parent.is_dir():
         raise MalmendError(
             f"There is no folder {path.parent} to write {path.name} into; make it first."
