@@ -199,7 +199,6 @@ def test_facts_alone_are_each_edited_and_asked_alone(plan, tiny, tmp_path):
     assert row["edited"]["LS"]["retention"] == pytest.approx(kept / asked)
 
 
-@pytest.mark.slow
 def test_the_cost_is_said_again_when_smaller_cells_are_known(plan, tmp_path):
     said: list[str] = []
     bench(plan, tmp_path / "out", told=said.append)
@@ -208,6 +207,7 @@ def test_the_cost_is_said_again_when_smaller_cells_are_known(plan, tmp_path):
     assert re.fullmatch(r"8 cells, 4 to do: about \d+ minutes by what is done\.", said[1])
 
 
+@pytest.mark.slow
 def test_a_stopped_bench_goes_on_and_does_nothing_twice(plan, tmp_path, monkeypatch):
     ran, run = [], bench_module.run_cell
 

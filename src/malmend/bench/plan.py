@@ -149,9 +149,8 @@ def way_of(name: str, given: Mapping[str, Any]) -> Way:
             f"{nearest(name, known) or '.'} Under a name of your own say what it is: method, "
             "class, editor, or settings of an editor without a network or of its solves."
         )
-    named = name in known and not (
-        name in (*EDITORS, *TRAINED) and "editor" in given
-    )  # says its own
+    by_folder = name in (*EDITORS, *TRAINED) and "editor" in given  # which says its own method
+    named = name in known and not by_folder
     method = str(given.get("method", name if named else "malmen"))
     if "editor" in given and (method not in EDITORS or "class" in given):
         raise MalmendError(
