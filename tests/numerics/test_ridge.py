@@ -17,7 +17,7 @@ from malmend.numerics.ridge import Prior, RidgeFactor, mean_residual
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 K, V = 6, 4
-TOKENS = pytest.mark.parametrize("tokens", [1, 3, K, 9])
+TOKENS = pytest.mark.parametrize("tokens", [1, 2, 3, 5, K, 9])
 # Rank of each C_i and its weight; a rank below K is a singular matrix.
 TERMS: dict[str, tuple[tuple[int, float], ...]] = {
     "identity": (),
@@ -101,7 +101,7 @@ def test_shift_solves_the_stacked_problem(tokens, prior_name):
     prior = make_prior(prior_name)
     factor = RidgeFactor(keys, prior)
     expected = stacked(keys, diffs, precision(prior))
-    assert factor.is_dual == (tokens < K)
+    assert factor.is_dual == (tokens < (K if prior.is_identity else K / 2))
     assert factor.shift(diffs).dtype == torch.float64
     torch.testing.assert_close(factor.shift(diffs), expected, **EXACT)
 
@@ -268,7 +268,7 @@ def test_a_singular_matrix_alone_holds_nothing():
     flat = torch.diag(torch.tensor([1.0, 1, 1, 1, 1, 0]))
     for prior in (Prior(0.0, (1.0,), (flat,)), Prior(0.0, (1.0, 0.0), (flat, torch.eye(K)))):
         with pytest.raises(MalmendError, match="singular"):
-            RidgeFactor(normal(3, K), prior)
+            RidgeFactor(normal(2, K), prior)
     # Two singular matrices may hold together what neither holds alone.
     rest = torch.diag(torch.tensor([0.0, 0, 0, 0, 0, 1]))
     keys, diffs, _ = problem(3)
@@ -288,6 +288,16 @@ def test_keys_that_are_not_finite_are_refused(tokens, prior_name, bad):
     keys[-1, 2] = bad
     with pytest.raises(MalmendError, match="NaN or infinity"):
         RidgeFactor(keys, make_prior(prior_name))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_in_the_primal_form_too_what_neither_keys_nor_matrices_hold_is_refused(seed):
+    """Keys and a matrix that both have one dimension twice, but for rounding."""
+    keys, rows = normal(4, K, seed=seed), normal(3, K, seed=seed + 100)
+    RidgeFactor(keys, Prior(0.0, (1.7,), (rows.T @ rows,)))
+    keys[:, -1], rows[:, -1] = keys[:, 0], rows[:, 0]
+    with pytest.raises(MalmendError, match="size 6 is singular"):
+        RidgeFactor(keys, Prior(0.0, (1.7,), (rows.T @ rows,)))
 
 
 # --- residual

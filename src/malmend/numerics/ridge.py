@@ -12,9 +12,10 @@ with U = keys_NK^T and D = diffs_NV^T.  Its solution, with A = U U^T + P, is
       = D (I + U^T P^-1 U)^-1 U^T P^-1                    the dual form, one N x N factor    (3)
 
 and, for P = lambda * I, S = D (U^T U + lambda * I)^-1 U^T, which at lambda = 0 is the
-minimum-norm solution where the primal form is singular.  The primal is used when N >= K, and where
-the tokens are spread over processes: A and D U^T are sums over tokens, so each process adds its own
-and all solve the same system.
+minimum-norm solution where the primal form is singular.  The primal is used when N >= K, with
+matrices, whose factor the dual needs besides, when N >= K / 2, and where the tokens are spread over
+processes: A and D U^T are sums over tokens, so each process adds its own and all solve the same
+system.
 
 Everything here is float64, whatever comes in: squared key norms of 5e6 beside eigenvalues of 1e-2
 (an attention-sink token beside a direction that text hardly uses) exceed what float32 holds.
@@ -115,10 +116,11 @@ class RidgeFactor:
         self.keys_NK, self.prior = keys_NK, prior
         self._weights_N1 = None if weights_N is None else weights_N.unsqueeze(1)
         self._summed = summed or (lambda tensor: tensor)
-        self.is_dual = count < width and summed is None
+        few = count < width if prior.is_identity else 2 * count < width
+        self.is_dual = few and summed is None
         if not self.is_dual:
             gram_KK = prior.add_to(self._summed(self._lower_gram()))
-            self._factor = _cholesky(gram_KK, prior.is_zero)
+            self._factor = _cholesky(gram_KK, prior.ridge == 0.0)
             return
         # Rows sqrt(w_j) u_j.  Rows of whitened_NK are P^-1/2 times these; for P = lambda * I the
         # scaling is left out, so that lambda = 0 is allowed: U^T U + lambda * I in place of
@@ -235,7 +237,7 @@ def solved(gram_KK: Tensor, cross_VK: Tensor, prior: Prior) -> Tensor:
     Raises:
         MalmendError: as :class:`RidgeFactor`.
     """
-    factor = _cholesky(prior.add_to(gram_KK.clone()), prior.is_zero)
+    factor = _cholesky(prior.add_to(gram_KK.clone()), prior.ridge == 0.0)
     return torch.cholesky_solve(cross_VK.T, factor).T
 
 
@@ -258,17 +260,17 @@ def _rows(count: int) -> Iterator[slice]:
         yield slice(start, start + ROWS)
 
 
-def _cholesky(matrix: Tensor, unregularised: bool = False) -> Tensor:
+def _cholesky(matrix: Tensor, unheld: bool = False) -> Tensor:
     """The lower factor of a symmetric positive definite float64 matrix.
 
-    Without regularisation rounding may leave a tiny positive pivot where the exact one is 0; then
+    Without lambda rounding may leave a tiny positive pivot where the exact one is 0; then
     pivots that are nothing beside their own diagonal entry count as 0 too.
     """
     factor, info = torch.linalg.cholesky_ex(matrix)  # reads the lower triangle alone
     if info.item() != 0 or not torch.isfinite(factor).all():
         _check_finite(matrix)
     least = matrix.shape[0] * torch.finfo(torch.float64).eps * matrix.diagonal()
-    lost = unregularised and bool((factor.diagonal().square() <= 8 * least).any())
+    lost = unheld and bool((factor.diagonal().square() <= 8 * least).any())
     if info.item() != 0 or lost:
         raise MalmendError(
             f"The least-squares system of size {matrix.shape[0]} is singular: its keys depend on "
