@@ -401,11 +401,14 @@ CASES: dict[str, tuple[Callable[[Place], Arguments], str]] = {
         lambda p: p.train("--config", p.file("c.yaml", b"\x00\xff\xfe" * 9)),
         "--config file is not UTF-8 text",
     ),
-    "a folder for YAML": (lambda p: p.train("--config", p.folder), "config"),
-    "broken YAML": (lambda p: p.train("--config", p.file("c.yaml", "steps: [")), "config"),
+    "a folder for YAML": (lambda p: p.train("--config", p.folder), "--config file cannot be read"),
+    "broken YAML": (
+        lambda p: p.train("--config", p.file("c.yaml", "steps: [")),
+        "--config file cannot be read (while parsing a flow",
+    ),
     "unknown key in YAML": (
         lambda p: p.train("--config", p.file("c.yaml", "stepps: 3")),
-        "'stepps' is not accepted",
+        "has 'stepps', which is no option of malmend train; did you mean 'steps'?",
     ),
     "unknown nested key in YAML": (
         lambda p: p.train("--config", p.file("c.yaml", "network: {rnk: 3}")),
@@ -414,6 +417,35 @@ CASES: dict[str, tuple[Callable[[Place], Arguments], str]] = {
     "wrong value in YAML": (
         lambda p: p.train("--config", p.file("c.yaml", "seed: x")),
         "--seed is 'x', expected a whole number",
+    ),
+    "an option cut short": (
+        lambda p: p.edit("--limi", 3),
+        "no option '--limi' of malmend edit; did you mean '--limit'?",
+    ),
+    "a value that looks like an option": (
+        lambda p: p.edit("--memory", "-4GB"),
+        "--memory needs a value; one that begins with a hyphen is given as --memory=VALUE.",
+    ),
+    "a word for settings": (
+        lambda p: p.edit("--descent", "foo"),
+        "--descent is 'foo', expected null, or its own options, --descent.*",
+    ),
+    "more solves than any edit needs": (
+        lambda p: p.edit("--refine.passes", 10**9),
+        "passes is 1000000000, expected 1 to 100",
+    ),
+    "inspecting a misspelt file": (
+        lambda p: ["inspect", str(p.file("factz.jsonl", "{}")).replace("z", "s")],
+        "did you mean 'factz.jsonl'?",
+    ),
+    "one name where a plan needs a list": (
+        lambda p: [
+            "bench",
+            p.file("p.yaml", "models: a\nfacts: b\nmethods: [ft]"),
+            "--out",
+            p.folder / "o",
+        ],
+        "models is 'a', expected a list",
     ),
     "no step": (lambda p: p.train("--steps", 0), "steps is 0, expected 1 or more"),
     "no fact per step": (lambda p: p.train("--facts-per-step", 0), "facts_per_step is 0"),

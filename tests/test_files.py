@@ -42,6 +42,30 @@ def test_it_is_made_once(tmp_path):
     assert [one.name for one in path.parent.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_it_may_be_read_by_whom_the_user_lets_read(tmp_path, umask):
+    """safetensors makes its files private."""
+    before = os.umask(umask)
+    try:
+        with written_beside(tmp_path / "file") as beside:
+            beside.unlink()
+            os.close(os.open(beside, os.O_CREAT, 0o600))
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_what_a_link_leads_to_is_written_and_the_link_stays(tmp_path):
+    place, link = tmp_path / "there", tmp_path / "here"
+    place.mkdir()
+    (place / "file").write_text("old")
+    link.symlink_to(place / "file")
+    save("new", link)
+    assert link.is_symlink()
+    assert (place / "file").read_text() == "new"
+    assert [one.name for one in place.iterdir()] == ["file"]
+
+
 def test_a_damaged_one_is_made_again_and_written_over(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"\xff")

@@ -7,6 +7,7 @@ name where there is one, and what to do.  The command line prints the message an
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 
 
@@ -50,3 +51,18 @@ def nearest(given: str, valid: Iterable[str]) -> str:
     """``; did you mean 'x'?`` for the closest valid name, or an empty string."""
     close = difflib.get_close_matches(given, list(valid), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def bad_value(text: str) -> str | None:
+    """jsonargparse's complaint about a value, in plain words: option, value, what was expected."""
+    found = re.match(r'Parser key "([\w.]+)": (.*)(?:Got value|Given value): (.*)$', text)
+    kinds = re.findall(r"Expected a (?:<class '(\w+)'>|typing\.Literal\[(.*?)\])", text)
+    if found is None or not kinds:
+        return None
+    names = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+    names["tuple"] = """a list such as '["one", "two"]'"""
+    wanted = [names.get(kind, kind) or choices for kind, choices in kinds if kind != "NoneType"]
+    if not wanted:  # of settings, which have options of their own
+        wanted = [f"null, or its own options, --{found[1].replace('_', '-')}.*"]
+    option = found[1].replace("_", "-")
+    return f"--{option} is {found[3].rstrip('.')!r}, expected {' or '.join(wanted)}"

@@ -81,11 +81,15 @@ def written_beside(path: str | Path) -> Iterator[Path]:
         MalmendError: the folder is missing, not writable, or the disk is full; nothing is left.
     """
     path = Path(path)
-    beside = part_of(path)
+    place = path.resolve() if path.is_symlink() else path  # the link stays
+    beside = part_of(place)
     try:
+        beside.touch()
+        mode = beside.stat().st_mode  # as the user makes files; safetensors makes them private
         yield beside
+        beside.chmod(mode)
         synced(beside)
-        os.replace(beside, path)
+        os.replace(beside, place)
     except (OSError, SafetensorError) as error:
         raise MalmendError(
             f"{path} cannot be written ({reason(error)}); give another path."

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, NoReturn, get_args
 
-from malmend.errors import MalmendError
+from malmend.errors import MalmendError, bad_value, nearest
 
 
 def parser_of(command: str, what: str) -> Any:
@@ -34,6 +34,7 @@ def parser_of(command: str, what: str) -> Any:
         formatter_class=Hyphens,
         usage=f"malmend {command} [options] ...",
         print_config=None,
+        allow_abbrev=False,  # --limi would be taken for --limit, and never be mended
     )
 
 
@@ -165,9 +166,24 @@ def _usage_error(command: str, message: str, parser: Any) -> str:
         names = [name.replace("_", "-") for name in missing[1].split(", ")]
         named = [f"--{name}" if f"--{name}" in options else name.upper() for name in names]
         return f"{', '.join(named)} must be given; see malmend {command} --help."
+    alone = re.match(r"argument (--[\w.-]+): expected one argument", text)
+    if alone is not None:
+        name = alone[1].replace("_", "-")
+        return f"{name} needs a value; one that begins with a hyphen is given as {name}=VALUE."
+    file = re.match(r"Parser key \"config\": (.*)|Problems parsing config: (.*)", text)
+    if file is not None:
+        said = (file[1] or file[2]).rstrip(".").replace('"<unicode string>", ', "")
+        return f"The --config file cannot be read ({said}); give a YAML file of options and values."
+    unknown = re.match(r"Option '([\w.]+)' is not accepted", text)
+    if unknown is not None:
+        near = nearest("--" + unknown[1].replace("_", "-"), options).replace("--", "")
+        return (
+            f"The --config file has {unknown[1]!r}, which is no option of malmend {command}"
+            f"{near or '.'} See malmend {command} --help."
+        )
     wrong = re.search(r"[Uu]nrecognized arguments:\s*(.*)", text)
     if wrong is None:
-        return f"{_bad_value(text) or text.rstrip('.')}; see malmend {command} --help."
+        return f"{bad_value(text) or text.rstrip('.')}; see malmend {command} --help."
     given = wrong[1]
     if not given.startswith("-"):
         return f"malmend {command} takes no further {given!r}; see malmend {command} --help."
@@ -175,16 +191,3 @@ def _usage_error(command: str, message: str, parser: Any) -> str:
     close = difflib.get_close_matches(name, options, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else "."
     return f"There is no option {name!r} of malmend {command}{hint} See malmend {command} --help."
-
-
-def _bad_value(text: str) -> str | None:
-    """A parser's complaint about a value, in plain words: option, value and what was expected."""
-    found = re.match(r'Parser key "([\w.]+)": (.*)(?:Got value|Given value): (.*)$', text)
-    kinds = re.findall(r"Expected a (?:<class '(\w+)'>|typing\.Literal\[(.*?)\])", text)
-    if found is None or not kinds:
-        return None
-    names = {"int": "a whole number", "float": "a number", "bool": "true or false"}
-    names["tuple"] = """a list such as '["one", "two"]'"""
-    wanted = [names.get(kind, kind) or choices for kind, choices in kinds if kind != "NoneType"]
-    option = found[1].replace("_", "-")
-    return f"--{option} is {found[3].rstrip('.')!r}, expected {' or '.join(wanted)}"

@@ -132,7 +132,7 @@ def test_generated_after_the_model_learned_its_answers(end, chat):
     assert [row.generated for row in replies.rows[:2]] == [float(not chat), 1.0]
 
 
-def test_an_answer_of_two_lines_is_never_said():
+def test_an_answer_of_two_lines_is_read_for_two():
     tokenizer = helpers.byte_level()
     made = make_model(tokenizer, layers=2)
     fact = Fact("f", "In Mars is", "Lima\nParis")
@@ -140,7 +140,7 @@ def test_an_answer_of_two_lines_is_never_said():
     teach(made, [(tokenizer(fact.prompt)["input_ids"], answer)])
     trunk = Trunk(made, find_sites(made, 1))
     (row,) = Examiner(prepared(made, tokenizer), trunk, Encoder(tokenizer)).examine([fact]).rows
-    assert (row.exact, row.generated, row.text) == (1.0, 0.0, "Lima")
+    assert (row.exact, row.generated, row.text) == (1.0, 1.0, "Lima\nParis")
 
 
 def test_a_shown_answer_holds_no_end_token():

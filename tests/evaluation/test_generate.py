@@ -165,6 +165,18 @@ def test_gold_answers_stop_rows_early_and_change_no_match():
     assert sum(map(len, found)) < sum(map(len, full))
 
 
+def test_a_gold_of_several_lines_is_read_for_as_many():
+    loaded = spoken_model()
+    encoder = Encoder(loaded.tokenizer)
+    whole = [answer.text for answer in generate(loaded, encoder, prompts(), 12, whole=True)]
+    golds = ["\n".join(text.split("\n")[:2]).strip() for text in whole]
+    found = texts(loaded, encoder, prompts(), 12, golds)
+    several = [at for at, gold in enumerate(golds) if "\n" in gold and normalised(gold)]
+    assert len(several) > 3
+    assert all(matches(found[at], golds[at]) for at in several)
+    assert any(len(found[at]) < len(whole[at]) for at in several)  # and no further
+
+
 @torch.no_grad()
 def step_by_step(loaded: LoadedModel, prompt: str, ends: set[int], gold: str | None) -> Answer:
     """Of twelve tokens at most: the answer of one prompt, and whether it had not ended yet."""

@@ -35,6 +35,11 @@ TEXT_AFTER = "give the text that should follow the prompt"
             own("P", "a\ud800b"),
             rf"field 'answer': holds half of a surrogate pair in 'a\ud800b'; {TEXT_AFTER}",
         ),
+        (
+            own("P", "a\x00b"),
+            rf"field 'answer': holds the control character '\x00' in 'a\x00b'; {TEXT_AFTER}",
+        ),
+        (own(paraphrases=["Q", "\x1b[31m"]), r"field 'paraphrases[2]': holds the control "),
         (own(id=7), "field 'id': is the number 7, not a string; give a short unique name, "),
         (own(id=" "), "field 'id': is empty; give a short unique name, "),
         (own(subject=[]), "field 'subject': is a list, not a string; give what the fact is about"),
@@ -285,6 +290,19 @@ def test_utf16(save):
 def test_fault_of_a_file(save, content, fault):
     path = save(content)
     assert only_fault(path).startswith(fault)
+
+
+@pytest.mark.parametrize("form", ["{0}", "[{0}]"])
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_field_that_is_there_twice(save, form, inner):
+    """Python's decoder keeps the last, and says nothing."""
+    twice = '{"prompt": "P", "answer": "x", "answer": "y"}'
+    if inner:
+        twice = '{"prompt": "P", "answer": "x", "reversed": ' + twice + "}"
+    path = save(form.format(twice))
+    (fault,) = faults_of(path)
+    assert "has the field 'answer' twice; " in fault
+    assert fault.startswith("facts:1")
 
 
 def test_a_line_that_is_no_object(save):

@@ -402,6 +402,12 @@ def test_an_answer_that_spells_the_unknown_token():
         Encoder(words(MARS)).encode(Question("mars has", "<unk>"))
 
 
+@pytest.mark.parametrize("answer", ["</s>", "two </s> moons", "two <pad>"])
+def test_an_answer_that_spells_a_special_token(answer):
+    with pytest.raises(MalmendError, match="a special token, which is no text of an answer"):
+        Encoder(words(MARS)).encode(Question("mars has", answer))
+
+
 def test_an_answer_of_which_a_part_is_dropped():
     # no unknown token here: one of the blanks vanishes, and only reading back shows it
     encoder = Encoder(words(MARS))

@@ -37,7 +37,7 @@ from malmend.bench.context import InContext
 from malmend.editors.network import NetworkSettings
 from malmend.editors.refine import RefineSettings
 from malmend.editors.settings import EditorMethod, EditorSettings
-from malmend.errors import MalmendError, nearest
+from malmend.errors import MalmendError, bad_value, nearest
 from malmend.methods.method import Method
 from malmend.methods.table import METHODS
 from malmend.methods.trained import TRAINED, check_trained
@@ -289,5 +289,6 @@ def _checked(path: Path, given: dict[str, Any]) -> Plan:
         raise
     except (ArgumentError, TypeError, ValueError, KeyError, RecursionError) as error:
         said = " ".join(str(error).split())
-        raise MalmendError(f"The plan {path} cannot be used: {said[:300]}.") from error
+        said = (bad_value(said) or said[:300]).removeprefix("--plan.").rstrip(".")
+        raise MalmendError(f"The plan {path} cannot be used: {said}.") from error
     return plan

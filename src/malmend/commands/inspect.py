@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from malmend.editors.checkpoint import load_editor
+from malmend.errors import MalmendError
 from malmend.facts.lint import leaks
-from malmend.facts.readers import read_facts
+from malmend.facts.readers import beside, read_facts
 from malmend.methods.trained import TRAINED, method_in, trained_method
 from malmend.models.cut import Cut
 from malmend.models.load import LoadedModel, load_model
@@ -70,6 +71,8 @@ def inspect(
         return _editor(path) if is_editor else model()
     if path.is_file():
         return _patch(path) if _is_safetensors(path) else _facts(path)
+    if path.suffix and (hint := beside(path)):
+        raise MalmendError(f"There is no file {thing}{hint} Give a file, or a model's name.")
     return model()
 
 

@@ -53,6 +53,7 @@ CHAT = "chat"
 USUAL, MOST, ENOUGH = 3, 4, 0.01  # solves, and the share of missed tokens that needs no more
 FEW, ROUNDS = 256, 3.0  # facts that are solved again; the rounds of larger edits
 MOST_WORDINGS = 10
+MOST_PASSES = 100  # four do, and each costs as much as the first
 MOST_WEIGHT = 1000  # of what is asked back: far heavier ones leave nothing of the edits
 END_NLL = 0.05  # what a later solve asks of end tokens: they weigh little, and the prior pulls
 IN_CHAT = 2  # readings of a fact in chat, for one in each other way: the farthest from its prompt
@@ -102,10 +103,10 @@ class RefineSettings:
     hold: float = 60.0
 
     def __post_init__(self) -> None:
-        if self.passes is not None and self.passes < 1:
+        if self.passes is not None and not 1 <= self.passes <= MOST_PASSES:
             raise EditorError(
-                f"passes is {self.passes}, expected 1 or more; give --refine.passes 1 for a single "
-                "solve."
+                f"passes is {self.passes}, expected 1 to {MOST_PASSES}; give --refine.passes 1 for "
+                "a single solve."
             )
         if self.steps < 1:
             raise EditorError(

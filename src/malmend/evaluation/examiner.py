@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from malmend.errors import MalmendError
-from malmend.evaluation.generate import Answer, can_still_match, first_line, generate, matches
+from malmend.evaluation.generate import Answer, can_still_match, first_lines, generate, matches
 from malmend.evaluation.replies import (
     CHATTED,
     HELD,
@@ -195,8 +195,8 @@ class Examiner:
             known, gold = forced[question], question.answer or ""
             if self.encoder.prompt_ids(question.prompt) != known.prompt_ids:
                 continue
-            first = first_line(self.loaded, known.predicted[:1])
-            if ends and known.with_end and "\n" not in gold.strip():
+            first = first_lines(self.loaded, known.predicted[:1])
+            if ends and known.with_end:
                 settled[question] = Answer(gold.strip())
             elif not can_still_match(first.text, gold):
                 settled[question] = first

@@ -1,8 +1,8 @@
 """Free-running greedy answers: what a user of the model would see.
 
-Decoding stops at any end token of the model, at a line break, or at the token limit; it is never
-cut at the length of the gold answer.  Exact match is taken after the field's usual normalisation
-(case, punctuation, articles and blanks; SQuAD's).
+Decoding stops at any end token of the model, at the end of as many lines as the gold answer has, or
+at the token limit; it is never cut at the length of the gold answer.  Exact match is taken after
+the field's usual normalisation (case, punctuation, articles and blanks; SQuAD's).
 """
 
 from __future__ import annotations
@@ -89,9 +89,14 @@ class _Row:
     limit: int
     gold: str | None
 
+    @property
+    def lines(self) -> int:
+        """How many lines the answer is read for."""
+        return 1 + (self.gold or "").strip().count("\n")
+
 
 class _LineEnds(StoppingCriteria):
-    """A row is done at its limit, at a line break, or when it can no longer match its gold.
+    """A row is done at its limit, after its lines, or when it can no longer match its gold.
 
     ``lengths`` holds how many tokens each row had by then: what is in it beyond is padding, or
     what a model without an end token says while others of its batch go on.
@@ -108,7 +113,7 @@ class _LineEnds(StoppingCriteria):
             if length < self.lengths[index]:
                 text, gold = self.decode(ids[self.start :]), row.gold
                 lost = gold is not None and not can_still_match(text.lstrip(), gold)
-                if lost or "\n" in text.lstrip():
+                if lost or text.lstrip().count("\n") >= row.lines:
                     self.lengths[index] = length
             done.append(length >= self.lengths[index])
         return torch.tensor(done, device=input_ids.device)
@@ -124,7 +129,7 @@ def generate(
     batch_tokens: int = 2048,
     whole: bool = False,
 ) -> list[Answer]:
-    """The model's answer to each prompt: first line, outer blanks off.
+    """The model's answer to each prompt: as many lines as its gold has, outer blanks off.
 
     Args:
         loaded: model and tokenizer, as they are now.
@@ -230,16 +235,16 @@ def _decode_batch(
     ]
     if whole:
         return [Answer(_text(loaded, new).strip(), not _ended(loaded, new)) for new in rows_new]
-    return [first_line(loaded, new) for new in rows_new]
+    return [first_lines(loaded, new, row.lines) for new, row in zip(rows_new, asked, strict=True)]
 
 
-def first_line(loaded: LoadedModel, new: Sequence[int]) -> Answer:
-    """New tokens as an answer: up to an end token, first line, outer blanks off.
+def first_lines(loaded: LoadedModel, new: Sequence[int], lines: int = 1) -> Answer:
+    """New tokens as an answer: up to an end token, so many lines, outer blanks off.
 
     It is cut where the tokens hold neither an end token nor a line break after it.
     """
-    text = _text(loaded, new).lstrip()
-    return Answer(text.split("\n")[0].strip(), "\n" not in text and not _ended(loaded, new))
+    said = _text(loaded, new).lstrip().split("\n")
+    return Answer("\n".join(said[:lines]).strip(), len(said) <= lines and not _ended(loaded, new))
 
 
 def _ended(loaded: LoadedModel, new: Sequence[int]) -> bool:

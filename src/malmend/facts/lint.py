@@ -41,6 +41,7 @@ EXPECTED = {
 }
 
 Faults = list[tuple[int, str]]  # line, text
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f]")  # no blanks
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,8 @@ class Entry:
             self.fault(name, f"is {described(value)}, not a string")
         elif not value.strip():
             self.fault(name, "is empty")
+        elif control := CONTROL.search(value):
+            self.fault(name, f"holds the control character {control[0]!r} in {short(value)}")
         elif not _encodes(value):
             self.fault(name, f"holds half of a surrogate pair in {short(value)}")
         else:
@@ -267,8 +270,27 @@ def short(value: object) -> str:
     return shown if len(shown) <= 60 else f"{shown[:50]}...{shown[-1]}"
 
 
+def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object, for Python's decoder, which would keep the last of two equal names silently.
+
+    Raises:
+        Doubled: a name is there twice.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise Doubled(next(name for name in names if names.count(name) > 1))
+    return found
+
+
+class Doubled(ValueError):
+    """A JSON object names a field twice."""
+
+
 def broken(error: ValueError | RecursionError) -> str:
     """What Python's JSON decoder could not read, in words."""
+    if isinstance(error, Doubled):
+        return f"has the field {short(str(error))} twice"
     if isinstance(error, json.JSONDecodeError):
         return f"is not valid JSON ({error.msg}, column {error.colno})"
     if isinstance(error, RecursionError):

@@ -150,7 +150,7 @@ def _line_entries(text: str, source: str, faults: Faults) -> Iterator[Entry]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = json.loads(line, object_pairs_hook=lint.once)
         except (ValueError, RecursionError) as error:
             fault = f"{where}: {broken(error)}; give one whole JSON object per line"
             faults.append((number, fault))
@@ -160,7 +160,7 @@ def _line_entries(text: str, source: str, faults: Faults) -> Iterator[Entry]:
 
 def _list_entries(text: str, source: str, faults: Faults) -> Iterator[Entry]:
     # entry by entry, because json.loads on the whole does not tell at which line an entry starts
-    decode = json.JSONDecoder().raw_decode
+    decode = json.JSONDecoder(object_pairs_hook=lint.once).raw_decode
     position, counted, line, number, mark = _past_space(text, text.index("[") + 1), 0, 1, 0, ","
     if text.startswith("]", position):
         position, mark = position + 1, "]"
@@ -224,7 +224,7 @@ def _read_bytes(path: str | Path) -> bytes:
     try:
         return Path(path).read_bytes()
     except FileNotFoundError:
-        what = f"there is no such file{_beside(path) or '; check the path'}"
+        what = f"there is no such file{beside(path) or '; check the path'}"
     except IsADirectoryError:
         what = "is a folder; give a file"
     except PermissionError:
@@ -234,7 +234,8 @@ def _read_bytes(path: str | Path) -> bytes:
     return _refuse(str(path), [(1, f"{path}: {what}")])
 
 
-def _beside(path: str | Path) -> str:
+def beside(path: str | Path) -> str:
+    """The file of the same folder whose name is nearest, as a hint."""
     folder, name = os.path.split(path)
     try:
         return nearest(name, os.listdir(folder or "."))

@@ -226,6 +226,12 @@ class Encoder:
         return Encoded(ids + self._end_ids, start, len(ids))
 
     def _check_survives(self, answer: str, ids: tuple[int, ...]) -> None:
+        special = set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}
+        if marks := [one for one in ids if one in special]:
+            raise MalmendError(
+                f"the answer {answer!r} holds {self.tokenizer.decode(marks[:1])!r}, a special "
+                "token, which is no text of an answer; leave it out"
+            )
         kept = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         if not answer.strip() or self.tokenizer.unk_token_id in ids or not _same(kept, answer):
             raise MalmendError(
@@ -273,7 +279,8 @@ class Encoder:
             return ids
         if self.tokenizer.eos_token_id is None:
             raise MalmendError(
-                "The tokenizer has no end token; set end_of_answer to 'newline' or 'none'."
+                "The tokenizer has no end token; set end_of_answer to 'newline' or 'none', or make "
+                "an encoder a classifier with malmend finetune first."
             )
         return (self.tokenizer.eos_token_id,)
 
