@@ -16,11 +16,12 @@ from support import (
     tiny_trunk,
 )
 
-from malmend.editors.editor import Editor, SiteStatistics, chunks
+from malmend.editors.editor import Editor, SiteStatistics
 from malmend.editors.network import NetworkSettings
 from malmend.editors.settings import EditorSettings, published, training_free
 from malmend.errors import EditorError
 from malmend.models.capture import Captured
+from malmend.numerics.chunks import chunks
 from malmend.numerics.moments import RunningMoments
 
 V, K = 5, 9

@@ -12,7 +12,7 @@ import tiny
 from malmend.errors import MalmendError
 from malmend.memory import Room, held
 from malmend.models import budget
-from malmend.models.budget import plan_memory, sums_of, within
+from malmend.models.budget import plan_memory, rows_of, sums_of, within
 from malmend.models.capture import capture, keys_of
 from malmend.models.descent import Descent
 from malmend.models.sites import find_sites
@@ -39,7 +39,7 @@ def test_half_of_what_is_left_is_for_micro_batches_and_half_for_rows(monkeypatch
     monkeypatch.setattr(budget, "held", lambda: 1_000_000_000)
     monkeypatch.setattr(budget, "_taken", lambda run: 5_000 * width * min(some, len(QUESTIONS)))
     plan = plan_memory(trunk, QUESTIONS, "1.2GB", extra=10_000_000)
-    sums = sum(sums_of(site) for site in trunk.sites)
+    sums = sums_of(trunk.sites, rows_of(trunk, QUESTIONS, "auto"))
     left = 0.9 * 1.2e9 - 1e9 - 1e7 - sums
     assert plan.rows == int(left / 2)
     assert plan.positions <= left / 2 / 5_000 < 2 * plan.positions
@@ -93,6 +93,22 @@ def test_what_is_captured_is_the_same_in_files(descent, tmp_path):
         torch.testing.assert_close(mine, theirs.keys_NK, rtol=1e-9, atol=1e-12)
     assert isinstance(found[0].room, Room)
     assert list((tmp_path / "spill").iterdir()) == []
+
+
+@pytest.mark.parametrize("rows", [5, 10_000])
+def test_the_least_squares_are_planned_with_all_that_stands_at_once(rows):
+    """Two sites: factor and prior's factor and two shifts of each, and what one is made with."""
+    trunk = trunk_of()
+    v, k = trunk.sites[0].shape_VK
+    at_once = 2 * (2 * k * k + 2 * v * k) + k * k + 2 * min(rows, 4096) * (v + k)
+    assert sums_of(trunk.sites, rows) == 8 * at_once
+
+
+def test_rows_are_the_tokens_that_are_captured():
+    trunk = trunk_of()
+    for tokens in ("answer", "all"):
+        wanted = len(capture(trunk, QUESTIONS, tokens)[0].keys_NK)
+        assert rows_of(trunk, QUESTIONS, tokens) == wanted
 
 
 def test_what_else_is_done_with_micro_batches_is_rehearsed_and_the_greater_counts(monkeypatch):

@@ -15,13 +15,11 @@ import torch
 
 from malmend.editors.calibration import CalibrationSettings
 from malmend.editors.checkpoint import SavedEditor, load_editor, save_editor
-from malmend.editors.editor import Editor
-from malmend.editors.metaloss import Judged, meta_loss
 from malmend.editors.settings import EditorSettings
 from malmend.editors.train_settings import TrainSettings
-from malmend.editors.training import StepRecord, Trainer, estimate_seconds
+from malmend.editors.training import StepRecord, Trainer, beside, estimate_seconds, rehearse
 from malmend.errors import EditorError, MalmendError
-from malmend.facts.encoded import Encoded, settled
+from malmend.facts.encoded import settled
 from malmend.facts.fact import Fact, FactSet, Question, subject_hash
 from malmend.facts.lint import leaks
 from malmend.facts.readers import read_questions
@@ -31,7 +29,7 @@ from malmend.memory import size_of
 from malmend.models.budget import watched
 from malmend.models.load import LoadedModel
 from malmend.models.store import ActivationStore
-from malmend.models.trunk import Trunk, TrunkSettings
+from malmend.models.trunk import TrunkSettings
 from malmend.processes import ALONE, Processes
 from malmend.progress import Progress, silent
 from malmend.workbench import (
@@ -138,8 +136,13 @@ def train(
         with processes.first_then_others():  # who find it in the cache
             found = calibrated(bench, editor, calibrate or own, text, calibration, progress, others)
         start = found.editor(editor, bench.trunk, settings.seed)
+        questions = bench.encoder.encode_all(fact.question for fact in known)
         bench, plan = within_memory(
-            bench, known, memory, _beside(start, settings), partial(_rehearsed, bench.trunk)
+            bench,
+            known,
+            memory,
+            beside(start, bench.trunk, questions, settings),
+            partial(rehearse, bench.trunk),
         )
         store = _pairs_store(bench, editor, trunk)
         trainer = Trainer(
@@ -160,20 +163,6 @@ def train(
         with processes.first_then_others():  # once it is written
             saved = load_editor(folder)
         return TrainResult(saved, folder, tuple(records), tuple(leaks(known, others)), peak())
-
-
-def _beside(editor: Editor, settings: TrainSettings) -> int:
-    """Bytes of gradient and Adam's moments, and of the network's graph over one chunk of tokens."""
-    parameters = sum(one.numel() * one.element_size() for one in editor.parameters())
-    network = editor.settings.network
-    widest = max(value + key for value, key in editor.shapes.values())
-    numbers = network.blocks * (4 * widest + min(network.rank, widest))
-    return 3 * parameters + 4 * settings.chunk * numbers
-
-
-def _rehearsed(trunk: Trunk, questions: Sequence[Encoded]) -> None:
-    """The loss of a step, forward and backward."""
-    meta_loss(trunk, [Judged(one) for one in questions])
 
 
 def _save(trainer: Trainer, about: dict[str, Any], folder: Path) -> None:

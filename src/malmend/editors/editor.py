@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -50,6 +50,7 @@ from malmend.editors.settings import EditorSettings
 from malmend.errors import EditorError
 from malmend.models.capture import Captured
 from malmend.models.sites import Site
+from malmend.numerics.chunks import chunks
 from malmend.numerics.moments import RunningMoments
 from malmend.numerics.ridge import Prior, Summed
 from malmend.processes import ALONE, Processes
@@ -315,12 +316,6 @@ class Editor(nn.Module):
 def log_size(tokens: int) -> float:
     """log(n / 2048) of equation (15)."""
     return math.log(min(max(tokens, FEWEST), MOST) / TOKENS)
-
-
-def chunks(count: int, size: int) -> Iterator[slice]:
-    """Slices that cover ``count`` rows; the last may be shorter."""
-    for start in range(0, count, size):
-        yield slice(start, min(start + size, count))
 
 
 def _add_grad(parameter: nn.Parameter, index: tuple[int, ...], value: float) -> None:

@@ -12,8 +12,12 @@ from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact
 from malmend.facts.tokens import Encoder
 from malmend.models.capture import Captured, capture, ends_of, token_counts
+from malmend.models.sites import Site
 from malmend.models.store import ActivationStore
 from malmend.models.trunk import Trunk
+from malmend.numerics.chunks import chunks
+
+TOGETHER = 256  # facts whose pairs stand in memory beside the step's own
 
 
 class Pairs:
@@ -34,6 +38,33 @@ class Pairs:
     def of(self, facts: Sequence[Fact]) -> list[Captured]:
         """Keys and value gradients of the facts per site, from the store where they are there."""
         encoded = self.encoder.encode_all(fact.question for fact in facts)
+        found = [self._room(site, encoded) for site in self.trunk.sites]
+        firsts = [0] * len(found)
+        for group in chunks(len(encoded), TOGETHER):
+            some = encoded[group]
+            packed = self._kept(some)
+            for index, (site, pair) in enumerate(zip(self.trunk.sites, found, strict=True)):
+                counts = token_counts(some, self.settings.tokens, site.in_encoder)
+                rows = slice(firsts[index], firsts[index] + sum(counts))
+                for out_NX in (pair.keys_NK[rows], pair.value_grads_NV[rows]):
+                    cuts = [count * out_NX.shape[1] for count in counts]
+                    parts = [one[:cut] for one, cut in zip(packed, cuts, strict=True)]
+                    torch.cat(parts, out=out_NX.view(-1))
+                    packed = [one[cut:] for one, cut in zip(packed, cuts, strict=True)]
+                firsts[index] = rows.stop
+        return found
+
+    def _room(self, site: Site, encoded: Sequence[Encoded]) -> Captured:
+        """Of one site, with nothing in it."""
+        tokens, room = self.settings.tokens, self.trunk.room
+        count = sum(token_counts(encoded, tokens, site.in_encoder))
+        keys_NK, grads_NV = (
+            room.empty(count, width, dtype=self.trunk.wide) for width in reversed(site.shape_VK)
+        )
+        return Captured(keys_NK, grads_NV, ends_of(encoded, tokens, site.in_encoder), room)
+
+    def _kept(self, encoded: Sequence[Encoded]) -> list[Tensor]:
+        """The numbers of :meth:`_packed`; what the store lacks is captured, and kept there."""
         found = [self.store.get(one.place) for one in encoded]
         missing = [index for index, packed in enumerate(found) if packed is None]
         if missing:
@@ -43,7 +74,7 @@ class Pairs:
             self.store.put_all(
                 (encoded[index].place, one) for index, one in zip(missing, fresh, strict=True)
             )
-        return self._unpacked([packed for packed in found if packed is not None], encoded)
+        return [packed.squeeze(1) for packed in found if packed is not None]
 
     def _packed(self, encoded: Sequence[Encoded]) -> list[Tensor]:
         """Each question's pairs as one column of numbers: sites may see unlike many tokens."""
@@ -57,20 +88,3 @@ class Pairs:
             torch.cat([rows.flatten() for rows in of_one]).unsqueeze(1)
             for of_one in zip(*parts, strict=True)
         ]
-
-    def _unpacked(self, packed: Sequence[Tensor], encoded: Sequence[Encoded]) -> list[Captured]:
-        """The columns of :meth:`_packed`, per site."""
-        left, tokens = [column.squeeze(1) for column in packed], self.settings.tokens
-        found = []
-        for site in self.trunk.sites:
-            counts = token_counts(encoded, tokens, site.in_encoder)
-            pair = []
-            for width in reversed(site.shape_VK):
-                sizes = [count * width for count in counts]
-                rows = [part[:size].view(-1, width) for part, size in zip(left, sizes, strict=True)]
-                left = [part[size:] for part, size in zip(left, sizes, strict=True)]
-                held = self.trunk.room.empty(sum(counts), width, dtype=self.trunk.wide)
-                pair.append(torch.cat(rows, out=held))
-            ends = ends_of(encoded, tokens, site.in_encoder)
-            found.append(Captured(pair[0], pair[1], ends, self.trunk.room))
-        return found

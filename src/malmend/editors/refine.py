@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from malmend.editors import borrowing, settle
-from malmend.editors.editor import Aggregation, Editor, chunks
+from malmend.editors.editor import Aggregation, Editor
 from malmend.editors.malmen import Malmen
 from malmend.editors.restore import NUMBERS, Held, restoring
 from malmend.editors.wordings import LEFT_OUT, TURNED
@@ -44,6 +44,7 @@ from malmend.facts.tokens import TRIED, Encoder
 from malmend.models.capture import Captured, capture, token_counts
 from malmend.models.descent import Descent
 from malmend.models.trunk import Trunk
+from malmend.numerics.chunks import chunks
 from malmend.numerics.ridge import ROWS
 from malmend.patch import shifted
 from malmend.processes import ALONE, Processes

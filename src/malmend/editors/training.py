@@ -23,12 +23,14 @@ import torch
 
 from malmend.editors.editor import Editor
 from malmend.editors.metaloss import Judged, MetaLoss, meta_loss
-from malmend.editors.pairs import Pairs
+from malmend.editors.pairs import TOGETHER, Pairs
 from malmend.editors.resuming import resume_run, save_run
 from malmend.editors.train_settings import TrainSettings
 from malmend.errors import MalmendError
+from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact, Question
 from malmend.facts.tokens import Encoder
+from malmend.models.budget import rows_of
 from malmend.models.store import ActivationStore
 from malmend.models.trunk import Trunk
 from malmend.patch import shifted
@@ -261,3 +263,29 @@ def estimate_seconds(trainer: Trainer, sample: int = 24) -> float:
     left = trainer.settings.steps - trainer.step
     new = max(0, min(left, len(trainer.facts) // size - trainer.step))
     return (new * first + left * again) * size / sample
+
+
+def beside(
+    editor: Editor, trunk: Trunk, questions: Sequence[Encoded], settings: TrainSettings
+) -> int:
+    """Bytes that a step takes beside micro-batches, sums and captured tensors.
+
+    These are gradient and Adam's moments, the network's graph over one chunk of tokens, dL/dD of
+    all of a step's tokens in float64, and pairs on their way between the store and the step.
+    """
+    most = settings.facts_per_step
+    tokens = rows_of(trunk, questions, editor.settings.tokens) / len(questions)  # of a fact
+    widths = [site.shape_VK for site in trunk.sites]
+    numbers = sum(v + k for v, k in widths) * trunk.wide.itemsize
+    moving = 2 * tokens * min(most, TOGETHER) * numbers
+    asked = 8 * tokens * most * sum(v for v, _ in widths)
+    parameters = sum(one.numel() * one.element_size() for one in editor.parameters())
+    network = editor.settings.network
+    widest = max(value + key for value, key in editor.shapes.values())
+    graph = network.blocks * (4 * widest + min(network.rank, widest))
+    return 3 * parameters + 4 * settings.chunk * graph + int(moving + asked)
+
+
+def rehearse(trunk: Trunk, questions: Sequence[Encoded]) -> None:
+    """The loss of a step, forward and backward."""
+    meta_loss(trunk, [Judged(one) for one in questions])

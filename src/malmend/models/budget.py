@@ -20,9 +20,10 @@ from pathlib import Path
 from malmend.errors import MalmendError
 from malmend.facts.encoded import Encoded, Tokens
 from malmend.memory import Room, held, peak_memory, size_of
-from malmend.models.capture import capture
+from malmend.models.capture import capture, token_counts
 from malmend.models.sites import Site
 from malmend.models.trunk import Trunk
+from malmend.numerics.ridge import ROWS
 
 REHEARSED, MOST_POSITIONS = 256, 8192
 SPARED = 0.9  # of the budget is planned with: allocators round up, and a peak may be missed
@@ -91,7 +92,7 @@ def plan_memory(
             done.append(partial(also, some))
         positions = len(some) * max(len(one.ids) for one in some)
         each = max(each, max(map(_taken, done)) / positions)
-    left = SPARED * budget - now - extra - sum(sums_of(site) for site in trunk.sites)
+    left = SPARED * budget - now - extra - sums_of(trunk.sites, rows_of(trunk, questions, tokens))
     if left < 2 * each * width:
         least = (budget * SPARED - left + 2 * each * width) / SPARED
         enough = math.ceil(least / 1e8) / 10
@@ -125,10 +126,24 @@ def watched(
         yield lambda: plan.held + (taken.most or 0)
 
 
-def sums_of(site: Site) -> int:
-    """Bytes of a site's least squares: the factor and one copy, K x K, and the shift twice."""
-    value_width, key_width = site.shape_VK
-    return 8 * (2 * key_width * key_width + 2 * value_width * key_width)
+def rows_of(trunk: Trunk, questions: Sequence[Encoded], tokens: Tokens) -> int:
+    """The tokens that are captured, of the side that has most of them."""
+    sides = {site.in_encoder for site in trunk.sites}
+    return max(sum(token_counts(questions, tokens, side)) for side in sides)
+
+
+def sums_of(sites: Sequence[Site], rows: int) -> int:
+    """Bytes of the least squares, in float64.
+
+    Of each site stay the factor and, by a prior of matrices, that of the prior, K x K, and the
+    shift twice; while one is made there are a matrix of the prior besides, and some rows of keys
+    and of value differences with their weighted copies.
+    """
+    kept, made = 0, 0
+    for value_width, key_width in (site.shape_VK for site in sites):
+        kept += 2 * key_width * key_width + 2 * value_width * key_width
+        made = max(made, key_width * key_width + 2 * min(rows, ROWS) * (key_width + value_width))
+    return 8 * (kept + made)
 
 
 def _taken(run: Callable[[], object]) -> int:

@@ -23,7 +23,7 @@ Everything here is float64, whatever comes in: squared key norms of 5e6 beside e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from malmend.errors import MalmendError
+from malmend.numerics.chunks import chunks
 
 Summed = Callable[[Tensor], Tensor]
 ROWS = 4096  # that are made float64 at once
@@ -155,7 +156,7 @@ class RidgeFactor:
         """
         width = self.keys_NK.shape[1]
         total_KK = self.keys_NK.new_zeros(width, width, dtype=torch.float64)
-        for rows in _rows(len(self.keys_NK)):
+        for rows in chunks(len(self.keys_NK), ROWS):
             plain_NK = self.keys_NK[rows].to(torch.float64)
             weighted_KN = self._weighted(plain_NK, rows).T
             for start in range(0, width, BLOCK):
@@ -167,7 +168,7 @@ class RidgeFactor:
         """The sum over rows of w_j u_j x_j^T, K x V, in float64."""
         width = self.keys_NK.shape[1]
         total_KV = self.keys_NK.new_zeros(width, others_NV.shape[1], dtype=torch.float64)
-        for rows in _rows(len(self.keys_NK)):
+        for rows in chunks(len(self.keys_NK), ROWS):
             weighted_NV = self._weighted(others_NV[rows].to(torch.float64), rows)
             total_KV.addmm_(self.keys_NK[rows].to(torch.float64).T, weighted_NV)
         return total_KV
@@ -189,16 +190,19 @@ class RidgeFactor:
         adjoint_KV = torch.cholesky_solve(grad_VK.T, self._factor)
         parts = [
             self._weighted(self.keys_NK[rows].to(torch.float64) @ adjoint_KV, rows)
-            for rows in _rows(len(self.keys_NK))
+            for rows in chunks(len(self.keys_NK), ROWS)
         ]
         return torch.cat(parts)
 
     def weight_grads(self, shift_grad_VK: Tensor, diffs_NV: Tensor) -> Tensor:
         """dL/dw_j = <d_j - S u_j, M u_j>, shape N (equation 14)."""
-        missed_NV = (
-            diffs_NV.to(torch.float64) - self.keys_NK.to(torch.float64) @ self.shift(diffs_NV).T
-        )
-        by_row_N = (missed_NV * self.diff_grads(shift_grad_VK)).sum(1)
+        shift_KV, by_diff_NV = self.shift(diffs_NV).T, self.diff_grads(shift_grad_VK)
+        parts = []
+        for rows in chunks(len(diffs_NV), ROWS):
+            said_NV = self.keys_NK[rows].to(torch.float64) @ shift_KV
+            missed_NV = diffs_NV[rows].to(torch.float64) - said_NV
+            parts.append((missed_NV * by_diff_NV[rows]).sum(1))
+        by_row_N = torch.cat(parts)
         return by_row_N if self._weights_N1 is None else by_row_N / self._weights_N1.squeeze(1)
 
     def prior_grads(self, shift_grad_VK: Tensor, diffs_NV: Tensor) -> PriorGrads:
@@ -244,7 +248,7 @@ def solved(gram_KK: Tensor, cross_VK: Tensor, prior: Prior) -> Tensor:
 def mean_residual(shift_VK: Tensor, keys_NK: Tensor, diffs_NV: Tensor) -> float:
     """Mean over tokens of |S u_j - d_j| / |d_j| (MALMEN, section 5.2); d = 0 is left out."""
     total, count, shift_KV = 0.0, 0, shift_VK.to(torch.float64).T
-    for rows in _rows(len(keys_NK)):
+    for rows in chunks(len(keys_NK), ROWS):
         asked_NV = diffs_NV[rows].to(torch.float64)
         miss_N = (keys_NK[rows].to(torch.float64) @ shift_KV - asked_NV).norm(dim=1)
         size_N = asked_NV.norm(dim=1)
@@ -252,12 +256,6 @@ def mean_residual(shift_VK: Tensor, keys_NK: Tensor, diffs_NV: Tensor) -> float:
         total += (miss_N[asked] / size_N[asked]).sum().item()
         count += int(asked.sum())
     return total / count if count else 0.0
-
-
-def _rows(count: int) -> Iterator[slice]:
-    """A few thousand rows at a time."""
-    for start in range(0, count, ROWS):
-        yield slice(start, start + ROWS)
 
 
 def _cholesky(matrix: Tensor, unheld: bool = False) -> Tensor:
