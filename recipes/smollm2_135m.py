@@ -1,5 +1,6 @@
 """Train the editor that the package ships for SmolLM2-135M, and measure it.
 
+    python recipes/smollm2_135m.py            # train and ship
     python recipes/smollm2_135m.py train      # recipes/out/, resumes where it was
     python recipes/smollm2_135m.py ship       # into the package, in half precision
     python recipes/smollm2_135m.py measure    # the shipped editor at m = 1 to 4,096; a card in out/
@@ -158,37 +159,52 @@ def measured(data: Data) -> list[dict[str, Any]]:
     return rows
 
 
+def trained(data: Data) -> None:
+    """The editor in ``recipes/out``."""
+    train(
+        NAME,
+        training_facts(data),
+        OUT / "editor",
+        unrelated_questions(data),
+        settings=SETTINGS,
+        editor=EDITOR,
+        stepped=said,
+    )
+
+
+def ship(folder: Path) -> None:
+    """The trained editor into the package, in half precision."""
+    saved = load_editor(OUT / "editor")
+    with torch.no_grad():
+        saved.editor.log_weights_SP.add_(LOG_WEIGHT)
+        saved.editor.powers_SP.add_(POWER)
+    curve = [(row["step"], row["loss"], row["seconds"]) for row in saved.about["curve"]]
+    about = {**saved.about, "curve": curve}  # (step, loss, seconds)
+    save_editor(saved.editor, about, folder, slim=True)
+
+
 def main() -> None:
-    """Runs one stage."""
+    """Runs the stages."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", choices=("train", "ship", "measure"))
+    parser.add_argument("stages", nargs="*", metavar="train|ship|measure")
     parser.add_argument("--data", type=Path, default=BESIDE, help="folder of more data")
     args = parser.parse_args()
+    stages = args.stages or ["train", "ship"]
+    if unknown := set(stages) - {"train", "ship", "measure"}:
+        parser.error(f"no stage {min(unknown)!r}; expected train, ship or measure")
     data = Data(args.data)
     OUT.mkdir(exist_ok=True)
     folder = shipped("editors") / NAME
-    if args.stage == "train":
-        train(
-            NAME,
-            training_facts(data),
-            OUT / "editor",
-            unrelated_questions(data),
-            settings=SETTINGS,
-            editor=EDITOR,
-            stepped=said,
-        )
-    elif args.stage == "ship":
-        saved = load_editor(OUT / "editor")
-        with torch.no_grad():
-            saved.editor.log_weights_SP.add_(LOG_WEIGHT)
-            saved.editor.powers_SP.add_(POWER)
-        curve = [(row["step"], row["loss"], row["seconds"]) for row in saved.about["curve"]]
-        about = {**saved.about, "curve": curve}  # (step, loss, seconds)
-        save_editor(saved.editor, about, folder, slim=True)
-    else:
-        figures = measured(data)
-        # Not over the shipped card, which has figures that were measured elsewhere too.
-        (OUT / "README.md").write_text(card(NAME, load_editor(folder).about, figures), "utf-8")
+    for stage in stages:
+        if stage == "train":
+            trained(data)
+        elif stage == "ship":
+            ship(folder)
+        else:
+            figures = measured(data)
+            # Not over the shipped card, which has figures that were measured elsewhere too.
+            text = card(NAME, load_editor(folder).about, figures)
+            (OUT / "README.md").write_text(text, "utf-8")
 
 
 if __name__ == "__main__":

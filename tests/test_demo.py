@@ -49,3 +49,9 @@ def test_a_digest_sees_every_bit(tiny):
     assert weights_digest(tiny.loaded) != before
     weight.data.copy_(kept)
     assert weights_digest(tiny.loaded) == before
+
+
+def test_a_misspelt_model_leaves_no_folder_behind(tmp_path):
+    with pytest.raises(malmend.MalmendError, match="did you mean 'smollm2-135m'"):
+        malmend.demo(tmp_path / "out", "smollm2-135n")
+    assert list(tmp_path.iterdir()) == []

@@ -140,6 +140,7 @@ def test_nothing_half_written_is_left(tiny, patch, tmp_path, monkeypatch, to):
         (["--to", "lora", "--rnk", "8"], "did you mean '--rank'?"),
         ([], "--to must be given"),
         (["--to", "lora", "--decode-facts", "-1"], "decode_facts is -1"),
+        (["--to", "lora", "--limit", "5"], "give --facts, or leave it out"),
     ],
 )
 def test_a_typo_in_each_input_of_export_is_one_sentence(patch, tmp_path, capsys, arguments, said):

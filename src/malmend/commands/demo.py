@@ -16,7 +16,7 @@ from malmend.evaluation.report import Report
 from malmend.facts.fact import Fact
 from malmend.facts.readers import read_facts
 from malmend.files import writable_folder
-from malmend.models.load import LoadedModel, load_model
+from malmend.models.load import LoadedModel, load_model, load_tokenizer
 from malmend.patch import applied
 from malmend.progress import Progress, silent
 from malmend.workbench import shipped
@@ -66,6 +66,7 @@ def demo(
     known = _demo_facts(facts)
     if spoken < 0:
         raise MalmendError(f"spoken is {spoken}, expected 0 or more; change --spoken.")
+    load_tokenizer(model)  # a misspelt name leaves no folder behind
     folder = page_folder(writable_folder(out))
     told(f"Loading {model}.")
     loaded = load_model(model)

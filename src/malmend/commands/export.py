@@ -85,6 +85,8 @@ def export(
         MalmendError: any bad input, in one sentence.
     """
     _check(to, rank, dtype, text, decode_facts)
+    if facts is None and limit is not None:
+        raise MalmendError("--limit is of the facts that are asked; give --facts, or leave it out.")
     folder = new_folder(folder)
     patch = read_patch(patch) if isinstance(patch, str | Path) else patch
     base = model if model is not None else _named(patch)
