@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import tiny
+from malmend.models import store as module
 from malmend.models.store import ActivationStore
 
 WIDTH = 5
@@ -280,6 +281,19 @@ def test_budget_is_shared_with_the_stores_beside_it(tmp_path):
     assert holds(opened(tmp_path, budget=150), KEYS) == [True] + [False] * 5
     assert bytes_in(beside) == 0
     assert all(holds(opened(other_model), KEYS))
+
+
+@pytest.mark.parametrize("recounted", [0, 120])
+def test_stores_that_are_open_at_once_share_the_budget(tmp_path, recounted, monkeypatch):
+    """Each counts what the others keep meanwhile, in steps of so many of its own bytes."""
+    monkeypatch.setattr(module, "RECOUNTED", recounted)
+    stores = [opened(tmp_path.with_name(name), budget=400) for name in ("a", "b", "c")]
+    for key in KEYS:  # 60 bytes each
+        for store in stores:
+            fill(store, [key])
+    kept = sum(bytes_in(tmp_path.with_name(name)) for name in ("a", "b", "c"))
+    assert 300 < kept <= 400 + recounted * 2
+    assert kept < 3 * 360  # what all would keep
 
 
 def test_a_run_whose_segment_another_run_removes(tmp_path):

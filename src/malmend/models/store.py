@@ -13,7 +13,7 @@ import hashlib
 import os
 import struct
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 _RECORD = struct.Struct("<16sQQ")  # key, first byte, number of rows
+RECOUNTED = 64_000_000  # bytes that a store keeps before it looks again at what others have kept
 
 
 class ActivationStore:
@@ -32,7 +33,8 @@ class ActivationStore:
         width: numbers per row.
         dtype: of the rows.
         budget: bytes that all segments may take together, those in the folders beside this one
-            (the same model's other stores) included.  Above it the oldest segments are removed
+            (the same model's other stores) included, of runs beside this one too, which are
+            counted again every :data:`RECOUNTED` bytes.  Above it the oldest segments are removed
             when a store is opened, and new rows are no longer kept.
     """
 
@@ -43,7 +45,7 @@ class ActivationStore:
         self._maps: dict[Path, numpy.ndarray] = {}
         self._own: Path | None = None
         self._own_bytes = 0
-        self._bytes = 0
+        self._bytes = self._counted = 0  # of all segments; of the own one when they were counted
         if folder is not None and budget > 0:
             self._open(folder)
 
@@ -75,6 +77,9 @@ class ActivationStore:
         """
         records, places, size = b"", dict[bytes, tuple[Path, int, int]](), 0
         try:
+            if self._own is not None and self._own_bytes - self._counted >= RECOUNTED:
+                self._bytes = sum(stat.st_size for _, stat in _segments(self._own.parent))
+                self._counted = self._own_bytes
             for ids, rows_TF in found:
                 key, rows = _key(ids), rows_TF.shape[0]
                 more = rows * self._row_bytes
@@ -102,10 +107,7 @@ class ActivationStore:
         found: list[tuple[float, Path, int]] = []
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for path in folder.parent.glob("*/*.bin"):
-                with suppress(FileNotFoundError):  # another run removes old ones as well
-                    stat = path.stat()
-                    found.append((stat.st_mtime, path, stat.st_size))
+            found = [(stat.st_mtime, path, stat.st_size) for path, stat in _segments(folder)]
             found.sort()
             sizes = {path: size for _, path, size in found}
             for _, path, _ in found:
@@ -131,6 +133,13 @@ class ActivationStore:
         for key, start, rows in _RECORD.iter_unpack(raw[:whole]):
             if start + rows * self._row_bytes <= size:
                 self._places[key] = (path, start, rows)
+
+
+def _segments(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """Those of a store's folder and of the folders beside it."""
+    for path in folder.parent.glob("*/*.bin"):
+        with suppress(FileNotFoundError):  # another run removes old ones
+            yield path, path.stat()
 
 
 def _key(ids: Sequence[int]) -> bytes:

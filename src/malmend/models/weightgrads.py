@@ -52,7 +52,8 @@ def weight_grads(
                 _collect(trunk.sites, totals)
                 parts = losses_A.to("cpu", torch.float64).split(batch.tokens.sources)
                 losses_Q[torch.tensor(indices)] = torch.stack([one_A.sum() for one_A in parts])
-    return losses, totals
+    # From a GPU once, and not after every micro-batch, which it would wait for.
+    return losses, {name: total_VK.cpu() for name, total_VK in totals.items()}
 
 
 def saying(trunk: Trunk, enough: float = 0.0) -> Callable[[Sequence[int], Batch], Part]:
@@ -92,7 +93,7 @@ def _collect(sites: Sequence[Site], totals: dict[str, Tensor]) -> None:
         if grad is None:
             continue
         wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
-        grad_VK = site.oriented(grad).to("cpu", wide)
+        grad_VK = site.oriented(grad).to(wide)
         if site.name in totals:
             totals[site.name] += grad_VK
         else:
