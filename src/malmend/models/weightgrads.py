@@ -45,14 +45,17 @@ def weight_grads(
     totals = dict[str, Tensor]()
     with _weights_in_graph(trunk.sites if grads else ()), torch.set_grad_enabled(grads):
         for term, losses_Q in zip(terms, losses, strict=True):
+            kept = list[tuple[list[int], Tensor]]()
             for indices, batch in trunk.batches(term.questions):
                 states_AH = trunk.final_states(batch)
                 weight = term.weight if grads else 0.0
                 losses_A = through_output(trunk, states_AH, term.part(indices, batch), weight)
                 _collect(trunk.sites, totals)
-                parts = losses_A.to("cpu", torch.float64).split(batch.tokens.sources)
-                losses_Q[torch.tensor(indices)] = torch.stack([one_A.sum() for one_A in parts])
-    # From a GPU once, and not after every micro-batch, which it would wait for.
+                parts = losses_A.to(torch.float64).split(batch.tokens.sources)
+                kept.append((indices, torch.stack([one_A.sum() for one_A in parts])))
+            # Off a GPU only here: after every micro-batch it would have to wait.
+            for indices, sums_Q in kept:
+                losses_Q[torch.tensor(indices)] = sums_Q.cpu()
     return losses, {name: total_VK.cpu() for name, total_VK in totals.items()}
 
 
