@@ -5,7 +5,7 @@ likest last.  Likeness is the cosine of the prompts' token counts, each count we
 the token is among the facts (idf = log(m / facts that hold it) + 1).  Nothing is known of which
 fact a question belongs to, so unrelated questions have facts before them too.
 
-Shape letters: M facts, W vocabulary, B questions.
+Shape letters: M facts, R tokens that some fact's prompt holds.
 """
 
 from __future__ import annotations
@@ -54,10 +54,11 @@ class ContextEncoder(Encoder):
         )
         self._plain, self._shown = plain, min(shown, len(facts))
         self._lines = [f"{fact.prompt.rstrip()} {fact.answer}" for fact in facts]
-        counts_MW = torch.stack([self._counts(fact.prompt) for fact in facts])
-        held_W = (counts_MW > 0).sum(0)
-        self._idf_W = (len(facts) / held_W.clamp(min=1)).log() + 1
-        self._facts_MW = torch.nn.functional.normalize(counts_MW * self._idf_W, dim=1)
+        prompts = [self._ids(fact.prompt) for fact in facts]
+        self._known_R = torch.cat(prompts).unique()
+        counts_RM = torch.stack([self._counts(ids) for ids in prompts], dim=1)
+        self._idf_R = (len(facts) / (counts_RM > 0).sum(1)).log() + 1
+        self._facts_RM = torch.nn.functional.normalize(counts_RM * self._idf_R[:, None], dim=0)
         if faults := self.faults(facts):
             raise MalmendError(f"Behind {shown} facts a question does not fit: {faults[0]}.")
 
@@ -68,11 +69,17 @@ class ContextEncoder(Encoder):
 
     def likest(self, prompt: str) -> list[int]:
         """The facts that are shown before a prompt, the likest last."""
-        query_W = self._counts(prompt) * self._idf_W
-        likeness_M = self._facts_MW @ query_W
+        counts_R = self._counts(self._ids(prompt))
+        held = counts_R.nonzero().squeeze(1)  # a few rows of thousands
+        likeness_M = (counts_R * self._idf_R)[held] @ self._facts_RM[held]
         order = likeness_M.argsort(descending=True, stable=True)  # of equal ones the earlier
         return order[: self._shown].tolist()[::-1]
 
-    def _counts(self, prompt: str) -> Tensor:
-        ids = torch.tensor(self._plain.prompt_ids(prompt))
-        return torch.bincount(ids, minlength=len(self.tokenizer)).float()
+    def _ids(self, prompt: str) -> Tensor:
+        return torch.tensor(self._plain.prompt_ids(prompt))
+
+    def _counts(self, ids: Tensor) -> Tensor:
+        """How often each known token is among these."""
+        known = ids[torch.isin(ids, self._known_R)]
+        rows = torch.searchsorted(self._known_R, known)
+        return torch.bincount(rows, minlength=len(self._known_R)).float()
