@@ -188,6 +188,7 @@ def test_the_options_of_every_command(command, capsys):
     shown_options = {found for row in rows for found in re.findall(r"(?<!\w)-[-\w.+]+", row)}
     assert shown_options == OPTIONS[command]
     assert not re.search(r"--\w+_\w", shown)  # options are written with hyphens
+    assert not re.search(r"``|:\w+:`|\(equation|\(1\d\)", shown)  # docstrings' own marks
 
 
 @pytest.mark.parametrize("command", SHOWN)

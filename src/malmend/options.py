@@ -25,6 +25,16 @@ def parser_of(command: str, what: str) -> Any:
             return re.sub(r"--[\w.]+", lambda found: found[0].replace("_", "-"), shown)
 
     class Parser(ArgumentParser):
+        def format_help(self) -> str:
+            # Docstrings are read in a terminal here: without roles, quotes and equations' numbers.
+            plain = re.sub(
+                r":(?:func|class|data|meth|attr):`~?(?:[\w.]+\.)?(\w+)`",
+                r"\1",
+                super().format_help(),
+            )
+            plain = re.sub(r"\s+\((?:equations?\s)?\d+(?: (?:and|or) \d+)?\)", "", plain)
+            return plain.replace("``", "")
+
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             raise MalmendError(_usage_error(command, message, self))
 
