@@ -412,7 +412,7 @@ CASES: dict[str, tuple[Callable[[Place], Arguments], str]] = {
     ),
     "unknown nested key in YAML": (
         lambda p: p.train("--config", p.file("c.yaml", "network: {rnk: 3}")),
-        "rnk",
+        "has 'network.rnk', which is no option of malmend train; did you mean 'network.rank'?",
     ),
     "wrong value in YAML": (
         lambda p: p.train("--config", p.file("c.yaml", "seed: x")),
@@ -429,6 +429,22 @@ CASES: dict[str, tuple[Callable[[Place], Arguments], str]] = {
     "a word for settings": (
         lambda p: p.edit("--descent", "foo"),
         "--descent is 'foo', expected null, or its own options, --descent.*",
+    ),
+    "a setting of settings": (
+        lambda p: p.edit("--descent.steps", "x"),
+        "--descent.steps is 'x', expected a whole number",
+    ),
+    "a word for a group": (
+        lambda p: p.edit("--refine", "foo"),
+        "--refine is 'foo', expected its own options, --refine.*, or a YAML file of them.",
+    ),
+    "a name of two words in YAML": (
+        lambda p: p.train("--config", p.file("c.yaml", "facts_per_stepp: 3")),
+        "did you mean 'facts_per_step'?",
+    ),
+    "a hyphen in YAML": (
+        lambda p: p.train("--config", p.file("c.yaml", "facts-per-step: 3")),
+        "did you mean 'facts_per_step'?",
     ),
     "more solves than any edit needs": (
         lambda p: p.edit("--refine.passes", 10**9),

@@ -55,6 +55,30 @@ def test_it_may_be_read_by_whom_the_user_lets_read(tmp_path, umask):
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o666 & ~umask
 
 
+def test_a_file_that_was_private_stays_private(tmp_path):
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "file").chmod(0o600)
+    save("new", tmp_path / "file")
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_file_system_without_modes_is_no_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "chmod", denied)
+    save("new", tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "new"
+
+
+def test_links_that_lead_nowhere_are_refused_before_the_work(tmp_path):
+    (tmp_path / "far").symlink_to(tmp_path / "no" / "such")
+    with pytest.raises(MalmendError, match="There is no folder"):
+        writable(tmp_path / "far")
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    for refused in (writable, lambda path: save("new", path)):
+        with pytest.raises(MalmendError, match="leads to itself"):
+            refused(tmp_path / "a")
+
+
 def test_what_a_link_leads_to_is_written_and_the_link_stays(tmp_path):
     place, link = tmp_path / "there", tmp_path / "here"
     place.mkdir()

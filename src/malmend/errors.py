@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 
 class MalmendError(ValueError):
@@ -53,16 +53,20 @@ def nearest(given: str, valid: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def bad_value(text: str) -> str | None:
+def bad_value(text: str, spelt: Callable[[str], str]) -> str | None:
     """jsonargparse's complaint about a value, in plain words: option, value, what was expected."""
     found = re.match(r'Parser key "([\w.]+)": (.*)(?:Got value|Given value): (.*)$', text)
     kinds = re.findall(r"Expected a (?:<class '(\w+)'>|typing\.Literal\[(.*?)\])", text)
     if found is None or not kinds:
         return None
     names = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+    part = re.search(r"NestedArg\(key='([\w.]+)', val=(.*)\)", found[3])
+    if part is not None:  # what is said of the setting itself comes before
+        said = re.search(r"- --(\S+ is .*?, expected .*?)(?:; see malmend| - |$)", found[2])
+        inner = said[1] if said else f"{part[1]} is {part[2]}, which is not taken"
+        return f"{spelt(found[1])}.{inner}"
     names["tuple"] = """a list such as '["one", "two"]'"""
     wanted = [names.get(kind, kind) or choices for kind, choices in kinds if kind != "NoneType"]
     if not wanted:  # of settings, which have options of their own
-        wanted = [f"null, or its own options, --{found[1].replace('_', '-')}.*"]
-    option = found[1].replace("_", "-")
-    return f"--{option} is {found[3].rstrip('.')!r}, expected {' or '.join(wanted)}"
+        wanted = [f"null, or its own options, {spelt(found[1])}.*"]
+    return f"{spelt(found[1])} is {found[3].rstrip('.')!r}, expected {' or '.join(wanted)}"

@@ -81,13 +81,15 @@ def written_beside(path: str | Path) -> Iterator[Path]:
         MalmendError: the folder is missing, not writable, or the disk is full; nothing is left.
     """
     path = Path(path)
-    place = path.resolve() if path.is_symlink() else path  # the link stays
+    place = _followed(path)
     beside = part_of(place)
     try:
         beside.touch()
-        mode = beside.stat().st_mode  # as the user makes files; safetensors makes them private
+        # As the file was, or as the user makes files; safetensors makes them private.
+        mode = (place if place.is_file() else beside).stat().st_mode
         yield beside
-        beside.chmod(mode)
+        with suppress(OSError):  # a file system without modes
+            beside.chmod(mode)
         synced(beside)
         os.replace(beside, place)
     except (OSError, SafetensorError) as error:
@@ -97,6 +99,18 @@ def written_beside(path: str | Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # where nothing could be written, nothing is left
             beside.unlink(missing_ok=True)
+
+
+def _followed(path: Path) -> Path:
+    """Where a link leads: that is written, and the link stays.
+
+    Raises:
+        MalmendError: it leads to itself.
+    """
+    try:
+        return path.resolve() if path.is_symlink() else path
+    except (OSError, RuntimeError) as error:
+        raise MalmendError(f"{path} is a link that leads to itself; give another path.") from error
 
 
 def writable(path: str | Path, *inputs: object) -> Path:
@@ -115,11 +129,12 @@ def writable(path: str | Path, *inputs: object) -> Path:
         raise MalmendError(f"{path} is a folder, expected the path of a file to write.")
     if path.exists() and not path.is_file():  # a device, which the rename would replace
         raise MalmendError(f"{path} is no regular file, expected the path of a file to write.")
-    if not path.parent.is_dir():
+    place = _followed(path)
+    if not place.parent.is_dir():
         raise MalmendError(
-            f"There is no folder {path.parent} to write {path.name} into; make it first."
+            f"There is no folder {place.parent} to write {place.name} into; make it first."
         )
-    probe = part_of(path)
+    probe = part_of(place)
     try:
         probe.touch()
         probe.unlink()

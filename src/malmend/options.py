@@ -184,16 +184,21 @@ def _usage_error(command: str, message: str, parser: Any) -> str:
     if file is not None:
         said = (file[1] or file[2]).rstrip(".").replace('"<unicode string>", ', "")
         return f"The --config file cannot be read ({said}); give a YAML file of options and values."
-    unknown = re.match(r"Option '([\w.]+)' is not accepted", text)
-    if unknown is not None:
-        near = nearest("--" + unknown[1].replace("_", "-"), options).replace("--", "")
+    unknown = re.match(r"(?:Group '([\w.]+)' does not accept o|O)ption '([\w.-]+)'", text)
+    if unknown is not None:  # a file has names as settings have them, with underscores
+        given = f"{unknown[1]}.{unknown[2]}" if unknown[1] else unknown[2]
+        near = nearest(given, [option[2:].replace("-", "_") for option in options])
         return (
-            f"The --config file has {unknown[1]!r}, which is no option of malmend {command}"
+            f"The --config file has {given!r}, which is no option of malmend {command}"
             f"{near or '.'} See malmend {command} --help."
         )
+    group = re.match(r'Parser key "([\w.]+)": Unable to load config (\S+)', text)
+    if group is not None:
+        name = "--" + group[1].replace("_", "-")
+        return f"{name} is {group[2]}, expected its own options, {name}.*, or a YAML file of them."
     wrong = re.search(r"[Uu]nrecognized arguments:\s*(.*)", text)
     if wrong is None:
-        return f"{bad_value(text) or text.rstrip('.')}; see malmend {command} --help."
+        return f"{bad_value(text, _spelt) or text.rstrip('.')}; see malmend {command} --help."
     given = wrong[1]
     if not given.startswith("-"):
         return f"malmend {command} takes no further {given!r}; see malmend {command} --help."
@@ -201,3 +206,8 @@ def _usage_error(command: str, message: str, parser: Any) -> str:
     close = difflib.get_close_matches(name, options, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else "."
     return f"There is no option {name!r} of malmend {command}{hint} See malmend {command} --help."
+
+
+def _spelt(name: str) -> str:
+    """A setting as an option."""
+    return "--" + name.replace("_", "-")

@@ -16,7 +16,7 @@ from malmend.editors.checkpoint import seen_in_training
 from malmend.errors import FactsError, MalmendError
 from malmend.evaluation.classes import away as away_from_said
 from malmend.facts.alternatives import towards_alternatives
-from malmend.facts.encoded import Encoded
+from malmend.facts.encoded import Encoded, Tokens
 from malmend.facts.fact import Fact, FactSet
 from malmend.facts.readers import given_facts, read_facts
 from malmend.facts.tokens import Encoder, EndOfAnswer
@@ -69,12 +69,14 @@ def within_memory(
     bench: Workbench,
     facts: Sequence[Fact],
     memory: str | None,
-    extra: int = 0,
+    extra: Callable[[Sequence[Encoded]], int] = lambda _questions: 0,
     also: Callable[[Sequence[Encoded]], object] | None = None,
+    tokens: Tokens = "auto",
 ) -> tuple[Workbench, MemoryPlan | None]:
     """The bench within a budget such as "4GB", and how it is spent; as it is without one.
 
-    ``extra`` and ``also`` as of :func:`malmend.models.budget.plan_memory`.
+    ``also`` and ``tokens`` as of :func:`malmend.models.budget.plan_memory`, and ``extra`` gives its
+    own of the edits' questions.
 
     Raises:
         MalmendError: as :func:`malmend.models.budget.plan_memory`.
@@ -82,7 +84,7 @@ def within_memory(
     if memory is None:
         return bench, None
     questions = bench.encoder.encode_all(fact.question for fact in facts)
-    plan = plan_memory(bench.trunk, questions, memory, extra=extra, also=also)
+    plan = plan_memory(bench.trunk, questions, memory, tokens, extra(questions), also)
     spill = cache_folder() / "spill"
     return replace(bench, trunk=within(bench.trunk, plan, spill)), plan
 

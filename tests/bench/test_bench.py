@@ -65,6 +65,7 @@ def test_a_plan_reads_as_it_is_written(tmp_path):
         ({"sizes": ["many"]}, "cannot be used: .*sizes"),
         ({"sizes": [0]}, "sizes hold 0, expected 1 or more"),
         ({"seeds": []}, "seeds are empty"),
+        ({"single_above": "x"}, "single_above is 'x', expected a whole number"),
         ({"protocols": ["apart"]}, "cannot be used: .*protocols"),
         ({"facts": None}, "cannot be used: .*facts"),
         ({"decode": -1}, "decode is -1, expected 0 or more"),

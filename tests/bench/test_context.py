@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 
@@ -62,6 +63,17 @@ def test_the_likest_fact_by_the_cosine_written_out(prompt):
     assert encoder.likest(prompt) == [scores.index(max(scores))]
     order = sorted(range(3), key=lambda index: (-scores[index], index))
     assert behind(2).likest(prompt) == [order[1], order[0]]
+
+
+def test_of_equally_like_facts_the_earlier_is_shown():
+    """Prompts of the same tokens in another order: rounding must not choose."""
+    words = ["Lima", "Peru", "Mars", "moon", "sea"]
+    tokenizer = helpers.words(words)
+    orders = list(itertools.permutations(words))[:40]
+    facts = [Fact(f"f{i}", " ".join(order), "sea") for i, order in enumerate(orders)]
+    encoder = ContextEncoder(Encoder(tokenizer), facts, 3)
+    for order in orders:
+        assert encoder.likest(" ".join(order)) == [2, 1, 0]
 
 
 def test_the_prompt_stands_behind_its_facts():

@@ -11,7 +11,7 @@ import helpers
 from command_support import greedy, make_model, teach
 from malmend.evaluation import examiner as examiner_module
 from malmend.evaluation.examiner import Examiner
-from malmend.evaluation.generate import Answer, matches
+from malmend.evaluation.generate import Answer, generate, matches
 from malmend.evaluation.protocols import scores
 from malmend.facts.fact import Fact, Question
 from malmend.facts.tokens import Encoder
@@ -141,6 +141,11 @@ def test_an_answer_of_two_lines_is_read_for_two():
     trunk = Trunk(made, find_sites(made, 1))
     (row,) = Examiner(prepared(made, tokenizer), trunk, Encoder(tokenizer)).examine([fact]).rows
     assert (row.exact, row.generated, row.text) == (1.0, 1.0, "Lima\nParis")
+    # Teacher forcing has settled it; decoding says the same.
+    prompts, golds = [fact.prompt], [fact.answer]
+    loaded = prepared(made, tokenizer)
+    (decoded,) = generate(loaded, Encoder(tokenizer), prompts, len(answer) + 8, golds)
+    assert (decoded.text, decoded.cut) == ("Lima\nParis", False)
 
 
 def test_a_shown_answer_holds_no_end_token():

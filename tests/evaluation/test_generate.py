@@ -175,6 +175,9 @@ def test_a_gold_of_several_lines_is_read_for_as_many():
     assert len(several) > 3
     assert all(matches(found[at], golds[at]) for at in several)
     assert any(len(found[at]) < len(whole[at]) for at in several)  # and no further
+    # Blank lines count for nothing, as in matching.
+    blank = [gold.replace("\n", "\n \n") for gold in golds]
+    assert texts(loaded, encoder, prompts(), 12, blank) == found
 
 
 @torch.no_grad()

@@ -292,17 +292,23 @@ def test_fault_of_a_file(save, content, fault):
     assert only_fault(path).startswith(fault)
 
 
-@pytest.mark.parametrize("form", ["{0}", "[{0}]"])
+@pytest.mark.parametrize("form", ["{0}\n{1}", "[{0},\n{1}]"])
 @pytest.mark.parametrize("inner", [False, True])
 def test_a_field_that_is_there_twice(save, form, inner):
-    """Python's decoder keeps the last, and says nothing."""
+    """Python's decoder keeps the last, and says nothing; what follows is read all the same."""
     twice = '{"prompt": "P", "answer": "x", "answer": "y"}'
     if inner:
         twice = '{"prompt": "P", "answer": "x", "reversed": ' + twice + "}"
-    path = save(form.format(twice))
-    (fault,) = faults_of(path)
-    assert "has the field 'answer' twice; " in fault
-    assert fault.startswith("facts:1")
+    first, second = faults_of(save(form.format(twice, '{"prompt": "Q", "answer": ""}')))
+    assert first.startswith("facts:1")
+    assert first.endswith("the field 'answer' is there twice; keep one of the two")
+    assert ("field 'reversed': " in first) == inner
+    assert second.startswith("facts:2")
+
+
+def test_a_name_that_is_there_twice_in_what_is_ignored_does_no_harm(save):
+    entry = '{"src": "P", "answers": ["x"], "meta": {"a": 1, "a": 2}}'
+    assert read_facts(save(f"[{entry}]"))[0].prompt == "P"
 
 
 def test_a_line_that_is_no_object(save):

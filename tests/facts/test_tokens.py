@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 from transformers import ByT5Tokenizer
 
 from helpers import byte_level, metaspace, words
@@ -402,10 +403,13 @@ def test_an_answer_that_spells_the_unknown_token():
         Encoder(words(MARS)).encode(Question("mars has", "<unk>"))
 
 
-@pytest.mark.parametrize("answer", ["</s>", "two </s> moons", "two <pad>"])
+@pytest.mark.parametrize("answer", ["</s>", "two </s> moons", "two <pad>", "two <tool> moons"])
 def test_an_answer_that_spells_a_special_token(answer):
+    tokenizer = words(MARS)
+    tokenizer.add_tokens([AddedToken("<tool>", special=True)])  # of no role
+    assert tokenizer.convert_tokens_to_ids("<tool>") not in tokenizer.all_special_ids
     with pytest.raises(MalmendError, match="a special token, which is no text of an answer"):
-        Encoder(words(MARS)).encode(Question("mars has", answer))
+        Encoder(tokenizer).encode(Question("mars has", answer))
 
 
 def test_an_answer_of_which_a_part_is_dropped():

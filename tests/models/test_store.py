@@ -293,7 +293,6 @@ def test_stores_that_are_open_at_once_share_the_budget(tmp_path, recounted, monk
             fill(store, [key])
     kept = sum(bytes_in(tmp_path.with_name(name)) for name in ("a", "b", "c"))
     assert 300 < kept <= 400 + recounted * 2
-    assert kept < 3 * 360  # what all would keep
 
 
 def test_a_run_whose_segment_another_run_removes(tmp_path):

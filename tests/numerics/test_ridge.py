@@ -291,13 +291,15 @@ def test_keys_that_are_not_finite_are_refused(tokens, prior_name, bad):
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_in_the_primal_form_too_what_neither_keys_nor_matrices_hold_is_refused(seed):
+@pytest.mark.parametrize("ridge", [0.0, 1e-300, 1e-20])
+@pytest.mark.parametrize("tokens", [2, 4])
+def test_what_neither_keys_nor_matrices_hold_is_refused_in_both_forms(tokens, ridge, seed):
     """Keys and a matrix that both have one dimension twice, but for rounding."""
-    keys, rows = normal(4, K, seed=seed), normal(3, K, seed=seed + 100)
-    RidgeFactor(keys, Prior(0.0, (1.7,), (rows.T @ rows,)))
+    keys, rows = normal(tokens, K, seed=seed), normal(9, K, seed=seed + 100)
+    RidgeFactor(keys, Prior(ridge, (1.7,), (rows.T @ rows,)))
     keys[:, -1], rows[:, -1] = keys[:, 0], rows[:, 0]
     with pytest.raises(MalmendError, match="size 6 is singular"):
-        RidgeFactor(keys, Prior(0.0, (1.7,), (rows.T @ rows,)))
+        RidgeFactor(keys, Prior(ridge, (1.7,), (rows.T @ rows,)))
 
 
 # --- residual
@@ -369,6 +371,6 @@ def test_weighted_rows_by_autograd(tokens, prior_name, at_once, monkeypatch):
     factor = RidgeFactor(keys, prior, weights.detach())
     torch.testing.assert_close(factor.shift(diffs), shift.detach(), **EXACT)
     torch.testing.assert_close(factor.diff_grads(grad), asked.grad, **EXACT)
-    torch.testing.assert_close(factor.weight_grads(grad, diffs), weights.grad, **EXACT)
+    torch.testing.assert_close(factor.weight_grads(asked.grad, diffs), weights.grad, **EXACT)
     miss = (keys @ shift.detach().T - diffs).norm(dim=1) / diffs.norm(dim=1)
     assert mean_residual(shift.detach(), keys, diffs) == pytest.approx(miss.mean().item())

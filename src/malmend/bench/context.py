@@ -72,6 +72,7 @@ class ContextEncoder(Encoder):
         counts_R = self._counts(self._ids(prompt))
         held = counts_R.nonzero().squeeze(1)  # a few rows of thousands
         likeness_M = (counts_R * self._idf_R)[held] @ self._facts_RM[held]
+        likeness_M = (1e5 * likeness_M / likeness_M.max().clamp(min=1e-9)).round()
         order = likeness_M.argsort(descending=True, stable=True)  # of equal ones the earlier
         return order[: self._shown].tolist()[::-1]
 

@@ -289,6 +289,6 @@ def _checked(path: Path, given: dict[str, Any]) -> Plan:
         raise
     except (ArgumentError, TypeError, ValueError, KeyError, RecursionError) as error:
         said = " ".join(str(error).split())
-        said = (bad_value(said) or said[:300]).removeprefix("--plan.").rstrip(".")
+        said = bad_value(said, lambda name: name.removeprefix("plan.")) or said[:300].rstrip(".")
         raise MalmendError(f"The plan {path} cannot be used: {said}.") from error
     return plan

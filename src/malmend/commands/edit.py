@@ -24,6 +24,7 @@ from malmend.editors.settings import EditorSettings
 from malmend.errors import EditorError, MalmendError, PatchError
 from malmend.evaluation.examiner import Examiner
 from malmend.evaluation.page import PAGE, page_folder
+from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact, FactSet, facts_digest
 from malmend.files import writable
 from malmend.memory import size_of
@@ -162,7 +163,10 @@ def edit(
     known = aimed(bench, known, away)
     aims = {"alternative": alternative, "away": away, "created": now()}
     also = partial(by_editor.rehearse, bench) if method is None else None
-    extra = by_editor.beside(bench, known) if method is None and memory else 0
+
+    def extra(_questions: Sequence[Encoded]) -> int:
+        return by_editor.beside(bench, known) if method is None else 0
+
     bench, plan = within_memory(bench, processes.share(known), memory, extra, also)
     with watched(plan, told) as peak:
         done = _edited(bench, working, known, aims, out, progress, processes)

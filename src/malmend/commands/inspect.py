@@ -71,7 +71,7 @@ def inspect(
         return _editor(path) if is_editor else model()
     if path.is_file():
         return _patch(path) if _is_safetensors(path) else _facts(path)
-    if path.suffix and (hint := beside(path)):
+    if path.suffix.startswith((".json", ".safe", ".txt")) and (hint := beside(path)):
         raise MalmendError(f"There is no file {thing}{hint} Give a file, or a model's name.")
     return model()
 

@@ -17,7 +17,7 @@ from malmend.editors.calibration import CalibrationSettings
 from malmend.editors.checkpoint import SavedEditor, load_editor, save_editor
 from malmend.editors.settings import EditorSettings
 from malmend.editors.train_settings import TrainSettings
-from malmend.editors.training import StepRecord, Trainer, beside, estimate_seconds, rehearse
+from malmend.editors.training import StepRecord, Trainer, estimate_seconds, rehearse, step_bytes
 from malmend.errors import EditorError, MalmendError
 from malmend.facts.encoded import settled
 from malmend.facts.fact import Fact, FactSet, Question, subject_hash
@@ -136,13 +136,13 @@ def train(
         with processes.first_then_others():  # who find it in the cache
             found = calibrated(bench, editor, calibrate or own, text, calibration, progress, others)
         start = found.editor(editor, bench.trunk, settings.seed)
-        questions = bench.encoder.encode_all(fact.question for fact in known)
         bench, plan = within_memory(
             bench,
             known,
             memory,
-            beside(start, bench.trunk, questions, settings),
+            partial(step_bytes, start, bench.trunk, settings),
             partial(rehearse, bench.trunk),
+            editor.tokens,
         )
         store = _pairs_store(bench, editor, trunk)
         trainer = Trainer(

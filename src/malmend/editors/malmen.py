@@ -65,7 +65,7 @@ class Malmen:
     def receive(self, shift_grad_VK: Tensor) -> Received:
         """Takes G = dL/dS and returns the derivatives of the prior and of the rows' weights."""
         self._diff_grads_NV = self.factor.diff_grads(shift_grad_VK)
-        by_weight_N = self.factor.weight_grads(shift_grad_VK, self.diffs_NV)
+        by_weight_N = self.factor.weight_grads(self._diff_grads_NV, self.diffs_NV)
         return Received(self.factor.prior_grads(shift_grad_VK, self.diffs_NV), by_weight_N)
 
     def proxy(self, rows: slice, pseudo: Pseudo) -> Tensor:

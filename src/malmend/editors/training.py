@@ -265,8 +265,8 @@ def estimate_seconds(trainer: Trainer, sample: int = 24) -> float:
     return (new * first + left * again) * size / sample
 
 
-def beside(
-    editor: Editor, trunk: Trunk, questions: Sequence[Encoded], settings: TrainSettings
+def step_bytes(
+    editor: Editor, trunk: Trunk, settings: TrainSettings, questions: Sequence[Encoded]
 ) -> int:
     """Bytes that a step takes beside micro-batches, sums and captured tensors.
 
@@ -274,16 +274,18 @@ def beside(
     all of a step's tokens in float64, and pairs on their way between the store and the step.
     """
     most = settings.facts_per_step
-    tokens = rows_of(trunk, questions, editor.settings.tokens) / len(questions)  # of a fact
+    longest = sorted(questions, key=lambda one: -len(one.ids))[:most]
+    tokens = rows_of(trunk, longest, editor.settings.tokens)
+    moving_tokens = rows_of(trunk, longest[:TOGETHER], editor.settings.tokens)
     widths = [site.shape_VK for site in trunk.sites]
     numbers = sum(v + k for v, k in widths) * trunk.wide.itemsize
-    moving = 2 * tokens * min(most, TOGETHER) * numbers
-    asked = 8 * tokens * most * sum(v for v, _ in widths)
+    moving = 2 * moving_tokens * numbers
+    asked = 8 * tokens * sum(v for v, _ in widths)
     parameters = sum(one.numel() * one.element_size() for one in editor.parameters())
     network = editor.settings.network
     widest = max(value + key for value, key in editor.shapes.values())
     graph = network.blocks * (4 * widest + min(network.rank, widest))
-    return 3 * parameters + 4 * settings.chunk * graph + int(moving + asked)
+    return 3 * parameters + 4 * settings.chunk * graph + moving + asked
 
 
 def rehearse(trunk: Trunk, questions: Sequence[Encoded]) -> None:

@@ -92,7 +92,7 @@ class _Row:
     @property
     def lines(self) -> int:
         """How many lines the answer is read for."""
-        return 1 + (self.gold or "").strip().count("\n")
+        return max(1, len(_lines(self.gold or "")))
 
 
 class _LineEnds(StoppingCriteria):
@@ -113,7 +113,7 @@ class _LineEnds(StoppingCriteria):
             if length < self.lengths[index]:
                 text, gold = self.decode(ids[self.start :]), row.gold
                 lost = gold is not None and not can_still_match(text.lstrip(), gold)
-                if lost or text.lstrip().count("\n") >= row.lines:
+                if lost or _ended_lines(text) >= row.lines:
                     self.lengths[index] = length
             done.append(length >= self.lengths[index])
         return torch.tensor(done, device=input_ids.device)
@@ -243,8 +243,19 @@ def first_lines(loaded: LoadedModel, new: Sequence[int], lines: int = 1) -> Answ
 
     It is cut where the tokens hold neither an end token nor a line break after it.
     """
-    said = _text(loaded, new).lstrip().split("\n")
-    return Answer("\n".join(said[:lines]).strip(), len(said) <= lines and not _ended(loaded, new))
+    text = _text(loaded, new)
+    said = "\n".join(_lines(text)[:lines]).strip()
+    return Answer(said, _ended_lines(text) < lines and not _ended(loaded, new))
+
+
+def _lines(text: str) -> list[str]:
+    """The lines that are not blank, as matching takes them."""
+    return [line for line in text.split("\n") if line.strip()]
+
+
+def _ended_lines(text: str) -> int:
+    """How many of them a line break has ended."""
+    return len(_lines(text[: text.rfind("\n") + 1]))
 
 
 def _ended(loaded: LoadedModel, new: Sequence[int]) -> bool:

@@ -41,7 +41,7 @@ EXPECTED = {
 }
 
 Faults = list[tuple[int, str]]  # line, text
-CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f]")  # no blanks
+CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f]")  # but for blanks and line ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +141,16 @@ class Entry:
             return self.required(name)
         return next(iter(self.strings(name)), None)
 
+    def single(self, given: dict[str, object], within: str = "") -> None:
+        """A fault for a field that is there twice."""
+        if isinstance(given, Doubled):
+            what = f"{within}the field {short(given.name)} is there twice; keep one of the two"
+            self.faults.append((self.line, f"{self.where}: {what}"))
+
     def only(self, given: dict[str, object], valid: tuple[str, ...], within: str = "") -> None:
         """A fault for every field that the format does not have: it is likely misspelt."""
+        if within:
+            self.single(given, within)
         for name in given:
             if name not in valid:
                 hint = nearest(name, valid) or f"; valid are {', '.join(valid)}"
@@ -270,27 +278,24 @@ def short(value: object) -> str:
     return shown if len(shown) <= 60 else f"{shown[:50]}...{shown[-1]}"
 
 
+class Doubled(dict[str, object]):
+    """A JSON object that names a field twice, of which Python's decoder keeps the last."""
+
+    name: str
+
+
 def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """A JSON object, for Python's decoder, which would keep the last of two equal names silently.
-
-    Raises:
-        Doubled: a name is there twice.
-    """
+    """A JSON object, for Python's decoder; :class:`Doubled` where a name is there twice."""
     found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise Doubled(next(name for name in names if names.count(name) > 1))
-    return found
-
-
-class Doubled(ValueError):
-    """A JSON object names a field twice."""
+    if len(found) == len(pairs):
+        return found
+    doubled, seen = Doubled(found), set[str]()
+    doubled.name = next(name for name, _ in pairs if name in seen or seen.add(name))
+    return doubled
 
 
 def broken(error: ValueError | RecursionError) -> str:
     """What Python's JSON decoder could not read, in words."""
-    if isinstance(error, Doubled):
-        return f"has the field {short(str(error))} twice"
     if isinstance(error, json.JSONDecodeError):
         return f"is not valid JSON ({error.msg}, column {error.colno})"
     if isinstance(error, RecursionError):

@@ -194,6 +194,7 @@ def _past_space(text: str, position: int) -> int:
 
 def _object(place: Entry, value: object) -> Iterator[Entry]:
     if isinstance(value, dict):
+        place.single(value)
         yield replace(place, fields=value)
     else:
         fault = f"{place.where}: is {described(value)}, not a JSON object; {RECOGNISED}"

@@ -77,6 +77,9 @@ class Encoder:
         self.reading = reading
         self.end_of_answer: EndOfAnswer = "none" if reading.form == "classes" else end_of_answer
         self._end_ids = self._end_token(self.end_of_answer)
+        added = tokenizer.added_tokens_decoder.items()  # many of which no role is known
+        self._special = {*tokenizer.all_special_ids, *(id for id, one in added if one.special)}
+        self._special.discard(tokenizer.unk_token_id)
         self.prefix = self._decoder_prefix() if reading.form == "seq2seq" else ()
 
     def encode(self, question: Question) -> Encoded:
@@ -226,8 +229,7 @@ class Encoder:
         return Encoded(ids + self._end_ids, start, len(ids))
 
     def _check_survives(self, answer: str, ids: tuple[int, ...]) -> None:
-        special = set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}
-        if marks := [one for one in ids if one in special]:
+        if marks := [one for one in ids if one in self._special]:
             raise MalmendError(
                 f"the answer {answer!r} holds {self.tokenizer.decode(marks[:1])!r}, a special "
                 "token, which is no text of an answer; leave it out"

@@ -72,7 +72,8 @@ class Prior:
     @cached_property
     def factor_KK(self) -> Tensor:
         """The lower Cholesky factor of P, for the dual form with matrices."""
-        return _cholesky(self.add_to(torch.zeros_like(self.matrices_KK[0], dtype=torch.float64)))
+        precision_KK = self.add_to(torch.zeros_like(self.matrices_KK[0], dtype=torch.float64))
+        return _cholesky(precision_KK, self.ridge)
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class RidgeFactor:
         self.is_dual = few and summed is None
         if not self.is_dual:
             gram_KK = prior.add_to(self._summed(self._lower_gram()))
-            self._factor = _cholesky(gram_KK, prior.ridge == 0.0)
+            self._factor = _cholesky(gram_KK, prior.ridge)
             return
         # Rows sqrt(w_j) u_j.  Rows of whitened_NK are P^-1/2 times these; for P = lambda * I the
         # scaling is left out, so that lambda = 0 is allowed: U^T U + lambda * I in place of
@@ -138,7 +139,7 @@ class RidgeFactor:
             self._readout_NK = torch.linalg.solve_triangular(
                 prior.factor_KK.T, whitened_KN, upper=True
             ).T
-        self._factor = _cholesky(gram_NN, prior.is_zero)
+        self._factor = _cholesky(gram_NN, prior.ridge if prior.is_identity else 1.0)
 
     def _weighted(self, part_NX: Tensor, rows: slice) -> Tensor:
         """Rows times w_j; the same tensor where all weights are one."""
@@ -188,20 +189,20 @@ class RidgeFactor:
             solved_NV = torch.cholesky_solve(self._readout_NK @ grad_VK.T, self._factor)
             return self._rooted(solved_NV)
         adjoint_KV = torch.cholesky_solve(grad_VK.T, self._factor)
-        parts = [
-            self._weighted(self.keys_NK[rows].to(torch.float64) @ adjoint_KV, rows)
-            for rows in chunks(len(self.keys_NK), ROWS)
-        ]
-        return torch.cat(parts)
+        grads_NV = grad_VK.new_empty(len(self.keys_NK), len(grad_VK))
+        for rows in chunks(len(self.keys_NK), ROWS):
+            plain_NV = self.keys_NK[rows].to(torch.float64) @ adjoint_KV
+            grads_NV[rows] = self._weighted(plain_NV, rows)
+        return grads_NV
 
-    def weight_grads(self, shift_grad_VK: Tensor, diffs_NV: Tensor) -> Tensor:
-        """dL/dw_j = <d_j - S u_j, M u_j>, shape N (equation 14)."""
-        shift_KV, by_diff_NV = self.shift(diffs_NV).T, self.diff_grads(shift_grad_VK)
+    def weight_grads(self, diff_grads_NV: Tensor, diffs_NV: Tensor) -> Tensor:
+        """dL/dw_j = <d_j - S u_j, M u_j>, shape N (equation 14), from :meth:`diff_grads`."""
+        shift_KV = self.shift(diffs_NV).T
         parts = []
         for rows in chunks(len(diffs_NV), ROWS):
             said_NV = self.keys_NK[rows].to(torch.float64) @ shift_KV
             missed_NV = diffs_NV[rows].to(torch.float64) - said_NV
-            parts.append((missed_NV * by_diff_NV[rows]).sum(1))
+            parts.append((missed_NV * diff_grads_NV[rows]).sum(1))
         by_row_N = torch.cat(parts)
         return by_row_N if self._weights_N1 is None else by_row_N / self._weights_N1.squeeze(1)
 
@@ -241,7 +242,7 @@ def solved(gram_KK: Tensor, cross_VK: Tensor, prior: Prior) -> Tensor:
     Raises:
         MalmendError: as :class:`RidgeFactor`.
     """
-    factor = _cholesky(prior.add_to(gram_KK.clone()), prior.ridge == 0.0)
+    factor = _cholesky(prior.add_to(gram_KK.clone()), prior.ridge)
     return torch.cholesky_solve(cross_VK.T, factor).T
 
 
@@ -258,17 +259,20 @@ def mean_residual(shift_VK: Tensor, keys_NK: Tensor, diffs_NV: Tensor) -> float:
     return total / count if count else 0.0
 
 
-def _cholesky(matrix: Tensor, unheld: bool = False) -> Tensor:
+def _cholesky(matrix: Tensor, ridge: float) -> Tensor:
     """The lower factor of a symmetric positive definite float64 matrix.
 
-    Without lambda rounding may leave a tiny positive pivot where the exact one is 0; then
-    pivots that are nothing beside their own diagonal entry count as 0 too.
+    Where ``ridge``, which is on its diagonal, is lost in rounding, a tiny positive pivot may stand
+    where the exact one is 0; then pivots that are nothing beside their own diagonal entry count as
+    0 too.
     """
     factor, info = torch.linalg.cholesky_ex(matrix)  # reads the lower triangle alone
     if info.item() != 0 or not torch.isfinite(factor).all():
         _check_finite(matrix)
-    least = matrix.shape[0] * torch.finfo(torch.float64).eps * matrix.diagonal()
-    lost = unheld and bool((factor.diagonal().square() <= 8 * least).any())
+    diagonal, eps = matrix.diagonal(), torch.finfo(torch.float64).eps
+    least = 8 * matrix.shape[0] * eps * diagonal
+    unheld = bool(ridge <= eps * diagonal.max())
+    lost = unheld and bool((factor.diagonal().square() <= least).any())
     if info.item() != 0 or lost:
         raise MalmendError(
             f"The least-squares system of size {matrix.shape[0]} is singular: its keys depend on "
