@@ -25,12 +25,12 @@ def parser_of(command: str, what: str) -> Any:
             return re.sub(r"--[\w.]+", lambda found: found[0].replace("_", "-"), shown)
 
     class Parser(ArgumentParser):
-        def format_help(self) -> str:
+        def format_help(self, formatter: Any = None) -> str:
             # Docstrings are read in a terminal here: without roles, quotes and equations' numbers.
             plain = re.sub(
                 r":(?:func|class|data|meth|attr):`~?(?:[\w.]+\.)?(\w+)`",
                 r"\1",
-                super().format_help(),
+                super().format_help(formatter),
             )
             plain = re.sub(r"\s+\((?:equations?\s)?\d+(?: (?:and|or) \d+)?\)", "", plain)
             return plain.replace("``", "")

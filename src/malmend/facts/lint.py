@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -289,8 +290,8 @@ def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) == len(pairs):
         return found
-    doubled, seen = Doubled(found), set[str]()
-    doubled.name = next(name for name, _ in pairs if name in seen or seen.add(name))
+    doubled, counts = Doubled(found), Counter(name for name, _ in pairs)
+    doubled.name = next(name for name, count in counts.items() if count > 1)
     return doubled
 
 
