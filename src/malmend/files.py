@@ -105,12 +105,17 @@ def _followed(path: Path) -> Path:
     """Where a link leads: that is written, and the link stays.
 
     Raises:
-        MalmendError: it leads to itself.
+        MalmendError: it leads to itself, or the path is none.
     """
     try:
-        return path.resolve() if path.is_symlink() else path
+        place = path.resolve() if path.is_symlink() else path
+        if place.is_symlink():
+            raise RuntimeError("a link that leads to itself")  # which some Pythons say themselves
     except (OSError, RuntimeError) as error:
-        raise MalmendError(f"{path} is a link that leads to itself; give another path.") from error
+        raise MalmendError(
+            f"{path} cannot be written ({reason(error)}); give another path."
+        ) from error
+    return place
 
 
 def writable(path: str | Path, *inputs: object) -> Path:
