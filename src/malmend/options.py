@@ -32,7 +32,7 @@ def parser_of(command: str, what: str) -> Any:
                 r"\1",
                 super().format_help(formatter),
             )
-            plain = re.sub(r"\s+\((?:equations?\s)?\d+(?: (?:and|or) \d+)?\)", "", plain)
+            plain = re.sub(r"\s+\((?:equations?\s)?\d\d?(?: (?:and|or) \d\d?)?\)", "", plain)
             return plain.replace("``", "")
 
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
