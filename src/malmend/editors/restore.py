@@ -168,11 +168,11 @@ def _brought_back(
                 trace.added = full.index_copy(0, flat_M, delta_MV).to(trunk.model.dtype)
             states_MX = trunk.final_states(batch)[is_moved_A]
             loss_M = through_output(trunk, states_MX, loss, 1.0).to(trunk.wide)
-        keys = keys or [trace.keys[flat_M] for trace in traces]
+        keys = keys or [trace.keys_at(flat_M) for trace in traces]
         open_M = loss_M > BACK
         if not open_M.any():
             break
-        grads = [trace.value_grads[flat_M].to(trunk.wide) for trace in traces]
+        grads = [trace.grads_at(flat_M).to(trunk.wide) for trace in traces]
         norms = [grad_MV.norm(dim=1) for grad_MV in grads]
         pull_M = torch.stack(norms).sum(0)
         step_M = RATE * loss_M / pull_M.clamp(min=1e-30) * (open_M & (pull_M > 0))

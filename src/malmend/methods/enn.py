@@ -225,8 +225,9 @@ def shapes_of(trunk: Trunk) -> dict[str, list[int]]:
 
 
 def copies(trunk: Trunk) -> list[Tensor]:
-    """Copies of the edited weights, wide."""
-    return [site.weight.detach().to(trunk.wide, copy=True) for site in trunk.sites]
+    """Copies of the edited weights, wide, all where the model's input is given."""
+    device = trunk.model.device
+    return [site.weight.detach().to(device, trunk.wide, copy=True) for site in trunk.sites]
 
 
 @contextmanager
@@ -238,7 +239,7 @@ def held(sites: Sequence[Site], weights: Weights) -> Iterator[None]:
     kept = [site.weight for site in sites]
     try:
         for site, weight, own in zip(sites, weights, kept, strict=True):
-            site.module._parameters["weight"] = weight.to(own.dtype)  # type: ignore[assignment]
+            site.module._parameters["weight"] = weight.to(own)  # type: ignore[assignment]
         with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:

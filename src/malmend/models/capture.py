@@ -118,9 +118,7 @@ def keys_in(trunk: Trunk, batch: Batch, tokens: Tokens) -> list[Tensor]:
     with tracing(trunk.sites, grads=False) as traces:
         trunk.final_states(batch)
     return [
-        trace.keys[batch.tokens.flat(tokens, trace.site.in_encoder).to(trace.keys.device)].to(
-            "cpu", torch.float64
-        )
+        trace.keys_at(batch.tokens.flat(tokens, trace.site.in_encoder)).to(torch.float64)
         for trace in traces
     ]
 

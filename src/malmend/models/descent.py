@@ -179,6 +179,6 @@ class Group:
             nll_A = answer_nll(logits_AW, batch.tokens.labels_A.to(model.device))
             nll_A.sum().backward()
         both = list(zip(traces, self.chosen, strict=True))
-        keys = [trace.keys[one.flat_Q] for trace, one in both]
-        grads = [trace.value_grads[one.flat_Q].to(self.trunk.wide) for trace, one in both]
+        keys = [trace.keys_at(one.flat_Q) for trace, one in both]
+        grads = [trace.grads_at(one.flat_Q).to(self.trunk.wide) for trace, one in both]
         return keys, grads, nll_A.detach()

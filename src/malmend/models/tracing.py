@@ -12,13 +12,24 @@ from malmend.models.sites import Site
 
 
 class Trace:
-    """One site's last input and output gradient, positions flattened: filled by :func:`tracing`."""
+    """One site's last input and output gradient, positions flattened: filled by :func:`tracing`.
+
+    Both lie where the layer does, which need not be where the model's input is given.
+    """
 
     def __init__(self, site: Site):
         self.site = site
         self.keys: Tensor
         self.value_grads: Tensor
         self.added: Tensor | None = None
+
+    def keys_at(self, flat_Q: Tensor) -> Tensor:
+        """Its inputs at these of the flattened positions, on their device."""
+        return self.keys[flat_Q.to(self.keys.device)].to(flat_Q.device)
+
+    def grads_at(self, flat_Q: Tensor) -> Tensor:
+        """The gradients at its outputs there, on their device."""
+        return self.value_grads[flat_Q.to(self.value_grads.device)].to(flat_Q.device)
 
 
 @contextmanager
@@ -36,7 +47,7 @@ def tracing(sites: Sequence[Site], grads: bool = True) -> Iterator[list[Trace]]:
             if not grads:
                 return None
             if trace.added is not None:
-                output = output + trace.added.view_as(output)
+                output = output + trace.added.to(output.device).view_as(output)
             if not output.requires_grad:
                 output = output.detach().requires_grad_(True)
 

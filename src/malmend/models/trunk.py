@@ -158,7 +158,7 @@ class Trunk:
             return states_AH[:0]  # no logits are wanted
 
         self.cut.head(batch.tokens, batch.stored_BTF, keep)
-        return kept[0]
+        return kept[0].to(self.model.device)
 
     @torch.no_grad()
     def unedited_states(self, questions: Sequence[Encoded]) -> list[Tensor]:

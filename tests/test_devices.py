@@ -1,0 +1,122 @@
+"""Whole commands with the model on devices that are not there, one and two of them.
+
+The patch is that of the CPU bit for bit: so nothing was computed where it does not lie, and what
+crosses is moved (devices_support.py says what would raise).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import command_support
+import helpers
+import malmend
+from command_support import CALIBRATION, Tiny, make_facts, make_model
+from devices_support import device, devices, spread
+from malmend.commands.learn import learn
+from malmend.editors.network import NetworkSettings
+from malmend.editors.refine import RefineSettings
+from malmend.editors.settings import EditorSettings, training_free
+from malmend.editors.train_settings import TrainSettings
+from malmend.methods.table import METHODS
+from malmend.methods.trained import TRAINED
+from malmend.models.load import LoadedModel, prepared
+from malmend.patch import Patch
+
+tiny = command_support.tiny
+cache = command_support.cache
+
+FEW = [replace(fact, subject=fact.prompt.split()[3]) for fact in make_facts(3, seed=5)]
+TWO = replace(training_free(), layers=2)
+QUICK = {
+    "ft": {"epochs": 2, "layers": 2, "rate": 1e-2},
+    "ft-kl": {"epochs": 1, "layers": 2, "rate": 1e-2},
+    "lora": {"epochs": 2, "rate": 1e-2},
+    "ultraedit": {"eta": 0.01},
+    "memit": {"steps": 3, "alpha": 1.0},
+}
+LEARNED: dict[str, dict[str, Any]] = {
+    "enn": {"steps": 2, "layers": 2, "inner_steps": 1, "rate": 1e-3},
+    "ke": {"steps": 2, "layers": 2, "hidden": 4, "facts_per_step": 2},
+}
+ONCE, FREE = RefineSettings(passes=1, rounds=0), RefineSettings()
+EDITS: dict[str, dict[str, Any]] = {
+    "solved again": {"refine": RefineSettings(passes=2, rounds=0)},
+    "settled": {"refine": RefineSettings(passes=1, rounds=1, steps=2)},
+}
+
+
+def there(second: int) -> LoadedModel:
+    """The model of ``tiny``, from block ``second`` on with all that follows on another device."""
+    tokenizer = helpers.byte_level()
+    model = spread(make_model(tokenizer), second)
+    return prepared(model, tokenizer, "there")
+
+
+def same(one: Patch, other: Patch) -> bool:
+    assert all(one.shift(site).any() for site in one.factors)
+    print([((one.shift(s)-other.shift(s)).abs().max(), one.shift(s).abs().max()) for s in one.factors])
+    return list(one.factors) == list(other.factors) and all(
+        torch.equal(one.shift(site), other.shift(site)) for site in one.factors
+    )
+
+
+SECOND = pytest.mark.parametrize("second", [6, 5], ids=["one device", "two"])
+
+
+@SECOND
+@pytest.mark.parametrize("how", EDITS)
+def test_an_edit(how, second, tiny):
+    asked = {"settings": TWO, "calibration": CALIBRATION, **EDITS[how]}
+    asked |= {"calibrate": tiny.calibrate, "text": tiny.text}
+    here = malmend.edit(tiny.loaded, FEW, **asked).patch
+    with devices():
+        found = malmend.edit(there(second), FEW, **asked).patch
+    assert same(here, found)
+
+
+@SECOND
+@pytest.mark.parametrize("name", METHODS)
+def test_other_methods(name, second, tiny):
+    here = malmend.edit(tiny.loaded, FEW, method=METHODS[name](**QUICK[name])).patch
+    with devices():
+        found = malmend.edit(there(second), FEW, method=METHODS[name](**QUICK[name])).patch
+    assert same(here, found)
+
+
+@SECOND
+def test_evaluation(second, tiny, tmp_path):
+    patch = malmend.edit(tiny.loaded, FEW, method=METHODS["ft"](**QUICK["ft"])).patch
+    here = malmend.evaluate(tiny.loaded, FEW, patch)
+    with devices():
+        found = malmend.evaluate(there(second), FEW, patch)
+    assert replace(here, about={}) == replace(found, about={})
+
+
+def trained_on(loaded: LoadedModel, name: str, tiny: Tiny, folder: Path) -> Patch:
+    """Of an editor or another trained method, after two steps, what it makes of the facts."""
+    facts = make_facts(6, seed=5)
+    if name in LEARNED:
+        settings = TRAINED[name].settings(**LEARNED[name])
+        learn(loaded, facts, folder, name, settings)
+    else:
+        settings = TrainSettings(facts_per_step=3, steps=2, network_rate=1e-3, chunk=9)
+        editor = EditorSettings(method=name, layers=2, network=NetworkSettings(rank=4))
+        data = {"calibrate": tiny.calibrate, "text": tiny.text, "calibration": CALIBRATION}
+        malmend.train(loaded, facts, folder, None, settings, editor, **data)
+    return malmend.edit(loaded, FEW, editor=folder, refine=ONCE if name == "malmen" else FREE).patch
+
+
+@SECOND
+@pytest.mark.parametrize("name", ["malmen", "mend", *LEARNED])
+def test_trained_methods(name, second, tiny, tmp_path):
+    here = trained_on(tiny.loaded, name, tiny, tmp_path / "here")
+    with devices():
+        found = trained_on(there(second), name, tiny, tmp_path / "there")
+    assert same(here, found)
