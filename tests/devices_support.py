@@ -9,7 +9,8 @@ what was not brought back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -182,7 +183,9 @@ def _type_of(one: Any) -> type:
 @contextmanager
 def devices() -> Iterator[None]:
     """Inside, ``device(n)`` can be named wherever torch takes a device."""
-    with _Devices(), pytest.MonkeyPatch.context() as patch:
+    with _Devices(), pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        # Of norm as torch does it for tensors of a class of their own.
+        warnings.filterwarnings("ignore", "at::frobenius_norm is deprecated")
         for module in (blocks, sites):  # which take no weights of a class of their own
             patch.setattr(module, "type", _type_of, raising=False)
         # Where a module moves, its parameters are others afterwards, and not other data.
@@ -190,37 +193,26 @@ def devices() -> Iterator[None]:
         yield
 
 
-def placed(model: nn.Module, at: Callable[[str], torch.device]) -> None:
-    """Moves each parameter and buffer, by its name; what is one stays one."""
-    moved: dict[int, nn.Parameter] = {}
-    for prefix, module in model.named_modules():
-        dot = f"{prefix}." if prefix else ""
-        for name, one in module._parameters.items():
-            if one is not None:
-                there = Elsewhere(one.detach(), at(dot + name))
-                there = moved.setdefault(id(one), nn.Parameter(there, one.requires_grad))
-                module._parameters[name] = there
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = Elsewhere(buffer, at(dot + name))
-
-
-def spread(model: nn.Module, second: int, main: int = 0) -> nn.Module:
-    """Every stack's blocks from ``second`` on, and what is run after them, on another device."""
-    parts: dict[str, torch.device] = {}
-    stacks = find_stacks(model)
+def spread(model: nn.Module, second: int) -> nn.Module:
+    """Every stack's blocks from ``second`` on are on another device, by accelerate's own hooks."""
+    stacks = find_stacks(model)  # type: ignore[arg-type]
+    parts: dict[str, Any] = {}
 
     def lay(module: nn.Module, prefix: str) -> None:
         for name, child in module.named_children():
-            full = f"{prefix}.{name}" if prefix else name
-            stack = next((one for one in stacks if one.prefix == full), None)
+            stack = next((one for one in stacks if one.prefix == prefix + name), None)
             if stack is not None:
-                for index in range(len(stack.blocks)):
-                    parts[f"{full}.{index}"] = device(int(index >= second))
-            elif any(one.prefix.startswith(f"{full}.") for one in stacks):
-                lay(child, full)
+                places = [device(int(index >= second)) for index in range(len(stack.blocks))]
+                parts.update({f"{prefix}{name}.{i}": place for i, place in enumerate(places)})
+            elif any(one.prefix.startswith(f"{prefix}{name}.") for one in stacks):
+                lay(child, f"{prefix}{name}.")
             else:
-                parts[full] = device(0)
+                parts[prefix + name] = device(0)
 
     lay(model, "")
-    return accelerate.dispatch_model(model, parts, main_device=device(0), force_hooks=True)
+    for name, _ in [*model.named_parameters(), *model.named_buffers()]:
+        if not name.startswith(tuple(parts)):
+            parts[name] = device(0)
+    with warnings.catch_warnings():  # of a buffer's name, as of BART's final_logits_bias
+        warnings.filterwarnings("ignore", "The following device_map keys do not match")
+        return accelerate.dispatch_model(model, parts, main_device=device(0), force_hooks=True)

@@ -6,7 +6,6 @@ crosses is moved (devices_support.py says what would raise).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,13 +60,50 @@ def there(second: int) -> LoadedModel:
 
 def same(one: Patch, other: Patch) -> bool:
     assert all(one.shift(site).any() for site in one.factors)
-    print([((one.shift(s)-other.shift(s)).abs().max(), one.shift(s).abs().max()) for s in one.factors])
     return list(one.factors) == list(other.factors) and all(
         torch.equal(one.shift(site), other.shift(site)) for site in one.factors
     )
 
 
-SECOND = pytest.mark.parametrize("second", [6, 5], ids=["one device", "two"])
+# Of six blocks the last, which is edited, or none.
+SECOND = pytest.mark.parametrize(
+    "second",
+    [pytest.param(5, id="two"), pytest.param(6, id="one device", marks=pytest.mark.slow)],
+)
+
+
+@pytest.mark.parametrize(
+    "mixed",
+    [
+        lambda one, _: one + torch.ones(2, 2),
+        lambda one, _: torch.ones(2, 2) @ one,
+        lambda one, other: one * other,
+        lambda one, other: torch.stack([one, other]),
+        lambda one, _: one[torch.tensor([0], device=device(1))],
+        lambda one, _: one.gather(0, torch.zeros(1, 2, dtype=torch.long)),
+        lambda one, _: one.index_copy(0, torch.tensor([0], device=device(0)), torch.ones(1, 2)),
+        lambda one, _: one.numpy(),
+    ],
+)
+def test_what_lies_elsewhere_is_refused(mixed):
+    with devices():
+        one, other = (torch.ones(2, 2, device=device(number)) for number in (0, 1))
+        with pytest.raises((RuntimeError, TypeError), match=r"xla:0"):
+            mixed(one, other)
+
+
+def test_what_a_device_takes_is_taken():
+    with devices():
+        one = torch.ones(2, 2, device=device(0), requires_grad=True)
+        other = (2 * one).to(device(1))
+        loss = (other @ torch.eye(2).to(other) + torch.tensor(1.0))[torch.tensor([0])].sum()
+        assert loss.device == device(1)
+        assert loss.item() == 6.0
+        loss.backward()
+        assert one.grad is not None
+        assert one.grad.device == device(0)
+        assert one.grad.tolist() == [[2.0, 2.0], [0.0, 0.0]]
+        assert other.detach().cpu().numpy().sum() == 8.0
 
 
 @SECOND

@@ -110,7 +110,7 @@ def _learn(given: dict[str, Any], usual: dict[str, Any]) -> None:
     refuse_several(f"The training of {name}")
     settings = take_method(given, {one: kind.settings for one, kind in TRAINED.items()})
     taken = {"model", "facts", "out", "locality", "limit", "strict", "alternative", "away"}
-    taken |= {"trunk", "dtype"}
+    taken |= {"trunk", "dtype", "device"}
     for option in set(given) - taken - {"method", "config"}:
         if given[option] != usual[option]:
             raise MalmendError(

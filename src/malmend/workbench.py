@@ -165,9 +165,9 @@ def aimed(bench: Workbench, facts: FactSet, away: bool) -> FactSet:
     return away_from_said(bench.trunk, bench.encoder, facts) if away else facts
 
 
-def opened(model: str | LoadedModel, dtype: str = "float32") -> LoadedModel:
+def opened(model: str | LoadedModel, dtype: str = "float32", device: str = "cpu") -> LoadedModel:
     """A model by name, or one that is loaded already."""
-    return model if isinstance(model, LoadedModel) else load_model(model, dtype)
+    return model if isinstance(model, LoadedModel) else load_model(model, dtype, device)
 
 
 def tokenizer_of(model: str | LoadedModel) -> object:

@@ -38,6 +38,7 @@ def ask(
     max_new_tokens: int = 32,
     force: bool = False,
     dtype: str = "float32",
+    device: str = "cpu",
 ) -> AskResult:
     """Lets the model answer in its own words (greedy), with and without the patch.
 
@@ -51,6 +52,8 @@ def ask(
         max_new_tokens: where the answer is cut at the latest.
         force: accept a patch that was made for another base.
         dtype: the model is loaded in.
+        device: it is put on: "cpu", "cuda" or another accelerator that torch finds, one of several
+            as "cuda:1", or "auto" for spread over all.
     """
     if not prompt.strip():
         raise MalmendError("The prompt is empty, expected a question or the start of a sentence.")
@@ -58,7 +61,7 @@ def ask(
         raise MalmendError(f"max_new_tokens is {max_new_tokens}, expected 1 or more.")
     if isinstance(patch, str | Path):
         patch = read_patch(patch)
-    loaded = opened(model, dtype)
+    loaded = opened(model, dtype, device)
     patch = None if patch is None else based_on(patch, loaded)
     encoder = encoder_for(loaded, "none", chat)
 

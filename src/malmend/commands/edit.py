@@ -93,6 +93,7 @@ def edit(
     trunk: TrunkSettings = TrunkSettings(),
     memory: str | None = None,
     dtype: str = "float32",
+    device: str = "cpu",
     processes: Processes = ALONE,
     progress: Progress = silent,
     told: Callable[[str], None] = lambda line: None,
@@ -125,6 +126,8 @@ def edit(
         memory: what the process may hold, as "4GB": micro-batches are chosen by it, and captured
             tensors go to disk beyond it; null for micro-batches of ``trunk`` and no bound.
         dtype: the model is loaded in.
+        device: it is put on: "cpu", "cuda" or another accelerator that torch finds, one of several
+            as "cuda:1", or "auto" for spread over all.
         processes: that the facts are spread over, of an editor; the first one writes.
         progress: called with stage and share done.
         told: called with lines about the editor, and about what was given and is not read, once it
@@ -154,7 +157,7 @@ def edit(
     if report is not None:  # whatever would stop it is found before the work
         chat_encoder(encoder, known, DECODED)
         page_folder(report, facts, calibrate, text, out)
-    loaded = opened(model, dtype)
+    loaded = opened(model, dtype, device)
     by_editor = replace(by_editor, choice=chosen.on(loaded)) if method is None else by_editor
     for line in [f"Method: {method.name}."] if method else by_editor.said():
         told(line)

@@ -50,6 +50,7 @@ def evaluate(
     force: bool = False,
     trunk: TrunkSettings = TrunkSettings(),
     dtype: str = "float32",
+    device: str = "cpu",
     progress: Progress = silent,
 ) -> Report:
     """Asks everything about the facts, of the unedited model and, with a patch, of the edited one.
@@ -72,6 +73,8 @@ def evaluate(
         force: accept a patch that was made for another base.
         trunk: grouping of questions and the disk budget for trunk activations.
         dtype: the model is loaded in.
+        device: it is put on: "cpu", "cuda" or another accelerator that torch finds, one of several
+            as "cuda:1", or "auto" for spread over all.
         progress: called with stage and share done.
 
     Raises:
@@ -90,7 +93,7 @@ def evaluate(
     plain = _plain_text(text, encoder)
     if report is not None:
         page_folder(report, *inputs)
-    loaded = opened(model, dtype)
+    loaded = opened(model, dtype, device)
     patch = None if patch is None else based_on(patch, loaded)
     bench = lay_out(loaded, _sites(loaded, patch, force), encoder.end_of_answer, chat, trunk)
     known = aimed(bench, known, away)

@@ -38,6 +38,7 @@ def learn(
     away: bool = False,
     trunk: TrunkSettings = TrunkSettings(),
     dtype: str = "float32",
+    device: str = "cpu",
     stepped: Callable[[Any], None] = lambda record: None,
 ) -> LearnResult:
     """Trains a method on facts, or goes on with what ``out`` holds.
@@ -55,6 +56,8 @@ def learn(
         away: of a classifier: train on what it does not say of each fact.
         trunk: grouping of questions and the disk budget.
         dtype: the model is loaded in.
+        device: it is put on: "cpu", "cuda" or another accelerator that torch finds, one of several
+            as "cuda:1", or "auto" for spread over all.
         stepped: called after every step.
 
     Raises:
@@ -73,7 +76,7 @@ def learn(
         raise MalmendError(f"{folder} is a model's folder, expected one for the {method}.")
     writable_folder(folder)
     with only_writer(folder, "--out"):
-        loaded = opened(model, dtype)
+        loaded = opened(model, dtype, device)
         sites = settings.sites_in(loaded.model)
         bench = lay_out(loaded, sites, settings.end_of_answer, trunk=trunk)
         trainer = kind.trainer(settings, bench, list(aimed(bench, known, away)), others)

@@ -82,6 +82,7 @@ def train(
     trunk: TrunkSettings = TrunkSettings(),
     memory: str | None = None,
     dtype: str = "float32",
+    device: str = "cpu",
     processes: Processes = ALONE,
     progress: Progress = silent,
     starting: Callable[[Trainer, float], None] = lambda trainer, seconds: None,
@@ -107,6 +108,8 @@ def train(
         trunk: grouping of questions and the disk budget.
         memory: what the process may hold, as "4GB"; see :func:`malmend.edit`.
         dtype: the model is loaded in.
+        device: it is put on: "cpu", "cuda" or another accelerator that torch finds, one of several
+            as "cuda:1", or "auto" for spread over all.
         processes: that the facts of each step are spread over; see :mod:`malmend.processes`.
         progress: called with stage and share done, before training starts.
         starting: called with the trainer and the expected seconds, before the first step.
@@ -126,7 +129,7 @@ def train(
     _check(folder, len(known), settings)
     writable_folder(folder)  # before the model is loaded, but only once the facts are good
     with only_writer(folder, "--out") if processes.is_first else nullcontext():
-        loaded = opened(model, dtype)
+        loaded = opened(model, dtype, device)
         # What "auto" stands for is said in the editor's folder, and may be given when resuming.
         editor = replace(editor, tokens=settled(editor.tokens, loaded.reading.form))
         sites = editor.sites_in(loaded.model)

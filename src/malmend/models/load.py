@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 from malmend.errors import ModelError
 from malmend.facts.encoded import Form
 from malmend.facts.tokens import Reading
+from malmend.models.device import CPU, SPREAD, device_of
 from malmend.models.forms import KINDS, check_told_apart, class_names, form_of, reading_of
 from malmend.models.source import SAFE, source_of
 
@@ -114,24 +115,28 @@ def stated_reading(config: Any) -> Reading:
     return reading_of(config, (getattr(config, "architectures", None) or [""])[0])
 
 
-def load_model(name: str, dtype: str = "float32") -> LoadedModel:
+def load_model(name: str, dtype: str = "float32", device: str = CPU) -> LoadedModel:
     """Model, tokenizer and the fingerprint of the weights.
 
     Args:
         name: a built-in name (``smollm2-135m``), a folder, a ``.gguf`` file, or a hub name.
         dtype: ``float32``, ``bfloat16`` or ``float16``.
+        device: that it is put on, or "auto" for a ``device_map`` over all (:func:`device_of`).
 
     Raises:
-        ModelError: not found, not readable, or of no form that can be edited.
+        ModelError: not found, not readable, or of no form that can be edited; no such device, or
+            none with room for it.
     """
     if dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r} is unknown, expected one of {', '.join(DTYPES)}.")
+    place = device_of(device)
+    spread = {} if place is not None else {"device_map": SPREAD}
     with quiet(), _explained(name):
         source = source_of(name)
         tokenizer = AutoTokenizer.from_pretrained(source, **SAFE)
         reading = stated_reading(AutoConfig.from_pretrained(source, **SAFE))
         model, found = LOADERS[reading.form].from_pretrained(
-            source, dtype=DTYPES[dtype], output_loading_info=True, **WEIGHTS
+            source, dtype=DTYPES[dtype], output_loading_info=True, **spread, **WEIGHTS
         )
         if missing := sorted(found["missing_keys"]):  # the loader has made them up at random
             raise ModelError(
@@ -139,7 +144,20 @@ def load_model(name: str, dtype: str = "float32") -> LoadedModel:
                 f"{type(model).__name__}, expected {KINDS}, whole; give another model, or "
                 "fine-tune an encoder with malmend finetune."
             )
-    return prepared(model, tokenizer, name)
+    return prepared(_put(model, place), tokenizer, name)
+
+
+def _put(model: PreTrainedModel, place: torch.device | None) -> PreTrainedModel:
+    """The model on this device, where it is not spread already."""
+    if place is None or place.type == CPU:
+        return model
+    try:
+        return model.to(place)
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"{type(model).__name__} does not fit {place}; give --device auto where there are "
+            "several, --dtype bfloat16, or --device cpu."
+        ) from error
 
 
 def load_base(name: str, classes: Sequence[str]) -> tuple[PreTrainedModel, Any]:
