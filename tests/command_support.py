@@ -18,10 +18,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import helpers
+from malmend import known, material
 from malmend.cli import main
 from malmend.editors.calibration import CalibrationSettings
 from malmend.facts.fact import Fact, Question
 from malmend.models.load import LoadedModel, prepared
+from malmend.workbench import shipped
 
 # Threads of a busy machine wait for one another; these matrices are too small to share.
 torch.set_num_threads(1)
@@ -142,9 +144,34 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 @pytest.fixture(autouse=True)
 def cache(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Nothing is read from, or left in, the user's own cache folder."""
+    """Nothing is read from, or left in, the user's own cache folder.
+
+    And of what the package ships to calibrate and hold by only a part is read: with tiny models to
+    read all of it takes longer than everything else.
+    """
     monkeypatch.setenv("MALMEND_CACHE", str(tiny.folder / "cache"))
+    for module in (known, material):
+        monkeypatch.setattr(module, "shipped", lambda name: thinned(tiny.folder, name))
     return tiny.folder / "cache"
+
+
+@pytest.fixture
+def whole(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that the package ships is read after all."""
+    for module in (known, material):
+        monkeypatch.setattr(module, "shipped", shipped)
+
+
+def thinned(folder: Path, name: str) -> Path:
+    """A part of a data file of the package: every so many lines, but all that no edit holds."""
+    path, every = folder / "shipped" / name, {"facts.jsonl": 16, "wikipedia.txt": 16, "text.txt": 4}
+    if not path.exists():
+        lines = shipped(name).read_text(encoding="utf-8").splitlines(keepends=True)
+        back = material.KEPT_BACK if name == "questions.jsonl" else 0
+        some = lines[: len(lines) - back][:: every.get(name, 8)] + lines[len(lines) - back :]
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(some), encoding="utf-8")
+    return path
 
 
 def teach(

@@ -103,6 +103,7 @@ OPTIONS = {
         "--refine.wordings",
         "--refine.hold",
         "--memory",
+        "--device",
     },
     "train": MODEL
     | FACTS
@@ -135,12 +136,22 @@ OPTIONS = {
         "--seed",
         "--save-every",
         "--memory",
+        "--device",
     },
     "eval": MODEL
     | FACTS
     | TRUNK
-    | {"--patch", "--chat", "--decode-facts", "--text", "--report", "--force", "--json"},
-    "ask": MODEL | {"--patch", "--chat", "--max-new-tokens", "--force"},
+    | {
+        "--patch",
+        "--chat",
+        "--decode-facts",
+        "--text",
+        "--report",
+        "--force",
+        "--json",
+        "--device",
+    },
+    "ask": MODEL | {"--patch", "--chat", "--max-new-tokens", "--force", "--device"},
     "continuations": {
         *("-h", "--help", "--out", "--tokens", "--prompt-tokens", "--limit"),
     },

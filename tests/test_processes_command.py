@@ -16,6 +16,7 @@ from processes_support import run_two
 
 tiny = command_support.tiny
 cache = command_support.cache
+whole = command_support.whole
 
 # The command line, which says on standard error that it calibrates, or writes a checkpoint.
 RUN = (
@@ -63,6 +64,7 @@ def test_two_processes_write_the_editor_that_one_writes_and_one_of_them_speaks(
 WORKER = Path(__file__).parent / "edit_worker.py"
 
 
+@pytest.mark.usefixtures("whole")
 @pytest.mark.parametrize("method", ["malmen", pytest.param("mend", marks=pytest.mark.slow)])
 def test_two_processes_find_the_patch_that_one_finds(method, tmp_path):
     (tmp_path / "one").mkdir()

@@ -22,6 +22,8 @@ CALIBRATION = command_support.CALIBRATION
 
 tiny = command_support.tiny
 cache = command_support.cache
+whole = command_support.whole
+pytestmark = pytest.mark.usefixtures("whole")
 
 KIRIBATI = Fact("k", "The capital of Kiribati is", "South Tarawa")
 

@@ -21,6 +21,7 @@ from malmend.workbench import encoder_for, lay_out
 
 tiny = command_support.tiny
 cache = command_support.cache
+whole = command_support.whole
 
 FACTS = make_facts(6, seed=5)
 KNOWN = [
@@ -71,6 +72,7 @@ def test_no_questions_no_figure(tiny, tmp_path):
     assert added(tiny, ledger, FACTS).generation.retention is None
 
 
+@pytest.mark.usefixtures("whole")
 def test_general_questions_are_not_those_of_the_prior(tiny):
     bench = lay_out(tiny.loaded, find_sites(tiny.loaded.model))
     _, _, read = _calibration_data(bench, None, None, CalibrationSettings())
