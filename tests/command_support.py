@@ -11,6 +11,7 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -144,15 +145,19 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 @pytest.fixture(autouse=True)
 def cache(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Nothing is read from, or left in, the user's own cache folder.
-
-    And of what the package ships to calibrate and hold by only a part is read: with tiny models to
-    read all of it takes longer than everything else.
-    """
+    """Nothing is read from, or left in, the user's own cache folder; all is as :func:`quick`."""
     monkeypatch.setenv("MALMEND_CACHE", str(tiny.folder / "cache"))
-    for module in (known, material):
-        monkeypatch.setattr(module, "shipped", lambda name: thinned(tiny.folder, name))
+    quick(monkeypatch, tiny.folder)
     return tiny.folder / "cache"
+
+
+def quick(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Of what the package ships to calibrate and hold by only a part is read, from this folder.
+
+    With tiny models to read all of it takes longer than everything else.
+    """
+    for module in (known, material):
+        patch.setattr(module, "shipped", partial(thinned, folder))
 
 
 @pytest.fixture

@@ -1,6 +1,28 @@
 """Its place makes ``helpers`` and ``tiny`` importable from every test."""
 
+from collections import Counter
+from pathlib import Path
+
+import pytest
 import torch
 
 # Tiny tensors on two threads only wait for one another.
 torch.set_num_threads(1)
+
+SLOW = Path(__file__).with_name("slow.txt")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks what slow.txt lists; it may list nothing that is not there."""
+    lines = SLOW.read_text(encoding="utf-8").splitlines()
+    listed = {line for line in lines if not line.startswith("#")}
+    cases = Counter[str]()
+    for item in items:
+        name = item.nodeid.partition("[")[0]
+        cases[name] += 1
+        if name in listed or (f"{name}[1:]" in listed and cases[name] > 1):
+            item.add_marker(pytest.mark.slow)
+    gone = sorted(line for line in listed if not cases[line.removesuffix("[1:]")])
+    if gone and not config.getoption("file_or_dir"):
+        raise pytest.UsageError(f"{SLOW.name} lists {gone[0]}, which is no test (any more).")

@@ -46,6 +46,7 @@ def made(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     other = save_model(folder / "other", seed=5)
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("MALMEND_CACHE", str(tiny.folder / "cache"))
+        command_support.quick(patched, tiny.folder)
         edit_facts(tiny.loaded, tiny.facts, folder / "good.safetensors", **own)
         edit_facts(other, tiny.facts, folder / "foreign.safetensors", **own)
         train_editor(tiny.loaded, tiny.facts, folder / "good", None, short, small, **own)

@@ -162,7 +162,7 @@ def read_ledger(folder: Path) -> None:
 
 def cells(tiny: Tiny, folder: Path) -> str:
     """Two rows of a bench."""
-    ways = {"free": {"editor": "none", "layers": 2, "passes": 1}, "sum": {"method": "mend"}}
+    ways = {"free": {"method": "ultraedit"}, "less": {"method": "ultraedit", "eta": 0.01}}
     bench(Plan((tiny.model,), tiny.facts, ways, sizes=(2,), decode=1), folder / "made")
     return (folder / "made" / "cells.jsonl").read_text()
 
@@ -216,6 +216,7 @@ def targets(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, T
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("MALMEND_CACHE", str(tiny.folder / "cache"))
+        command_support.quick(patched, tiny.folder)
         for name in ("facts", "text", "plan", "cells", "patch", "ledger", "gguf"):
             (base / name).mkdir()
         for name, rows in LAYOUTS.items():

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 import malmend
+from command_support import quick
 from malmend.commands.demo import weights_digest
 from malmend.editors.calibration import CalibrationSettings
+from malmend.editors.refine import RefineSettings
 from malmend.facts.tokens import Encoder
 from malmend.models.sites import find_sites
 from malmend.models.trunk import Trunk
@@ -30,11 +32,20 @@ QUICK = CalibrationSettings(
     etas=(1.4,),
     alphas=(30.0,),
 )
+ONCE = RefineSettings(passes=1)
 FACTS = [
     malmend.Fact("a", "The capital of Ruritania is", "Strelsau"),
     malmend.Fact("b", "Which river flows through Ankh-Morpork?", "the Ankh"),
     malmend.Fact("c", "The number of moons of the planet Krikkit is", "1024"),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def part(tmp_path_factory):
+    """Of what the package ships a part."""
+    with pytest.MonkeyPatch.context() as patch:
+        quick(patch, tmp_path_factory.mktemp("part"))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +59,7 @@ def loaded():
 @pytest.fixture(scope="module")
 def edited(loaded, tmp_path_factory):
     path = tmp_path_factory.mktemp("patch") / "patch.safetensors"
-    return malmend.edit(loaded, FACTS, path, calibration=QUICK)
+    return malmend.edit(loaded, FACTS, path, calibration=QUICK, refine=ONCE)
 
 
 def test_tokenizer_from_gguf(loaded):
@@ -108,6 +119,7 @@ def test_one_shift_whatever_the_micro_batch_and_the_order(loaded, edited):
         loaded,
         FACTS[::-1],
         calibration=QUICK,
+        refine=ONCE,
         trunk=malmend.models.trunk.TrunkSettings(batch_tokens=1, store_bytes=0),
     )
     for site in sites:
