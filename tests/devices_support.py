@@ -3,8 +3,8 @@
 No test machine has an accelerator, so what runs on one and what forgets to move a tensor look the
 same.  Here a tensor that was moved to ``device(n)`` computes on the CPU but names that device, and
 an operation over tensors of two devices raises, as CUDA's do: but for a number (a tensor of no
-dimension, from the CPU), indices from the CPU, and ``copy_``.  So do ``numpy`` and ``tolist``... of
-what was not brought back.
+dimension, from the CPU), indices from the CPU, and ``copy_``.  So does ``numpy`` of what was not
+brought back.
 """
 
 from __future__ import annotations
