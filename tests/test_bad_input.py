@@ -451,6 +451,11 @@ CASES: dict[str, tuple[Callable[[Place], Arguments], str]] = {
         lambda p: p.edit("--refine.passes", 10**9),
         "passes is 1000000000, expected 1 to 100",
     ),
+    "inspecting layers of a facts file": (
+        lambda p: ["inspect", p.facts, "--layers", 3],
+        "facts.jsonl is a facts file, and --layers, --sites, --linear and --side say which sites "
+        "of a model to show; leave them out, or give a model",
+    ),
     "inspecting a misspelt file": (
         lambda p: ["inspect", str(p.file("factz.jsonl", "{}")).replace("z", "s")],
         "did you mean 'factz.jsonl'?",

@@ -306,7 +306,7 @@ def test_train_and_edit_with_the_editor_and_inspect_all(tiny, tmp_path, capsys):
     assert len(re.findall(r"^step +\d/2  loss ", shown.err, re.MULTILINE)) == 2
     assert shown.out.startswith("Trained 2 steps: ")
     assert malmend(*train, "--steps", 3) == 0
-    assert "1 steps of 4 facts (resumed after step 2)" in capsys.readouterr().err
+    assert "1 step of 4 facts (resumed after step 2)" in capsys.readouterr().err
 
     assert malmend("edit", tiny.model, tiny.facts, "--out", patch, "--editor", editor) == 0
     assert "Edited 12 facts at 2 layers" in capsys.readouterr().out
@@ -327,7 +327,7 @@ def test_demo(tiny, tmp_path, capsys):
     assert malmend("demo", "--model", tiny.model, "--facts", 4, "--spoken", 1, "--out", out) == 0
     shown = capsys.readouterr().out
     assert "The weights are bit for bit what they were." in shown
-    assert "generated is over the first 1 facts" in shown
+    assert "generated is over the first 1 fact\n" in shown
     assert "not asked: all paraphrases and neighbours of a fact but the first of each" in shown
     assert f"Report: {out / 'index.html'} " in shown
     assert files_in(out) == {"patch.safetensors", "report.json", "index.html"}
@@ -340,7 +340,7 @@ def test_skipped_facts_are_told(tiny, tmp_path, capsys):
     arguments = ["edit", tiny.model, facts, "--out", tmp_path / "patch", *tiny.fast]
     assert malmend(*arguments) == 0
     shown = capsys.readouterr().out
-    assert "Skipped 2 facts: 1 duplicates and 1 contradictions" in shown
+    assert "Skipped 2 facts: 1 duplicate and 1 contradiction " in shown
     assert "line 2: contradiction of line 1" in shown
     assert "Edited 1 fact at" in shown
 

@@ -16,8 +16,11 @@ import torch
 import command_support
 import helpers
 import malmend
-from command_support import CALIBRATION, Tiny, make_facts, make_model
+from command_support import CALIBRATION, Tiny, as_lines, make_facts, make_model
 from devices_support import device, devices, spread
+from malmend.commands.conflicts import conflicts
+from malmend.commands.diff import diff
+from malmend.commands.export import export
 from malmend.commands.learn import learn
 from malmend.editors.network import NetworkSettings
 from malmend.editors.refine import RefineSettings
@@ -156,3 +159,42 @@ def test_trained_methods(name, second, tiny, tmp_path):
     with devices():
         found = trained_on(there(second), name, tiny, tmp_path / "there")
     assert same(here, found)
+
+
+def ledger_of(loaded: LoadedModel, tiny: Tiny, folder: Path) -> tuple[Patch, Any]:
+    """The patch of a ledger that facts came to and went from; what verify says."""
+    data = {"calibrate": tiny.calibrate, "text": tiny.text, "calibration": CALIBRATION}
+    rule = malmend.ledger.StopRule(questions=8)
+    malmend.ledger.init(folder, loaded, "none", TWO, rule=rule, author="me", **data)
+    malmend.ledger.add(folder, FEW, model=loaded, author="me")
+    malmend.ledger.revoke(folder, [FEW[0].id], author="me")
+    rows = malmend.ledger.verify(folder, loaded).rows
+    return malmend.ledger.patch(folder, folder / "patch"), [one.reply for one in rows]
+
+
+@SECOND
+def test_a_ledger(second, tiny, tmp_path):
+    here, said = ledger_of(tiny.loaded, tiny, tmp_path / "here")
+    with devices():
+        found, said_there = ledger_of(there(second), tiny, tmp_path / "there")
+    assert same(here, found)
+    assert said == said_there
+
+
+@SECOND
+@pytest.mark.parametrize("to", ["lora", "merged"])
+def test_exports_and_conflicts(to, second, tiny, tmp_path):
+    paths = [tmp_path / name for name in ("one", "two")]
+    for path, name in zip(paths, ("ft", "ultraedit"), strict=True):
+        malmend.edit(tiny.loaded, FEW, method=METHODS[name](**QUICK[name]), out=path)
+    (facts := tmp_path / "facts.jsonl").write_text(as_lines(FEW))
+
+    def asked(loaded: LoadedModel, folder: Path) -> tuple[Any, ...]:
+        exported = export(paths[0], folder, to=to, model=loaded, facts=facts)
+        met = conflicts(loaded, paths, [facts, facts])
+        moved = diff(loaded, tiny.loaded)
+        return exported.metrics, met.meetings, met.metrics, moved.comparison
+
+    here = asked(tiny.loaded, tmp_path / "here")
+    with devices():
+        assert asked(there(second), tmp_path / "there") == here

@@ -9,10 +9,11 @@ import pytest
 
 from malmend import show, show_report
 from malmend.commands.ask import AskResult
+from malmend.commands.inspect import Inspection
 from malmend.evaluation.protocols import scores
 from malmend.evaluation.replies import Asked, Replies
 from malmend.evaluation.report import Report
-from malmend.facts.fact import Question
+from malmend.facts.fact import Fact, FactSet, Question, Skipped
 
 
 def replies(*rights: float, edited: bool = False) -> Replies:
@@ -45,6 +46,28 @@ def test_an_answer_that_was_cut_at_the_limit_ends_in_a_mark(cut, capsys):
     shown = capsys.readouterr().out
     assert "unedited: (nothing)\n" in shown
     assert f"edited:   [i] Lima / or{' …' * cut}\n" in shown
+
+
+def test_one_fact_is_one(capsys):
+    show_report.report(report(replies(1.0), replies(1.0, edited=True)))
+    repeat = Fact("a", "In Ora is", "Lima", line=2)
+    show.skipped(FactSet("facts", (repeat,), (Skipped(repeat, repeat),)))
+    shown = capsys.readouterr().out
+    assert "1 fact, tiny" in shown
+    assert "Skipped 1 fact: 1 duplicate and 0 contradictions" in shown
+    assert "1 facts" not in shown
+
+
+@pytest.mark.parametrize("order", ["\x1b[2J", "\x07", "\x9b", "\x08", "\u202e", "\u2066"])
+def test_what_is_shown_gives_the_terminal_no_orders(order, capsys):
+    show.asked(AskResult(f"In {order} is", f"Li{order}ma", f"O{order}ra"))
+    show.inspected(Inspection("patch", f"a{order}", {f"b{order}": f"c{order}", "d": {"e": order}}))
+    show.plain(f"f{order}\n")
+    about = {"model": f"h{order}"}
+    show_report.report(replace(report(replies(1.0), replies(1.0, edited=True)), about=about))
+    shown = capsys.readouterr().out
+    assert order not in shown
+    assert shown.count(ascii(order)[1:-1]) == 9
 
 
 def test_the_text_of_perplexity_and_what_leaked_are_named(capsys):

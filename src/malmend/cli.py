@@ -227,6 +227,7 @@ def _bench(arguments: list[str]) -> None:
     parser = parser_of("bench", COMMANDS["bench"])
     parser.add_argument("plan", type=str, help="YAML file; or: table FOLDER, plot FOLDER")
     parser.add_argument("--out", type=str, required=True, help="folder of results")
+    derive(parser, bench, {"plan", "out", "told", "stepped"})
     given = parse(parser, arguments)
     with show.bars() as bars:
         result = bench(**given, progress=bars, told=show.status, stepped=show.cell)

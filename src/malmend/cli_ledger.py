@@ -257,7 +257,7 @@ def _ids(entries: Sequence[Entry]) -> str:
 
 
 def _facts(count: int) -> str:
-    return f"{count:,} fact{'s' * (count != 1)}"
+    return show.counted(count, "fact")
 
 
 def _say(line: str) -> None:

@@ -82,8 +82,9 @@ def _train_together(given: dict[str, Any], training: Any, settings: Any, process
             left = training.steps - trainer.step
             resumed = f" (resumed after step {trainer.step})" if trainer.step else ""
             show.status(
-                f"{left} steps of {training.facts_per_step} facts{resumed}: "
-                f"about {max(1, round(seconds / 60))} minutes."
+                f"{show.counted(left, 'step')} of "
+                f"{show.counted(training.facts_per_step, 'fact')}{resumed}: "
+                f"about {show.counted(max(1, round(seconds / 60)), 'minute')}."
             )
 
         result = train(

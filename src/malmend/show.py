@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from malmend.commands.ask import AskResult
 from malmend.commands.cache import CacheResult
@@ -22,9 +24,23 @@ from malmend.editors.draws import READINGS
 from malmend.evaluation.page import PAGE
 from malmend.facts.fact import FactSet
 
-# What a model says is text: ":smile:" stays as it is.
-OUT = Console(emoji=False)
-ERR = Console(stderr=True, emoji=False)
+# What orders a terminal about, or the reading direction: C0 but for tab and line end, DEL, C1, and
+# Unicode's embeddings, overrides and isolates.
+_COMMANDS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+class _Terminal(Console):
+    """A console to which what models say and files hold is text: it gives the terminal no orders.
+
+    ":smile:" stays as it is, and an escape sequence is shown as it is written, ``\\x1b[2J``.
+    """
+
+    def render_str(self, text: str, **kept: Any) -> Text:
+        return super().render_str(_COMMANDS.sub(lambda one: ascii(one[0])[1:-1], text), **kept)
+
+
+OUT = _Terminal(emoji=False)
+ERR = _Terminal(stderr=True, emoji=False)
 
 
 @contextmanager
@@ -64,7 +80,7 @@ def edited(result: EditResult) -> None:
     skipped(result.facts)
     facts = len(result.facts)
     OUT.print(
-        f"Edited {facts:,} fact{'s' * (facts != 1)} at {len(result.patch.factors)} layers in "
+        f"Edited {counted(facts, 'fact')} at {len(result.patch.factors)} layers in "
         f"{result.seconds:.1f} s: the edit prompts' answer tokens are right "
         f"{percent(result.edited)} of the time, {percent(result.unedited)} before "
         "(token ratio, teacher forced)."
@@ -106,7 +122,7 @@ def trained_on(seen: int | None, facts: int) -> None:
     """A warning where figures are of facts that the editor learned from."""
     if seen:
         OUT.print(
-            f"The editor was trained on the subjects of {seen:,} of these {facts:,} facts; figures "
+            f"The editor was trained on the subjects of {seen:,} of {counted(facts, 'fact')}; figures "
             "of those say nothing about facts that are new to it."
         )
 
@@ -125,8 +141,10 @@ def skipped(facts: FactSet) -> None:
         return
     kinds = [one.kind for one in facts.skipped]
     OUT.print(
-        f"Skipped {len(kinds)} facts: {kinds.count('duplicate')} duplicates and "
-        f"{kinds.count('contradiction')} contradictions of earlier lines (--strict refuses them)."
+        f"Skipped {counted(len(kinds), 'fact')}: "
+        f"{counted(kinds.count('duplicate'), 'duplicate')} and "
+        f"{counted(kinds.count('contradiction'), 'contradiction')} "
+        "of earlier lines (--strict refuses them)."
     )
     for one in facts.skipped[:10]:
         OUT.print(f"  line {one.fact.line}: {one.kind} of line {one.earlier.line}", highlight=False)
@@ -219,6 +237,11 @@ def _entries(entries: Mapping[str, Any], indent: int) -> None:
             counts = isinstance(value, int) and not isinstance(value, bool)
             shown = f"{value:,}" if counts else value
             OUT.print(f"{' ' * indent}{escape(name)}: {escape(str(shown))}", highlight=False)
+
+
+def counted(number: int, thing: str) -> str:
+    """A number of things: "1 fact", "1,024 facts"."""
+    return f"{number:,} {thing}{'s' * (number != 1)}"
 
 
 def percent(value: float) -> str:

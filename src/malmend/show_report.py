@@ -12,7 +12,7 @@ from malmend.evaluation.protocols import PROTOCOLS, Group, Scores
 from malmend.evaluation.replies import KINDS
 from malmend.evaluation.report import Report
 from malmend.evaluation.view import QUESTIONS
-from malmend.show import OUT, asked, edited, page, percent, trained_on
+from malmend.show import OUT, asked, counted, edited, page, percent, trained_on
 
 METRICS = ("token_ratio", "exact", "generated", "generated_chat", "retention", "kl", "kept")
 # Columns of the tables of groups: a kind and a metric.
@@ -30,7 +30,7 @@ def report(result: Report) -> None:
     """Unedited beside edited, each column's protocol named."""
     trained_on(result.about.get("trained_on"), result.facts)
     _leaks(result.leaks)
-    table = Table(title=f"{result.facts:,} facts, {escape(str(result.about['model']))}")
+    table = Table(title=f"{counted(result.facts, 'fact')}, {escape(str(result.about['model']))}")
     table.add_column("question")
     table.add_column("protocol")
     table.add_column("unedited", justify="right")
@@ -134,7 +134,7 @@ def demonstrated(result: DemoResult) -> None:
     report(result.report)
     decoded = result.report.about["decoded_facts"]
     OUT.print(
-        f"  generated is over the first {decoded:,} facts\n"
+        f"  generated is over the first {counted(decoded, 'fact')}\n"
         "  neighbours ask the same about another subject, which other reports seldom do\n"
         f"  not asked: {result.report.about['left_out']}",
         style="dim",

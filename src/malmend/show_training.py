@@ -10,7 +10,7 @@ from malmend.commands.finetune import FinetuneResult
 from malmend.commands.train import TrainResult
 from malmend.editors.training import StepRecord
 from malmend.models.finetune import EpochRecord
-from malmend.show import ERR, OUT, peak
+from malmend.show import ERR, OUT, counted, peak
 
 
 def step(record: StepRecord, steps: int) -> None:
@@ -61,7 +61,7 @@ def epoch(record: EpochRecord) -> None:
 def finetuned(result: FinetuneResult) -> None:
     """Where the model lies and how much it knows."""
     last = result.records[-1]
-    epochs = f"{last.epoch} epoch{'s' * (last.epoch != 1)}"
+    epochs = counted(last.epoch, "epoch")
     OUT.print(
         f"Fine-tuned on {result.questions:,} questions in {epochs}, of which the model "
         f"now answers {last.accuracy:.1%}.  Model: {escape(str(result.folder))}",

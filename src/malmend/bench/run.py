@@ -25,6 +25,7 @@ from malmend.facts.fact import Fact, facts_digest
 from malmend.facts.readers import read_facts, read_text
 from malmend.files import writable_folder
 from malmend.methods.trained import trained_method
+from malmend.models.device import places_of
 from malmend.models.load import load_config, load_model
 from malmend.progress import Progress, silent
 
@@ -40,6 +41,7 @@ class BenchResult:
 def bench(
     plan: str | Path | Plan,
     out: str | Path,
+    device: str = "cpu",
     progress: Progress = silent,
     told: Callable[[str], None] = lambda line: None,
     stepped: Callable[[dict[str, Any]], None] = lambda row: None,
@@ -51,6 +53,8 @@ def bench(
     Args:
         plan: a plan's file, or a plan.
         out: the folder of results.
+        device: models are put on: "cpu", "cuda" or another accelerator that torch finds, one of
+            several as "cuda:1", or "auto" for spread over all.
         progress: called with stage and share done.
         told: called with what the plan will cost, before the work and whenever facts become more.
         stepped: called with the row of every finished cell.
@@ -81,7 +85,7 @@ def bench(
             told(cost(list(left.values())[index:], len(keyed), results))
             size = cell.size
         if asking is None or asking.loaded.name != cell.model:
-            asking = Asking(load_model(cell.model), plan)
+            asking = Asking(load_model(cell.model, device=device), plan)
         draw = drawn(facts, cell.size, cell.seed)
         row = run_cell(asking, cell, draw, progress)
         made = {
@@ -90,7 +94,7 @@ def bench(
             "finished": now(),
             "base": asking.loaded.fingerprint,
             "facts_sha256": facts_digest(draw),
-            "device": str(asking.loaded.model.device),
+            "device": places_of(asking.loaded.model),
             "threads": torch.get_num_threads(),
         }
         asked = {"facts": plan.facts, "asked": _asked(plan)}

@@ -47,6 +47,7 @@ def conflicts(
     force: bool = False,
     trunk: TrunkSettings = TrunkSettings(),
     dtype: str = "float32",
+    device: str = "cpu",
     progress: Progress = silent,
 ) -> ConflictsResult:
     """Says where patches meet, and what stacking them does to each one's facts.
@@ -60,6 +61,8 @@ def conflicts(
         force: accept patches that were made for another base.
         trunk: grouping of questions and the disk budget for trunk activations.
         dtype: the model is loaded in.
+        device: it is put on: "cpu", "cuda" or another accelerator that torch finds, one of several
+            as "cuda:1", or "auto" for spread over all.
         progress: called with stage and share done.
 
     Raises:
@@ -76,7 +79,7 @@ def conflicts(
     asked = [
         _asked(model, patch, path, limit) for patch, path in zip(read.values(), facts, strict=False)
     ]
-    loaded = opened(model, dtype)
+    loaded = opened(model, dtype, device)
     known = {name: based_on(patch, loaded) for name, patch in read.items()}
     for patch in known.values():
         exportable(loaded, patch, force)

@@ -31,6 +31,7 @@ from malmend.memory import size_of
 from malmend.methods.method import Found, Method, settings_of
 from malmend.methods.trained import trained_method
 from malmend.models.budget import watched
+from malmend.models.device import places_of
 from malmend.models.load import LoadedModel
 from malmend.models.trunk import TrunkSettings
 from malmend.patch import Patch, applied, load_patch, make_patch, save_patch
@@ -261,6 +262,8 @@ def _header(
         "transformers": version("transformers"),
         "model": bench.loaded.name,
         "base": bench.loaded.fingerprint,
+        "dtype": str(bench.loaded.model.dtype).removeprefix("torch."),
+        "device": places_of(bench.loaded.model),
         "method": method.name,
         "facts": len(facts),
         "skipped": len(facts.skipped),

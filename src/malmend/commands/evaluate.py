@@ -18,6 +18,7 @@ from malmend.facts.fact import Fact, FactSet
 from malmend.facts.lint import leaks
 from malmend.facts.readers import read_text
 from malmend.facts.tokens import Encoder
+from malmend.models.device import places_of
 from malmend.models.load import LoadedModel
 from malmend.models.sites import Site, find_sites
 from malmend.models.trunk import TrunkSettings
@@ -187,6 +188,7 @@ def _about(loaded: LoadedModel, facts: FactSet, patch: Patch | None) -> dict[str
         "form": loaded.reading.form,
         "base": loaded.fingerprint,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "device": places_of(loaded.model),
         "facts_source": facts.source,
         "skipped": len(facts.skipped),
         "trained_on": None if patch is None else trained_on(patch, facts),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ def inspect(
         side: which half of an encoder-decoder, "encoder", "decoder" or "both".
         dtype: a model is loaded in.
     """
-    path = Path(thing)
+    path, of_model = Path(thing), (layers, sites, linear, side) != (None, None, "second", "both")
 
     def model() -> Inspection:
         loaded = load_model(str(thing), dtype)
@@ -62,18 +62,32 @@ def inspect(
 
     if str(thing) in BUILT_IN or path.suffix == ".gguf":
         return model()
+    if (found := _reader(path)) is not None:
+        kind, read = found
+        if of_model:
+            raise MalmendError(
+                f"{thing} is {kind}, and --layers, --sites, --linear and --side say which sites of "
+                "a model to show; leave them out, or give a model."
+            )
+        return read(path)
     if path.is_dir():
-        if is_adapter(path):
-            return _patch(path)
-        if method_in(path) in TRAINED:
-            return _trained(path)
-        is_editor = (path / "editor.json").is_file()
-        return _editor(path) if is_editor else model()
-    if path.is_file():
-        return _patch(path) if _is_safetensors(path) else _facts(path)
+        return model()
     if path.suffix.startswith((".json", ".safe", ".txt")) and (hint := beside(path)):
         raise MalmendError(f"There is no file {thing}{hint} Give a file, or a model's name.")
     return model()
+
+
+def _reader(path: Path) -> tuple[str, Callable[[Path], Inspection]] | None:
+    """What lies there, and who reads it; None for a model, and where nothing is."""
+    if path.is_dir():
+        if is_adapter(path):
+            return "an adapter", _patch
+        if method_in(path) in TRAINED:
+            return "a trained method", _trained
+        return ("an editor", _editor) if (path / "editor.json").is_file() else None
+    if path.is_file():
+        return ("a patch", _patch) if _is_safetensors(path) else ("a facts file", _facts)
+    return None
 
 
 def _model(loaded: LoadedModel, found: Sequence[Site]) -> Inspection:

@@ -154,6 +154,7 @@ def patch_of(ledger: Ledger, moved: Moved) -> Patch:
         **{name: version(name) for name in ("malmend", "torch", "transformers")},
         "model": about.model,
         "base": about.base,
+        "dtype": about.dtype,
         "method": settings.method,
         "facts": len(moved.entries),
         "skipped": 0,

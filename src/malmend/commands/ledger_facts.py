@@ -89,6 +89,7 @@ def add(
     away: bool = False,
     skip_known: bool = False,
     model: str | LoadedModel | None = None,
+    device: str = "cpu",
     author: str | None = None,
     wait: float = WAIT,
     trunk: TrunkSettings = TrunkSettings(),
@@ -106,6 +107,8 @@ def add(
         away: of a classifier: add what the unedited model does not say of each fact.
         skip_known: leave out what the unedited model answers right already.
         model: where the ledger's model lies now; null for where it lay at the start.
+        device: it is put on: "cpu", "cuda" or another accelerator that torch finds, one of several
+            as "cuda:1", or "auto" for spread over all.
         author: who does this; null for the user's name.
         wait: seconds to wait for another process that writes the ledger.
         trunk: grouping of questions and the disk budget for trunk activations.
@@ -120,14 +123,14 @@ def add(
         known = _read(held, facts, model, limit, strict, alternative, away)
         bench = None
         if away:  # what a fact says is known only once the model is asked
-            bench = _bench(held.about, held.editor, model, trunk)
+            bench = _bench(held.about, held.editor, model, device, trunk)
             known = aimed(bench, known, away)
         fresh, duplicates = unlike(held.active, known, strict)
         _tell_left_out(duplicates, known, told)
         if not fresh:
             told("There is nothing to add.")
             return LedgerChange(held.current, duplicates=duplicates)
-        bench = bench or _bench(held.about, held.editor, model, trunk)
+        bench = bench or _bench(held.about, held.editor, model, device, trunk)
         work = _Work(held, bench, signed, known.source, progress, told)
         done = work.change("add", fresh, (), skip_known)
         return dataclasses.replace(done, duplicates=duplicates)
@@ -140,6 +143,7 @@ def replace(
     strict: bool = False,
     alternative: bool = False,
     model: str | LoadedModel | None = None,
+    device: str = "cpu",
     author: str | None = None,
     wait: float = WAIT,
     trunk: TrunkSettings = TrunkSettings(),
@@ -155,6 +159,8 @@ def replace(
         strict: refuse facts that the ledger holds as they are, in place of leaving them out.
         alternative: take each fact's alternative (a false answer) in place of its answer.
         model: where the ledger's model lies now; null for where it lay at the start.
+        device: it is put on: "cpu", "cuda" or another accelerator that torch finds, one of several
+            as "cuda:1", or "auto" for spread over all.
         author: who does this; null for the user's name.
         wait: seconds to wait for another process that writes the ledger.
         trunk: grouping of questions and the disk budget for trunk activations.
@@ -172,7 +178,7 @@ def replace(
         if not pairs:
             told("There is nothing to replace.")
             return LedgerChange(held.current, duplicates=duplicates)
-        bench = _bench(held.about, held.editor, model, trunk)
+        bench = _bench(held.about, held.editor, model, device, trunk)
         work = _Work(held, bench, signed, known.source, progress, told)
         fresh, old = [new for new, _ in pairs], [one for _, one in pairs]
         done = work.change("replace", fresh, old, skip_known=False)
@@ -182,6 +188,7 @@ def replace(
 def verify(
     ledger: str | Path,
     model: str | LoadedModel | None = None,
+    device: str = "cpu",
     trunk: TrunkSettings = TrunkSettings(),
     wait: float = WAIT,
     progress: Progress = silent,
@@ -191,6 +198,8 @@ def verify(
     Args:
         ledger: its folder.
         model: where the ledger's model lies now; null for where it lay at the start.
+        device: it is put on: "cpu", "cuda" or another accelerator that torch finds, one of several
+            as "cuda:1", or "auto" for spread over all.
         trunk: grouping of questions and the disk budget for trunk activations.
         wait: seconds to wait for another process that writes the ledger.
         progress: called with stage and share done.
@@ -202,7 +211,7 @@ def verify(
         about, editor = held.about, held.editor
     # Outside of the block: a writer waits for whoever reads.
     watch = Watch(
-        _bench(about, editor, model, trunk), [one.fact for one in entries], rule, progress
+        _bench(about, editor, model, device, trunk), [one.fact for one in entries], rule, progress
     )
     found = watch.with_shifts(moved.shifts)
     rows = [Verified(one, reply) for one, reply in zip(entries, found.replies, strict=True)]
@@ -271,10 +280,14 @@ def _read(
 
 
 def _bench(
-    about: About, editor: Editor, model: str | LoadedModel | None, trunk: TrunkSettings
+    about: About,
+    editor: Editor,
+    model: str | LoadedModel | None,
+    device: str,
+    trunk: TrunkSettings,
 ) -> Workbench:
     """The ledger's model, which must be the one that it began with."""
-    loaded = opened(model or about.model, about.dtype)
+    loaded = opened(model or about.model, about.dtype, device)
     dtype = str(loaded.model.dtype).removeprefix("torch.")
     if (loaded.fingerprint, dtype) != (about.base, about.dtype):
         raise LedgerError(

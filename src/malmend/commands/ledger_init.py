@@ -54,6 +54,7 @@ def init(
     rule: StopRule = StopRule(),
     trunk: TrunkSettings = TrunkSettings(),
     dtype: str = "float32",
+    device: str = "cpu",
     author: str | None = None,
     progress: Progress = silent,
     told: Callable[[str], None] = lambda line: None,
@@ -72,6 +73,8 @@ def init(
         rule: when the ledger warns that its model degrades.
         trunk: grouping of questions and the disk budget for trunk activations.
         dtype: the model is loaded in, then and ever after.
+        device: it is put on, now: "cpu", "cuda" or another accelerator that torch finds, one of several
+            as "cuda:1", or "auto" for spread over all.
         author: who does this; null for the user's name.
         progress: called with stage and share done.
         told: called with a line about the editor, once it is known and before the work.
@@ -87,7 +90,7 @@ def init(
     own_data = (calibrate, text, calibration) != (None, None, CalibrationSettings())
     chosen = choose(editor, settings, own_data)
     refuse(chosen.settings.method)
-    loaded = opened(model, dtype)
+    loaded = opened(model, dtype, device)
     chosen = chosen.on(loaded)
     refuse(chosen.settings.method)
     told(chosen.said())

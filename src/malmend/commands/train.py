@@ -27,6 +27,7 @@ from malmend.files import only_writer, reason, writable_folder
 from malmend.material import calibrated
 from malmend.memory import size_of
 from malmend.models.budget import watched
+from malmend.models.device import places_of
 from malmend.models.load import LoadedModel
 from malmend.models.store import ActivationStore
 from malmend.models.trunk import TrunkSettings
@@ -270,6 +271,7 @@ def _about(
         "model": bench.loaded.name,
         "base": bench.loaded.fingerprint,
         "dtype": str(bench.loaded.model.dtype).removeprefix("torch."),
+        "device": places_of(bench.loaded.model),
         "facts": len(facts),
         "facts_source": facts.source,
         "facts_sha256": hashlib.sha256(repr(learned).encode()).hexdigest(),

@@ -6,6 +6,7 @@ import os
 import re
 
 import torch
+from torch import nn
 
 from malmend.errors import ModelError, nearest
 
@@ -51,3 +52,8 @@ def device_of(name: str) -> torch.device | None:
             f"{count}, counted from 0; give a smaller number, or start fewer processes."
         )
     return torch.device(kind, at)
+
+
+def places_of(model: nn.Module) -> str:
+    """Where a model's weights lie: "cpu", or "cuda:0, cuda:1" of one that is spread over two."""
+    return ", ".join(sorted({str(one.device) for one in model.parameters()}))

@@ -89,7 +89,7 @@ def read_back(folder: Path, meant: LoadedModel, dtype: str) -> LoadedModel:
     written = dict(found.model.named_parameters())
     for name, weight in meant.model.named_parameters():
         # A few layers of a few models are loaded wider than they are kept.
-        if name not in written or not torch.equal(written[name].to(weight.dtype), weight):
+        if name not in written or not torch.equal(written[name].to(weight), weight):
             raise ModelError(
                 f"{name} was read back from {folder} as other numbers than were written; the disk "
                 "or the model's own saving is at fault, and nothing was exported."
@@ -107,7 +107,7 @@ def rounding(loaded: LoadedModel, whole: LoadedModel, patch: Patch, site: Site) 
         site: of the base.
     """
     kept = whole.model.get_submodule(site.name).weight
-    base = site.weight.detach().to(kept.dtype).double()
+    base = site.weight.detach().to(kept).double()
     moved_VK = site.oriented(kept.detach().double() - base)
     shift_VK = patch.shift(site.name).double()
     asked = shift_VK != 0
