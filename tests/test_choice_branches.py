@@ -251,7 +251,7 @@ def test_the_command_line_says_which(tiny, carried, tmp_path, capsys):
         shown = capsys.readouterr()
         assert "Editor: shipped:mine." in shown.err
         told = " ".join(shown.out.split())
-        assert "trained on the subjects of 2 of these 3 facts" in told
+        assert "trained on the subjects of 2 of 3 facts" in told
     said = edited(tiny, out, "--editor", carried)
     assert (said["editor"], said["trained_on"]) == (str(carried), 2)
     capsys.readouterr()

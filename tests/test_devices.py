@@ -17,12 +17,12 @@ import command_support
 import helpers
 import malmend
 from command_support import CALIBRATION, Tiny, as_lines, make_facts, make_model
-from devices_support import device, devices, spread
+from devices_support import KIND, device, devices, spread
 from malmend.commands.conflicts import conflicts
 from malmend.commands.diff import diff
 from malmend.commands.export import export
 from malmend.commands.learn import learn
-from malmend.editors.network import NetworkSettings
+from malmend.editors.network import EditorNetwork, NetworkSettings
 from malmend.editors.refine import RefineSettings
 from malmend.editors.settings import EditorSettings, training_free
 from malmend.editors.train_settings import TrainSettings
@@ -120,6 +120,37 @@ def test_an_edit(how, second, tiny):
     assert same(here, found)
 
 
+SOLVED = {"malmen": "factor network", "mend": "network"} | dict.fromkeys(
+    [*EDITS, "ultraedit", "memit"], "factor"
+)
+
+
+@pytest.mark.parametrize("how", SOLVED)
+def test_networks_and_systems_are_where_the_model_is(how, tiny, tmp_path, monkeypatch):
+    places: dict[str, set[str]] = {}
+
+    def watch(what: str, module: Any, name: str, at: int) -> None:
+        real = getattr(module, name)
+
+        def watched(*given: Any, **more: Any) -> Any:
+            places.setdefault(what, set()).add(given[at].device.type)
+            return real(*given, **more)
+
+        monkeypatch.setattr(module, name, watched)
+
+    watch("factor", torch.linalg, "cholesky_ex", 0)
+    watch("network", EditorNetwork, "forward", 1)
+    data = {"calibrate": tiny.calibrate, "text": tiny.text, "calibration": CALIBRATION}
+    with devices():
+        if how in ("malmen", "mend"):
+            trained_on(there(6), how, tiny, tmp_path)
+        elif how in EDITS:
+            malmend.edit(there(6), FEW, settings=TWO, **data, **EDITS[how])
+        else:
+            malmend.edit(there(6), FEW, method=METHODS[how](**QUICK[how]))
+    assert places == {what: {KIND} for what in SOLVED[how].split()}
+
+
 @SECOND
 @pytest.mark.parametrize("name", METHODS)
 def test_other_methods(name, second, tiny):
@@ -145,10 +176,11 @@ def trained_on(loaded: LoadedModel, name: str, tiny: Tiny, folder: Path) -> Patc
         settings = TRAINED[name].settings(**LEARNED[name])
         learn(loaded, facts, folder, name, settings)
     else:
-        settings = TrainSettings(facts_per_step=3, steps=2, network_rate=1e-3, chunk=9)
+        short = TrainSettings(facts_per_step=3, steps=1, network_rate=1e-3, chunk=9)
         editor = EditorSettings(method=name, layers=2, network=NetworkSettings(rank=4))
         data = {"calibrate": tiny.calibrate, "text": tiny.text, "calibration": CALIBRATION}
-        malmend.train(loaded, facts, folder, None, settings, editor, **data)
+        for settings in (short, replace(short, steps=2)):  # the second goes on with the first
+            malmend.train(loaded, facts, folder, None, settings, editor, **data)
     return malmend.edit(loaded, FEW, editor=folder, refine=ONCE if name == "malmen" else FREE).patch
 
 

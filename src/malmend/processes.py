@@ -64,9 +64,9 @@ class Processes:
         """
         if self.count == 1:
             return tensor
-        whole = tensor.detach().clone().contiguous()
+        whole = tensor.detach().to("cpu", copy=True).contiguous()  # which gloo sums
         self._together(lambda: distributed.all_reduce(whole))
-        return whole
+        return whole.to(tensor.device)
 
     def total(self, *numbers: float) -> list[float]:
         """The sums over all processes of some numbers."""

@@ -122,8 +122,8 @@ def trained_on(seen: int | None, facts: int) -> None:
     """A warning where figures are of facts that the editor learned from."""
     if seen:
         OUT.print(
-            f"The editor was trained on the subjects of {seen:,} of {counted(facts, 'fact')}; figures "
-            "of those say nothing about facts that are new to it."
+            f"The editor was trained on the subjects of {seen:,} of {counted(facts, 'fact')}; "
+            "figures of those say nothing about facts that are new to it."
         )
 
 

@@ -313,7 +313,9 @@ def test_more_facts_than_there_are(plan, tmp_path):
 def test_what_is_not_there_is_said_before_a_model_is_loaded(
     change, said, plan, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(bench_module, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(
+        bench_module, "load_model", lambda *_, **__: pytest.fail("a model was loaded")
+    )
     with pytest.raises(MalmendError, match=said):
         bench(replace(plan, **change), tmp_path / "out")
     assert not (tmp_path / "out").exists()

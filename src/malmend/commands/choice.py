@@ -26,6 +26,7 @@ from malmend.material import calibrated, to_hold
 from malmend.methods.by_editor import Holding, find_by_editor, refinable
 from malmend.methods.method import Found
 from malmend.methods.trained import check_trained
+from malmend.models.device import wide_device
 from malmend.models.load import LoadedModel
 from malmend.models.sites import Site
 from malmend.processes import ALONE, Processes
@@ -101,7 +102,9 @@ class Choice:
         Raises:
             EditorError: the editor is for other layers.
         """
-        ready = self.in_hand if self.saved is None else self.saved.editor
+        ready = self.in_hand  # which stays where it is
+        if self.saved is not None:
+            ready = self.saved.editor.to(wide_device(bench.trunk.model))
         if ready is None:
             found = calibrated(bench, self.settings, calibrate, text, calibration, progress)
             return found.editor(self.settings, bench.trunk)

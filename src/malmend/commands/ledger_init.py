@@ -73,8 +73,8 @@ def init(
         rule: when the ledger warns that its model degrades.
         trunk: grouping of questions and the disk budget for trunk activations.
         dtype: the model is loaded in, then and ever after.
-        device: it is put on, now: "cpu", "cuda" or another accelerator that torch finds, one of several
-            as "cuda:1", or "auto" for spread over all.
+        device: it is put on now: "cpu", "cuda" or another accelerator that torch finds, one of
+            several as "cuda:1", or "auto" for spread over all.
         author: who does this; null for the user's name.
         progress: called with stage and share done.
         told: called with a line about the editor, once it is known and before the work.

@@ -30,6 +30,7 @@ from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact, Question, spread
 from malmend.facts.tokens import Encoder
 from malmend.models.capture import Captured, capture, token_counts
+from malmend.models.device import wide_device
 from malmend.models.trunk import Trunk
 from malmend.numerics.moments import RunningMoments
 from malmend.patch import shifted
@@ -90,7 +91,8 @@ class Calibration:
     def editor(self, settings: EditorSettings, trunk: Trunk, seed: int = 0) -> Editor:
         """An untrained editor that starts from these values."""
         shapes = {site.name: site.shape_VK for site in trunk.sites}
-        return Editor(settings, shapes, self.statistics, self.eta, self.weights, self.ridge, seed)
+        found = Editor(settings, shapes, self.statistics, self.eta, self.weights, self.ridge, seed)
+        return found.to(wide_device(trunk.model))
 
 
 def calibrate(

@@ -107,7 +107,7 @@ def save_editor(editor: Editor, about: Mapping[str, Any], folder: Path, slim: bo
     """
     folder.mkdir(parents=True, exist_ok=True)
     tag = uuid.uuid4().hex
-    tensors = {name: tensor.contiguous() for name, tensor in editor.state_dict().items()}
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in editor.state_dict().items()}
     if slim:
         tensors = _slim(tensors)
     with written_beside(folder / f"editor-{tag[:8]}.safetensors") as beside:

@@ -172,6 +172,11 @@ class Editor(nn.Module):
         for term in self.terms:
             self.register_buffer(f"prior_{term}_{index}", known.priors_KK[term].float())
 
+    @property
+    def device(self) -> torch.device:
+        """Where its networks run and its least squares are solved; rows come from the CPU."""
+        return self.log_eta_S.device
+
     def prior(self, site: int, tokens: int) -> Prior:
         """P of one site as numbers, for an edit of so many tokens (N of equations 13 and 15)."""
         size = log_size(tokens)
@@ -183,6 +188,7 @@ class Editor(nn.Module):
                 for weight, term in zip(weights, self.terms, strict=True)
             ),
             matrices_KK=tuple(getattr(self, f"prior_{term}_{site}") for term in self.terms),
+            device=self.device,
         )
 
     def row_weights(self, site: int, pair: Captured) -> Tensor | None:
@@ -192,12 +198,12 @@ class Editor(nn.Module):
         """
         if pair.ends_N is None:
             return None
-        end_weight = self.log_end_weight_S[site].detach().double().exp()
+        end_weight = self.log_end_weight_S[site].detach().cpu().double().exp()
         return torch.where(pair.ends_N, end_weight, torch.ones_like(end_weight))
 
     def pseudo(self, site: int, pair: Captured) -> Pseudo:
         """Equation (11) or (12) for a chunk of one site's tokens; differentiable."""
-        keys_NK, grads_NV = pair.keys_NK, pair.value_grads_NV
+        keys_NK, grads_NV = pair.keys_NK.to(self.device), pair.value_grads_NV.to(self.device)
         value_width, key_width = self.shapes[self.names[site]]
         eta = self.log_eta_S[site].exp().to(keys_NK.dtype)
         residual = self.settings.form == "residual"
@@ -280,8 +286,9 @@ class Editor(nn.Module):
             prior_grads = whole.shared(processes.count)
             prior = self.prior(site, int(counts[site]))
             if by_weight_N is not None and pair.ends_N is not None:
-                by_end = by_weight_N[pair.ends_N].sum() * self.log_end_weight_S[site].exp()
-                _add_grad(self.log_end_weight_S, (site,), by_end.item())
+                weight = self.log_end_weight_S[site].exp().item()
+                by_end = by_weight_N[pair.ends_N].sum().item() * weight
+                _add_grad(self.log_end_weight_S, (site,), by_end)
             # dL/dlog w = w dL/dw, whatever N stands in the weight.
             size = log_size(int(counts[site]))
             for term, (by, weight) in enumerate(

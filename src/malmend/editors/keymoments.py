@@ -27,6 +27,7 @@ from malmend.facts.encoded import Encoded, Tokens
 from malmend.facts.fact import Fact, Question
 from malmend.facts.tokens import Encoder
 from malmend.models.capture import keys_in
+from malmend.models.device import wide_device
 from malmend.models.trunk import Trunk
 from malmend.progress import Progress, silent
 
@@ -195,16 +196,18 @@ class _Totals:
     """Running sums of r r^T over rows, one per site."""
 
     def __init__(self, trunk: Trunk):
-        widths = [site.shape_VK[1] for site in trunk.sites]
-        self.sums = [torch.zeros(width, width, dtype=torch.float64) for width in widths]
+        widths, device = [site.shape_VK[1] for site in trunk.sites], wide_device(trunk.model)
+        self.sums = [torch.zeros(k, k, dtype=torch.float64, device=device) for k in widths]
         self.counts = [0] * len(widths)
 
     def add(self, rows: Sequence[Tensor]) -> None:
         for index, rows_NK in enumerate(rows):
-            self.sums[index].addmm_(rows_NK.T, rows_NK)
+            there_NK = rows_NK.to(self.sums[index])
+            self.sums[index].addmm_(there_NK.T, there_NK)
             self.counts[index] += len(rows_NK)
 
     def means(self) -> list[Tensor]:
         return [
-            total_KK / max(count, 1) for total_KK, count in zip(self.sums, self.counts, strict=True)
+            (total_KK / max(count, 1)).cpu()
+            for total_KK, count in zip(self.sums, self.counts, strict=True)
         ]

@@ -72,4 +72,4 @@ class Malmen:
         """A scalar whose gradient is the meta-gradient of this chunk of tokens."""
         assert self._diff_grads_NV is not None, "receive comes first"
         diffs_NV = value_diffs(self.keys_NK[rows], pseudo)
-        return (self._diff_grads_NV[rows].to(diffs_NV.dtype) * diffs_NV).sum()
+        return (self._diff_grads_NV[rows].to(diffs_NV) * diffs_NV).sum()

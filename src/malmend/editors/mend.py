@@ -29,10 +29,11 @@ class Mend:
         weights_N: Tensor | None = None,
         summed: Summed | None = None,
     ):
-        del prior, weights_N  # a sum has none
+        del weights_N  # a sum has none, nor a prior
         self.summed = summed
         self.keys_NK, self.diffs_NV = keys_NK, diffs_NV
-        self._shift_VK = torch.zeros(diffs_NV.shape[1], keys_NK.shape[1], dtype=torch.float64)
+        shape = diffs_NV.shape[1], keys_NK.shape[1]
+        self._shift_VK = torch.zeros(shape, dtype=torch.float64, device=prior.device)
         self._shift_grad_VK: Tensor | None = None
 
     def add(self, rows: slice, pseudo: Pseudo) -> None:
@@ -42,7 +43,8 @@ class Mend:
 
     def shift(self) -> Tensor:
         """S in float64, V x K."""
-        return self._shift_VK if self.summed is None else self.summed(self._shift_VK)
+        whole_VK = self._shift_VK if self.summed is None else self.summed(self._shift_VK)
+        return whole_VK.to(self.keys_NK.device)
 
     def receive(self, shift_grad_VK: Tensor) -> Received:
         """Takes G = dL/dS; a sum has neither a prior nor weights, so nothing else depends on it."""
@@ -53,5 +55,5 @@ class Mend:
         """A scalar whose gradient is the meta-gradient of this chunk of tokens."""
         del rows
         assert self._shift_grad_VK is not None, "receive comes first"
-        grad_VK = self._shift_grad_VK.to(pseudo.grads_NV.dtype)
+        grad_VK = self._shift_grad_VK.to(pseudo.grads_NV)
         return -((pseudo.grads_NV @ grad_VK) * pseudo.keys_NK).sum()

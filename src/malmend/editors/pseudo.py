@@ -26,8 +26,8 @@ class Pseudo:
 
 
 def value_diffs(keys_NK: Tensor, pseudo: Pseudo) -> Tensor:
-    """d_j = S_j u_j of equation (9) as rows: what each token asks of its value."""
-    gain_N = torch.einsum("nk,nk->n", pseudo.keys_NK, keys_NK)
+    """d_j = S_j u_j of equation (9) as rows where ``pseudo`` is: what a token asks of its value."""
+    gain_N = torch.einsum("nk,nk->n", pseudo.keys_NK, keys_NK.to(pseudo.keys_NK.device))
     return -gain_N.unsqueeze(1) * pseudo.grads_NV
 
 

@@ -25,7 +25,9 @@ def save_training(state: Mapping[str, Tensor], about: Mapping[str, Any], folder:
     folder.mkdir(parents=True, exist_ok=True)
     header = {"training": json.dumps(about, allow_nan=False)}
     with written_beside(folder / FILE) as beside:
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, beside, header)
+        save_file(
+            {name: tensor.cpu().contiguous() for name, tensor in state.items()}, beside, header
+        )
 
 
 def read_training(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

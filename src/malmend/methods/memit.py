@@ -48,6 +48,7 @@ from malmend.facts.fact import Fact, Question
 from malmend.facts.tokens import Encoder, EndOfAnswer
 from malmend.material import general_moments, general_text
 from malmend.methods.method import Found
+from malmend.models.device import wide_device
 from malmend.models.forms import find_stacks, form_of
 from malmend.models.sites import Site, find_sites, stack_of
 from malmend.models.tracing import tracing
@@ -135,6 +136,7 @@ class Memit:
             EditorError: no decoder, or facts whose prompts do not hold their subjects.
         """
         trunk, shifts = bench.trunk, dict[str, Tensor]()
+        device = wide_device(trunk.model)
         asked = self.asked(bench, facts)
         goals_MV, _, nll_M = self.goals(bench, asked, progress)
         start = time.perf_counter()
@@ -145,7 +147,7 @@ class Memit:
                 keys_MK, states_MV = _seen(trunk, site, asked)
             missing_MV = (goals_MV - states_MV) / (len(trunk.sites) - at)
             floor = self.alpha * FLOOR * moment_KK.diagonal().mean().item()
-            factor = RidgeFactor(keys_MK, Prior(floor, (self.alpha,), (moment_KK,)))
+            factor = RidgeFactor(keys_MK, Prior(floor, (self.alpha,), (moment_KK,), device))
             shifts[site.name] = factor.shift(missing_MV)
         return Found(shifts, len(facts), {"nll": nll_M.mean().item()}, once)
 

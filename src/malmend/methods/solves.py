@@ -50,6 +50,7 @@ class Solves:
         self, editor: Editor, rows: Sequence[int], progress: Progress, processes: Processes
     ):
         self._rows, self._names, self._progress = rows, editor.names, progress
+        self._device = editor.device
         self._stage = "least squares" if editor.settings.method == "malmen" else "sum of shifts"
         self._processes = processes
 
@@ -76,6 +77,7 @@ class Solves:
         for shift_VK, keys_NK, diffs_NV, count in zip(
             shifts.values(), keys, diffs, self._rows, strict=True
         ):
-            sums += [mean_residual(shift_VK, keys_NK[:count], diffs_NV) * count, float(count)]
+            found = mean_residual(shift_VK.to(self._device), keys_NK[:count], diffs_NV)
+            sums += [found * count, float(count)]
         totals = self._processes.total(*sums)
         return sum(map(truediv, totals[::2], totals[1::2])) / len(keys)

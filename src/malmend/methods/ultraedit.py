@@ -33,6 +33,7 @@ from malmend.facts.fact import Fact
 from malmend.facts.tokens import EndOfAnswer
 from malmend.methods.method import Found
 from malmend.models.capture import Captured, capture
+from malmend.models.device import wide_device
 from malmend.models.sites import Linear, Site, find_sites
 from malmend.numerics.moments import RunningMoments
 from malmend.numerics.ridge import Prior, RidgeFactor
@@ -94,7 +95,7 @@ class UltraEdit:
         self, bench: Workbench, facts: Sequence[Fact], progress: Progress
     ) -> Iterator[Found]:
         """What is found after each batch, those before it included."""
-        sites = bench.trunk.sites
+        sites, device = bench.trunk.sites, wide_device(bench.trunk.model)
         questions = bench.encoder.encode_all(fact.question for fact in facts)
         size = self.batch or len(questions)
         known = [tuple(map(RunningMoments, reversed(site.shape_VK))) for site in sites]
@@ -107,13 +108,15 @@ class UltraEdit:
             for site, pair, (keys, grads) in zip(sites, captured, known, strict=True):
                 keys.add(pair.keys_NK)
                 grads.add(pair.value_grads_NV)
-                shifts[site.name] = shifts[site.name] + self._solved(pair, keys, grads)
+                shifts[site.name] = shifts[site.name] + self._solved(pair, keys, grads, device)
             rows += max(len(pair.keys_NK) for pair in captured)
             yield Found(dict(shifts), rows)
 
-    def _solved(self, pair: Captured, keys: RunningMoments, grads: RunningMoments) -> Tensor:
+    def _solved(
+        self, pair: Captured, keys: RunningMoments, grads: RunningMoments, device: torch.device
+    ) -> Tensor:
         """One site's shift for a batch."""
         keys_NK, grads_NV = pair.keys_NK.double(), pair.value_grads_NV.double()
         gain_N1 = ((keys_NK - keys.mean_F) / keys.std()).square().sum(1, keepdim=True)
         diffs_NV = -self.eta * gain_N1 * (grads_NV - grads.mean_F) / grads.std()
-        return RidgeFactor(keys_NK, Prior(self.ridge)).shift(diffs_NV)
+        return RidgeFactor(keys_NK, Prior(self.ridge, device=device)).shift(diffs_NV)

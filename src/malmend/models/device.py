@@ -7,6 +7,7 @@ import re
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from malmend.errors import ModelError, nearest
 
@@ -52,6 +53,11 @@ def device_of(name: str) -> torch.device | None:
             f"{count}, counted from 0; give a smaller number, or start fewer processes."
         )
     return torch.device(kind, at)
+
+
+def wide_device(model: PreTrainedModel) -> torch.device:
+    """Where float64 work for a model runs: on its device, but for Apple's, which has none."""
+    return torch.device(CPU) if model.device.type == "mps" else model.device
 
 
 def places_of(model: nn.Module) -> str:

@@ -19,6 +19,8 @@ system.
 
 Everything here is float64, whatever comes in: squared key norms of 5e6 beside eigenvalues of 1e-2
 (an attention-sink token beside a direction that text hardly uses) exceed what float32 holds.
+It runs on the prior's device; rows stay where they are and come a few thousand at a time, and what
+is found goes back to them.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from malmend.errors import MalmendError
 from malmend.numerics.chunks import chunks
 
 Summed = Callable[[Tensor], Tensor]
+CPU = torch.device("cpu")
 ROWS = 4096  # that are made float64 at once
 BLOCK = 384  # columns of a block of the Gram matrix
 
@@ -44,12 +47,13 @@ class Prior:
 
     Each C_i (K x K, positive semidefinite) is the mean of k k^T over keys that the shift should
     leave alone, each weight w_i >= 0 a plain number, and ``ridge`` is lambda >= 0.  No matrix at
-    all is MALMEN as published.
+    all is MALMEN as published.  ``device`` is where systems with it are solved; it has float64.
     """
 
     ridge: float
     weights: tuple[float, ...] = ()
     matrices_KK: tuple[Tensor, ...] = ()
+    device: torch.device = CPU
 
     @property
     def is_identity(self) -> bool:
@@ -72,8 +76,10 @@ class Prior:
     @cached_property
     def factor_KK(self) -> Tensor:
         """The lower Cholesky factor of P, for the dual form with matrices."""
-        precision_KK = self.add_to(torch.zeros_like(self.matrices_KK[0], dtype=torch.float64))
-        return _cholesky(precision_KK, self.ridge)
+        zeros_KK = self.matrices_KK[0].new_zeros(
+            self.matrices_KK[0].shape, dtype=torch.float64, device=self.device
+        )
+        return _cholesky(self.add_to(zeros_KK), self.ridge)
 
 
 @dataclass(frozen=True)
@@ -116,7 +122,7 @@ class RidgeFactor:
     ):
         count, width = keys_NK.shape
         self.keys_NK, self.prior = keys_NK, prior
-        self._weights_N1 = None if weights_N is None else weights_N.unsqueeze(1)
+        self._weights_N1 = None if weights_N is None else self._wide(weights_N).unsqueeze(1)
         self._summed = summed or (lambda tensor: tensor)
         few = count < width if prior.is_identity else 2 * count < width
         self.is_dual = few and summed is None
@@ -141,13 +147,21 @@ class RidgeFactor:
             ).T
         self._factor = _cholesky(gram_NN, prior.ridge if prior.is_identity else 1.0)
 
+    def _wide(self, part: Tensor) -> Tensor:
+        """In float64, where the system is solved."""
+        return part.to(self.prior.device, torch.float64)
+
+    def _back(self, found: Tensor) -> Tensor:
+        """Where the rows are."""
+        return found.to(self.keys_NK.device)
+
     def _weighted(self, part_NX: Tensor, rows: slice) -> Tensor:
         """Rows times w_j; the same tensor where all weights are one."""
         return part_NX if self._weights_N1 is None else part_NX * self._weights_N1[rows]
 
     def _rooted(self, all_NX: Tensor) -> Tensor:
         """Rows times sqrt(w_j), in float64."""
-        wide_NX = all_NX.to(torch.float64)
+        wide_NX = self._wide(all_NX)
         return wide_NX if self._weights_N1 is None else wide_NX * self._weights_N1.sqrt()
 
     def _lower_gram(self) -> Tensor:
@@ -156,9 +170,9 @@ class RidgeFactor:
         What lies above the blocks of the diagonal stays zero, a third of the work and more.
         """
         width = self.keys_NK.shape[1]
-        total_KK = self.keys_NK.new_zeros(width, width, dtype=torch.float64)
+        total_KK = torch.zeros(width, width, dtype=torch.float64, device=self.prior.device)
         for rows in chunks(len(self.keys_NK), ROWS):
-            plain_NK = self.keys_NK[rows].to(torch.float64)
+            plain_NK = self._wide(self.keys_NK[rows])
             weighted_KN = self._weighted(plain_NK, rows).T
             for start in range(0, width, BLOCK):
                 block = slice(start, start + BLOCK)
@@ -167,15 +181,18 @@ class RidgeFactor:
 
     def _sum_with(self, others_NV: Tensor) -> Tensor:
         """The sum over rows of w_j u_j x_j^T, K x V, in float64."""
-        width = self.keys_NK.shape[1]
-        total_KV = self.keys_NK.new_zeros(width, others_NV.shape[1], dtype=torch.float64)
+        shape = self.keys_NK.shape[1], others_NV.shape[1]
+        total_KV = torch.zeros(shape, dtype=torch.float64, device=self.prior.device)
         for rows in chunks(len(self.keys_NK), ROWS):
-            weighted_NV = self._weighted(others_NV[rows].to(torch.float64), rows)
-            total_KV.addmm_(self.keys_NK[rows].to(torch.float64).T, weighted_NV)
+            weighted_NV = self._weighted(self._wide(others_NV[rows]), rows)
+            total_KV.addmm_(self._wide(self.keys_NK[rows]).T, weighted_NV)
         return total_KV
 
     def shift(self, diffs_NV: Tensor) -> Tensor:
         """S of equation (2) or (3) in float64, shape V x K."""
+        return self._back(self._shift(diffs_NV))
+
+    def _shift(self, diffs_NV: Tensor) -> Tensor:
         if self.is_dual:
             asked_NV = self._rooted(diffs_NV)
             return torch.cholesky_solve(asked_NV, self._factor).T @ self._readout_NK
@@ -184,44 +201,48 @@ class RidgeFactor:
 
     def diff_grads(self, shift_grad_VK: Tensor) -> Tensor:
         """dL/dD^T, shape N x V, from G = dL/dS: with M = G A^-1, rows w_j M u_j (Theorem 1)."""
-        grad_VK = shift_grad_VK.to(torch.float64)
+        grad_VK = self._wide(shift_grad_VK)
         if self.is_dual:
             solved_NV = torch.cholesky_solve(self._readout_NK @ grad_VK.T, self._factor)
-            return self._rooted(solved_NV)
+            return self._back(self._rooted(solved_NV))
         adjoint_KV = torch.cholesky_solve(grad_VK.T, self._factor)
-        grads_NV = grad_VK.new_empty(len(self.keys_NK), len(grad_VK))
+        shape = len(self.keys_NK), len(grad_VK)
+        grads_NV = self.keys_NK.new_empty(shape, dtype=torch.float64)
         for rows in chunks(len(self.keys_NK), ROWS):
-            plain_NV = self.keys_NK[rows].to(torch.float64) @ adjoint_KV
-            grads_NV[rows] = self._weighted(plain_NV, rows)
+            plain_NV = self._wide(self.keys_NK[rows]) @ adjoint_KV
+            grads_NV[rows] = self._back(self._weighted(plain_NV, rows))
         return grads_NV
 
     def weight_grads(self, diff_grads_NV: Tensor, diffs_NV: Tensor) -> Tensor:
         """dL/dw_j = <d_j - S u_j, M u_j>, shape N (equation 14), from :meth:`diff_grads`."""
-        shift_KV = self.shift(diffs_NV).T
+        shift_KV = self._shift(diffs_NV).T
         parts = []
         for rows in chunks(len(diffs_NV), ROWS):
-            said_NV = self.keys_NK[rows].to(torch.float64) @ shift_KV
-            missed_NV = diffs_NV[rows].to(torch.float64) - said_NV
-            parts.append((missed_NV * diff_grads_NV[rows]).sum(1))
+            said_NV = self._wide(self.keys_NK[rows]) @ shift_KV
+            missed_NV = self._wide(diffs_NV[rows]) - said_NV
+            parts.append((missed_NV * self._wide(diff_grads_NV[rows])).sum(1))
         by_row_N = torch.cat(parts)
-        return by_row_N if self._weights_N1 is None else by_row_N / self._weights_N1.squeeze(1)
+        if self._weights_N1 is not None:
+            by_row_N = by_row_N / self._weights_N1.squeeze(1)
+        return self._back(by_row_N)
 
     def prior_grads(self, shift_grad_VK: Tensor, diffs_NV: Tensor) -> PriorGrads:
         """dL/dlambda = -<M, S> (Theorem 2) and dL/dw_i = -<M C_i, S>.
 
         Algorithm 2 of the paper prints tr(M S) for the first, which misses a transpose.
         """
-        grad_VK, diffs_NV = shift_grad_VK.to(torch.float64), diffs_NV.to(torch.float64)
+        grad_VK = self._wide(shift_grad_VK)
         if self.is_dual and self.prior.is_identity and not self.prior.matrices_KK:
             # -<dL/dD (U^T U + lambda)^-1, D>: defined at lambda = 0 too.
             by_row_NV = torch.cholesky_solve(self._readout_NK @ grad_VK.T, self._factor)
             solved_NV = torch.cholesky_solve(by_row_NV, self._factor)
             asked_NV = self._rooted(diffs_NV)
             return PriorGrads((), -(solved_NV * asked_NV).sum().item())
-        shift_VK = self.shift(diffs_NV)
+        shift_VK = self._shift(diffs_NV)
         if self.is_dual:
             # M P = G - (dL/dD) U^T, because A = U U^T + P.
-            rest_VK = grad_VK - self.diff_grads(grad_VK).T @ self.keys_NK.to(torch.float64)
+            asked_NV = self._wide(self.diff_grads(grad_VK))
+            rest_VK = grad_VK - asked_NV.T @ self._wide(self.keys_NK)
             adjoint_VK = (
                 rest_VK / self.prior.ridge
                 if self.prior.is_identity
@@ -230,7 +251,7 @@ class RidgeFactor:
         else:
             adjoint_VK = torch.cholesky_solve(grad_VK.T, self._factor).T
         weights = tuple(
-            -(adjoint_VK @ matrix_KK.to(torch.float64) * shift_VK).sum().item()
+            -(adjoint_VK @ self._wide(matrix_KK) * shift_VK).sum().item()
             for matrix_KK in self.prior.matrices_KK
         )
         return PriorGrads(weights, -(adjoint_VK * shift_VK).sum().item())
@@ -247,11 +268,14 @@ def solved(gram_KK: Tensor, cross_VK: Tensor, prior: Prior) -> Tensor:
 
 
 def mean_residual(shift_VK: Tensor, keys_NK: Tensor, diffs_NV: Tensor) -> float:
-    """Mean over tokens of |S u_j - d_j| / |d_j| (MALMEN, section 5.2); d = 0 is left out."""
+    """Mean over tokens of |S u_j - d_j| / |d_j| (MALMEN, section 5.2); d = 0 is left out.
+
+    It is found where the shift is.
+    """
     total, count, shift_KV = 0.0, 0, shift_VK.to(torch.float64).T
     for rows in chunks(len(keys_NK), ROWS):
-        asked_NV = diffs_NV[rows].to(torch.float64)
-        miss_N = (keys_NK[rows].to(torch.float64) @ shift_KV - asked_NV).norm(dim=1)
+        asked_NV = diffs_NV[rows].to(shift_KV)
+        miss_N = (keys_NK[rows].to(shift_KV) @ shift_KV - asked_NV).norm(dim=1)
         size_N = asked_NV.norm(dim=1)
         asked = size_N > 0
         total += (miss_N[asked] / size_N[asked]).sum().item()
