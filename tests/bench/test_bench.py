@@ -22,8 +22,13 @@ from malmend.bench.plan import Plan, Way, read_plan, way_of
 from malmend.bench.results import NAME, Results
 from malmend.bench.run import bench, bench_plot, bench_table
 from malmend.bench.table import failures, markdown
+from malmend.editors.checkpoint import save_editor
+from malmend.editors.editor import Editor, SiteStatistics
+from malmend.editors.refine import RefineSettings
+from malmend.editors.settings import EditorSettings
 from malmend.errors import MalmendError
 from malmend.methods.ft import FineTuning, FineTuningKL
+from malmend.numerics.moments import RunningMoments
 
 tiny = command_support.tiny
 cache = command_support.cache
@@ -87,7 +92,7 @@ def test_a_plan_reads_as_it_is_written(tmp_path):
         ({"methods": {"malmen": {"prior": "bogus"}}}, "'malmen' cannot be made: .*prior"),
         ({"methods": {"malmen": {"frames": "{prompt}"}}}, "'malmen' cannot be made: .*frames"),
         ({"methods": {"ft": {"editor": "e"}}}, "'ft' takes no editor"),
-        ({"methods": {"a": {"editor": "e", "method": "mend"}}}, "leave out method: mend"),
+        ({"methods": {"ke": {"editor": "none"}}}, "'ke' takes no editor"),
         ({"methods": {"a": {"class": "os:path"}}}, "path is no dataclass"),
         (
             {"methods": {"fft": {"method": "fft"}}},
@@ -136,6 +141,11 @@ def test_what_stands_under_a_name_becomes_settings():
     assert way_of("mend", {}).settings == malmend.training_free("mend")
     for name in ("paper", "mend-single"):
         assert way_of(name, {"editor": "runs/paper"}) == Way(editor="runs/paper")
+    for method in ("mend", "enn"):
+        named = way_of("a", {"method": method, "editor": "runs/a", "passes": 1})
+        assert named == Way(editor="runs/a", refine=RefineSettings(passes=1))
+    summed = way_of("a", {"method": "mend", "editor": "none"})
+    assert (summed.editor, summed.settings) == ("none", malmend.training_free("mend"))
 
 
 def test_cells_small_ones_first_and_one_draw_above_a_size():
@@ -319,6 +329,19 @@ def test_what_is_not_there_is_said_before_a_model_is_loaded(
     with pytest.raises(MalmendError, match=said):
         bench(replace(plan, **change), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("given", [{"name": "mend"}, {"name": "a", "method": "enn"}])
+def test_a_folder_of_another_method_than_the_plan_says(given, plan, tmp_path):
+    name = given.pop("name")
+    layers = {"b.0": (3, 4)}
+    known = {"b.0": SiteStatistics(RunningMoments(4), RunningMoments(3))}
+    made = Editor(EditorSettings(prior="identity"), layers, known)
+    save_editor(made, {}, tmp_path / "editor")
+    methods = {name: {**given, "editor": str(tmp_path / "editor")}}
+    said = f"'{name}' is (mend|enn), and .*editor holds an editor of the method malmen"
+    with pytest.raises(MalmendError, match=said):
+        bench(replace(plan, methods=methods), tmp_path / "out")
 
 
 # --- tables and figures

@@ -208,6 +208,18 @@ def test_int8_weight_that_cannot_run():
         find_sites(int8_model(), 2)
 
 
+@pytest.mark.parametrize("error", [TypeError, AttributeError, KeyError])
+def test_a_model_that_asks_for_more_than_tokens(error, monkeypatch):
+    model = tiny.model_of("llama")
+
+    def forward(*_, **__):
+        raise error("pixel_values")
+
+    monkeypatch.setattr(model, "forward", forward)
+    with pytest.raises(ModelError, match=r"cannot run .*pixel_values"):
+        find_sites(model, 2)
+
+
 class Packed(nn.Linear):
     """Stands for a quantised layer: it runs, but its weight is packed in a way of its own."""
 

@@ -149,9 +149,9 @@ def way_of(name: str, given: Mapping[str, Any]) -> Way:
             f"{nearest(name, known) or '.'} Under a name of your own say what it is: method, "
             "class, editor, or settings of an editor without a network or of its solves."
         )
-    by_folder = name in (*EDITORS, *TRAINED) and "editor" in given  # which says its own method
-    named = name in known and not by_folder
-    method = str(given.get("method", name if named else "malmen"))
+    method = str(given.get("method", name if name in known else "malmen"))
+    if named_method(name, given) and "class" not in given and _has_folder(given):
+        method = "malmen"  # the folder says its own
     if "editor" in given and (method not in EDITORS or "class" in given):
         raise MalmendError(
             f"The plan's method {name!r} takes no editor; leave editor out, or leave out what "
@@ -184,6 +184,16 @@ def way_of(name: str, given: Mapping[str, Any]) -> Way:
     settings = _made(name, EditorSettings, {"method": method, **rest}, {"network"}, solves)
     settings = replace(settings, network=NetworkSettings(blocks=0))
     return Way(editor="none", settings=settings, refine=refine)
+
+
+def named_method(name: str, given: Mapping[str, Any]) -> str | None:
+    """What the plan says an editor's folder holds; None where it does not say."""
+    method = given.get("method", name)
+    return method if method in (*EDITORS, *TRAINED) else None
+
+
+def _has_folder(given: Mapping[str, Any]) -> bool:
+    return str(given.get("editor", "auto")) not in ("auto", "none")
 
 
 def _made(

@@ -13,7 +13,7 @@ import torch
 
 from malmend.bench.asking import Asking
 from malmend.bench.cell import drawn, run_cell
-from malmend.bench.plan import Cell, Plan, read_plan, source_of, way_of
+from malmend.bench.plan import Cell, Plan, named_method, read_plan, source_of, way_of
 from malmend.bench.plot import plot
 from malmend.bench.results import NAME, Results
 from malmend.bench.table import Row, failures, latest, markdown
@@ -110,8 +110,15 @@ def _check_files(plan: Plan) -> None:
         load_config(model)
     for name, given in plan.methods.items():
         editor = way_of(name, given).editor
-        if editor not in ("auto", "none") and trained_method(editor) is None:
-            load_editor(editor)
+        if editor in ("auto", "none"):
+            continue
+        trained = trained_method(editor)
+        found = trained.name if trained else load_editor(editor).editor.settings.method
+        if (wanted := named_method(name, given) or found) != found:
+            raise MalmendError(
+                f"The plan's method {name!r} is {wanted}, and {editor} holds an editor of the "
+                f"method {found}; give another name or folder."
+            )
     if plan.text != "none":
         read_text(plan.text)
 

@@ -262,7 +262,7 @@ def estimate_seconds(trainer: Trainer, sample: int = 24) -> float:
     size = trainer.settings.facts_per_step
     left = trainer.settings.steps - trainer.step
     new = max(0, min(left, len(trainer.facts) // size - trainer.step))
-    return (new * first + left * again) * size / sample
+    return (new * first + left * again) * size / sample / trainer.processes.count
 
 
 def step_bytes(

@@ -111,7 +111,7 @@ def run_matrices(model: PreTrainedModel, stacks: Sequence[Stack]) -> dict[str, l
     )
     try:
         logits = run(model, probe(model, (0, 1), (0, 2))).logits.float()
-    except (RuntimeError, NotImplementedError, ValueError) as error:
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
         if form == "classes" and model.config.pad_token_id is None:
             raise _reads_rightwards(model) from error  # such a head looks for the last token
         raise ModelError(
