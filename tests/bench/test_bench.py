@@ -344,6 +344,12 @@ def test_a_folder_of_another_method_than_the_plan_says(given, plan, tmp_path):
         bench(replace(plan, methods=methods), tmp_path / "out")
 
 
+def test_no_such_device(plan, tmp_path):
+    with pytest.raises(MalmendError, match="--device is 'gpu', expected cpu"):
+        bench(plan, tmp_path / "out", device="gpu")
+    assert not (tmp_path / "out").exists()
+
+
 # --- tables and figures
 
 

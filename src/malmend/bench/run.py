@@ -25,7 +25,7 @@ from malmend.facts.fact import Fact, facts_digest
 from malmend.facts.readers import read_facts, read_text
 from malmend.files import writable_folder
 from malmend.methods.trained import trained_method
-from malmend.models.device import places_of
+from malmend.models.device import device_of, places_of
 from malmend.models.load import load_config, load_model
 from malmend.progress import Progress, silent
 
@@ -65,6 +65,7 @@ def bench(
     plan = plan if isinstance(plan, Plan) else read_plan(plan)
     facts = list(read_facts(plan.facts))
     _check_files(plan)
+    device_of(device)
     cells = list(plan.cells())
     if not cells:
         raise MalmendError("The plan has no cell: every size is above its methods' `most`.")
