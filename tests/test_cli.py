@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import command_support
 from command_support import files_in, malmend
@@ -28,7 +29,7 @@ from malmend.editors.train_settings import (
 )
 from malmend.models.descent import Descent
 from malmend.models.trunk import TrunkSettings
-from malmend.patch import load_patch
+from malmend.patch import Patch, load_patch, save_patch
 
 tiny = command_support.tiny
 cache = command_support.cache
@@ -319,6 +320,32 @@ def test_train_and_edit_with_the_editor_and_inspect_all(tiny, tmp_path, capsys):
     ):
         assert malmend("inspect", thing) == 0
         assert capsys.readouterr().out.startswith(f"{kind} ")
+
+
+def test_a_patch_gives_the_terminal_no_orders(tiny, tmp_path, capsys):
+    path, order = tmp_path / "patch", "\x1b[2J"
+    ultra = [tiny.model, tiny.facts, "--limit", 1, "--method", "ultraedit"]
+    assert malmend("edit", *ultra, "--out", path) == 0
+    patch = load_patch(path)
+    about = {**patch.provenance, "model": f"other{order}", "base": "x" * 64}
+    save_patch(Patch(patch.factors, about), path)
+    capsys.readouterr()
+    assert malmend("eval", tiny.model, tiny.facts, "--patch", path) == 2
+    shown = capsys.readouterr().err
+    assert order not in shown
+    assert r"other\x1b[2J" in shown
+
+
+def test_a_full_device_is_one_sentence(tiny, tmp_path, capsys, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
+
+    monkeypatch.setattr("malmend.commands.edit.lay_out", full)
+    assert malmend("edit", tiny.model, tiny.facts, "--out", tmp_path / "patch", *tiny.fast) == 1
+    shown = capsys.readouterr().err
+    assert "The device has no room left; edit fewer layers or facts" in shown
+    assert "(CUDA out of memory. Tried to allocate 2.00 GiB.)" in shown
+    assert "Traceback" not in shown
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
-from malmend.errors import MalmendError, Resumable, nearest
+from malmend.errors import MalmendError, Resumable, harmless, nearest
 from malmend.options import (
     add_editor_settings,
     add_methods,
@@ -53,11 +53,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(arguments)
     except MalmendError as error:
-        print(f"malmend: {error}", file=sys.stderr)
+        print(f"malmend: {harmless(str(error))}", file=sys.stderr)
         return 2
     except OSError as error:
         what = f" {error.filename}" if error.filename else ""
-        print(f"malmend: {error.strerror or error}{what}.", file=sys.stderr)
+        print(f"malmend: {harmless(f'{error.strerror or error}{what}')}.", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not read for this
+            raise
+        said = (
+            "The device has no room left; edit fewer layers or facts at once, or give --device auto"
+        )
+        print(f"malmend: {said} ({harmless(str(error).splitlines()[0])}).", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stopped:
         resumes = arguments[:1] in (["train"], ["finetune"], ["bench"])

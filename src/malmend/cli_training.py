@@ -124,7 +124,9 @@ def _learn(given: dict[str, Any], usual: dict[str, Any]) -> None:
         settings=settings,
         stepped=lambda record: show_training.learning(record, settings.steps),
     )
-    show.status(f"Trained {len(result.records)} steps of {name}.  Editor: {result.folder}")
+    show.status(
+        f"Trained {show.counted(len(result.records), 'step')} of {name}.  Editor: {result.folder}"
+    )
 
 
 def finetune(arguments: list[str], what: str) -> None:

@@ -47,6 +47,16 @@ class LedgerError(MalmendError):
     """A ledger is damaged, busy, or is asked for what it does not hold."""
 
 
+# What orders a terminal about, or the reading direction: C0 but for tab and line end, DEL, C1, and
+# Unicode's embeddings, overrides and isolates.
+_ORDERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def harmless(text: str) -> str:
+    """Text that gives a terminal no orders: an escape is shown as it is written, ``\\x1b[2J``."""
+    return _ORDERS.sub(lambda one: ascii(one[0])[1:-1], text)
+
+
 def nearest(given: str, valid: Iterable[str]) -> str:
     """``; did you mean 'x'?`` for the closest valid name, or an empty string."""
     close = difflib.get_close_matches(given, list(valid), n=1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,22 +20,19 @@ from malmend.commands.continuations import ContinuationsResult
 from malmend.commands.edit import EditResult
 from malmend.commands.inspect import Inspection
 from malmend.editors.draws import READINGS
+from malmend.errors import harmless
 from malmend.evaluation.page import PAGE
 from malmend.facts.fact import FactSet
-
-# What orders a terminal about, or the reading direction: C0 but for tab and line end, DEL, C1, and
-# Unicode's embeddings, overrides and isolates.
-_COMMANDS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 class _Terminal(Console):
     """A console to which what models say and files hold is text: it gives the terminal no orders.
 
-    ":smile:" stays as it is, and an escape sequence is shown as it is written, ``\\x1b[2J``.
+    ":smile:" stays as it is.
     """
 
     def render_str(self, text: str, **kept: Any) -> Text:
-        return super().render_str(_COMMANDS.sub(lambda one: ascii(one[0])[1:-1], text), **kept)
+        return super().render_str(harmless(text), **kept)
 
 
 OUT = _Terminal(emoji=False)
@@ -182,7 +178,7 @@ def continued(result: ContinuationsResult) -> None:
 
 
 def plain(text: str) -> None:
-    """Text that may be piped into a file: as it is, no line broken."""
+    """Text that may be piped into a file: no markup in it, no line broken."""
     OUT.print(text, end="", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -40,7 +40,7 @@ def trained(result: TrainResult) -> None:
         OUT.print(f"  {escape(result.leaks[0])}")
     first, last = result.records[0], result.records[-1]
     OUT.print(
-        f"Trained {last.step} steps: meta-loss {first.loss:.3f} at the first, "
+        f"Trained {counted(last.step, 'step')}: meta-loss {first.loss:.3f} at the first, "
         f"{last.loss:.3f} at the last.  Editor: {escape(str(result.folder))}"
     )
     if result.peak is not None:

@@ -92,7 +92,8 @@ def test_a_plan_reads_as_it_is_written(tmp_path):
         ({"methods": {"malmen": {"prior": "bogus"}}}, "'malmen' cannot be made: .*prior"),
         ({"methods": {"malmen": {"frames": "{prompt}"}}}, "'malmen' cannot be made: .*frames"),
         ({"methods": {"ft": {"editor": "e"}}}, "'ft' takes no editor"),
-        ({"methods": {"ke": {"editor": "none"}}}, "'ke' takes no editor"),
+        ({"methods": {"ke": {"editor": "none"}}}, "'ke' is trained before it edits"),
+        ({"methods": {"a": {"method": "enn", "editor": None}}}, "'a' is trained before it edits"),
         ({"methods": {"a": {"class": "os:path"}}}, "path is no dataclass"),
         (
             {"methods": {"fft": {"method": "fft"}}},
@@ -101,8 +102,8 @@ def test_a_plan_reads_as_it_is_written(tmp_path):
         ({"methods": {"ftt": {}}}, "'ftt' is none of malmen, .*; did you mean 'ft'"),
         ({"methods": {"memitt": {"most": 5}}}, "'memitt' is none of .*; did you mean 'memit'"),
         ({"methods": {"paper": {}}}, "'paper' is none of malmen, .* say what it is: method"),
-        ({"methods": {"enn": {}}}, "enn is trained before it edits; run `malmend train"),
-        ({"methods": {"a": {"method": "ke"}}}, "ke is trained before it edits"),
+        ({"methods": {"enn": {}}}, "'enn' is trained before it edits; run `malmend train"),
+        ({"methods": {"a": {"method": "ke"}}}, "'a' is trained before it edits"),
         ({"methods": {"mend-single": {"passes": 1}}}, "mend-single is trained before it edits"),
         ({"methods": {"ft": {"epoch": 3}}}, "has no setting 'epoch'; did you mean 'epochs'"),
         ({"methods": {"ft": {"epochs": 0}}}, "ft.epochs is 0"),
@@ -471,7 +472,7 @@ def test_as_a_command(plan, tiny, tmp_path, capsys):
     out = tmp_path / "out"
     assert command("bench", path, "--out", out) == 0
     shown = capsys.readouterr()
-    assert "1 cells, 1 to do" in shown.err
+    assert "1 cell, 1 to do" in shown.err
     assert "ft, m 2, together, seed 0: ES 0." in shown.err
     assert command("bench", "table", out) == 0
     assert capsys.readouterr().out == shown.out

@@ -111,6 +111,12 @@ def test_rows_are_the_tokens_that_are_captured():
         assert rows_of(trunk, QUESTIONS, tokens) == wanted
 
 
+def test_what_is_solved_elsewhere_takes_the_shifts_alone():
+    sites = trunk_of().sites
+    shifts = 8 * sum(2 * one.shape_VK[0] * one.shape_VK[1] for one in sites)
+    assert sums_of(sites, 100, solved_here=False) == shifts < sums_of(sites, 100)
+
+
 def test_what_else_is_done_with_micro_batches_is_rehearsed_and_the_greater_counts(monkeypatch):
     monkeypatch.setattr(budget, "held", lambda: 1_000_000_000)
     taken = {"capture": 100_000_000, "loss": 400_000_000}

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 
 import command_support
 from command_support import malmend
 from devices_support import KIND, device, devices
+from malmend import evaluate
 from malmend.errors import ModelError
 from malmend.models import load
-from malmend.models.device import device_of
+from malmend.models.device import device_of, wide_device
 from malmend.models.load import load_model
 from malmend.patch import load_patch
 
@@ -120,9 +124,67 @@ def test_by_command(two, tiny, tmp_path, capsys):
         given = [tiny.model, tiny.facts, "--limit", 3, "--patch", patches[1], "--text", "none"]
         assert malmend("eval", *given, "--device", f"{KIND}:1") == 0
     here, there = map(load_patch, patches)
+    assert there.provenance["device"] == f"{KIND}:0"
     assert all(torch.equal(here.shift(site), there.shift(site)) for site in here.factors)
     capsys.readouterr()
     assert malmend("eval", *given, "--device", "cudo") == 2
     said = capsys.readouterr().err
     assert "--device is 'cudo'" in said
     assert "Traceback" not in said
+
+
+def test_every_command_asks_for_its_model_there(tiny, tmp_path, monkeypatch, capsys):
+    plan, ledger, patch = tmp_path / "plan.yaml", tmp_path / "ledger", tmp_path / "patch"
+    ways = "{a: {method: ultraedit}}"
+    plan.write_text(
+        f"{{models: [{tiny.model}], facts: {tiny.facts}, sizes: [1], decode: 0, methods: {ways}}}"
+    )
+    given = [tiny.model, tiny.facts, "--limit", 1]
+    assert malmend("edit", *given, "--method", "ultraedit", "--out", patch) == 0
+    twin = shutil.copy(patch, tmp_path / "twin")
+    assert malmend("ledger", "init", ledger, tiny.model, "--editor", "none", *tiny.fast) == 0
+    assert malmend("bench", plan, "--out", tmp_path / "out") == 0
+    row = json.loads((tmp_path / "out" / "cells.jsonl").read_text())
+    assert (row["device"], load_patch(patch).provenance["device"]) == ("cpu", "cpu")
+    assert load_patch(patch).provenance["dtype"] == "float32"
+    (tmp_path / "out" / "cells.jsonl").write_text(json.dumps(row | {"device": "cuda:0"}) + "\n")
+    assert evaluate(tiny.loaded, tiny.facts, limit=1, text="none").about["device"] == "cpu"
+    capsys.readouterr()
+    assert malmend("bench", plan, "--out", tmp_path / "out") == 0
+    assert "Some of what is done ran on cuda:0; give another --out" in capsys.readouterr().err
+
+    asked: list[str] = []
+
+    def opened(_name: str, _dtype: str = "", device: str = "") -> None:
+        asked.append(device)
+        raise ModelError("no more is wanted")
+
+    monkeypatch.setattr("malmend.workbench.load_model", opened)
+    monkeypatch.setattr("malmend.bench.run.load_model", opened)
+    monkeypatch.setattr("malmend.bench.run.device_of", lambda name: None)
+    fresh = tmp_path / "fresh"
+    commands: list[list[object]] = [
+        ["edit", *given, "--out", fresh],
+        ["eval", *given],
+        ["ask", tiny.model, "In Ora"],
+        ["train", tiny.model, tiny.facts, "--out", fresh, "--facts-per-step", 2],
+        ["conflicts", tiny.model, patch, twin],
+        ["bench", plan, "--out", fresh],
+        ["ledger", "init", tmp_path / "other", tiny.model],
+        ["ledger", "add", ledger, tiny.facts],
+    ]
+    for command in commands:
+        assert malmend(*command, "--device", "gpu") == 2
+        said = capsys.readouterr().err
+        assert "no more is wanted" in said, (command, said)
+    assert asked == ["gpu"] * len(commands)
+
+
+def test_what_needs_float64_is_not_on_apples(tiny):
+    with devices(), pytest.MonkeyPatch.context() as patch:
+        loaded = load_model(tiny.model)
+        assert wide_device(loaded.model) == torch.device("cpu")
+        patch.setattr(type(loaded.model), "device", torch.device("mps"))
+        assert wide_device(loaded.model) == torch.device("cpu")
+        patch.setattr(type(loaded.model), "device", device(1))
+        assert wide_device(loaded.model) == device(1)

@@ -152,6 +152,11 @@ def way_of(name: str, given: Mapping[str, Any]) -> Way:
     method = str(given.get("method", name if name in known else "malmen"))
     if named_method(name, given) and "class" not in given and _has_folder(given):
         method = "malmen"  # the folder says its own
+    if method in TRAINED and "class" not in given:
+        raise MalmendError(
+            f"The plan's method {name!r} is trained before it edits; run `malmend train --method "
+            f"{method}` and give the folder that it writes as its editor."
+        )
     if "editor" in given and (method not in EDITORS or "class" in given):
         raise MalmendError(
             f"The plan's method {name!r} takes no editor; leave editor out, or leave out what "
@@ -173,13 +178,13 @@ def way_of(name: str, given: Mapping[str, Any]) -> Way:
     solves = {one.name for one in fields(RefineSettings)}
     refine = _made(name, RefineSettings, {k: v for k, v in own.items() if k in solves})
     rest = {key: value for key, value in own.items() if key not in solves}
-    editor = str(given.get("editor", "auto"))
+    editor = str(given.get("editor") or "auto")
     if not rest and method == "malmen":
         return Way(editor=editor, refine=refine)
     if editor not in ("auto", "none"):
         raise MalmendError(
             f"The plan's method {name!r} names an editor, which brings its own settings; leave out "
-            f"{', '.join(sorted(rest)) or f'method: {method}'}."
+            f"{', '.join(sorted(rest))}."
         )
     settings = _made(name, EditorSettings, {"method": method, **rest}, {"network"}, solves)
     settings = replace(settings, network=NetworkSettings(blocks=0))
@@ -193,7 +198,7 @@ def named_method(name: str, given: Mapping[str, Any]) -> str | None:
 
 
 def _has_folder(given: Mapping[str, Any]) -> bool:
-    return str(given.get("editor", "auto")) not in ("auto", "none")
+    return str(given.get("editor") or "auto") not in ("auto", "none")
 
 
 def _made(

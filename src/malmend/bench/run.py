@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -79,6 +79,10 @@ def bench(
     keyed = {_key(cell, facts, plan): cell for cell in cells}
     left = {key: cell for key, cell in keyed.items() if key not in results.rows}
     told(cost(list(left.values()), len(keyed), results))
+    for place in sorted(
+        _elsewhere(device, [results.rows[key] for key in keyed if key not in left])
+    ):
+        told(f"Some of what is done ran on {place}; give another --out to run it on {device}.")
     asking: Asking | None = None
     size = next(iter(left.values())).size if left else 0
     for index, (key, cell) in enumerate(left.items()):
@@ -105,6 +109,13 @@ def bench(
     return BenchResult(folder, tuple(results.rows[key] for key in keyed))
 
 
+def _elsewhere(device: str, rows: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Where rows were run, where that is another kind of device than is asked for."""
+    kind = device.partition(":")[0]
+    ran = {str(row["device"]) for row in rows if "device" in row}
+    return {one for one in ran if (one == "cpu") != (kind == "cpu")}
+
+
 def _check_files(plan: Plan) -> None:
     """Raises MalmendError where a model, an editor or the text that a plan names is not there."""
     for model in plan.models:
@@ -126,8 +137,9 @@ def _check_files(plan: Plan) -> None:
 
 def cost(left: Sequence[Cell], count: int, results: Results) -> str:
     """How many cells there are, and how long they will take by those that are done."""
+    cells = f"{count} cell{'s' * (count != 1)}"
     if not left:
-        return f"{count} cells, all done."
+        return f"{cells}, all done."
     seconds, unknown = 0.0, dict[str, None]()
     for cell in left:
         each = results.seconds_per_fact(cell.model, cell.name, cell.protocol)
@@ -135,7 +147,7 @@ def cost(left: Sequence[Cell], count: int, results: Results) -> str:
             unknown[cell.name] = None
         else:
             seconds += each * cell.size
-    said = f"{count} cells, {len(left)} to do"
+    said = f"{cells}, {len(left)} to do"
     if seconds:
         said += f": about {max(1, round(seconds / 60)):,} minutes by what is done"
     if unknown:

@@ -104,7 +104,7 @@ class Choice:
         """
         ready = self.in_hand  # which stays where it is
         if self.saved is not None:
-            ready = self.saved.editor.to(wide_device(bench.trunk.model))
+            ready = self.saved.editor.on(wide_device(bench.trunk.model))
         if ready is None:
             found = calibrated(bench, self.settings, calibrate, text, calibration, progress)
             return found.editor(self.settings, bench.trunk)

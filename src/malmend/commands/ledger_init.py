@@ -172,7 +172,9 @@ def _keep(ready: Editor, chosen: Choice, folder: Path) -> str:
 def _about(
     bench: Workbench, chosen: Choice, identity: str, rule: StopRule, signed: Signed
 ) -> About:
-    square = sum(site.weight.double().square().sum().item() for site in bench.trunk.sites)
+    square = sum(
+        site.weight.detach().cpu().double().square().sum().item() for site in bench.trunk.sites
+    )
     loaded = bench.loaded
     where = Path(loaded.name)
     editor: Mapping[str, Any] = {

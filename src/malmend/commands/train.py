@@ -223,6 +223,11 @@ def _resumed(
             f"This run was on {said['threads']} threads and is gone on with on {threads}: its "
             f"numbers will differ by rounding; set OMP_NUM_THREADS={said['threads']} for the same."
         )
+    if said.get("device", about["device"]) != about["device"]:
+        told(
+            f"This run was on {said['device']} and is gone on with on {about['device']}: its "
+            "numbers will differ by rounding."
+        )
     try:
         return _curve(said["curve"], trainer.step)
     except (TypeError, KeyError, ValueError) as error:

@@ -92,7 +92,7 @@ class Calibration:
         """An untrained editor that starts from these values."""
         shapes = {site.name: site.shape_VK for site in trunk.sites}
         found = Editor(settings, shapes, self.statistics, self.eta, self.weights, self.ridge, seed)
-        return found.to(wide_device(trunk.model))
+        return found.on(wide_device(trunk.model))
 
 
 def calibrate(

@@ -177,6 +177,15 @@ class Editor(nn.Module):
         """Where its networks run and its least squares are solved; rows come from the CPU."""
         return self.log_eta_S.device
 
+    def on(self, device: torch.device) -> Editor:
+        """Itself, moved; but for the matrices of the prior, which go over one at a time."""
+        self.to(device)
+        for site in range(len(self.names)):
+            for term in self.terms:
+                name = f"prior_{term}_{site}"
+                setattr(self, name, getattr(self, name).cpu())
+        return self
+
     def prior(self, site: int, tokens: int) -> Prior:
         """P of one site as numbers, for an edit of so many tokens (N of equations 13 and 15)."""
         size = log_size(tokens)

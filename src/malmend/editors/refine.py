@@ -278,7 +278,7 @@ def further(
         )
         shift_KV = shifts[name].to(editor.device, torch.float64).T
         for rows in chunks(len(pair.keys_NK), ROWS):
-            kept_NV = pair.keys_NK[rows].to(shift_KV) @ shift_KV
+            kept_NV = pair.keys_NK[rows].to(shift_KV.device).double() @ shift_KV
             missing_NV = gain_N[rows, None] * pair.value_grads_NV[rows].double()
             one.diffs_NV[rows] = (kept_NV.to(missing_NV) - missing_NV).to(one.diffs_NV)
         found.append(one)

@@ -117,7 +117,7 @@ def settle(
         progress(1)
         if halfway is not None:
             halfway.keep(step + 1, lambda: _state(parts), is_last=step + 1 == steps)
-    return {name: one.shift().double().cpu() for name, one in metric.items()}
+    return {name: one.shift().cpu().double() for name, one in metric.items()}
 
 
 def _state(parts: Mapping[str, _Metric | Readings]) -> dict[str, Tensor]:

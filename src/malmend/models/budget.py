@@ -21,6 +21,7 @@ from malmend.errors import MalmendError
 from malmend.facts.encoded import Encoded, Tokens
 from malmend.memory import Room, held, peak_memory, size_of
 from malmend.models.capture import capture, token_counts
+from malmend.models.device import wide_device
 from malmend.models.sites import Site
 from malmend.models.trunk import Trunk
 from malmend.numerics.ridge import ROWS
@@ -92,7 +93,9 @@ def plan_memory(
             done.append(partial(also, some))
         positions = len(some) * max(len(one.ids) for one in some)
         each = max(each, max(map(_taken, done)) / positions)
-    left = SPARED * budget - now - extra - sums_of(trunk.sites, rows_of(trunk, questions, tokens))
+    solved_here = wide_device(trunk.model).type == "cpu"
+    rows = rows_of(trunk, questions, tokens)
+    left = SPARED * budget - now - extra - sums_of(trunk.sites, rows, solved_here)
     if left < 2 * each * width:
         least = (budget * SPARED - left + 2 * each * width) / SPARED
         enough = math.ceil(least / 1e8) / 10
@@ -132,13 +135,15 @@ def rows_of(trunk: Trunk, questions: Sequence[Encoded], tokens: Tokens) -> int:
     return max(sum(token_counts(questions, tokens, side)) for side in sides)
 
 
-def sums_of(sites: Sequence[Site], rows: int) -> int:
-    """Bytes of the least squares, in float64.
+def sums_of(sites: Sequence[Site], rows: int, solved_here: bool = True) -> int:
+    """Bytes of the least squares, in float64, in the CPU's memory; elsewhere solved, the shifts.
 
     Of each site stay the factor and, by a prior of matrices, that of the prior, K x K, and the
     shift twice; while one is made there are a matrix of the prior besides, and some rows of keys
     and of value differences with their weighted copies.
     """
+    if not solved_here:
+        return 8 * sum(2 * math.prod(site.shape_VK) for site in sites)
     kept, made = 0, 0
     for value_width, key_width in (site.shape_VK for site in sites):
         kept += 2 * key_width * key_width + 2 * value_width * key_width

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from malmend.facts.encoded import Encoded
+from malmend.models.device import wide_device
 from malmend.models.output import Losses, Part, through_output
 from malmend.models.sites import Site
 from malmend.models.trunk import Batch, Trunk
@@ -41,6 +42,7 @@ def weight_grads(
 
     The gradient is accumulated in float32 or wider, whatever the weights' dtype.
     """
+    device = wide_device(trunk.model)
     losses = [torch.zeros(len(term.questions), dtype=torch.float64) for term in terms]
     totals = dict[str, Tensor]()
     with _weights_in_graph(trunk.sites if grads else ()), torch.set_grad_enabled(grads):
@@ -51,7 +53,7 @@ def weight_grads(
                 weight = term.weight if grads else 0.0
                 losses_A = through_output(trunk, states_AH, term.part(indices, batch), weight)
                 _collect(trunk.sites, totals)
-                parts = losses_A.to(torch.float64).split(batch.tokens.sources)
+                parts = losses_A.to(device).to(torch.float64).split(batch.tokens.sources)
                 kept.append((indices, torch.stack([one_A.sum() for one_A in parts])))
             # Off a GPU only here: after every micro-batch it would have to wait.
             for indices, sums_Q in kept:

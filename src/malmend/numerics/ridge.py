@@ -149,7 +149,7 @@ class RidgeFactor:
 
     def _wide(self, part: Tensor) -> Tensor:
         """In float64, where the system is solved."""
-        return part.to(self.prior.device, torch.float64)
+        return part.to(self.prior.device).to(torch.float64)  # narrow over the bus
 
     def _back(self, found: Tensor) -> Tensor:
         """Where the rows are."""
@@ -274,8 +274,9 @@ def mean_residual(shift_VK: Tensor, keys_NK: Tensor, diffs_NV: Tensor) -> float:
     """
     total, count, shift_KV = 0.0, 0, shift_VK.to(torch.float64).T
     for rows in chunks(len(keys_NK), ROWS):
-        asked_NV = diffs_NV[rows].to(shift_KV)
-        miss_N = (keys_NK[rows].to(shift_KV) @ shift_KV - asked_NV).norm(dim=1)
+        asked_NV = diffs_NV[rows].to(shift_KV.device).to(torch.float64)
+        keys_RK = keys_NK[rows].to(shift_KV.device).to(torch.float64)
+        miss_N = (keys_RK @ shift_KV - asked_NV).norm(dim=1)
         size_N = asked_NV.norm(dim=1)
         asked = size_N > 0
         total += (miss_N[asked] / size_N[asked]).sum().item()
