@@ -214,7 +214,7 @@ def test_a_ledger(second, tiny, tmp_path):
 
 
 @SECOND
-@pytest.mark.parametrize("to", ["lora", "merged"])
+@pytest.mark.parametrize("to", ["merged", "lora"])
 def test_exports_and_conflicts(to, second, tiny, tmp_path):
     paths = [tmp_path / name for name in ("one", "two")]
     for path, name in zip(paths, ("ft", "ultraedit"), strict=True):
