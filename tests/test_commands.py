@@ -573,6 +573,8 @@ def test_inspection_of_every_kind(tiny, tmp_path):
     editor = malmend.inspect(tmp_path / "editor")
     assert (editor.kind, editor.entries["last step"]["step"]) == ("editor", 5)
     assert "curve" not in editor.entries
+    with pytest.raises(MalmendError, match="is an editor, and --layers"):
+        malmend.inspect(tmp_path / "editor", linear="first")
     facts = malmend.inspect(tiny.facts)
     assert (facts.kind, facts.entries["facts"]) == ("facts", 12)
     absent = ("with neighbours", "with a reversed prompt", "with an alternative", "relations")

@@ -10,6 +10,7 @@ from processes_worker import CASES, trained
 from safetensors.torch import load_file
 from test_training import EDITOR, SETTINGS, trainer_of
 
+from devices_support import device, devices
 from malmend.errors import MalmendError
 from malmend.processes import ALONE, Processes, joined
 from processes_support import run_two
@@ -98,6 +99,19 @@ def test_an_editors_checksum_is_of_every_number():
     assert before not in seen
     assert len(seen) == len(editor.state_dict())
     assert editor.checksum() == before
+
+
+def test_a_sum_over_processes_is_made_on_the_cpu_and_goes_back(monkeypatch):
+    def doubled(whole):
+        assert whole.device.type == "cpu"
+        whole.mul_(2)
+
+    monkeypatch.setattr("malmend.processes.distributed.all_reduce", doubled)
+    with devices():
+        mine = torch.ones(2, device=device(1))
+        found = Processes(0, 2).summed(mine)
+        assert found.device == device(1)
+        assert (found.tolist(), mine.tolist()) == ([2.0, 2.0], [1.0, 1.0])
 
 
 def test_shares_are_everything_once():

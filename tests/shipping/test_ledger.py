@@ -76,6 +76,7 @@ def test_revoking_is_never_having_added(tiny, ledger, gone):
     wanted = direct(tiny, rest)
     assert_same(found, wanted)
     assert found.provenance["facts_sha256"] == wanted.provenance["facts_sha256"]
+    assert found.provenance["dtype"] == wanted.provenance["dtype"]
     assert found.provenance["tokens"] == wanted.provenance["tokens"]
 
 
