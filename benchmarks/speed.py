@@ -44,7 +44,8 @@ from malmend.memory import Room, peak_memory
 from malmend.models.capture import capture
 from malmend.models.store import ActivationStore
 from malmend.models.trunk import Trunk, TrunkSettings
-from malmend.numerics.ridge import Prior, RidgeFactor
+from malmend.numerics.prior import Prior
+from malmend.numerics.ridge import RidgeFactor
 from malmend.workbench import Workbench, encoder_for, lay_out, shipped
 
 OUT = Path(__file__).resolve().parent / "out" / "speed"
@@ -304,7 +305,8 @@ def solve(bench: Bench) -> list[Row]:
 
         def ours(keys_NK: Any = keys_NK, diffs: Any = diffs_NV, grad: Any = grad_VK) -> Any:
             factor = RidgeFactor(keys_NK, Prior(ridge=1.0))
-            return factor.shift(diffs), factor.diff_grads(grad)
+            shift = factor.shift(diffs)
+            return shift, factor.backward(grad, diffs, shift).diffs_NV
 
         def general(keys_NK: Any = keys_NK, diffs: Any = diffs_NV, grad: Any = grad_VK) -> Any:
             wide_NK = keys_NK.double()

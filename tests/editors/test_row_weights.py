@@ -31,7 +31,7 @@ from malmend.facts.tokens import Encoder
 from malmend.models.capture import Captured, capture, ends_of
 from malmend.models.descent import Descent
 from malmend.numerics.moments import RunningMoments
-from malmend.numerics.ridge import Prior
+from malmend.numerics.prior import Prior
 
 K, V = 6, 4
 RIDGE = Prior(0.3)

@@ -25,7 +25,7 @@ from malmend.editors.settings import EditorSettings
 from malmend.editors.settle import Keeping, settle
 from malmend.editors.wordings import LEFT_OUT
 from malmend.errors import MalmendError
-from malmend.numerics.ridge import Prior
+from malmend.numerics.prior import Prior
 
 ROWS = [list(rows) for rows in zip(QUESTIONS, OTHERS, strict=True)]
 

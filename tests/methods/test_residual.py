@@ -17,7 +17,7 @@ from malmend.editors.refine import RefineSettings
 from malmend.editors.settings import training_free
 from malmend.models.capture import capture
 from malmend.models.descent import Descent
-from malmend.numerics.ridge import Prior
+from malmend.numerics.prior import Prior
 from malmend.workbench import lay_out
 
 tiny = command_support.tiny

@@ -13,7 +13,8 @@ import torch
 
 from malmend.errors import MalmendError
 from malmend.numerics import ridge
-from malmend.numerics.ridge import Prior, RidgeFactor, mean_residual
+from malmend.numerics.prior import Prior
+from malmend.numerics.ridge import RidgeFactor, mean_residual
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 K, V = 6, 4
@@ -130,10 +131,11 @@ def test_primal_equals_dual(tokens, prior_name):
     more = torch.cat([diffs, torch.zeros(K, V, dtype=torch.float64)])
     assert not other.is_dual
     torch.testing.assert_close(one.shift(diffs), other.shift(more), **EXACT)
-    torch.testing.assert_close(one.diff_grads(grad), other.diff_grads(grad)[:tokens], **EXACT)
-    here, there = one.prior_grads(grad, diffs), other.prior_grads(grad, more)
-    assert here.ridge == pytest.approx(there.ridge, rel=1e-10)
-    assert here.weights == pytest.approx(there.weights, rel=1e-10)
+    here = one.backward(grad, diffs, one.shift(diffs))
+    there = other.backward(grad, more, other.shift(more))
+    torch.testing.assert_close(here.diffs_NV, there.diffs_NV[:tokens], **EXACT)
+    assert here.prior.ridge == pytest.approx(there.prior.ridge, rel=1e-10)
+    assert here.prior.weights == pytest.approx(there.prior.weights, rel=1e-10)
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 5])
@@ -187,8 +189,10 @@ def test_gradients_equal_autograd(tokens, prior_name):
     (grad * shift).sum().backward()
 
     factor = RidgeFactor(keys, prior)
-    torch.testing.assert_close(factor.diff_grads(grad), free.grad, **EXACT)
-    grads = factor.prior_grads(grad, diffs)
+    found = factor.backward(grad, diffs, factor.shift(diffs))
+    assert found.weights_N is None
+    torch.testing.assert_close(found.diffs_NV, free.grad, **EXACT)
+    grads = found.prior
     assert grads.ridge == pytest.approx(ridge.grad.item(), rel=1e-10)
     by_weights = [weight.grad.item() for weight in weights]
     assert len(by_weights) == len(TERMS[prior_name])
@@ -211,7 +215,8 @@ def test_prior_gradients_equal_differences(tokens, prior_name):
         return (*weights[:index], weights[index] + by, *weights[index + 1 :])
 
     ridge, weights = prior.ridge, prior.weights
-    grads = RidgeFactor(keys, prior).prior_grads(grad, diffs)
+    factor = RidgeFactor(keys, prior)
+    grads = factor.backward(grad, diffs, factor.shift(diffs)).prior
     # Central differences: step^2 of the third derivative plus 1e-16 / step of rounding.  P stays
     # positive where a weight of zero goes below it: lambda is 0.3.
     by_ridge = (loss(ridge + step, weights) - loss(ridge - step, weights)) / (2 * step)
@@ -230,7 +235,8 @@ def test_ridge_gradient_at_no_ridge():
     low, middle, high = [(grad * factor.shift(diffs)).sum().item() for factor in factors]
     # One-sided differences of second order: step^2 of truncation plus 1e-16 / step of rounding.
     expected = (4 * middle - high - 3 * low) / (2 * step)
-    assert factors[0].prior_grads(grad, diffs).ridge == pytest.approx(expected, rel=1e-6)
+    found = factors[0].backward(grad, diffs, factors[0].shift(diffs))
+    assert found.prior.ridge == pytest.approx(expected, rel=1e-6)
 
 
 # --- what is refused
@@ -344,9 +350,10 @@ def test_inputs_are_not_changed(tokens, prior_name, dtype):
 
     prior = Prior(template.ridge, template.weights, matrices)
     factor = RidgeFactor(keys, prior)
-    factor.shift(diffs)
-    factor.diff_grads(grad)
-    factor.prior_grads(grad, diffs)
+    shift = factor.shift(diffs)
+    given.append(shift)
+    before.append(shift.clone())
+    factor.backward(grad, diffs, shift)
     mean_residual(grad, keys, diffs)
     for tensor, copy in zip(given, before, strict=True):
         assert torch.equal(tensor, copy)
@@ -370,7 +377,8 @@ def test_weighted_rows_by_autograd(tokens, prior_name, at_once, monkeypatch):
     (shift * grad).sum().backward()
     factor = RidgeFactor(keys, prior, weights.detach())
     torch.testing.assert_close(factor.shift(diffs), shift.detach(), **EXACT)
-    torch.testing.assert_close(factor.diff_grads(grad), asked.grad, **EXACT)
-    torch.testing.assert_close(factor.weight_grads(asked.grad, diffs), weights.grad, **EXACT)
+    found = factor.backward(grad, diffs, factor.shift(diffs))
+    torch.testing.assert_close(found.diffs_NV, asked.grad, **EXACT)
+    torch.testing.assert_close(found.weights_N, weights.grad, **EXACT)
     miss = (keys @ shift.detach().T - diffs).norm(dim=1) / diffs.norm(dim=1)
     assert mean_residual(shift.detach(), keys, diffs) == pytest.approx(miss.mean().item())

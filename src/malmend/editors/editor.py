@@ -52,7 +52,8 @@ from malmend.models.capture import Captured
 from malmend.models.sites import Site
 from malmend.numerics.chunks import chunks
 from malmend.numerics.moments import RunningMoments
-from malmend.numerics.ridge import Prior, Summed
+from malmend.numerics.prior import Prior
+from malmend.numerics.ridge import Summed
 from malmend.processes import ALONE, Processes
 
 TOKENS = 2048  # N at which the weights of the prior are stated; about 500 facts

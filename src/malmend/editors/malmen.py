@@ -20,7 +20,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from malmend.editors.pseudo import Pseudo, Received, value_diffs
-from malmend.numerics.ridge import Prior, RidgeFactor, Summed
+from malmend.numerics.prior import Prior
+from malmend.numerics.ridge import RidgeFactor, Summed
 
 
 class Malmen:
@@ -45,6 +46,7 @@ class Malmen:
         self.keys_NK, self.diffs_NV, self.prior = keys_NK, diffs_NV, prior
         self._weights_N, self._summed = weights_N, summed
         self._factor: RidgeFactor | None = None
+        self._shift_VK: Tensor | None = None
         self._diff_grads_NV: Tensor | None = None
 
     @property
@@ -60,13 +62,15 @@ class Malmen:
 
     def shift(self) -> Tensor:
         """S in float64, V x K."""
-        return self.factor.shift(self.diffs_NV)
+        if self._shift_VK is None:
+            self._shift_VK = self.factor.shift(self.diffs_NV)
+        return self._shift_VK
 
     def receive(self, shift_grad_VK: Tensor) -> Received:
         """Takes G = dL/dS and returns the derivatives of the prior and of the rows' weights."""
-        self._diff_grads_NV = self.factor.diff_grads(shift_grad_VK)
-        by_weight_N = self.factor.weight_grads(self._diff_grads_NV, self.diffs_NV)
-        return Received(self.factor.prior_grads(shift_grad_VK, self.diffs_NV), by_weight_N)
+        found = self.factor.backward(shift_grad_VK, self.diffs_NV, self.shift())
+        self._diff_grads_NV = found.diffs_NV
+        return Received(found.prior, found.weights_N)
 
     def proxy(self, rows: slice, pseudo: Pseudo) -> Tensor:
         """A scalar whose gradient is the meta-gradient of this chunk of tokens."""

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from malmend.editors.pseudo import Pseudo, Received, value_diffs
-from malmend.numerics.ridge import Prior, PriorGrads, Summed
+from malmend.numerics.prior import Prior, PriorGrads
+from malmend.numerics.ridge import Summed
 
 
 class Mend:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from malmend.numerics.ridge import PriorGrads
+from malmend.numerics.prior import PriorGrads
 
 
 @dataclass(frozen=True)

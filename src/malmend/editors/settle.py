@@ -38,7 +38,7 @@ from malmend.models.capture import token_counts
 from malmend.models.output import Part, kl_from
 from malmend.models.trunk import Batch, Trunk
 from malmend.models.weightgrads import Term, saying, weight_grads
-from malmend.numerics.ridge import Prior
+from malmend.numerics.prior import Prior
 from malmend.patch import shifted
 from malmend.processes import ALONE, Processes
 

@@ -54,7 +54,8 @@ from malmend.models.sites import Site, find_sites, stack_of
 from malmend.models.tracing import tracing
 from malmend.models.trunk import Trunk
 from malmend.numerics.losses import answer_nll, kl_per_token
-from malmend.numerics.ridge import Prior, RidgeFactor
+from malmend.numerics.prior import Prior
+from malmend.numerics.ridge import RidgeFactor
 from malmend.patch import shifted
 from malmend.progress import Progress, counted
 from malmend.workbench import Workbench, trunk_folder

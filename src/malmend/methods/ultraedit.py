@@ -36,7 +36,8 @@ from malmend.models.capture import Captured, capture
 from malmend.models.device import wide_device
 from malmend.models.sites import Linear, Site, find_sites
 from malmend.numerics.moments import RunningMoments
-from malmend.numerics.ridge import Prior, RidgeFactor
+from malmend.numerics.prior import Prior
+from malmend.numerics.ridge import RidgeFactor
 from malmend.patch import shifted
 from malmend.progress import Progress, counted
 from malmend.workbench import Workbench

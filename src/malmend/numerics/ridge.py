@@ -26,72 +26,31 @@ is found goes back to them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from malmend.errors import MalmendError
 from malmend.numerics.chunks import chunks
+from malmend.numerics.prior import Prior, PriorGrads, cholesky
 
 Summed = Callable[[Tensor], Tensor]
-CPU = torch.device("cpu")
 ROWS = 4096  # that are made float64 at once
 BLOCK = 384  # columns of a block of the Gram matrix
 
 
-@dataclass(frozen=True, eq=False)
-class Prior:
-    """The precision P = sum_i w_i C_i + lambda * I of equation (1).
+class RidgeGrads(NamedTuple):
+    """What depends on G = dL/dS, all in float64.
 
-    Each C_i (K x K, positive semidefinite) is the mean of k k^T over keys that the shift should
-    leave alone, each weight w_i >= 0 a plain number, and ``ridge`` is lambda >= 0.  No matrix at
-    all is MALMEN as published.  ``device`` is where systems with it are solved; it has float64.
+    Attributes:
+        diffs_NV: dL/dD^T, where the rows are.
+        weights_N: dL/dw_j of the rows' weights; None where these are ones.
+        prior: of lambda and of the prior's weights.
     """
 
-    ridge: float
-    weights: tuple[float, ...] = ()
-    matrices_KK: tuple[Tensor, ...] = ()
-    device: torch.device = CPU
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether P is a multiple of the identity."""
-        return not any(self.weights)
-
-    @property
-    def is_zero(self) -> bool:
-        """Whether nothing regularises."""
-        return self.is_identity and self.ridge == 0.0
-
-    def add_to(self, gram_KK: Tensor) -> Tensor:
-        """``gram_KK`` (float64, overwritten) plus P."""
-        for weight, matrix_KK in zip(self.weights, self.matrices_KK, strict=True):
-            if weight != 0.0:
-                gram_KK.add_(matrix_KK.to(gram_KK), alpha=weight)
-        gram_KK.diagonal().add_(self.ridge)
-        return gram_KK
-
-    @cached_property
-    def factor_KK(self) -> Tensor:
-        """The lower Cholesky factor of P, for the dual form with matrices."""
-        zeros_KK = self.matrices_KK[0].new_zeros(
-            self.matrices_KK[0].shape, dtype=torch.float64, device=self.device
-        )
-        return _cholesky(self.add_to(zeros_KK), self.ridge)
-
-
-@dataclass(frozen=True)
-class PriorGrads:
-    """dL/dw_i and dL/dlambda: ordinary derivatives, not with respect to the logarithms."""
-
-    weights: tuple[float, ...]
-    ridge: float
-
-    def shared(self, count: int) -> PriorGrads:
-        """The part that each of ``count`` processes adds, where all have found the whole."""
-        return PriorGrads(tuple(one / count for one in self.weights), self.ridge / count)
+    diffs_NV: Tensor
+    weights_N: Tensor | None
+    prior: PriorGrads
 
 
 class RidgeFactor:
@@ -128,7 +87,7 @@ class RidgeFactor:
         self.is_dual = few and summed is None
         if not self.is_dual:
             gram_KK = prior.add_to(self._summed(self._lower_gram()))
-            self._factor = _cholesky(gram_KK, prior.ridge)
+            self._factor = cholesky(gram_KK, prior.ridge)
             return
         # Rows sqrt(w_j) u_j.  Rows of whitened_NK are P^-1/2 times these; for P = lambda * I the
         # scaling is left out, so that lambda = 0 is allowed: U^T U + lambda * I in place of
@@ -145,7 +104,7 @@ class RidgeFactor:
             self._readout_NK = torch.linalg.solve_triangular(
                 prior.factor_KK.T, whitened_KN, upper=True
             ).T
-        self._factor = _cholesky(gram_NN, prior.ridge if prior.is_identity else 1.0)
+        self._factor = cholesky(gram_NN, prior.ridge if prior.is_identity else 1.0)
 
     def _wide(self, part: Tensor) -> Tensor:
         """In float64, where the system is solved."""
@@ -199,62 +158,70 @@ class RidgeFactor:
         asked_KV = self._summed(self._sum_with(diffs_NV))
         return torch.cholesky_solve(asked_KV, self._factor).T
 
-    def diff_grads(self, shift_grad_VK: Tensor) -> Tensor:
-        """dL/dD^T, shape N x V, from G = dL/dS: with M = G A^-1, rows w_j M u_j (Theorem 1)."""
-        grad_VK = self._wide(shift_grad_VK)
-        if self.is_dual:
-            solved_NV = torch.cholesky_solve(self._readout_NK @ grad_VK.T, self._factor)
-            return self._back(self._rooted(solved_NV))
-        adjoint_KV = torch.cholesky_solve(grad_VK.T, self._factor)
-        shape = len(self.keys_NK), len(grad_VK)
-        grads_NV = self.keys_NK.new_empty(shape, dtype=torch.float64)
-        for rows in chunks(len(self.keys_NK), ROWS):
-            plain_NV = self._wide(self.keys_NK[rows]) @ adjoint_KV
-            grads_NV[rows] = self._back(self._weighted(plain_NV, rows))
-        return grads_NV
+    def backward(self, shift_grad_VK: Tensor, diffs_NV: Tensor, shift_VK: Tensor) -> RidgeGrads:
+        """All that S depends on, from G = dL/dS.  With M = G A^-1:
 
-    def weight_grads(self, diff_grads_NV: Tensor, diffs_NV: Tensor) -> Tensor:
-        """dL/dw_j = <d_j - S u_j, M u_j>, shape N (equation 14), from :meth:`diff_grads`."""
-        shift_KV = self._shift(diffs_NV).T
-        parts = []
-        for rows in chunks(len(diffs_NV), ROWS):
-            said_NV = self._wide(self.keys_NK[rows]) @ shift_KV
-            missed_NV = self._wide(diffs_NV[rows]) - said_NV
-            parts.append((missed_NV * self._wide(diff_grads_NV[rows])).sum(1))
-        by_row_N = torch.cat(parts)
-        if self._weights_N1 is not None:
-            by_row_N = by_row_N / self._weights_N1.squeeze(1)
-        return self._back(by_row_N)
+            dL/dd_j = w_j M u_j (Theorem 1),       dL/dw_j = <d_j - S u_j, M u_j> of a row,
+            dL/dlambda = -<M, S> (Theorem 2),      dL/dw_i = -<M C_i, S> of the prior
 
-    def prior_grads(self, shift_grad_VK: Tensor, diffs_NV: Tensor) -> PriorGrads:
-        """dL/dlambda = -<M, S> (Theorem 2) and dL/dw_i = -<M C_i, S>.
+        Algorithm 2 of the paper prints tr(M S) for the third, which misses a transpose.
 
-        Algorithm 2 of the paper prints tr(M S) for the first, which misses a transpose.
+        Args:
+            shift_grad_VK: G.
+            diffs_NV: D^T, as :meth:`shift` was given it.
+            shift_VK: S, as it found it.
         """
-        grad_VK = self._wide(shift_grad_VK)
-        if self.is_dual and self.prior.is_identity and not self.prior.matrices_KK:
+        grad_VK, shift_VK = self._wide(shift_grad_VK), self._wide(shift_VK)
+        if not self.is_dual:
+            adjoint_KV = torch.cholesky_solve(grad_VK.T, self._factor)
+            by_row = self._by_row(diffs_NV, shift_VK, lambda _, keys_NK: keys_NK @ adjoint_KV)
+            return RidgeGrads(*by_row, self._by_prior(adjoint_KV, shift_VK))
+        # Rows sqrt(w_j) M u_j.
+        rooted_NV = torch.cholesky_solve(self._readout_NK @ grad_VK.T, self._factor)
+        asks_NV = rooted_NV if self._weights_N1 is None else rooted_NV / self._weights_N1.sqrt()
+        by_row = self._by_row(diffs_NV, shift_VK, lambda rows, _: asks_NV[rows])
+        if not self.prior.matrices_KK:
             # -<dL/dD (U^T U + lambda)^-1, D>: defined at lambda = 0 too.
-            by_row_NV = torch.cholesky_solve(self._readout_NK @ grad_VK.T, self._factor)
-            solved_NV = torch.cholesky_solve(by_row_NV, self._factor)
-            asked_NV = self._rooted(diffs_NV)
-            return PriorGrads((), -(solved_NV * asked_NV).sum().item())
-        shift_VK = self._shift(diffs_NV)
-        if self.is_dual:
-            # M P = G - (dL/dD) U^T, because A = U U^T + P.
-            asked_NV = self._wide(self.diff_grads(grad_VK))
-            rest_VK = grad_VK - asked_NV.T @ self._wide(self.keys_NK)
-            adjoint_VK = (
-                rest_VK / self.prior.ridge
-                if self.prior.is_identity
-                else torch.cholesky_solve(rest_VK.T, self.prior.factor_KK).T
-            )
-        else:
-            adjoint_VK = torch.cholesky_solve(grad_VK.T, self._factor).T
+            again_NV = torch.cholesky_solve(rooted_NV, self._factor)
+            by_ridge = -(again_NV * self._rooted(diffs_NV)).sum().item()
+            return RidgeGrads(*by_row, PriorGrads((), by_ridge))
+        # M P = G - (dL/dD) U^T, because A = U U^T + P.
+        rest_KV = grad_VK.T - self._wide(self.keys_NK).T @ self._rooted(rooted_NV)
+        adjoint_KV = (
+            rest_KV / self.prior.ridge
+            if self.prior.is_identity
+            else torch.cholesky_solve(rest_KV, self.prior.factor_KK)
+        )
+        return RidgeGrads(*by_row, self._by_prior(adjoint_KV, shift_VK))
+
+    def _by_row(
+        self, diffs_NV: Tensor, shift_VK: Tensor, asks: Callable[[slice, Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """dL/dD^T and, where rows have weights, dL/dw_j; ``asks`` gives M u_j of some rows."""
+        by_diff_NV = self.keys_NK.new_empty(diffs_NV.shape, dtype=torch.float64)
+        by_weight_N = by_diff_NV.new_empty(len(diffs_NV))
+        for rows in chunks(len(diffs_NV), ROWS):
+            keys_NK = self._wide(self.keys_NK[rows])
+            asks_NV = asks(rows, keys_NK)
+            by_diff_NV[rows] = self._back(self._weighted(asks_NV, rows))
+            if self._weights_N1 is not None:
+                missed_NV = self._wide(diffs_NV[rows]) - keys_NK @ shift_VK.T
+                by_weight_N[rows] = self._back((missed_NV * asks_NV).sum(1))
+        return by_diff_NV, None if self._weights_N1 is None else by_weight_N
+
+    def _by_prior(self, adjoint_KV: Tensor, shift_VK: Tensor) -> PriorGrads:
+        """dL/dlambda and dL/dw_i, from M^T and <M C_i, S> = <C_i, M^T S>: one product for all."""
+        if not self.prior.matrices_KK:
+            return PriorGrads((), -(adjoint_KV * shift_VK.T).sum().item())
+        cross_KK = adjoint_KV @ shift_VK
         weights = tuple(
-            -(adjoint_VK @ self._wide(matrix_KK) * shift_VK).sum().item()
+            -sum(
+                (self._wide(matrix_KK[rows]) * cross_KK[rows]).sum().item()
+                for rows in chunks(len(cross_KK), ROWS)
+            )
             for matrix_KK in self.prior.matrices_KK
         )
-        return PriorGrads(weights, -(adjoint_VK * shift_VK).sum().item())
+        return PriorGrads(weights, -cross_KK.trace().item())
 
 
 def solved(gram_KK: Tensor, cross_VK: Tensor, prior: Prior) -> Tensor:
@@ -263,7 +230,7 @@ def solved(gram_KK: Tensor, cross_VK: Tensor, prior: Prior) -> Tensor:
     Raises:
         MalmendError: as :class:`RidgeFactor`.
     """
-    factor = _cholesky(prior.add_to(gram_KK.clone()), prior.ridge)
+    factor = cholesky(prior.add_to(gram_KK.clone()), prior.ridge)
     return torch.cholesky_solve(cross_VK.T, factor).T
 
 
@@ -282,33 +249,3 @@ def mean_residual(shift_VK: Tensor, keys_NK: Tensor, diffs_NV: Tensor) -> float:
         total += (miss_N[asked] / size_N[asked]).sum().item()
         count += int(asked.sum())
     return total / count if count else 0.0
-
-
-def _cholesky(matrix: Tensor, ridge: float) -> Tensor:
-    """The lower factor of a symmetric positive definite float64 matrix.
-
-    Where ``ridge``, which is on its diagonal, is lost in rounding, a tiny positive pivot may stand
-    where the exact one is 0; then pivots that are nothing beside their own diagonal entry count as
-    0 too.
-    """
-    factor, info = torch.linalg.cholesky_ex(matrix)  # reads the lower triangle alone
-    if info.item() != 0 or not torch.isfinite(factor).all():
-        _check_finite(matrix)
-    diagonal, eps = matrix.diagonal(), torch.finfo(torch.float64).eps
-    least = 8 * matrix.shape[0] * eps * diagonal
-    unheld = bool(ridge <= eps * diagonal.max())
-    lost = unheld and bool((factor.diagonal().square() <= least).any())
-    if info.item() != 0 or lost:
-        raise MalmendError(
-            f"The least-squares system of size {matrix.shape[0]} is singular: its keys depend on "
-            "one another and the prior does not hold them; use lambda > 0 or a covariance prior."
-        )
-    return factor
-
-
-def _check_finite(matrix: Tensor) -> None:
-    if not torch.isfinite(matrix).all():
-        raise MalmendError(
-            "The captured keys hold NaN or infinity, expected finite numbers; "
-            "load the model in float32, or leave out the layers that overflow."
-        )

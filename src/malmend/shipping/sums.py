@@ -26,7 +26,8 @@ from torch import Tensor
 from malmend.editors.malmen import Malmen
 from malmend.errors import LedgerError
 from malmend.files import reason, written_beside
-from malmend.numerics.ridge import Prior, solved
+from malmend.numerics.prior import Prior
+from malmend.numerics.ridge import solved
 
 Shapes = Mapping[str, tuple[int, int]]  # site name to (V, K)
 
