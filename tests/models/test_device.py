@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
 
 import command_support
+import forms_folders as folders
 from command_support import malmend
-from devices_support import KIND, device, devices
+from devices_support import CPU, KIND, device, devices
 from malmend import evaluate
+from malmend.commands.finetune import finetune
 from malmend.errors import ModelError
 from malmend.models import load
 from malmend.models.device import device_of, wide_device
+from malmend.models.finetune import FinetuneSettings
 from malmend.models.load import load_model
 from malmend.patch import load_patch
 
@@ -111,7 +115,9 @@ def test_one_that_does_not_fit(two, tiny, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(load.PreTrainedModel, "to", full)
-    with pytest.raises(ModelError, match=rf"does not fit {KIND}:0; give --device auto"):
+    with pytest.raises(
+        ModelError, match=rf"does not fit {KIND}:0; give --device cpu, .*--device auto"
+    ):
         load_model(tiny.model, device=KIND)
 
 
@@ -188,3 +194,33 @@ def test_what_needs_float64_is_not_on_apples(tiny):
         assert wide_device(loaded.model) == torch.device("cpu")
         patch.setattr(type(loaded.model), "device", device(1))
         assert wide_device(loaded.model) == device(1)
+
+
+def test_a_model_is_fine_tuned_there_to_the_same_weights(tmp_path, monkeypatch):
+    fused = sys.modules["torch.optim.optimizer"]  # its name in torch.optim is a function
+    monkeypatch.setattr(load, "device_of", lambda name: {"cpu": CPU, KIND: device(0)}.get(name))
+    monkeypatch.setattr(fused, "_get_fused_kernels_supported_devices", lambda: ["cpu", KIND])
+    model, facts = folders.save_base("llama", tmp_path / "base"), tmp_path / "facts"
+    facts = folders.save_facts("llama", facts)
+    settings = FinetuneSettings(rate=3e-3, batch=4, epochs=2, validation=0)
+    finetune(model, facts, tmp_path / "here", settings)
+    places, step = set(), torch.optim.Adam.step
+
+    def noted(self, *given):
+        places.update(one.device for group in self.param_groups for one in group["params"])
+        return step(self, *given)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", noted)
+    with devices():
+
+        def stop(record) -> None:
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            finetune(model, facts, tmp_path / "there", settings, device=KIND, stepped=stop)
+        finetune(model, facts, tmp_path / "there", settings, device=KIND)  # goes on
+    assert places == {device(0)}
+    here, there = (load_model(str(tmp_path / name)) for name in ("here", "there"))
+    assert here.fingerprint == there.fingerprint
+    with pytest.raises(ModelError, match=r"--device auto spreads .*fine-tuned whole"):
+        finetune(model, facts, tmp_path / "spread", settings, device="auto")

@@ -59,6 +59,7 @@ def finetune(
     asked: Asked = "prompts",
     end_of_answer: EndOfAnswer = "eos",
     limit: int | None = None,
+    device: str = "cpu",
     progress: Progress = silent,
     stepped: Callable[[EpochRecord], None] = lambda record: None,
     told: Callable[[str], None] = lambda line: None,
@@ -76,6 +77,8 @@ def finetune(
         asked: "prompts", or "all" for paraphrases and answered unrelated questions too.
         end_of_answer: what a decoder learns to say after the answer: "eos", "newline" or "none".
         limit: the first so many facts of each file.
+        device: that it is trained on: "cpu", "cuda" or another accelerator that torch finds, one of
+            several as "cuda:1".
         progress: called with stage and share done.
         stepped: called after every epoch.
         told: called with a classifier's classes, and how often the facts name each, before the
@@ -91,8 +94,12 @@ def finetune(
     known = _together(sets)
     learned, held = _split(known, settings)
     labels = _labels(known)
-    torch.manual_seed(settings.seed)
-    first = prepared(*load_base(model, sorted(labels)), name=model)
+
+    def fresh() -> LoadedModel:
+        torch.manual_seed(settings.seed)
+        return prepared(*load_base(model, sorted(labels), device), name=model)
+
+    first = fresh()
     encoder = encoder_for(first, end_of_answer)
     for one in sets:
         check_encodes(one, encoder)
@@ -110,8 +117,7 @@ def finetune(
         if held:
             run.train(first, encoded(learned), encoded(held), "choice", settings.epochs)
             epochs = _best(run.records)
-            torch.manual_seed(settings.seed)
-            first = prepared(*load_base(model, sorted(labels)), name=model)
+            first = fresh()
         everything = encoded(known)
         run.train(first, everything, everything, "all", epochs)
         about = {"settings": asdict(settings), "base": model, "facts": len(known), "asked": asked}

@@ -155,12 +155,12 @@ def _put(model: PreTrainedModel, place: torch.device | None) -> PreTrainedModel:
         return model.to(place)
     except torch.OutOfMemoryError as error:
         raise ModelError(
-            f"{type(model).__name__} does not fit {place}; give --device auto where there are "
-            "several, --dtype bfloat16, or --device cpu."
+            f"{type(model).__name__} does not fit {place}; give --device cpu, or, to edit it, "
+            "--device auto where there are several, or --dtype bfloat16."
         ) from error
 
 
-def load_base(name: str, classes: Sequence[str]) -> tuple[PreTrainedModel, Any]:
+def load_base(name: str, classes: Sequence[str], device: str = CPU) -> tuple[PreTrainedModel, Any]:
     """A model that is to be fine-tuned, in float32, and its tokenizer.
 
     An encoder gets a new classification head, made up at random from torch's generator, unless it
@@ -170,10 +170,17 @@ def load_base(name: str, classes: Sequence[str]) -> tuple[PreTrainedModel, Any]:
     Args:
         name: as for :func:`load_model`.
         classes: names of an encoder's, in order.
+        device: that it is put on, whole.
 
     Raises:
-        ModelError: not found, or not readable.
+        ModelError: not found, or not readable; no such device, or without room for it.
     """
+    place = device_of(device)
+    if place is None:
+        raise ModelError(
+            "--device auto spreads a model over all devices, and one is fine-tuned whole; name "
+            "one, or give cpu."
+        )
     with quiet(), _explained(name):
         source = source_of(name)
         config = AutoConfig.from_pretrained(source, **SAFE)
@@ -193,7 +200,7 @@ def load_base(name: str, classes: Sequence[str]) -> tuple[PreTrainedModel, Any]:
             keywords["label2id"] = {label: index for index, label in enumerate(classes)}
             keywords["ignore_mismatched_sizes"] = True
         model = LOADERS[form].from_pretrained(source, **keywords, **WEIGHTS)
-        return model, AutoTokenizer.from_pretrained(source, **SAFE)
+        return _put(model, place), AutoTokenizer.from_pretrained(source, **SAFE)
 
 
 def _check_classes(classes: Sequence[str]) -> None:
