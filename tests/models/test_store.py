@@ -175,17 +175,17 @@ def test_three_processes_at_once(tmp_path):
 
 def segment(folder):
     (data,) = folder.glob("*.bin")
-    return data, data.with_suffix(".idx")
+    return data, data.with_suffix(module.INDEX)
 
 
-@pytest.mark.parametrize("cut", [1, 31, 32, 33, 95])
+@pytest.mark.parametrize("cut", [1, 35, 36, 37, 107])
 def test_truncated_index(cut, tmp_path):
     fill(opened(tmp_path), KEYS)
     _, index = segment(tmp_path)
     raw = index.read_bytes()
-    assert len(raw) == 32 * len(KEYS)
+    assert len(raw) == 36 * len(KEYS)
     index.write_bytes(raw[:-cut])
-    whole = (len(raw) - cut) // 32
+    whole = (len(raw) - cut) // 36
     store = opened(tmp_path)
     assert holds(store, KEYS) == [True] * whole + [False] * (len(KEYS) - whole)
     assert [store.get(key) for key in KEYS[whole:]] == [None] * (len(KEYS) - whole)
@@ -204,6 +204,21 @@ def test_truncated_data(cut, tmp_path):
     store = opened(tmp_path)
     assert holds(store, KEYS) == [True] * whole + [False] * (len(KEYS) - whole)
     assert [store.get(key) for key in KEYS[whole:]] == [None] * (len(KEYS) - whole)
+
+
+def test_data_that_is_not_what_was_written(tmp_path):
+    """As after a power cut: the length is there, and a block of it is zeros."""
+    fill(opened(tmp_path), KEYS[:3])
+    data, _ = segment(tmp_path)
+    raw = bytearray(data.read_bytes())
+    size = 3 * WIDTH * 4
+    raw[size : 2 * size] = bytes(size)
+    data.write_bytes(raw)
+    store = opened(tmp_path)
+    assert store.get(KEYS[1]) is None
+    assert holds(store, [KEYS[0], KEYS[2]]) == [True, True]
+    fill(store, KEYS[1:2])  # found again, and kept
+    assert holds(opened(tmp_path), KEYS[:3]) == [True] * 3
 
 
 def test_data_without_an_index_and_index_without_data(tmp_path):
@@ -262,7 +277,7 @@ def test_oldest_segments_make_room_at_the_start(tmp_path):
     store = opened(tmp_path, budget=150)  # 135 may stay: the oldest, the second key's, goes
     assert holds(store, KEYS[:3]) == [True, False, True]
     assert bytes_in(tmp_path) == 120
-    assert len(list(tmp_path.glob("*.idx"))) == 2
+    assert len(list(tmp_path.glob(f"*{module.INDEX}"))) == 2
     assert holds(opened(tmp_path, budget=10), KEYS[:3]) == [False] * 3
     assert list(tmp_path.iterdir()) == []
 
@@ -330,7 +345,7 @@ def test_a_segment_that_goes_while_the_folder_is_read(tmp_path, monkeypatch):
 # --- disks
 
 
-@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+@pytest.mark.parametrize("suffix", [".bin", module.INDEX])
 def test_full_disk_ends_keeping_not_the_run(suffix, tmp_path, monkeypatch):
     store = opened(tmp_path)
     fill(store, KEYS[:2])
@@ -363,7 +378,7 @@ def test_disk_that_fills_up_while_writing(tmp_path, monkeypatch):
         Path,
         "open",
         lambda path, *args, **keywords: original(
-            Path("/dev/full") if path.suffix == ".idx" else path, *args, **keywords
+            Path("/dev/full") if path.suffix == module.INDEX else path, *args, **keywords
         ),
     )
     fill(store, KEYS)

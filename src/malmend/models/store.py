@@ -4,7 +4,8 @@ Trunk activations, final states of the unedited model, captured pairs.
 
 A folder of *segments*.  Each process appends to a segment of its own (data first, then an index
 record), so that any number of processes may read and write at once, and a killed one leaves
-nothing worse than an unindexed tail.  Segments are memory-mapped for reading.
+nothing worse than an unindexed tail.  Segments are memory-mapped for reading, and what is read is
+held against its checksum: after a power cut a file may have its length and not yet its content.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import hashlib
 import os
 import struct
 import uuid
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -21,8 +23,11 @@ import numpy
 import torch
 from torch import Tensor
 
-_RECORD = struct.Struct("<16sQQ")  # key, first byte, number of rows
+_RECORD = struct.Struct("<16sQQI")  # key, first byte, number of rows, CRC-32 of them
+INDEX = ".index"
 RECOUNTED = 64_000_000  # bytes that a store keeps before it looks again at what others have kept
+
+Place = tuple[Path, int, int, int]  # of rows: the segment, and what the record says
 
 
 class ActivationStore:
@@ -41,7 +46,7 @@ class ActivationStore:
     def __init__(self, folder: Path | None, width: int, dtype: torch.dtype, budget: int):
         self.width, self.dtype, self.budget = width, dtype, budget
         self._row_bytes = width * dtype.itemsize
-        self._places: dict[bytes, tuple[Path, int, int]] = {}
+        self._places: dict[bytes, Place] = {}
         self._maps: dict[Path, numpy.ndarray] = {}
         self._own: Path | None = None
         self._own_bytes = 0
@@ -51,10 +56,10 @@ class ActivationStore:
 
     def get(self, ids: Sequence[int]) -> Tensor | None:
         """The rows of a question, or None."""
-        place = self._places.get(_key(ids))
+        place = self._places.get(key := _key(ids))
         if place is None:
             return None
-        path, start, rows = place
+        path, start, rows, checksum = place
         stop = start + rows * self._row_bytes
         known = self._maps.get(path)
         if known is None or len(known) < stop:  # our own segment grows
@@ -62,7 +67,11 @@ class ActivationStore:
                 known = self._maps[path] = numpy.memmap(path, dtype=numpy.uint8, mode="r")
             except OSError:  # another run has removed it
                 return None
-        raw = torch.from_numpy(known[start:stop].copy())
+        copied = known[start:stop].copy()
+        if zlib.crc32(copied.data) != checksum:  # to be found, and kept, again
+            del self._places[key]
+            return None
+        raw = torch.from_numpy(copied)
         return raw.view(self.dtype).view(rows, self.width)
 
     def put(self, ids: Sequence[int], rows_TF: Tensor) -> None:
@@ -75,7 +84,7 @@ class ActivationStore:
         All of one call or, where the process is killed, none: who finds a part of what was computed
         together would compute the rest in other company, and round otherwise.
         """
-        records, places, size = b"", dict[bytes, tuple[Path, int, int]](), 0
+        records, places, size = b"", dict[bytes, Place](), 0
         try:
             if self._own is not None and self._own_bytes - self._counted >= RECOUNTED:
                 self._bytes = sum(stat.st_size for _, stat in _segments(self._own.parent))
@@ -90,11 +99,11 @@ class ActivationStore:
                 # Never made anew: another run may have removed it, and then nothing more is kept.
                 with self._own.open("r+b" if self._own_bytes + size else "xb") as data:
                     start = data.seek(self._own_bytes + size)
-                    data.write(wide.view(torch.uint8).numpy().tobytes())
-                records += _RECORD.pack(key, start, rows)
-                places[key], size = (self._own, start, rows), size + more
+                    data.write(raw := wide.view(torch.uint8).numpy().tobytes())
+                records += _RECORD.pack(key, start, rows, checksum := zlib.crc32(raw))
+                places[key], size = (self._own, start, rows, checksum), size + more
             if self._own is not None and records:
-                with self._own.with_suffix(".idx").open("ab") as index:
+                with self._own.with_suffix(INDEX).open("ab") as index:
                     index.write(records)
         except OSError:  # a full disk costs speed, not the run
             self._own = None
@@ -113,7 +122,7 @@ class ActivationStore:
             for _, path, _ in found:
                 if sum(sizes.values()) <= self.budget * 0.9:
                     break
-                path.with_suffix(".idx").unlink(missing_ok=True)
+                path.with_suffix(INDEX).unlink(missing_ok=True)
                 path.unlink(missing_ok=True)
                 del sizes[path]
         except OSError:
@@ -126,13 +135,13 @@ class ActivationStore:
 
     def _read_index(self, path: Path, size: int) -> None:
         try:
-            raw = path.with_suffix(".idx").read_bytes()
+            raw = path.with_suffix(INDEX).read_bytes()
         except OSError:
             return
         whole = len(raw) - len(raw) % _RECORD.size
-        for key, start, rows in _RECORD.iter_unpack(raw[:whole]):
+        for key, start, rows, checksum in _RECORD.iter_unpack(raw[:whole]):
             if start + rows * self._row_bytes <= size:
-                self._places[key] = (path, start, rows)
+                self._places[key] = (path, start, rows, checksum)
 
 
 def _segments(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
