@@ -26,6 +26,7 @@ from malmend.models.cut import Cut
 from malmend.models.sites import Site
 from malmend.models.store import ActivationStore
 from malmend.models.suffix import Suffix, splits
+from malmend.numerics.chunks import padded_chunks
 
 
 @dataclass(frozen=True)
@@ -121,11 +122,8 @@ class Trunk:
         """Micro-batches of like length, longest first, with the indices of their questions."""
         sizes = [len(question.read) + len(question.decoded) for question in questions]
         order = sorted(range(len(questions)), key=lambda i: -sizes[i])
-        start = 0
-        while start < len(order):
-            count = max(1, self.settings.batch_tokens // sizes[order[start]])
-            chosen = order[start : start + count]
-            start += count
+        for rows in padded_chunks([sizes[i] for i in order], self.settings.batch_tokens):
+            chosen = order[rows]
             yield chosen, self.batch([questions[i] for i in chosen])
 
     def batch(self, questions: Sequence[Encoded]) -> Batch:

@@ -36,7 +36,7 @@ from malmend.numerics.prior import Prior, PriorGrads, cholesky
 
 Summed = Callable[[Tensor], Tensor]
 ROWS = 4096  # that are made float64 at once
-BLOCK = 384  # columns of a block of the Gram matrix
+BLOCK = 384  # rows or columns of a K x K matrix that are taken at once
 
 
 class RidgeGrads(NamedTuple):
@@ -217,7 +217,7 @@ class RidgeFactor:
         weights = tuple(
             -sum(
                 (self._wide(matrix_KK[rows]) * cross_KK[rows]).sum().item()
-                for rows in chunks(len(cross_KK), ROWS)
+                for rows in chunks(len(cross_KK), BLOCK)
             )
             for matrix_KK in self.prior.matrices_KK
         )
