@@ -13,6 +13,7 @@ import malmend
 from command_support import CALIBRATION, make_facts
 from malmend import workbench
 from malmend.commands.choice import choose
+from malmend.commands.learn import learn
 from malmend.editors.checkpoint import load_editor, save_editor, seen_in_training
 from malmend.editors.network import NetworkSettings
 from malmend.editors.refine import RefineSettings
@@ -21,6 +22,7 @@ from malmend.errors import EditorError, MalmendError
 from malmend.facts.fact import subject_hash
 from malmend.facts.readers import read_facts
 from malmend.material import calibrated
+from malmend.methods.trained import TRAINED
 from malmend.models.sites import find_sites
 from malmend.workbench import lay_out, shipped
 
@@ -167,3 +169,15 @@ def test_the_editors_of_the_package_can_be_read_and_saw_no_test_fact():
     test, train = ([f for f in known if tag in f.tags] for tag in ("test", "train"))
     assert saved.seen(test) == 0
     assert saved.seen(train) > 0.3 * len(train)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_another_trained_method_says_what_it_was_trained_on_too(name, tiny, tmp_path):
+    small = {"enn": {"inner_steps": 1}, "ke": {"hidden": 4, "facts_per_step": 2}}[name]
+    facts = make_facts(4, seed=5)
+    settings = TRAINED[name].settings(steps=1, layers=2, **small)
+    learn(tiny.loaded, facts[:3], tmp_path, name, settings)
+    patch = malmend.edit(tiny.loaded, facts, editor=tmp_path).patch
+    assert patch.provenance["trained_on"] == 3
+    assert malmend.eval(tiny.loaded, facts, patch).about["trained_on"] == 3
+    assert malmend.eval(tiny.loaded, facts[3:], patch).about["trained_on"] == 0

@@ -7,10 +7,11 @@ fingerprint of its weights.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from malmend.editors.checkpoint import seen_in_training
 from malmend.errors import FactsError, MalmendError
@@ -32,7 +33,7 @@ from malmend.models.load import (
 from malmend.models.sites import Site
 from malmend.models.source import cache_folder
 from malmend.models.trunk import Trunk, TrunkSettings
-from malmend.patch import Patch, check_bare
+from malmend.patch import check_bare
 
 LONGEST = 512  # tokens of a question, answer and end token included
 
@@ -183,13 +184,13 @@ def shipped_editor(base: str) -> Path | None:
     return None
 
 
-def trained_on(patch: Patch, facts: Sequence[Fact]) -> int | None:
-    """How many of the facts the patch's editor learned from; None where that is not known.
+def trained_on(said: Mapping[str, Any], facts: Sequence[Fact]) -> int | None:
+    """How many of the facts a patch's editor learned from; None where that is not known.
 
     The editor is known by its identity: under its name another one may lie by now, and the name of
     a patch's header is never taken for a path inside the package.
     """
-    name, identity = (patch.provenance.get(entry) for entry in ("editor", "editor_id"))
+    name, identity = said.get("editor"), said.get("editor_id")
     if not isinstance(name, str) or not isinstance(identity, str):
         return None
     carried = shipped("editors").glob("*/editor.json")

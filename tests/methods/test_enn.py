@@ -16,6 +16,7 @@ from torch.func import functional_call
 import malmend.methods.enn as enn
 import tiny
 from command_support import make_facts
+from malmend.editors.checkpoint import identity_of
 from malmend.errors import EditorError, MalmendError
 from malmend.facts.fact import Question
 from malmend.methods.enn import Enn, EnnSettings
@@ -455,7 +456,7 @@ def test_a_folder_that_is_damaged(tmp_path):
         ("log_rates", tensors["log_rates"] * float("nan")),
     ):
         save_file({**tensors, name: spoilt.contiguous()}, weights)
-        about.write_text(json.dumps({**good, "identity": enn.identity_of(weights.read_bytes())}))
+        about.write_text(json.dumps({**good, "identity": identity_of(weights)}))
         refused("is damaged .*(shapes|NaN)")
 
 

@@ -81,13 +81,10 @@ class Choice:
         learned = f", trained on {facts:,} facts" if isinstance(facts, int) else ""
         return f"Editor: {self.name}{learned}."
 
-    def provenance(self, facts: Sequence[Fact]) -> dict[str, Any]:
-        """What a patch says of the editor that made it: name, identity, and what it had seen."""
-        if self.saved is None:
-            return {"editor": self.name}
-        seen = self.saved.seen(facts)
-        known = {} if seen is None else {"trained_on": seen}
-        return {"editor": self.name, "editor_id": self.saved.identity, **known}
+    def provenance(self) -> dict[str, Any]:
+        """What a patch says of the editor that made it: name and identity."""
+        identity = {} if self.saved is None else {"editor_id": self.saved.identity}
+        return {"editor": self.name, **identity}
 
     def editor(
         self,
@@ -226,7 +223,7 @@ class ByEditor:
             known,
         )
         found = find_by_editor(bench, editor, facts, self.refine, held, progress, self.processes)
-        said = {**self.choice.provenance(facts), **found.said}
+        said = {**self.choice.provenance(), **found.said}
         return replace(found, said=said, once=once)
 
 

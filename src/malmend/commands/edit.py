@@ -44,6 +44,7 @@ from malmend.workbench import (
     encoder_for,
     lay_out,
     opened,
+    trained_on,
     within_memory,
 )
 
@@ -256,6 +257,7 @@ def _header(
 ) -> dict[str, Any]:
     """What the patch says of itself."""
     known = found.said.get("settings", settings_of(method))
+    seen = trained_on(found.said, facts.facts)
     return {
         "malmend": version("malmend"),
         "torch": version("torch"),
@@ -271,6 +273,7 @@ def _header(
         "facts_sha256": facts_digest(facts),
         **said,
         **found.said,
+        **({} if seen is None else {"trained_on": seen}),
         "settings": {"end_of_answer": method.end_of_answer, **known},
     }
 

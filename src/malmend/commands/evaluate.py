@@ -191,7 +191,7 @@ def _about(loaded: LoadedModel, facts: FactSet, patch: Patch | None) -> dict[str
         "device": places_of(loaded.model),
         "facts_source": facts.source,
         "skipped": len(facts.skipped),
-        "trained_on": None if patch is None else trained_on(patch, facts),
+        "trained_on": None if patch is None else trained_on(patch.provenance, facts),
         "patch": dict(patch.provenance) if patch else None,
     }
 

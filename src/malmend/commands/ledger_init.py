@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import getpass
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from malmend.commands.choice import Choice, choose
 from malmend.commands.edit import now
@@ -177,15 +176,12 @@ def _about(
     )
     loaded = bench.loaded
     where = Path(loaded.name)
-    editor: Mapping[str, Any] = {
-        name: value for name, value in chosen.provenance(()).items() if name != "trained_on"
-    }
     return About(
         model=str(where.absolute()) if where.exists() else loaded.name,
         base=loaded.fingerprint,
         dtype=str(loaded.model.dtype).removeprefix("torch."),
         form=loaded.reading.form,
-        editor=editor,
+        editor=chosen.provenance(),
         identity=identity,
         weight_norm=square**0.5,
         rule=rule,

@@ -20,7 +20,7 @@ from malmend.editors.train_settings import TrainSettings
 from malmend.editors.training import StepRecord, Trainer, estimate_seconds, rehearse, step_bytes
 from malmend.errors import EditorError, MalmendError
 from malmend.facts.encoded import settled
-from malmend.facts.fact import Fact, FactSet, Question, subject_hash
+from malmend.facts.fact import Fact, FactSet, Question, subject_hashes
 from malmend.facts.lint import leaks
 from malmend.facts.readers import read_questions
 from malmend.files import only_writer, reason, writable_folder
@@ -281,7 +281,7 @@ def _about(
         "facts_source": facts.source,
         "facts_sha256": hashlib.sha256(repr(learned).encode()).hexdigest(),
         "locality_sha256": hashlib.sha256(repr(list(others)).encode()).hexdigest(),
-        "subjects": "".join(sorted({subject_hash(f.subject or f.prompt) for f in facts})),
+        "subjects": subject_hashes(facts),
         "training": asdict(settings),
     }
 

@@ -69,7 +69,7 @@ def seen_in_training(folder: Path, identity: str, facts: Sequence[Fact]) -> int 
     """
     try:
         about = json.loads((folder / "editor.json").read_text(encoding="utf-8"))
-        return _seen(about, facts) if _identity(_weights(folder, about)) == identity else None
+        return _seen(about, facts) if identity_of(_weights(folder, about)) == identity else None
     except (OSError, EditorError, *_MALFORMED):
         return None
 
@@ -82,7 +82,7 @@ def _weights(folder: Path, about: Mapping[str, Any]) -> Path:
     return folder / name
 
 
-def _identity(weights: Path) -> str:
+def identity_of(weights: Path) -> str:
     """The first 24 hexadecimal digits of the SHA-256 of the weights' file."""
     with open(weights, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:24]
@@ -170,7 +170,7 @@ def load_editor(folder: str | Path) -> SavedEditor:
         tensors = _whole(load_file(weights))
         settings = _settings(about["settings"])
         editor = _rebuilt(settings, about["sites"], tensors)
-        return SavedEditor(editor, about, _identity(weights))
+        return SavedEditor(editor, about, identity_of(weights))
     except EditorError:
         raise
     except (OSError, SafetensorError, *_MALFORMED) as error:

@@ -104,6 +104,11 @@ def subject_hash(subject: str) -> str:
     return hashlib.sha256(plain.encode()).hexdigest()[:10]
 
 
+def subject_hashes(facts: Iterable[Fact]) -> str:
+    """The hashes of all subjects, of facts without one of their prompts, each once, joined."""
+    return "".join(sorted({subject_hash(fact.subject or fact.prompt) for fact in facts}))
+
+
 def facts_digest(facts: Iterable[Fact]) -> str:
     """SHA-256 over prompts and answers, in order: what is edited in."""
     digest = hashlib.sha256()

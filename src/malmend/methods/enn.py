@@ -29,7 +29,6 @@ Shape letters: A answer tokens, H hidden width, V value width, K key width, S si
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,11 +39,12 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
+from malmend.editors.checkpoint import identity_of
 from malmend.errors import EditorError, ModelError
 from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact
@@ -187,10 +187,9 @@ def _read(folder: str) -> tuple[dict[str, Any], EnnSettings, dict[str, Tensor]]:
         about = json.loads((path / "editor.json").read_text(encoding="utf-8"))
         if about.get("method") != "enn":
             raise EditorError(f"The editor in {folder} is none of ENN; give one that is.")
-        raw, sites = (path / WEIGHTS).read_bytes(), about["sites"]
-        if identity_of(raw) != about["identity"]:
+        tensors, sites = load_file(path / WEIGHTS), about["sites"]
+        if identity_of(path / WEIGHTS) != about["identity"]:
             raise ValueError("its weights are not those that it names")
-        tensors = load(raw)
         checked(tensors, {**sites, "log_rates": [len(sites)]})
         return about, EnnSettings(**about["settings"]), tensors
 
@@ -204,11 +203,6 @@ def whole(path: Path, otherwise: str) -> Iterator[None]:
         raise
     except _MALFORMED as error:
         raise EditorError(f"{path} is damaged ({reason(error)}); {otherwise}.") from error
-
-
-def identity_of(raw: bytes) -> str:
-    """What tells weights from others, as of every editor."""
-    return hashlib.sha256(raw).hexdigest()[:24]
 
 
 def checked(tensors: Mapping[str, Tensor], shapes: Mapping[str, list[int]]) -> None:

@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from malmend.editors.checkpoint import identity_of
 from malmend.editors.resuming import FREE, read_training, save_training
 from malmend.errors import EditorError, MalmendError
 from malmend.facts.encoded import Encoded
-from malmend.facts.fact import Fact, Question, subject_hash
+from malmend.facts.fact import Fact, Question, subject_hashes
 from malmend.files import writable_folder, written_beside
 from malmend.methods.enn import (
     WEIGHTS,
@@ -29,7 +30,6 @@ from malmend.methods.enn import (
     copies,
     descended,
     held,
-    identity_of,
     products,
     shapes_of,
     slope_at,
@@ -186,10 +186,10 @@ class EnnTrainer:
             "seed": self.settings.seed,
             "step": self.step,
             "weights": WEIGHTS,
-            "identity": identity_of((folder / WEIGHTS).read_bytes()),
+            "identity": identity_of(folder / WEIGHTS),
             "model": self.bench.loaded.name,
             "facts": len(self.facts),
-            "subjects": "".join(sorted({subject_hash(f.subject or f.prompt) for f in self.facts})),
+            "subjects": subject_hashes(self.facts),
         }
         state = {f"{i}.value": one.detach().cpu() for i, one in enumerate(self.parameters)}
         for index, kept in self.optimiser.state_dict()["state"].items():

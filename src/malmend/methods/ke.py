@@ -51,6 +51,7 @@ from malmend.models.sites import Site, find_sites
 from malmend.progress import Progress, counted
 from malmend.workbench import Workbench
 
+WEIGHTS = "editor.safetensors"
 SCALE = 1e-3  # of every shift, as published
 
 
@@ -245,6 +246,8 @@ class Ke:
                 totals[name] += shift_VK.detach()
             count(1)
         said = {"settings": asdict(settings), "editor": self.folder}
+        if "identity" in about:  # folders of earlier versions have none
+            said["editor_id"] = about["identity"]
         return Found(totals, max(min(site.shape_VK) for site in sites), said)
 
     @property
@@ -254,7 +257,7 @@ class Ke:
             about = json.loads((folder / "editor.json").read_text(encoding="utf-8"))
             if about["method"] != "ke":
                 raise ValueError(f"it is of the method {about['method']!r}")
-            tensors = load_file(folder / "editor.safetensors")
+            tensors = load_file(folder / WEIGHTS)
             settings = KeSettings(**about["settings"])
             network = Network(settings, tensors["marks_2H"].shape[1], about["sites"])
             fill(network, tensors)

@@ -15,12 +15,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from malmend.editors.checkpoint import identity_of
 from malmend.editors.metaloss import Judged, meta_loss
 from malmend.editors.resuming import FREE, read_training, save_training
 from malmend.errors import EditorError
-from malmend.facts.fact import Fact, Question
+from malmend.facts.fact import Fact, Question, subject_hashes
 from malmend.files import reason, written_beside
-from malmend.methods.ke import KeSettings, Network, check_base, fill, heard, shifts_of
+from malmend.methods.ke import WEIGHTS, KeSettings, Network, check_base, fill, heard, shifts_of
 from malmend.patch import shifted
 from malmend.workbench import Workbench
 
@@ -137,13 +138,16 @@ class KeTrainer:
             "step": self.step,
             "sites": self.network.sites,
             "data_sha256": self._data(),
+            "facts": len(self.facts),
+            "subjects": subject_hashes(self.facts),
         }
         state = {f"network.{name}": one for name, one in tensors.items()}
         for index, kept in self.optimiser.state_dict()["state"].items():
             state |= {f"optimiser.{index}.{name}": value for name, value in kept.items()}
         save_training(state, {**about, "multiplier": self.multiplier}, folder)
-        with written_beside(folder / "editor.safetensors") as beside:
+        with written_beside(folder / WEIGHTS) as beside:
             save_file({name: one.float() for name, one in tensors.items()}, beside)
+        about |= {"weights": WEIGHTS, "identity": identity_of(folder / WEIGHTS)}
         with written_beside(folder / "editor.json") as beside:
             beside.write_text(json.dumps(about, indent=2, allow_nan=False))
 
