@@ -20,6 +20,7 @@ from malmend.files import (
     part_of,
     prune,
     writable,
+    writable_folder,
     written_beside,
 )
 
@@ -360,3 +361,19 @@ def test_a_device_or_pipe_is_no_file_to_write(tmp_path):
         writable(pipe)
     assert pipe.is_fifo()
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_folder_may_hold_anything(tmp_path):
+    (tmp_path / "runs" / "probe").mkdir(parents=True)
+    assert writable_folder(tmp_path / "runs") == tmp_path / "runs"
+    assert [one.name for one in (tmp_path / "runs").iterdir()] == ["probe"]
+
+
+def test_a_folder_that_a_link_leads_to_is_filled_and_the_link_stays(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (link := tmp_path / "out").symlink_to(tmp_path / "elsewhere")
+    with folder_beside(link) as beside:
+        (beside / "one").write_text("hours of work")
+    assert link.is_symlink()
+    assert (tmp_path / "elsewhere" / "one").read_text() == "hours of work"
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["elsewhere", "out"]

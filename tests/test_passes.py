@@ -14,7 +14,7 @@ import torch
 import command_support
 import malmend
 from command_support import CALIBRATION, make_facts
-from malmend import show
+from malmend import show, workbench
 from malmend.commands import choice
 from malmend.commands.choice import ByEditor, choose
 from malmend.editors import draws, halfway, restore, settle
@@ -29,7 +29,10 @@ from malmend.facts.tokens import Encoder, Reading
 from malmend.material import to_hold
 from malmend.methods import by_editor
 from malmend.methods.ultraedit import UltraEdit
+from malmend.models import budget
+from malmend.models.budget import MemoryPlan
 from malmend.models.sites import find_sites
+from malmend.numerics.ridge import RidgeFactor
 from malmend.processes import Processes
 from malmend.workbench import encoder_for, lay_out
 
@@ -314,6 +317,30 @@ def test_a_budget_is_planned_with_the_lines_that_are_held(tiny, briefly):
     assert edits.beside(bench, few) - none.beside(bench, few) == tokens * width * 4
 
 
+@pytest.mark.parametrize("tokens", ["answer", "all"])
+@pytest.mark.parametrize("refine", [RefineSettings(rounds=0), ONCE])
+def test_a_budget_is_planned_with_all_rows_that_a_solve_has(tokens, refine, tiny, monkeypatch):
+    planned, solved = list[int](), list[int]()
+
+    def plan(_trunk, _questions, _memory, tokens, _extra, _also, rows):
+        planned.append(rows)
+        return MemoryPlan(10**10, 0, 640, 10**9)
+
+    class Noted(RidgeFactor):
+        def __init__(self, keys_NK, *given):
+            super().__init__(keys_NK, *given)
+            solved.append(len(keys_NK))
+
+    monkeypatch.setattr(workbench, "plan_memory", plan)
+    settings = replace(training_free(), tokens=tokens, layers=2, eta=1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr("malmend.editors.malmen.RidgeFactor", Noted)
+        malmend.edit(tiny.loaded, FEW, settings=settings, refine=refine, memory="9GB", **own(tiny))
+    assert max(solved) <= planned[0] <= 2 * max(solved)
+    if refine is ONCE:
+        assert set(solved) == set(planned)
+
+
 @pytest.mark.parametrize(
     ("said", "line"),
     [
@@ -528,7 +555,6 @@ def test_chat_without_a_template_is_refused_before_the_model_is_read(tiny, monke
 @pytest.mark.skipif(sys.platform != "linux", reason="read from Linux's accounting")
 def test_within_a_budget_the_patch_is_the_same_and_the_peak_is_said(tiny, monkeypatch):
     from malmend import memory
-    from malmend.models import budget
 
     twice = own(tiny) | {"refine": RefineSettings(passes=2)}
     plain = malmend.edit(tiny.loaded, make_facts(9), **twice)

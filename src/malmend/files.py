@@ -139,7 +139,13 @@ def writable(path: str | Path, *inputs: object) -> Path:
         raise MalmendError(
             f"There is no folder {place.parent} to write {place.name} into; make it first."
         )
-    probe = part_of(place)
+    _check_takes_files(place.parent, path)
+    return path
+
+
+def _check_takes_files(folder: Path, path: Path) -> None:
+    """Raises MalmendError, about ``path``, where no file can be made in the folder."""
+    probe = part_of(folder / "probe")
     try:
         probe.touch()
         probe.unlink()
@@ -147,7 +153,6 @@ def writable(path: str | Path, *inputs: object) -> Path:
         raise MalmendError(
             f"{path} cannot be written ({reason(error)}); give another path."
         ) from error
-    return path
 
 
 def writable_folder(path: str | Path) -> Path:
@@ -167,7 +172,7 @@ def writable_folder(path: str | Path) -> Path:
         raise MalmendError(
             f"{path} cannot be made ({reason(error)}); give another path."
         ) from error
-    writable(path / "probe")
+    _check_takes_files(path, path)
     return path
 
 
@@ -179,12 +184,13 @@ def folder_beside(path: str | Path) -> Iterator[Path]:
         MalmendError: ``path`` holds files, or cannot be written; nothing is left.
     """
     path = new_folder(path)
-    beside = part_of(path)
+    place = _followed(path)
+    beside = part_of(place)
     try:
         beside.mkdir()
         yield beside
         synced(beside)
-        os.replace(beside, path)
+        os.replace(beside, place)
     except (OSError, SafetensorError) as error:
         raise MalmendError(
             f"{path} cannot be written ({reason(error)}); give another path."
@@ -203,9 +209,10 @@ def new_folder(path: str | Path) -> Path:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         what = "holds files already" if path.is_dir() else "is a file"
         raise MalmendError(f"{path} {what}, expected a new folder; give another path.")
-    if not path.parent.is_dir():
-        raise MalmendError(f"There is no folder {path.parent} to make {path.name} in.")
-    writable(path.with_name(f".{path.name}.probe"))
+    place = _followed(path)
+    if not place.parent.is_dir():
+        raise MalmendError(f"There is no folder {place.parent} to make {place.name} in.")
+    _check_takes_files(place.parent, path)
     return path
 
 

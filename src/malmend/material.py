@@ -62,15 +62,14 @@ def calibrated(
     """
     known, words, general = _calibration_data(bench, facts, text, settings)
     general = [*general, *questions]
-    # The network's size changes nothing that is calibrated.
-    plain = replace(editor_settings, network=replace(editor_settings.network, blocks=0))
-    key = calibration_key(bench.loaded.digest, bench.trunk, plain, settings, known, words, general)
+    given = (bench.loaded.digest, bench.trunk, editor_settings, settings)
+    key = calibration_key(*given, known, words, general)
     path = cache_folder() / "calibrations" / f"{key}.safetensors"
     return kept(
         path,
         load_calibration,
         lambda: calibrate(
-            bench.trunk, bench.encoder, plain, known, words, settings, progress, general
+            bench.trunk, bench.encoder, editor_settings, known, words, settings, progress, general
         ),
         save_calibration,
         MOST_KEPT,

@@ -73,11 +73,12 @@ def within_memory(
     extra: Callable[[Sequence[Encoded]], int] = lambda _questions: 0,
     also: Callable[[Sequence[Encoded]], object] | None = None,
     tokens: Tokens = "auto",
+    rows: Callable[[Sequence[Encoded]], int] | None = None,
 ) -> tuple[Workbench, MemoryPlan | None]:
     """The bench within a budget such as "4GB", and how it is spent; as it is without one.
 
-    ``also`` and ``tokens`` as of :func:`malmend.models.budget.plan_memory`, and ``extra`` gives its
-    own of the edits' questions.
+    ``also`` and ``tokens`` as of :func:`malmend.models.budget.plan_memory`; ``extra`` and ``rows``
+    give its own of the edits' questions.
 
     Raises:
         MalmendError: as :func:`malmend.models.budget.plan_memory`.
@@ -85,7 +86,8 @@ def within_memory(
     if memory is None:
         return bench, None
     questions = bench.encoder.encode_all(fact.question for fact in facts)
-    plan = plan_memory(bench.trunk, questions, memory, tokens, extra(questions), also)
+    solved = None if rows is None else rows(questions)
+    plan = plan_memory(bench.trunk, questions, memory, tokens, extra(questions), also, solved)
     spill = cache_folder() / "spill"
     return replace(bench, trunk=within(bench.trunk, plan, spill)), plan
 

@@ -15,9 +15,10 @@ import yaml
 import command_support
 import malmend
 from command_support import malmend as command
+from malmend.bench import asking as asking_module
 from malmend.bench import run as bench_module
 from malmend.bench.asking import Asking
-from malmend.bench.cell import drawn
+from malmend.bench.cell import drawn, run_cell
 from malmend.bench.plan import Plan, Way, read_plan, way_of
 from malmend.bench.results import NAME, Results
 from malmend.bench.run import bench, bench_plot, bench_table
@@ -28,7 +29,9 @@ from malmend.editors.refine import RefineSettings
 from malmend.editors.settings import EditorSettings
 from malmend.errors import MalmendError
 from malmend.methods.ft import FineTuning, FineTuningKL
+from malmend.models.sites import find_sites
 from malmend.numerics.moments import RunningMoments
+from malmend.progress import silent
 
 tiny = command_support.tiny
 cache = command_support.cache
@@ -582,6 +585,29 @@ def test_another_draw_or_decode_is_asked_anew(tiny):
         spoken = [row.unedited[0].generated is not None for row in rows]
         assert spoken == [at < decode for at in range(2)]
         assert [row.edited[0].generated is not None for row in rows] == spoken
+
+
+def test_text_is_read_once_unedited_and_not_for_facts_alone(tiny, tmp_path, monkeypatch):
+    (text := tmp_path / "text").write_text("In Ora lies a hall.\n" * 9)
+    read = list[bool]()
+    own = asking_module.perplexity
+
+    def noted(loaded, words):
+        weight = find_sites(loaded.model)[-1].weight
+        read.append(torch.equal(weight, plain))
+        return own(loaded, words)
+
+    plain = find_sites(tiny.loaded.model)[-1].weight.detach().clone()
+    monkeypatch.setattr(asking_module, "perplexity", noted)
+    way = {"ft": {**METHODS["ft"]}}
+    plan = Plan(("m",), "f", way, sizes=(2,), protocols=("alone", "together"), text=str(text))
+    asking = Asking(tiny.loaded, plan)
+    for seed in (0, 1):
+        facts = command_support.make_facts(2, seed=seed)
+        rows = {c.protocol: run_cell(asking, c, facts, silent) for c in plan.cells()}
+        assert rows["alone"]["perplexity"] == {}
+        assert rows["together"]["perplexity"].keys() == {"unedited", "edited"}
+    assert read == [True, False, False]
 
 
 def test_two_benches_in_one_folder_lose_nothing(tmp_path):

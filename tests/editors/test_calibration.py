@@ -313,6 +313,7 @@ def test_the_key_names_what_the_calibration_depends_on():
         key(editor=replace(EDITOR, prior="identity")),
         key(editor=replace(EDITOR, prior="text")),
         key(editor=replace(EDITOR, eta=0.5)),
+        key(editor=replace(EDITOR, network=NetworkSettings(normalise=False))),
         key(settings=replace(SMALL, etas=(0.3, 1.1))),
         key(settings=replace(SMALL, text_tokens=61)),
         key(settings=replace(SMALL, asked=2.5)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +16,12 @@ from malmend.editors.mend import Mend
 from malmend.editors.pseudo import Pseudo
 from malmend.editors.refine import RefineSettings
 from malmend.editors.settings import training_free
+from malmend.methods.solves import Solves
 from malmend.models.capture import capture
 from malmend.models.descent import Descent
 from malmend.numerics.prior import Prior
+from malmend.processes import ALONE, Processes
+from malmend.progress import silent
 from malmend.workbench import lay_out
 
 tiny = command_support.tiny
@@ -88,3 +92,28 @@ def test_residuals_before_and_after_against_a_loop_over_tokens(method, tiny):
             by_site.append(sum(ratios) / len(ratios))
         assert said[key] == pytest.approx(sum(by_site) / len(by_site), rel=1e-3)
     assert said["residual_after"] != pytest.approx(said["mean_residual"], rel=1e-3)
+
+
+def test_of_several_processes_it_is_the_same_where_tokens_that_ask_nothing_are_spread_unevenly():
+    made = torch.Generator().manual_seed(0)
+    shift_VK, keys_NK, diffs_NV = (
+        torch.randn(*shape, dtype=torch.float64, generator=made)
+        for shape in ((3, 4), (8, 4), (8, 3))
+    )
+    diffs_NV[2::2] = 0  # all but one of the first process's
+    editor = SimpleNamespace(names=["one"], device=torch.device("cpu"), settings=training_free())
+    told: list[tuple[float, ...]] = []
+
+    class Noted(Processes):
+        def total(self, *numbers: float) -> list[float]:
+            told.append(numbers)
+            return list(numbers)
+
+    def of(rows: slice, processes: Processes) -> float:
+        solves = Solves(editor, [len(keys_NK[rows])], silent, processes)
+        return solves.mean_residual({"one": shift_VK}, [keys_NK[rows]], [diffs_NV[rows]])
+
+    for rank in range(2):
+        of(slice(rank, None, 2), Noted(rank, 2))
+    total, count = (sum(one) for one in zip(*told, strict=True))
+    assert total / count == pytest.approx(of(slice(None), ALONE), rel=1e-12)

@@ -14,7 +14,7 @@ import torch
 from malmend.errors import MalmendError
 from malmend.numerics import ridge
 from malmend.numerics.prior import Prior
-from malmend.numerics.ridge import RidgeFactor, mean_residual
+from malmend.numerics.ridge import RidgeFactor, residuals
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 K, V = 6, 4
@@ -311,7 +311,7 @@ def test_what_neither_keys_nor_matrices_hold_is_refused_in_both_forms(tokens, ri
 # --- residual
 
 
-def test_mean_residual_equals_a_loop():
+def test_residuals_equal_a_loop():
     keys, diffs, shift = problem(5)
     diffs[2] = 0.0
     ratios = []
@@ -323,15 +323,15 @@ def test_mean_residual_equals_a_loop():
         miss = sum((r - d) ** 2 for r, d in zip(reached, diff, strict=True)) ** 0.5
         ratios.append(miss / size)
     assert len(ratios) == 4
-    assert mean_residual(shift, keys, diffs) == pytest.approx(sum(ratios) / 4, rel=1e-12)
+    assert residuals(shift, keys, diffs) == (pytest.approx(sum(ratios), rel=1e-12), 4)
 
 
-def test_mean_residual_of_nothing_done_of_all_done_and_of_nothing_asked():
+def test_residuals_of_nothing_done_of_all_done_and_of_nothing_asked():
     keys, diffs, _ = problem(3)
-    assert mean_residual(torch.zeros(V, K), keys.float(), diffs.float()) == pytest.approx(1.0)
+    assert residuals(torch.zeros(V, K), keys.float(), diffs.float()) == (pytest.approx(3.0), 3)
     exact = RidgeFactor(keys, Prior(0.0)).shift(diffs)
-    assert mean_residual(exact, keys, diffs) < 1e-12
-    assert mean_residual(exact, keys, torch.zeros(3, V)) == 0.0
+    assert residuals(exact, keys, diffs)[0] < 1e-12
+    assert residuals(exact, keys, torch.zeros(3, V)) == (0.0, 0)
 
 
 # --- inputs
@@ -354,7 +354,7 @@ def test_inputs_are_not_changed(tokens, prior_name, dtype):
     given.append(shift)
     before.append(shift.clone())
     factor.backward(grad, diffs, shift)
-    mean_residual(grad, keys, diffs)
+    residuals(grad, keys, diffs)
     for tensor, copy in zip(given, before, strict=True):
         assert torch.equal(tensor, copy)
 
@@ -381,4 +381,4 @@ def test_weighted_rows_by_autograd(tokens, prior_name, at_once, monkeypatch):
     torch.testing.assert_close(found.diffs_NV, asked.grad, **EXACT)
     torch.testing.assert_close(found.weights_N, weights.grad, **EXACT)
     miss = (keys @ shift.detach().T - diffs).norm(dim=1) / diffs.norm(dim=1)
-    assert mean_residual(shift.detach(), keys, diffs) == pytest.approx(miss.mean().item())
+    assert residuals(shift.detach(), keys, diffs) == (pytest.approx(miss.sum().item()), tokens)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from malmend.bench.plan import Plan
 from malmend.evaluation.examiner import Examiner
@@ -42,23 +43,31 @@ class Asking:
         self.words = None if plan.text == "none" else read_text(plan.text)
         self._of: tuple[tuple[Fact, ...], EndOfAnswer, int] | None = None
         self._known: FactSet
-        self._unedited: tuple[Examiner, Replies, float | None]
+        self._unedited: tuple[Examiner, Replies]
 
-    def patched(self, facts: Sequence[Fact], patch: Patch, decode: int) -> Asked:
-        """With a patch on."""
+    @cached_property
+    def _plain(self) -> float | None:
+        """Perplexity of the unedited model, which no draw of facts changes."""
+        return self._surprise()
+
+    def patched(
+        self, facts: Sequence[Fact], patch: Patch, decode: int, reads: bool = True
+    ) -> Asked:
+        """With a patch on, which also ``reads`` the plan's text."""
         ends = patch.provenance["settings"]["end_of_answer"]
-        first, before, plain = self._before(facts, ends, decode)
+        first, before = self._before(facts, ends, decode)
+        plain = self._plain if reads else None
         examiner = self._examiner(sites_of(self.loaded.model, patch), ends)
         examiner.measures_against(first)
         with applied(self.loaded, patch):
             after = examiner.examine(self._known, decode)
-            said = self._surprise()
+            said = self._surprise() if reads else None
         both = {} if plain is None or said is None else {"unedited": plain, "edited": said}
         return Asked(rows_of(self._known, before, after), both)
 
     def read_by(self, facts: Sequence[Fact], encoder: Encoder, decode: int) -> Asked:
         """The unedited model, its prompts as another encoder reads them."""
-        first, before, _ = self._before(facts, encoder.end_of_answer, decode)
+        first, before = self._before(facts, encoder.end_of_answer, decode)
         examiner = self._examiner(find_sites(self.loaded.model), encoder.end_of_answer)
         examiner.measures_against(first)
         examiner.encoder = encoder
@@ -78,13 +87,13 @@ class Asking:
 
     def _before(
         self, facts: Sequence[Fact], ends: EndOfAnswer, decode: int
-    ) -> tuple[Examiner, Replies, float | None]:
+    ) -> tuple[Examiner, Replies]:
         if self._of != (tuple(facts), ends, decode):
             self._of = None
             self._known = self.known(facts)
             first = self._examiner(find_sites(self.loaded.model), ends)
             replies = first.examine(self._known, decode, remember=True)
-            self._unedited = (first, replies, self._surprise())
+            self._unedited = (first, replies)
             self._of = (tuple(facts), ends, decode)
         return self._unedited
 

@@ -57,8 +57,9 @@ def run_cell(
     done = _Done([], [], 0.0, None)
     for index, draw in enumerate(draws):
         left = max(0, asking.plan.decode - index)
-        done = _one(asking, way, draw, left, done, progress if len(draws) == 1 else silent)
-        if len(draws) > 1:
+        together = len(draws) == 1
+        done = _one(asking, way, draw, left, done, progress if together else silent, together)
+        if not together:
             progress("each fact alone", (index + 1) / len(draws))
     rows = [_of(index, row) for index, row in enumerate(r for one in done.asked for r in one.rows)]
     before = Replies([one for row in rows for one in row.unedited])
@@ -72,7 +73,7 @@ def run_cell(
         "seed": cell.seed,
         "unedited": {kind: asdict(one) for kind, one in scores(before).items()},
         "edited": {kind: asdict(one) for kind, one in scores(after, before).items()},
-        "perplexity": dict(done.asked[0].perplexity) if len(draws) == 1 else {},
+        "perplexity": dict(done.asked[0].perplexity),
         "edit_seconds": done.edit_seconds,
         "edit_bytes": done.memory,
         "seconds": time.perf_counter() - start,
@@ -83,9 +84,15 @@ def run_cell(
 
 
 def _one(
-    asking: Asking, way: Way, facts: list[Fact], decode: int, done: _Done, progress: Progress
+    asking: Asking,
+    way: Way,
+    facts: list[Fact],
+    decode: int,
+    done: _Done,
+    progress: Progress,
+    reads: bool,
 ) -> _Done:
-    """Facts that are edited together, behind those that are done."""
+    """Facts that are edited together, behind those that are done; ``reads`` as in Asking."""
     if way.context is not None:
         encoder = encoder_for(asking.loaded)
         behind = ContextEncoder(encoder, list(asking.known(facts)), way.context.shown)
@@ -104,7 +111,7 @@ def _one(
             refine=way.refine,
             progress=progress,
         )
-    asked = asking.patched(facts, edited.patch, decode)
+    asked = asking.patched(facts, edited.patch, decode, reads)
     return _Done(
         [*done.asked, asked],
         [*done.patches, edited.patch],

@@ -15,7 +15,7 @@ KINDS = {
     "calibrations": "what a model is calibrated on, and what it surely says",
     "settling": "edits whose patch is not written yet",
     "spill": "captured tensors of runs that were killed",
-    "models": "configurations and tokenizers made of GGUF files",
+    "models": "models made of GGUF files",
 }
 
 
@@ -31,11 +31,12 @@ class Cached:
 
 @dataclass(frozen=True)
 class CacheResult:
-    """The cache's folder and what it holds, or held before it was cleared."""
+    """The cache's folder and what it holds, or held before it was cleared, and what is left."""
 
     folder: Path
     kinds: tuple[Cached, ...]
     cleared: bool
+    left: tuple[Cached, ...] = ()
 
 
 def cache(clear: bool = False) -> CacheResult:
@@ -49,10 +50,17 @@ def cache(clear: bool = False) -> CacheResult:
     """
     folder = cache_folder()
     found = tuple(_of(folder, kind, what) for kind, what in KINDS.items())
-    if clear:
-        for kind in KINDS:  # never what else lies in a folder that MALMEND_CACHE names
-            shutil.rmtree(folder / kind, ignore_errors=True)
-    return CacheResult(folder, found, clear)
+    for kind in KINDS if clear else ():  # never what else lies in a folder that MALMEND_CACHE names
+        for path in (folder / kind).glob("*"):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with suppress(OSError):
+                    path.unlink()
+        with suppress(OSError):  # one that links to another disk stays
+            (folder / kind).rmdir()
+    left = tuple(_of(folder, kind, what) for kind, what in KINDS.items() if clear)
+    return CacheResult(folder, found, clear, left)
 
 
 def _of(folder: Path, kind: str, what: str) -> Cached:

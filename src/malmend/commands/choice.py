@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from malmend.editors.calibration import CalibrationSettings
 from malmend.editors.checkpoint import SavedEditor, load_editor
 from malmend.editors.draws import lines_for
 from malmend.editors.editor import Editor
-from malmend.editors.refine import RefineSettings, framing
+from malmend.editors.refine import RefineSettings, framed, framing
 from malmend.editors.settings import EditorSettings, training_free
 from malmend.errors import EditorError, MalmendError
 from malmend.facts.encoded import Encoded
@@ -26,12 +27,13 @@ from malmend.material import calibrated, to_hold
 from malmend.methods.by_editor import Holding, find_by_editor, refinable
 from malmend.methods.method import Found
 from malmend.methods.trained import check_trained
+from malmend.models.budget import MemoryPlan, rows_of
 from malmend.models.device import wide_device
 from malmend.models.load import LoadedModel
 from malmend.models.sites import Site
 from malmend.processes import ALONE, Processes
 from malmend.progress import Progress, silent
-from malmend.workbench import SHIPPED, Workbench, shipped_editor
+from malmend.workbench import SHIPPED, Workbench, shipped_editor, within_memory
 
 # Fields of RefineSettings that settling alone reads, and that later solves alone do.
 OF_SETTLING, OF_SOLVES = ("steps", "wordings", "hold"), ("gain", "chat_gain", "restore")
@@ -130,9 +132,19 @@ class ByEditor:
         """As the editor was trained."""
         return self.choice.settings.end_of_answer
 
-    def for_facts(self, encoder: Encoder, count: int) -> ByEditor:
-        """The same for an edit of so many facts."""
-        return replace(self, refine=self.refine.of(encoder.reading.form, count))
+    def ready(self, encoder: Encoder, count: int) -> ByEditor:
+        """The same for an edit of so many facts, once it is known that the model can be asked so.
+
+        Raises:
+            EditorError: it cannot.
+        """
+        found = replace(self, refine=self.refine.of(encoder.reading.form, count))
+        found.check(encoder)
+        return found
+
+    def on(self, loaded: LoadedModel) -> ByEditor:
+        """The same with the editor that is meant for this model."""
+        return replace(self, choice=self.choice.on(loaded))
 
     def said(self) -> Iterator[str]:
         """By which editor, and what was given that this edit does not read."""
@@ -140,7 +152,7 @@ class ByEditor:
         refine, unread = self.refine, dict[str, Sequence[str]]()
         if not self.settles:
             unread["is not settled"] = OF_SETTLING
-        if refine.passes == 1 or not refinable(self.choice.settings):
+        if not self.solves_again:
             unread["is solved once"] = OF_SOLVES
         for why, names in unread.items():
             given = [one for one in names if getattr(refine, one) != getattr(RefineSettings, one)]
@@ -162,10 +174,15 @@ class ByEditor:
         for frame in self.refine.frames_for(encoder):
             framing(encoder, frame)
 
+    @property
+    def solves_again(self) -> bool:
+        """Whether there may be a later solve."""
+        return self.refine.passes != 1 and refinable(self.choice.settings)
+
     def restores(self, encoder: Encoder) -> bool:
         """Whether a later solve may ask back what the edit moved."""
-        more = self.refine.passes != 1 and self.refine.restore > 0
-        return more and refinable(self.choice.settings) and encoder.reading.form == "causal"
+        wanted = self.solves_again and self.refine.restore > 0
+        return wanted and encoder.reading.form == "causal"
 
     @property
     def settles(self) -> bool:
@@ -178,6 +195,30 @@ class ByEditor:
             return 0
         lines = self.lines(bench.encoder, facts)[: lines_for(self.refine.steps)]
         return settle.beside(bench.trunk, self.processes.share(lines))
+
+    def within(
+        self, bench: Workbench, facts: Sequence[Fact], memory: str | None
+    ) -> tuple[Workbench, MemoryPlan | None]:
+        """The bench within a memory budget, as :func:`malmend.workbench.within_memory`."""
+        mine = self.processes.share(facts)
+        return within_memory(
+            bench,
+            mine,
+            memory,
+            lambda _questions: self.beside(bench, facts),
+            partial(self.rehearse, bench),
+            self.choice.settings.tokens,
+            lambda questions: self.rows(bench, mine, questions),
+        )
+
+    def rows(self, bench: Workbench, facts: Sequence[Fact], questions: Sequence[Encoded]) -> int:
+        """How many rows a solve of these facts has at most, whose questions these are."""
+        every, again = [*questions], self.solves_again
+        for frame in self.refine.frames_for(bench.encoder) if again else ():
+            inside = framed(bench.encoder, [fact.question for fact in facts], frame)
+            every += [one for one in inside if one]
+        rows = rows_of(bench.trunk, every, self.choice.settings.tokens)
+        return rows * (1 + self.restores(bench.encoder))  # of which no more ask back than edit
 
     def rehearse(self, bench: Workbench, questions: Sequence[Encoded]) -> None:
         """What is done with micro-batches of a memory's plan, beside capturing."""
@@ -214,9 +255,9 @@ class ByEditor:
             )
         if self.processes.count > 1:
             self.processes.check_alike("The editor", editor.checksum())
-        once = time.perf_counter() - start
         encoder, holds = bench.encoder, self.settles and self.refine.hold > 0
         known = self.known(bench, facts, progress) if holds else ()
+        once = time.perf_counter() - start
         held = Holding(
             to_hold(encoder, facts, self.text) if self.restores(encoder) else (),
             self.lines(encoder, facts),

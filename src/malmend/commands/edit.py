@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from malmend.editors.settings import EditorSettings
 from malmend.errors import EditorError, MalmendError, PatchError
 from malmend.evaluation.examiner import Examiner
 from malmend.evaluation.page import PAGE, page_folder
-from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact, FactSet, facts_digest
 from malmend.files import writable
 from malmend.memory import size_of
@@ -45,7 +43,6 @@ from malmend.workbench import (
     lay_out,
     opened,
     trained_on,
-    within_memory,
 )
 
 DECODED = 200  # facts of a report that are also answered free-running, the slow part
@@ -149,30 +146,26 @@ def edit(
     if method is not None:
         _check_method(method, of_editors or refine != RefineSettings(), processes)
     chosen = choose(editor, settings, own_data)
-    by_editor = ByEditor(chosen, calibrate, text, calibration, refine, processes)
-    encoder = encoder_for(model, (method or by_editor).end_of_answer)
+    working = method or ByEditor(chosen, calibrate, text, calibration, refine, processes)
+    encoder = encoder_for(model, working.end_of_answer)
     known = checked_facts(facts, encoder, limit, strict, alternative, away)
     processes.check_enough(len(known))
-    if method is None:
-        by_editor = by_editor.for_facts(encoder, len(known))
-        by_editor.check(encoder)
+    if isinstance(working, ByEditor):
+        working = working.ready(encoder, len(known))
     if report is not None:  # whatever would stop it is found before the work
         chat_encoder(encoder, known, DECODED)
         page_folder(report, facts, calibrate, text, out)
     loaded = opened(model, dtype, device)
-    by_editor = replace(by_editor, choice=chosen.on(loaded)) if method is None else by_editor
-    for line in [f"Method: {method.name}."] if method else by_editor.said():
+    if isinstance(working, ByEditor):
+        working = working.on(loaded)
+    for line in working.said() if isinstance(working, ByEditor) else [f"Method: {working.name}."]:
         told(line)
-    working = method or by_editor
     bench = lay_out(loaded, working.sites_in(loaded.model), working.end_of_answer, trunk=trunk)
     known = aimed(bench, known, away)
     aims = {"alternative": alternative, "away": away, "created": now()}
-    also = partial(by_editor.rehearse, bench) if method is None else None
-
-    def extra(_questions: Sequence[Encoded]) -> int:
-        return by_editor.beside(bench, known) if method is None else 0
-
-    bench, plan = within_memory(bench, processes.share(known), memory, extra, also)
+    plan = None
+    if isinstance(working, ByEditor):
+        bench, plan = working.within(bench, known.facts, memory)
     with watched(plan, told) as peak:
         done = _edited(bench, working, known, aims, out, progress, processes)
     done = replace(done, peak=peak())

@@ -19,7 +19,7 @@ from malmend.files import written_beside
 from malmend.models.trunk import Trunk
 from malmend.numerics.moments import RunningMoments
 
-FORMAT = 8
+FORMAT = 9
 
 
 def calibration_key(
@@ -43,7 +43,8 @@ def calibration_key(
         "format": FORMAT,
         "model": [fingerprint, str(trunk.model.dtype)],
         "sites": [site.name for site in trunk.sites],
-        "editor": {**asdict(editor_settings), "network": None},
+        # Of the network what the statistics are read by, not its size.
+        "editor": {**asdict(editor_settings), "network": editor_settings.network.normalise},
         "settings": asdict(settings),
         "facts": used,
         "general": rows(general),

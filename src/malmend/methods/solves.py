@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import truediv
 
 from torch import Tensor
 
 from malmend.editors.editor import Aggregation, Editor
 from malmend.models.capture import Captured
-from malmend.numerics.ridge import mean_residual
+from malmend.numerics.ridge import residuals
 from malmend.processes import Processes
 from malmend.progress import Progress
 
@@ -73,11 +72,11 @@ class Solves:
         self, shifts: dict[str, Tensor], keys: Sequence[Tensor], diffs: Sequence[Tensor]
     ) -> float:
         """MALMEN, section 5.2, over the plain prompts' tokens of all processes."""
-        sums = []
+        sums = list[float]()
         for shift_VK, keys_NK, diffs_NV, count in zip(
             shifts.values(), keys, diffs, self._rows, strict=True
         ):
-            found = mean_residual(shift_VK.to(self._device), keys_NK[:count], diffs_NV)
-            sums += [found * count, float(count)]
+            sums += residuals(shift_VK.to(self._device), keys_NK[:count], diffs_NV)
         totals = self._processes.total(*sums)
-        return sum(map(truediv, totals[::2], totals[1::2])) / len(keys)
+        means = (total / max(count, 1.0) for total, count in zip(*[iter(totals)] * 2, strict=True))
+        return sum(means) / len(keys)

@@ -63,6 +63,7 @@ def plan_memory(
     tokens: Tokens = "auto",
     extra: int = 0,
     also: Callable[[Sequence[Encoded]], object] | None = None,
+    rows: int | None = None,
 ) -> MemoryPlan:
     """Measures what a micro-batch takes, and spends the budget.
 
@@ -73,6 +74,7 @@ def plan_memory(
         tokens: that will be captured.
         extra: bytes that the work needs beside micro-batches, sums and captured tensors.
         also: what else is done with micro-batches of such questions, and is rehearsed too.
+        rows: of a solve, at most; None for one of each token that is captured.
 
     Raises:
         MalmendError: no size, less than the work needs at least, or a system that does not say
@@ -94,7 +96,7 @@ def plan_memory(
         positions = len(some) * max(len(one.ids) for one in some)
         each = max(each, max(map(_taken, done)) / positions)
     solved_here = wide_device(trunk.model).type == "cpu"
-    rows = rows_of(trunk, questions, tokens)
+    rows = rows or rows_of(trunk, questions, tokens)
     left = SPARED * budget - now - extra - sums_of(trunk.sites, rows, solved_here)
     if left < 2 * each * width:
         least = (budget * SPARED - left + 2 * each * width) / SPARED

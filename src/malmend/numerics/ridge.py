@@ -234,10 +234,10 @@ def solved(gram_KK: Tensor, cross_VK: Tensor, prior: Prior) -> Tensor:
     return torch.cholesky_solve(cross_VK.T, factor).T
 
 
-def mean_residual(shift_VK: Tensor, keys_NK: Tensor, diffs_NV: Tensor) -> float:
-    """Mean over tokens of |S u_j - d_j| / |d_j| (MALMEN, section 5.2); d = 0 is left out.
+def residuals(shift_VK: Tensor, keys_NK: Tensor, diffs_NV: Tensor) -> tuple[float, int]:
+    """The sum over tokens of |S u_j - d_j| / |d_j| (MALMEN, section 5.2), and of how many.
 
-    It is found where the shift is.
+    Tokens with d = 0 are left out of both.  It is found where the shift is.
     """
     total, count, shift_KV = 0.0, 0, shift_VK.to(torch.float64).T
     for rows in chunks(len(keys_NK), ROWS):
@@ -248,4 +248,4 @@ def mean_residual(shift_VK: Tensor, keys_NK: Tensor, diffs_NV: Tensor) -> float:
         asked = size_N > 0
         total += (miss_N[asked] / size_N[asked]).sum().item()
         count += int(asked.sum())
-    return total / count if count else 0.0
+    return total, count
