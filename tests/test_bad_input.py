@@ -755,6 +755,7 @@ def test_a_training_that_never_began_leaves_no_folder(tiny, tmp_path):
         ("--descent.steps=0", "descent.steps is 0"),
         ("--descent.rate=-1", "descent.rate -1"),
         ("--eta=0", "eta is 0"),
+        ("--eta=inf", "eta is inf"),
     ],
 )
 def test_a_descent_of_no_step_is_refused(place, capsys, option, said):

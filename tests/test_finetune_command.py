@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import nn
 
 import forms_folders as folders
 from command_support import malmend
@@ -268,6 +270,25 @@ def test_a_checkpoint_cut_short(made, tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(MalmendError, match="is damaged"):
         finetune(model, facts, tmp_path / "out", ALL)
+
+
+def test_a_resumed_run_holds_no_more_than_another(made, tmp_path):
+    """Once its checkpoint, weights and both moments, stayed in memory to the end."""
+    model, facts = made("llama")
+    held = list[int]()
+
+    def noted(_record) -> None:
+        gc.collect()
+        known = [one for one in gc.get_objects() if type(one) in (torch.Tensor, nn.Parameter)]
+        storages = {one.data_ptr(): one.numel() * one.element_size() for one in known}
+        held.append(sum(storages.values()))
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(model, facts, tmp_path / "parts", ALL, stepped=stopping_after("all", 2))
+    finetune(model, facts, tmp_path / "whole", ALL, stepped=noted)
+    finetune(model, facts, tmp_path / "parts", ALL, stepped=noted)
+    size = sum(one.numel() * 4 for one in load_model(model).model.parameters())
+    assert held[-1] < held[-2] + size / 2
 
 
 def test_a_folder_that_holds_a_model(made, tmp_path):

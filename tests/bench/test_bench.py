@@ -404,6 +404,12 @@ def test_the_table_has_the_perplexity_of_rows_that_have_one():
     ]
 
 
+def test_one_models_perplexity_makes_no_column_for_another():
+    other = ROWS[0] | {"model": "other", "perplexity": {"unedited": 26.83, "edited": 29.371}}
+    heads = [one for one in markdown([ROWS[0], other]).splitlines() if one.startswith("| m ")]
+    assert [("perplexity" in head) for head in heads] == [False, True]
+
+
 def test_failures_are_shown_of_the_largest_cell():
     lines = failures(ROWS).splitlines()
     assert lines[2:] == [

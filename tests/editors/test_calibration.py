@@ -339,3 +339,20 @@ def test_the_key_names_what_the_calibration_depends_on():
     other = {"relation": "r", "alternative": "w1", "reversed": Question("w2", "w3")}
     assert key() == key(facts=(replace(first, id="x", line=9, tags=("t",), **other), *rest))
     assert key() == key(cut=tiny_trunk(tiny_model(), batch_tokens=9))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"moment_facts": 0}, "moment_facts is 0, expected 1 or more"),
+        ({"text_tokens": -5}, "text_tokens is -5, expected 1 or more"),
+        ({"alphas": ()}, r"alphas is \(\), expected one or more numbers above 0"),
+        ({"etas": (1.0, -1.0)}, r"etas is \(1.0, -1.0\)"),
+        ({"sum_etas": (math.inf,)}, r"sum_etas is \(inf,\)"),
+        ({"ridge": -0.1}, "ridge is -0.1, expected a number from 0 on"),
+        ({"locality": math.nan}, "locality is nan"),
+    ],
+)
+def test_settings_that_make_no_sense(given, said):
+    with pytest.raises(MalmendError, match=said):
+        replace(SMALL, **given)

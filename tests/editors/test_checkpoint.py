@@ -97,6 +97,15 @@ def test_an_editor_with_a_term_of_weight_zero_comes_back(tmp_path):
         assert torch.equal(shift, again[name])
 
 
+def test_an_editor_without_lambda_comes_back(tmp_path):
+    trunk = tiny_trunk(tiny_model(dtype=torch.float32))
+    captured = captured_of(trunk, random_facts(3), SETTINGS)
+    shapes = {site.name: site.shape_VK for site in trunk.sites}
+    editor = Editor(SETTINGS, shapes, statistics_of(trunk, captured), ridge=0.0)
+    save_editor(editor, {}, tmp_path)
+    assert load_editor(tmp_path).editor.prior(0, 3).ridge == 0.0
+
+
 def test_an_editor_of_several_shapes_comes_back(tmp_path):
     trunk = tiny_trunk(tiny_model("gpt2", torch.float32), pattern="transformer.h.[12].mlp.*")
     captured = captured_of(trunk, random_facts(3), SETTINGS)

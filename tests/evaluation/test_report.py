@@ -190,6 +190,13 @@ def row(index: int, relation: str | None, tokens: int, ratio: float) -> FactRow:
     return FactRow(str(index), "p", "a", **replies, relation=relation, answer_tokens=tokens)
 
 
+def test_no_divergence_is_below_zero():
+    """Rounding makes one of an unmoved token -1e-9, which report.json and its page said apart."""
+    assert asked("LS", 0, 1.0, kl=(-1e-9, -1e-9)).mean_kl == 0.0
+    assert asked("LS", 0, 1.0, kl=(0.1, 0.2, 0.3)).mean_kl == pytest.approx(0.2, rel=1e-15)
+    assert asked("LS", 0, 1.0).mean_kl is None
+
+
 def test_groups_by_hand():
     rows = [row(0, "b", 10, 1.0), row(1, "a", 2, 0.5), row(2, "b", 2, 0.0), row(3, None, 2, 1.0)]
     found = groups_of(rows)

@@ -424,3 +424,13 @@ def test_what_was_found_together_is_kept_together_or_not_at_all(tmp_path, monkey
     store.put_all((key, rows_of(key)) for key in [*KEYS, KEYS[3]])
     assert all(holds(store, KEYS))
     assert all(holds(opened(tmp_path, torch.float32), KEYS))
+
+
+def test_what_does_not_fit_the_budget_together_is_not_kept_at_all(tmp_path):
+    size = 3 * WIDTH * 4
+    store = opened(tmp_path, budget=int(2.5 * size))
+    store.put_all((key, rows_of(key)) for key in KEYS[:3])
+    assert [store.get(key) for key in KEYS[:3]] == [None] * 3
+    assert not list(tmp_path.iterdir())
+    store.put_all((key, rows_of(key)) for key in KEYS[:2])  # these do
+    assert holds(opened(tmp_path), KEYS[:2]) == [True] * 2

@@ -66,8 +66,9 @@ def markdown(rows: Sequence[Row]) -> str:
     parts = []
     for model, protocol in dict.fromkeys(key[:2] for key in found):
         mine = {key[2:]: some for key, some in found.items() if key[:2] == (model, protocol)}
+        shown = list(chain(*mine.values()))
         used = [one for one in COLUMNS if any(_has(some, one) for some in mine.values())]
-        others = [one for one in OTHERS if any(one[1](row, "edited") is not None for row in rows)]
+        others = [one for one in OTHERS if any(one[1](row, "edited") is not None for row in shown)]
         head = ["m", "method", *(said for said, _, _ in used), *(said for said, *_ in others)]
         head += ["edit s", "seeds"]
         lines = [f"**{model}**, {_SAID[protocol]}", "", _line(head), _line(["---:"] * len(head))]

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from malmend.errors import MalmendError
@@ -117,6 +117,7 @@ def finetune(
         if held:
             run.train(first, encoded(learned), encoded(held), "choice", settings.epochs)
             epochs = _best(run.records)
+            del first  # before another is loaded
             first = fresh()
         everything = encoded(known)
         run.train(first, everything, everything, "all", epochs)
@@ -146,7 +147,6 @@ class _Run:
         self.stepped, self.records = stepped, list[EpochRecord]()
         # More epochs may be asked for later.
         self.about = {"settings": {**asdict(settings), "epochs": None}, "data": data}
-        self._tensors: dict[str, Tensor] = {}
         if self.path.is_file():
             self._read()
 
@@ -198,20 +198,24 @@ class _Run:
         try:
             with safe_open(self.path, framework="pt") as file:
                 what = json.loads(file.metadata()["finetuning"])
-                self._tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             self.records = [EpochRecord(**row) for row in what["records"]]
         except Exception as error:
-            raise MalmendError(
-                f"{self.path} is damaged ({reason(error)}); remove it to start again."
-            ) from error
+            raise self._damaged(error) from error
         for name, wanted in self.about.items():
             if what.get(name) != wanted:
                 raise MalmendError(
                     f"{self.path} is of other {name}; give the same, or another --out."
                 )
 
+    def _damaged(self, error: Exception) -> MalmendError:
+        return MalmendError(f"{self.path} is damaged ({reason(error)}); remove it to start again.")
+
     def _restore(self, trainer: Finetuner, epoch: int) -> None:
-        cut = {key.partition(".")[::2]: tensor for key, tensor in self._tensors.items()}
+        try:
+            tensors = load_file(self.path)
+        except Exception as error:
+            raise self._damaged(error) from error
+        cut = {key.partition(".")[::2]: tensor for key, tensor in tensors.items()}
         trainer.model.load_state_dict({name: t for (of, name), t in cut.items() if of == "model"})
         state: dict[int, dict[str, Tensor]] = {}
         for (of, rest), tensor in cut.items():

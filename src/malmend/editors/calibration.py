@@ -72,6 +72,22 @@ class CalibrationSettings:
     ridge: float = 0.01
     locality: float = 1.0
 
+    def __post_init__(self) -> None:
+        counts = ("moment_facts", "prior_facts", "search_facts", "text_tokens", "unrelated_tokens")
+        for name in counts:
+            if getattr(self, name) < 1:
+                self._refuse(name, "1 or more")
+        for name in ("etas", "published_etas", "sum_etas", "alphas"):
+            tried = getattr(self, name)
+            if not tried or not all(0 < one < math.inf for one in tried):
+                self._refuse(name, "one or more numbers above 0")
+        for name in ("asked", "wording", "ridge", "locality"):
+            if not 0 <= getattr(self, name) < math.inf:
+                self._refuse(name, "a number from 0 on")
+
+    def _refuse(self, name: str, expected: str) -> None:
+        raise MalmendError(f"Calibration's {name} is {getattr(self, name)!r}, expected {expected}.")
+
     def weights(self, terms: Sequence[str], alpha: float) -> tuple[float, ...]:
         """The starting weight of each term of a prior, from the text's."""
         known = {"text": alpha, "asked": self.asked * alpha, "wording": self.wording}

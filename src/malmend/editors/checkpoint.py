@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -193,11 +192,19 @@ def _rebuilt(
     }
     editor = Editor(settings, shapes, statistics)
     editor.load_state_dict(tensors)  # float16 becomes float32
-    # A term of weight zero has minus infinity for a logarithm.
-    finite = {**tensors, "log_weights_SP": tensors["log_weights_SP"].exp()}
-    if not all(torch.isfinite(tensor).all() for tensor in finite.values()):
-        raise ValueError("a tensor holds NaN or infinity")
+    check_finite(tensors)
     return editor
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError where one holds NaN or infinity.
+
+    A prior's weight of zero and a lambda of zero have minus infinity for a logarithm.
+    """
+    for name, tensor in tensors.items():
+        is_log = name.endswith(("log_weights_SP", "log_ridge_S"))
+        if not (tensor.exp() if is_log else tensor).isfinite().all():
+            raise ValueError(f"{name} holds NaN or infinity")
 
 
 def _settings(raw: Mapping[str, Any]) -> EditorSettings:

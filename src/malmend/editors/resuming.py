@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from malmend.editors.checkpoint import check_finite
 from malmend.editors.editor import Editor
 from malmend.errors import EditorError
 from malmend.files import reason, written_beside
@@ -73,8 +74,7 @@ def resume_run(
         step, state = about["step"], dict[int, dict[str, Tensor]]()
         if type(step) is not int or step < 1:
             raise ValueError(f"it stands at step {step!r}")
-        if not all(torch.isfinite(tensor).all() for tensor in _finite(tensors)):
-            raise ValueError("a tensor holds NaN or infinity")
+        check_finite(tensors)
         for key in [key for key in tensors if key.startswith("optimiser.")]:
             _, index, name = key.split(".")
             state.setdefault(int(index), {})[name] = tensors.pop(key)
@@ -103,12 +103,6 @@ def _check_same(
                     f"{path} was trained with {name} = {about[part].get(name)!r}, now "
                     f"{value!r} is asked for; give the same settings, or another --out."
                 )
-
-
-def _finite(tensors: Mapping[str, Tensor]) -> Iterator[Tensor]:
-    """All that must be: the logarithm of a prior's weight of zero is minus infinity."""
-    for name, tensor in tensors.items():
-        yield tensor.exp() if name == "editor.log_weights_SP" else tensor
 
 
 def _check_moments(

@@ -78,7 +78,7 @@ class EditorSettings:
         return find_sites(model, self.layers, self.sites, self.linear, self.side)
 
     def __post_init__(self) -> None:
-        if self.eta is not None and not self.eta > 0:
+        if self.eta is not None and not 0 < self.eta < math.inf:
             raise EditorError(
                 f"eta is {self.eta:g}, expected a number above 0; leave --eta out to search it."
             )

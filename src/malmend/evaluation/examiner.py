@@ -159,7 +159,7 @@ class Examiner:
                 if question in held:
                     predicted = tuple(top_A[counted].tolist())
                     if remember:
-                        self._before[question] = (predicted, states_AH[counted].cpu())
+                        self._before[question] = (predicted, states_AH[counted].cpu().clone())
                     elif question in self._before:
                         kl = self._moved(question, logits_AW[counted])
                 out[question] = _Forced.of(one, top_A[part].tolist(), kl)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from malmend.evaluation.protocols import PROTOCOLS, Group, Scores
 from malmend.evaluation.replies import HELD, KINDS, Kind
 from malmend.evaluation.report import Report
-from malmend.evaluation.view import QUESTIONS, held, kl_of
+from malmend.evaluation.view import QUESTIONS, held
 
 # Edges of the bins of KL: half decades from 1e-6 to 10.
 EDGES = tuple(10 ** (step / 2) for step in range(-12, 3))
@@ -231,7 +231,8 @@ def spreads(report: Report) -> list[Spread]:
     out = []
     for kind in HELD:
         known = held(report, kind)
-        values = sorted(far for _, _, after in known if (far := kl_of(after)) is not None)
+        far = (after.mean_kl for _, _, after in known if after is not None)
+        values = sorted(one for one in far if one is not None)
         if not values:
             continue
         bins = [0] * (len(EDGES) + 1)

@@ -55,6 +55,11 @@ class Asked:
     cut: bool | None = None
     cut_chat: bool | None = None
 
+    @property
+    def mean_kl(self) -> float | None:
+        """Mean over the counted tokens; rounding could leave it a hair below zero."""
+        return max(0.0, math.fsum(self.kl) / len(self.kl)) if self.kl else None
+
 
 @dataclass
 class Replies:

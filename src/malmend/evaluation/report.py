@@ -121,6 +121,6 @@ def _asked(one: Asked) -> dict[str, Any]:
         "cut_chat": one.cut_chat,
         "top": one.top,
         "moved": one.moved,
-        "kl": sum(one.kl) / len(one.kl) if one.kl else None,
+        "kl": one.mean_kl,
     }
     return {name: value for name, value in shown.items() if value is not None}

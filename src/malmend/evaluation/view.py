@@ -5,7 +5,6 @@ Which facts failed, what moved, and the rows that the page's script reads are de
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,11 +51,6 @@ def pairs(row: FactRow) -> Iterator[tuple[Asked, Asked | None]]:
     """Every question of a fact: the unedited model's reply and the edited one's."""
     after: Sequence[Asked | None] = row.edited or [None] * len(row.unedited)
     yield from zip(row.unedited, after, strict=True)
-
-
-def kl_of(one: Asked | None) -> float | None:
-    """Mean over the answer's tokens; rounding can leave it a hair below zero."""
-    return max(0.0, math.fsum(one.kl) / len(one.kl)) if one is not None and one.kl else None
 
 
 def flags(row: FactRow) -> list[str]:
@@ -112,7 +106,7 @@ def moved(report: Report) -> list[Moved]:
             gold=before.question.answer,
             before=before.top,
             after=after.top,
-            kl=kl_of(after),
+            kl=None if after is None else after.mean_kl,
             beside=row.id,
         )
         for kind in HELD
@@ -164,7 +158,7 @@ def _entry(row: FactRow) -> dict[str, Any]:
             "before": _reply(before),
             "after": None if after is None else _reply(after),
             "moved": None if after is None else after.moved,
-            "kl": kl_of(after),
+            "kl": None if after is None else after.mean_kl,
         }
         for before, after in pairs(row)
     ]

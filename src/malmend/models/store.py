@@ -84,33 +84,37 @@ class ActivationStore:
         All of one call or, where the process is killed, none: who finds a part of what was computed
         together would compute the rest in other company, and round otherwise.
         """
-        records, places, size = b"", dict[bytes, Place](), 0
+        places, records, packed = dict[bytes, Place](), b"", bytearray()
+        for ids, rows_TF in found:
+            key = _key(ids)
+            if self._own is None or key in self._places or key in places:
+                continue
+            wide = rows_TF.detach().to(device="cpu", dtype=self.dtype).contiguous()
+            raw = wide.view(torch.uint8).numpy().tobytes()
+            place = (self._own_bytes + len(packed), rows_TF.shape[0], zlib.crc32(raw))
+            places[key] = (self._own, *place)
+            records += _RECORD.pack(key, *place)
+            packed += raw
+        if self._own is None or not packed:
+            return
         try:
-            if self._own is not None and self._own_bytes - self._counted >= RECOUNTED:
+            if self._own_bytes - self._counted >= RECOUNTED:
                 self._bytes = sum(stat.st_size for _, stat in _segments(self._own.parent))
                 self._counted = self._own_bytes
-            for ids, rows_TF in found:
-                key, rows = _key(ids), rows_TF.shape[0]
-                more = rows * self._row_bytes
-                known = key in self._places or key in places
-                if self._own is None or known or self._bytes + size + more > self.budget:
-                    continue
-                wide = rows_TF.detach().to(device="cpu", dtype=self.dtype).contiguous()
-                # Never made anew: another run may have removed it, and then nothing more is kept.
-                with self._own.open("r+b" if self._own_bytes + size else "xb") as data:
-                    start = data.seek(self._own_bytes + size)
-                    data.write(raw := wide.view(torch.uint8).numpy().tobytes())
-                records += _RECORD.pack(key, start, rows, checksum := zlib.crc32(raw))
-                places[key], size = (self._own, start, rows, checksum), size + more
-            if self._own is not None and records:
-                with self._own.with_suffix(INDEX).open("ab") as index:
-                    index.write(records)
+            if self._bytes + len(packed) > self.budget:
+                return
+            # Never made anew: another run may have removed it, and then nothing more is kept.
+            with self._own.open("r+b" if self._own_bytes else "xb") as data:
+                data.seek(self._own_bytes)
+                data.write(packed)
+            with self._own.with_suffix(INDEX).open("ab") as index:
+                index.write(records)
         except OSError:  # a full disk costs speed, not the run
             self._own = None
             return
         self._places |= places
-        self._own_bytes += size
-        self._bytes += size
+        self._own_bytes += len(packed)
+        self._bytes += len(packed)
 
     def _open(self, folder: Path) -> None:
         found: list[tuple[float, Path, int]] = []
