@@ -158,8 +158,8 @@ def train_editor(data: Path, folder: Path) -> None:
         train_claims(data),
         folder,
         away=True,
-        editor=EditorSettings(),
-        settings=TrainSettings(facts_per_step=512, halvings=1, steps=24, locality_weight=2.0),
+        settings=EditorSettings(),
+        training=TrainSettings(facts_per_step=512, halvings=1, steps=24, locality_weight=2.0),
         calibration=CALIBRATION,
         stepped=show,
     )

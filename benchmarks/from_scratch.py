@@ -204,8 +204,8 @@ def train_editor(out: Path) -> None:
         learned(known_facts(out.name)[:LEARNED]),
         out / "editor",
         alternative=True,
-        editor=EditorSettings(layers=3),
-        settings=TrainSettings(
+        settings=EditorSettings(layers=3),
+        training=TrainSettings(
             facts_per_step=128, halvings=1, steps=300, near=0.0, locality_weight=1.5
         ),
         stepped=show,

@@ -166,8 +166,8 @@ def trained(data: Data) -> None:
         training_facts(data),
         OUT / "editor",
         unrelated_questions(data),
-        settings=SETTINGS,
-        editor=EDITOR,
+        settings=EDITOR,
+        training=SETTINGS,
         stepped=said,
     )
 

@@ -49,8 +49,8 @@ def made(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
         command_support.quick(patched, tiny.folder)
         edit_facts(tiny.loaded, tiny.facts, folder / "good.safetensors", **own)
         edit_facts(other, tiny.facts, folder / "foreign.safetensors", **own)
-        train_editor(tiny.loaded, tiny.facts, folder / "good", None, short, small, **own)
-        train_editor(other, tiny.facts, folder / "foreign", None, short, small, **own)
+        train_editor(tiny.loaded, tiny.facts, folder / "good", None, small, short, **own)
+        train_editor(other, tiny.facts, folder / "foreign", None, small, short, **own)
     return folder
 
 

@@ -414,7 +414,7 @@ def test_without_options_the_commands_own_defaults_hold(reached):
     assert given["settings"] is None  # nothing was asked for: a shipped editor may come in
     assert given["trunk"] == TrunkSettings()
     given = reached("train", "m", "f", "--out", "e")
-    assert (given["settings"], given["editor"]) == (TrainSettings(), EditorSettings())
+    assert (given["training"], given["settings"]) == (TrainSettings(), EditorSettings())
     assert given["locality"] is None
     given = reached("eval", "m", "f")
     assert (given["patch"], given["limit"], given["decode_facts"]) == (None, None, None)
@@ -445,7 +445,7 @@ def test_a_switch_before_the_positionals_does_not_swallow_them(reached):
 @pytest.mark.parametrize("joined", [True, False])
 def test_hyphens_and_underscores_are_the_same(reached, name, joined):
     option = [f"{name}=7"] if joined else [name, "7"]
-    assert reached("train", "m", "f", "--out", "e", *option)["settings"].facts_per_step == 7
+    assert reached("train", "m", "f", "--out", "e", *option)["training"].facts_per_step == 7
 
 
 def test_values_keep_their_hyphens_and_underscores(reached):
@@ -463,17 +463,17 @@ def test_nested_settings_reach_the_command(reached):
     given = reached("edit", "m", "f", "--out", "p", "--descent", "null", "--method", "mend")
     assert (given["settings"].descent, given["settings"].method) == (None, "mend")
     given = reached("train", "m", "f", "--out", "e", "--network.rank", "3", "--network.blocks=1")
-    assert given["editor"].network == NetworkSettings(rank=3, blocks=1)
+    assert given["settings"].network == NetworkSettings(rank=3, blocks=1)
 
 
 @pytest.mark.parametrize("paper", [["--paper"], ["--paper=true"], ["--paper", "true"]])
 def test_paper_brings_every_published_setting(reached, paper):
     given = reached("train", "m", "f", "--out", "e", *paper)
-    assert given["settings"] == published_training()
-    assert given["editor"] == published()
-    network = given["editor"].network
+    assert given["training"] == published_training()
+    assert given["settings"] == published()
+    network = given["settings"].network
     assert (network.rank, network.placement, network.start) == (1920, "after", "normal")
-    assert (given["editor"].prior, given["editor"].descent) == ("identity", None)
+    assert (given["settings"].prior, given["settings"].descent) == ("identity", None)
 
 
 def test_what_is_given_counts_before_the_paper(reached):
@@ -481,22 +481,22 @@ def test_what_is_given_counts_before_the_paper(reached):
         "train", "m", "f", "--steps", "9", "--paper", "--out", "e", "--network.rank=5", "--eta", "1"
     )
     # MALMEN's locality questions are unrelated ones only: no neighbours.
-    assert given["settings"] == TrainSettings(
+    assert given["training"] == TrainSettings(
         steps=9, near=0.0, network_rate=1e-5, scalar_rate=1e-5
     )
-    assert given["editor"].network == NetworkSettings(5, placement="after", start="normal")
-    assert given["editor"].eta == 1.0
+    assert given["settings"].network == NetworkSettings(5, placement="after", start="normal")
+    assert given["settings"].eta == 1.0
 
 
 def test_mend_single_brings_its_published_settings(reached):
     given = reached("train", "m", "f", "--out", "e", "--method", "mend-single", "--steps", "9")
-    assert given["editor"] == published_mend()
-    assert given["settings"] == replace(published_mend_training(), steps=9)
+    assert given["settings"] == published_mend()
+    assert given["training"] == replace(published_mend_training(), steps=9)
 
 
 def test_paper_false_is_not_the_paper(reached):
     for spelt in (["--paper=false"], ["--paper", "false"]):
-        assert reached("train", "m", "f", "--out", "e", *spelt)["editor"] == EditorSettings()
+        assert reached("train", "m", "f", "--out", "e", *spelt)["settings"] == EditorSettings()
 
 
 def test_train_reads_yaml_and_the_command_line_counts_more(reached, tmp_path):
@@ -505,8 +505,8 @@ def test_train_reads_yaml_and_the_command_line_counts_more(reached, tmp_path):
         "steps: 7\nfacts_per_step: 3\nnetwork:\n  rank: 8\ndescent: null\nlayers: 2\nstrict: true\n"
     )
     given = reached("train", "m", "f", "--out", "e", "--config", config, "--steps", "5")
-    assert given["settings"] == TrainSettings(steps=5, facts_per_step=3)
-    assert given["editor"] == EditorSettings(
+    assert given["training"] == TrainSettings(steps=5, facts_per_step=3)
+    assert given["settings"] == EditorSettings(
         layers=2, descent=None, network=NetworkSettings(rank=8)
     )
     assert given["strict"] is True
@@ -515,9 +515,9 @@ def test_train_reads_yaml_and_the_command_line_counts_more(reached, tmp_path):
 def test_yaml_may_ask_for_the_paper(reached, tmp_path):
     (tmp_path / "train.yaml").write_text("paper: true\nlayers: 3\n")
     given = reached("train", "m", "f", "--out", "e", "--config", tmp_path / "train.yaml")
-    assert given["settings"] == published_training()
-    assert given["editor"].form == "published"
-    assert given["editor"].layers == 3
+    assert given["training"] == published_training()
+    assert given["settings"].form == "published"
+    assert given["settings"].layers == 3
 
 
 def test_a_trained_editor_brings_its_own_settings(reached):

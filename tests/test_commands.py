@@ -248,13 +248,13 @@ def test_training_goes_towards_the_alternatives(tiny, tmp_path):
     folders = [tmp_path / "true", tmp_path / "false"]
     results = [
         malmend.train(
-            tiny.loaded, facts, folder, None, short, SMALL, alternative=wanted, **own(tiny)
+            tiny.loaded, facts, folder, None, SMALL, short, alternative=wanted, **own(tiny)
         )
         for folder, wanted in zip(folders, (False, True), strict=True)
     ]
     assert results[0].records[0].gen != results[1].records[0].gen
     with pytest.raises(MalmendError, match="other facts"):
-        malmend.train(tiny.loaded, facts, folders[1], None, short, SMALL, **own(tiny))
+        malmend.train(tiny.loaded, facts, folders[1], None, SMALL, short, **own(tiny))
 
 
 @pytest.mark.parametrize("limit", [0, -1])
@@ -448,7 +448,7 @@ def plain(records: tuple[StepRecord, ...]) -> list[StepRecord]:
 
 
 def trained(tiny: Tiny, folder: Path, **more) -> malmend.TrainResult:
-    chosen = {"settings": TRAINING, "editor": SMALL} | own(tiny) | more
+    chosen = {"settings": SMALL, "training": TRAINING} | own(tiny) | more
     return malmend.train(tiny.loaded, tiny.facts, folder, **chosen)
 
 
@@ -488,17 +488,17 @@ def test_a_run_stopped_between_its_two_files_goes_on(tiny, tmp_path, monkeypatch
 
     monkeypatch.setattr(train_module, "save_editor", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        trained(tiny, tmp_path / "parts", settings=replace(TRAINING, save_every=5))
+        trained(tiny, tmp_path / "parts", training=replace(TRAINING, save_every=5))
     monkeypatch.setattr(train_module, "save_editor", save)
-    parts = trained(tiny, tmp_path / "parts", settings=replace(TRAINING, save_every=5))
+    parts = trained(tiny, tmp_path / "parts", training=replace(TRAINING, save_every=5))
     assert same_editor(parts, trained(tiny, tmp_path / "whole"))
     assert parts.saved.about["step"] == 5
 
 
 def test_a_finished_run_may_be_lengthened_and_starting_it_again_changes_nothing(tiny, tmp_path):
-    trained(tiny, tmp_path / "editor", settings=replace(TRAINING, steps=3))
+    trained(tiny, tmp_path / "editor", training=replace(TRAINING, steps=3))
     before = {path: path.read_bytes() for path in (tmp_path / "editor").iterdir()}
-    trained(tiny, tmp_path / "editor", settings=replace(TRAINING, steps=3))
+    trained(tiny, tmp_path / "editor", training=replace(TRAINING, steps=3))
     assert {path: path.read_bytes() for path in (tmp_path / "editor").iterdir()} == before
     longer = trained(tiny, tmp_path / "editor")
     assert same_editor(longer, trained(tiny, tmp_path / "whole"))
@@ -506,17 +506,17 @@ def test_a_finished_run_may_be_lengthened_and_starting_it_again_changes_nothing(
 
 def test_another_device_is_said_before_a_run_goes_on(tiny, tmp_path, monkeypatch):
     said: list[str] = []
-    trained(tiny, tmp_path, settings=replace(TRAINING, steps=3), told=said.append)
+    trained(tiny, tmp_path, training=replace(TRAINING, steps=3), told=said.append)
     monkeypatch.setattr("malmend.commands.train.places_of", lambda model: "cuda:0")
-    trained(tiny, tmp_path, settings=replace(TRAINING, steps=4), told=said.append)
+    trained(tiny, tmp_path, training=replace(TRAINING, steps=4), told=said.append)
     (line,) = said
     assert "was on cpu and is gone on with on cuda:0" in line
 
 
 def test_another_number_of_threads_is_said_before_a_run_goes_on(tiny, tmp_path):
     said: list[str] = []
-    trained(tiny, tmp_path, settings=replace(TRAINING, steps=3), told=said.append)
-    trained(tiny, tmp_path, settings=replace(TRAINING, steps=4), told=said.append)
+    trained(tiny, tmp_path, training=replace(TRAINING, steps=3), told=said.append)
+    trained(tiny, tmp_path, training=replace(TRAINING, steps=4), told=said.append)
     assert said == []
     before = torch.get_num_threads()
     torch.set_num_threads(before + 1)
@@ -533,10 +533,10 @@ def test_training_goes_on_only_with_the_same_facts_and_settings(tiny, tmp_path):
     trained(tiny, tmp_path)
     with pytest.raises(MalmendError, match="other facts"):
         malmend.train(
-            tiny.loaded, make_facts(12, seed=8), tmp_path, None, TRAINING, SMALL, **own(tiny)
+            tiny.loaded, make_facts(12, seed=8), tmp_path, None, SMALL, TRAINING, **own(tiny)
         )
     with pytest.raises(MalmendError, match="trained with seed = 0, now 1"):
-        trained(tiny, tmp_path, settings=replace(TRAINING, seed=1))
+        trained(tiny, tmp_path, training=replace(TRAINING, seed=1))
 
 
 def test_a_trained_editor_edits(tiny, tmp_path):
@@ -559,10 +559,10 @@ def test_training_on_questions_of_ones_own(tiny, tmp_path):
     path.write_text("Kalo miru\nSeto vane lomi\n")
     alone = [replace(fact, unrelated=()) for fact in make_facts(4)]
     short = replace(TRAINING, steps=1)
-    result = malmend.train(tiny.loaded, alone, tmp_path / "editor", path, short, SMALL, **own(tiny))
+    result = malmend.train(tiny.loaded, alone, tmp_path / "editor", path, SMALL, short, **own(tiny))
     assert len(result.records) == 1
     with pytest.raises(MalmendError, match="has no unrelated question"):
-        malmend.train(tiny.loaded, alone, tmp_path / "none", None, short, SMALL, **own(tiny))
+        malmend.train(tiny.loaded, alone, tmp_path / "none", None, SMALL, short, **own(tiny))
 
 
 def test_inspection_of_every_kind(tiny, tmp_path):

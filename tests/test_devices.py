@@ -180,7 +180,7 @@ def trained_on(loaded: LoadedModel, name: str, tiny: Tiny, folder: Path) -> Patc
         editor = EditorSettings(method=name, layers=2, network=NetworkSettings(rank=4))
         data = {"calibrate": tiny.calibrate, "text": tiny.text, "calibration": CALIBRATION}
         for settings in (short, replace(short, steps=2)):  # the second goes on with the first
-            malmend.train(loaded, facts, folder, None, settings, editor, **data)
+            malmend.train(loaded, facts, folder, None, editor, settings, **data)
     return malmend.edit(loaded, FEW, editor=folder, refine=ONCE if name == "malmen" else FREE).patch
 
 

@@ -237,12 +237,12 @@ def targets(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, T
         put("patch", base / "patch", lambda f: inspect(f / "p.safetensors"))
         malmend.export(base / "patch" / "p.safetensors", base / "adapter", to="lora")
         put("adapter", base / "adapter", read_exported)
-        malmend.train(tiny.loaded, tiny.facts, base / "editor", None, SHORT, SMALL, **own)
+        malmend.train(tiny.loaded, tiny.facts, base / "editor", None, SMALL, SHORT, **own)
         of_training = {"training.safetensors"}
         names = sorted({*inside(base / "editor")} - of_training)
         put("editor", base / "editor", load_editor, *names)
         two = replace(SHORT, steps=2)  # it goes on with what it has read
-        again = lambda f: malmend.train(tiny.loaded, tiny.facts, f, None, two, SMALL, **own)  # noqa: E731
+        again = lambda f: malmend.train(tiny.loaded, tiny.facts, f, None, SMALL, two, **own)  # noqa: E731
         put("checkpoint", base / "editor", again)
         for name, given_settings in (("enn", ENN), ("ke", KE)):
             learn(tiny.loaded, tiny.facts, base / name, name, given_settings)

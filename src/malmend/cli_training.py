@@ -44,7 +44,7 @@ def train(arguments: list[str], what: str) -> None:
     parser.add_argument(
         "--locality", type=str, help="file of unrelated questions, else each fact's own"
     )
-    own = {"model", "facts", "out", "locality", "settings", "editor", "starting", "stepped"}
+    own = {"model", "facts", "out", "locality", "settings", "training", "starting", "stepped"}
     derive(parser, train, own | {"processes", "told"})
     add_editor_settings(parser, {"method"})
     parser.add_class_arguments(TrainSettings)
@@ -89,8 +89,8 @@ def _train_together(given: dict[str, Any], training: Any, settings: Any, process
 
         result = train(
             **given,
-            settings=training,
-            editor=settings,
+            settings=settings,
+            training=training,
             processes=processes,
             progress=bars,
             told=show.status,

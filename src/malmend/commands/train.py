@@ -19,7 +19,7 @@ from malmend.editors.settings import EditorSettings
 from malmend.editors.train_settings import TrainSettings
 from malmend.editors.training import StepRecord, Trainer, estimate_seconds, rehearse, step_bytes
 from malmend.errors import EditorError, MalmendError
-from malmend.facts.encoded import settled
+from malmend.facts.encoded import resolved
 from malmend.facts.fact import Fact, FactSet, Question, subject_hashes
 from malmend.facts.lint import leaks
 from malmend.facts.readers import read_questions
@@ -71,8 +71,8 @@ def train(
     facts: str | Path | Sequence[Fact],
     out: str | Path,
     locality: str | Path | Sequence[Question] | None = None,
-    settings: TrainSettings = TrainSettings(),
-    editor: EditorSettings = EditorSettings(),
+    settings: EditorSettings = EditorSettings(),
+    training: TrainSettings = TrainSettings(),
     limit: int | None = None,
     strict: bool = False,
     alternative: bool = False,
@@ -97,8 +97,8 @@ def train(
         facts: a facts file, or facts, with paraphrases.
         out: the editor's folder.
         locality: unrelated questions; None takes each fact's own.
-        settings: how to train.
-        editor: what the editor is.
+        settings: what the editor is.
+        training: how it is trained.
         limit: the first so many facts.
         strict: refuse duplicates and contradictions in place of skipping the later ones.
         alternative: train on each fact's alternative (a false answer) in place of its answer.
@@ -124,35 +124,37 @@ def train(
     if memory is not None:
         size_of(memory)
     folder = Path(out)
-    encoder = encoder_for(model, editor.end_of_answer)
+    encoder = encoder_for(model, settings.end_of_answer)
     known = checked_facts(facts, encoder, limit, strict, alternative, away)
     others = read_questions(locality) if isinstance(locality, str | Path) else tuple(locality or ())
-    _check(folder, len(known), settings)
+    _check(folder, len(known), training)
     writable_folder(folder)  # before the model is loaded, but only once the facts are good
     with only_writer(folder, "--out") if processes.is_first else nullcontext():
         loaded = opened(model, dtype, device)
         # What "auto" stands for is said in the editor's folder, and may be given when resuming.
-        editor = replace(editor, tokens=settled(editor.tokens, loaded.reading.form))
-        sites = editor.sites_in(loaded.model)
-        bench = lay_out(loaded, sites, editor.end_of_answer, trunk=trunk)
+        settings = replace(settings, tokens=resolved(settings.tokens, loaded.reading.form))
+        sites = settings.sites_in(loaded.model)
+        bench = lay_out(loaded, sites, settings.end_of_answer, trunk=trunk)
         known = aimed(bench, known, away)
         own = known if any(fact.paraphrases for fact in known) else None
         with processes.first_then_others():  # who find it in the cache
-            found = calibrated(bench, editor, calibrate or own, text, calibration, progress, others)
-        start = found.editor(editor, bench.trunk, settings.seed)
+            found = calibrated(
+                bench, settings, calibrate or own, text, calibration, progress, others
+            )
+        start = found.editor(settings, bench.trunk, training.seed)
         bench, plan = within_memory(
             bench,
             known,
             memory,
-            partial(step_bytes, start, bench.trunk, settings),
+            partial(step_bytes, start, bench.trunk, training),
             partial(rehearse, bench.trunk),
-            editor.tokens,
+            settings.tokens,
         )
-        store = _pairs_store(bench, editor, trunk)
+        store = _pairs_store(bench, settings, trunk)
         trainer = Trainer(
-            start, bench.trunk, bench.encoder, known, others, settings, store, processes
+            start, bench.trunk, bench.encoder, known, others, training, store, processes
         )
-        about = _about(bench, known, others, settings)
+        about = _about(bench, known, others, training)
         records = _resumed(trainer, folder, about, told)
         if processes.count > 1:
             processes.check_alike("The editor in training", trainer.step, start.checksum())
@@ -161,7 +163,7 @@ def train(
             for record in trainer.run():
                 records.append(record)
                 stepped(record)
-                due = record.step % settings.save_every == 0 or record.step == settings.steps
+                due = record.step % training.save_every == 0 or record.step == training.steps
                 if due and processes.is_first:
                     _save(trainer, {**about, "curve": [asdict(one) for one in records]}, folder)
         with processes.first_then_others():  # once it is written
@@ -175,16 +177,16 @@ def _save(trainer: Trainer, about: dict[str, Any], folder: Path) -> None:
     trainer.save(folder, about)
 
 
-def _check(folder: Path, facts: int, settings: TrainSettings) -> None:
+def _check(folder: Path, facts: int, training: TrainSettings) -> None:
     """What can be refused before any model is loaded."""
-    if facts < settings.facts_per_step:
+    if facts < training.facts_per_step:
         raise MalmendError(
             f"Facts to train on: {facts:,}, expected at least "
-            f"{settings.facts_per_step}, the facts of one step; lower --facts-per-step."
+            f"{training.facts_per_step}, the facts of one step; lower --facts-per-step."
         )
-    if not abs(settings.seed) < MOST_SEED:
+    if not abs(training.seed) < MOST_SEED:
         raise MalmendError(
-            f"--seed is {settings.seed}, expected a whole number of at most 18 digits."
+            f"--seed is {training.seed}, expected a whole number of at most 18 digits."
         )
     if (folder / "config.json").is_file():
         raise MalmendError(
@@ -263,7 +265,7 @@ def _seconds_left(trainer: Trainer, records: Sequence[StepRecord]) -> float:
 
 
 def _about(
-    bench: Workbench, facts: FactSet, others: Sequence[Question], settings: TrainSettings
+    bench: Workbench, facts: FactSet, others: Sequence[Question], training: TrainSettings
 ) -> dict[str, Any]:
     # Neighbours only where there are some, so that checkpoints older than they are still fit.
     learned = [
@@ -282,17 +284,19 @@ def _about(
         "facts_sha256": hashlib.sha256(repr(learned).encode()).hexdigest(),
         "locality_sha256": hashlib.sha256(repr(list(others)).encode()).hexdigest(),
         "subjects": subject_hashes(facts),
-        "training": asdict(settings),
+        "training": asdict(training),
     }
 
 
-def _pairs_store(bench: Workbench, editor: EditorSettings, trunk: TrunkSettings) -> ActivationStore:
+def _pairs_store(
+    bench: Workbench, settings: EditorSettings, trunk: TrunkSettings
+) -> ActivationStore:
     """Captured pairs on disk, apart by everything that they depend on."""
     what = repr(
         (
-            editor.tokens,
-            editor.end_of_answer,
-            editor.descent,
+            settings.tokens,
+            settings.end_of_answer,
+            settings.descent,
             sorted(s.name for s in bench.trunk.sites),
         )
     )

@@ -35,17 +35,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from malmend.editors.malmen import Malmen
-from malmend.editors.mend import Mend
+from malmend.editors.aggregation import AGGREGATIONS, Aggregation
 from malmend.editors.network import EditorNetwork
-from malmend.editors.pseudo import Pseudo, Received
+from malmend.editors.pseudo import Pseudo
 from malmend.editors.settings import EditorSettings
 from malmend.errors import EditorError
 from malmend.models.capture import Captured
@@ -53,7 +51,6 @@ from malmend.models.sites import Site
 from malmend.numerics.chunks import chunks
 from malmend.numerics.moments import RunningMoments
 from malmend.numerics.prior import Prior
-from malmend.numerics.ridge import Summed
 from malmend.processes import ALONE, Processes
 
 TOKENS = 2048  # N at which the weights of the prior are stated; about 500 facts
@@ -71,34 +68,6 @@ class SiteStatistics:
     keys: RunningMoments
     value_grads: RunningMoments
     priors_KK: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-class Aggregation(Protocol):
-    """What a method does with the pseudo rows of one site.
-
-    ``diffs_NV`` holds what each token asks of its value, d_j of equation (9).
-    """
-
-    diffs_NV: Tensor
-
-    def add(self, rows: slice, pseudo: Pseudo) -> None:
-        """Takes the editor's output for a chunk of tokens."""
-
-    def shift(self) -> Tensor:
-        """S in float64, V x K, once every chunk was added."""
-
-    def receive(self, shift_grad_VK: Tensor) -> Received:
-        """Takes G = dL/dS; returns the derivatives of the prior and of the rows' weights."""
-
-    def proxy(self, rows: slice, pseudo: Pseudo) -> Tensor:
-        """A scalar whose gradient is the meta-gradient of a chunk."""
-
-
-METHODS: dict[str, Callable[[Tensor, Tensor, Prior, Tensor | None, Summed | None], Aggregation]] = {
-    "malmen": Malmen,
-    "mend": Mend,
-    "mend-single": Mend,
-}
 
 
 class Editor(nn.Module):
@@ -259,7 +228,7 @@ class Editor(nn.Module):
         counts = processes.total(*[len(pair.keys_NK) for pair in captured])
         done = []
         for site, pair in enumerate(captured):
-            aggregation = METHODS[self.settings.method](
+            aggregation = AGGREGATIONS[self.settings.method](
                 pair.keys_NK,
                 pair.room.empty(*pair.value_grads_NV.shape, dtype=pair.keys_NK.dtype),
                 self.prior(site, int(counts[site])),

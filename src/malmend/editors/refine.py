@@ -33,7 +33,8 @@ import torch
 from torch import Tensor, nn
 
 from malmend.editors import borrowing, settle
-from malmend.editors.editor import Aggregation, Editor
+from malmend.editors.aggregation import Aggregation
+from malmend.editors.editor import Editor
 from malmend.editors.malmen import Malmen
 from malmend.editors.restore import NUMBERS, Held, restoring
 from malmend.editors.wordings import LEFT_OUT, TURNED

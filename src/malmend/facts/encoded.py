@@ -26,7 +26,7 @@ Form = Literal["causal", "classes", "seq2seq"]
 Tokens = Literal["auto", "answer", "all"]
 
 
-def settled(tokens: Tokens, form: Form) -> Literal["answer", "all"]:
+def resolved(tokens: Tokens, form: Form) -> Literal["answer", "all"]:
     """What "auto" stands for: a classifier's "all", for its first token says little but the class.
 
     Of any other model it is the tokens that output the answer.
@@ -107,7 +107,7 @@ class Encoded:
         """
         if in_encoder:
             return range(len(self.read))
-        if settled(tokens, self.form) == "answer":
+        if resolved(tokens, self.form) == "answer":
             return range(self.sources[0], self.sources[-1] + 1)
         if self.form == "seq2seq":
             return range(len(self.decoded))

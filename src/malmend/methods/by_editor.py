@@ -30,7 +30,7 @@ from malmend.editors.settings import EditorSettings
 from malmend.editors.settle import KNOWN, NUMBERS, Keeping, settle
 from malmend.editors.wordings import in_other_words
 from malmend.errors import EditorError
-from malmend.facts.encoded import Encoded, Form, settled
+from malmend.facts.encoded import Encoded, Form, resolved
 from malmend.facts.fact import Fact, Question
 from malmend.methods.method import Found
 from malmend.methods.solves import Solved, Solves
@@ -278,7 +278,7 @@ def described(editor: Editor, form: Form) -> dict[str, Any]:
     """What a patch's header says of the editor itself: settings and learned numbers."""
     settings = editor.settings
     return {
-        "settings": {**asdict(settings), "tokens": settled(settings.tokens, form)},
+        "settings": {**asdict(settings), "tokens": resolved(settings.tokens, form)},
         "eta": editor.log_eta_S.exp().tolist(),
         "prior": {
             term: editor.log_weights_SP[:, index].exp().tolist()

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from malmend.editors.editor import Aggregation, Editor
+from malmend.editors.aggregation import Aggregation
+from malmend.editors.editor import Editor
 from malmend.models.capture import Captured
 from malmend.numerics.ridge import residuals
 from malmend.processes import Processes

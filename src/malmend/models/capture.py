@@ -23,7 +23,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from malmend.facts.encoded import Encoded, Tokens, settled
+from malmend.facts.encoded import Encoded, Tokens, resolved
 from malmend.memory import Room
 from malmend.models.descent import Descent, Group
 from malmend.models.tracing import tracing
@@ -96,7 +96,7 @@ def capture(
         )
         for site in trunk.sites
     ]
-    splits = None if settled(tokens, trunk.cut.form) == "answer" else False
+    splits = None if resolved(tokens, trunk.cut.form) == "answer" else False
     for indices, batch in trunk.batches(questions):
         rows = _rows_of(starts, indices)
         suffix = trunk.suffix(batch) if splits is not False else None

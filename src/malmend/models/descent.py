@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from malmend.errors import MalmendError
-from malmend.facts.encoded import Encoded, Tokens, collate, settled
+from malmend.facts.encoded import Encoded, Tokens, collate, resolved
 from malmend.models.suffix import Suffix
 from malmend.models.tracing import tracing
 from malmend.models.trunk import Batch, Trunk
@@ -82,7 +82,7 @@ class _Chosen:
         width = batch.tokens.width(in_encoder) if suffix is None else suffix.width
         self.places = len(batch.tokens.questions) * width
         form = batch.tokens.questions[0].form
-        self.are_answers = settled(tokens, form) == "answer" and not in_encoder
+        self.are_answers = resolved(tokens, form) == "answer" and not in_encoder
 
 
 class Group:
