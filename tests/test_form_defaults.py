@@ -10,7 +10,7 @@ import torch
 from forms_support import ENCODERS, model_of, pairs_alone, places, questions
 from malmend.editors.keymoments import asked_moment
 from malmend.editors.refine import RefineSettings
-from malmend.facts.encoded import settled
+from malmend.facts.encoded import resolved
 from malmend.facts.tokens import Reading
 from malmend.models.capture import capture
 from malmend.models.sites import find_sites
@@ -27,9 +27,9 @@ def test_auto_is_every_token_of_a_classifier_and_the_answers_of_another(family, 
     for site, pair in zip(sites, capture(trunk, asked), strict=True):
         wanted = sum(len(places(site, one, "all" if takes_all else "answer")) for one in asked)
         assert len(pair.keys_NK) == wanted
-    assert settled("auto", asked[0].form) == ("all" if takes_all else "answer")
-    assert settled("answer", "classes") == "answer"
-    assert settled("all", "causal") == "all"
+    assert resolved("auto", asked[0].form) == ("all" if takes_all else "answer")
+    assert resolved("answer", "classes") == "answer"
+    assert resolved("all", "causal") == "all"
 
 
 @pytest.mark.parametrize("tokens", ["auto", "all", "answer"])
@@ -40,7 +40,7 @@ def test_asked_is_the_mean_over_the_tokens_that_an_edit_has_rows_of(family, toke
     sites = find_sites(model)
     trunk, asked = Trunk(model, sites), questions(family)
     found = asked_moment(trunk, asked, tokens)
-    chosen = settled(tokens, asked[0].form)
+    chosen = resolved(tokens, asked[0].form)
     for index, site in enumerate(sites):
         rows = [
             pairs_alone(model, sites, one)[0][index][places(site, one, chosen)] for one in asked

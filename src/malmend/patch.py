@@ -11,9 +11,11 @@ rank bound min(tokens, K, V), so nothing is cut off.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 from weakref import WeakKeyDictionary
@@ -51,6 +53,16 @@ class Patch:
         """Fingerprint of the model that the patch was made for."""
         return str(self.provenance.get("base", ""))
 
+    @property
+    def end_of_answer(self) -> EndOfAnswer | None:
+        """What an answer ends with, as it was edited in; None where the header does not say."""
+        return self.provenance.get("settings", {}).get("end_of_answer")
+
+    @property
+    def aims(self) -> dict[str, bool]:
+        """``alternative`` and ``away``: what stood for the facts' answers."""
+        return {name: bool(self.provenance.get(name)) for name in ("alternative", "away")}
+
     def shift(self, name: str) -> Tensor:
         """S of one site, float32, V x K.  The same number whenever it is asked for."""
         first, *rest = self.factors[name]
@@ -58,6 +70,16 @@ class Patch:
             return first
         # In float64, so that the product is one rounding away from exact in any summation order.
         return (first.double() @ rest[0].double()).float()
+
+
+def now() -> str:
+    """The time in UTC, to the second, as ISO 8601."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def versions() -> dict[str, str]:
+    """Of what a patch is made with."""
+    return {name: version(name) for name in ("malmend", "torch", "transformers")}
 
 
 def make_patch(shifts: Mapping[str, Tensor], tokens: int, provenance: Mapping[str, Any]) -> Patch:
@@ -112,7 +134,7 @@ def check_bare(loaded: LoadedModel) -> None:
 
 
 @contextmanager
-def shifted(sites: list[Site], shifts: Mapping[str, Tensor]) -> Iterator[None]:
+def shifted(sites: Sequence[Site], shifts: Mapping[str, Tensor]) -> Iterator[None]:
     """Weights W0 + S at the sites inside the block, W0 itself afterwards."""
     kept = [site.weight.data for site in sites]
     try:

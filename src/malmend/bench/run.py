@@ -17,7 +17,6 @@ from malmend.bench.plan import Cell, Plan, named_method, read_plan, source_of, w
 from malmend.bench.plot import plot
 from malmend.bench.results import NAME, Results
 from malmend.bench.table import Row, failures, latest, markdown
-from malmend.commands.edit import now
 from malmend.editors.checkpoint import load_editor
 from malmend.editors.refine import SETTLING, UNSAID
 from malmend.errors import MalmendError
@@ -27,6 +26,7 @@ from malmend.files import writable_folder
 from malmend.methods.trained import trained_method
 from malmend.models.device import device_of, places_of
 from malmend.models.load import load_config, load_model
+from malmend.patch import now
 from malmend.progress import Progress, silent
 
 

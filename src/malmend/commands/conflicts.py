@@ -87,7 +87,7 @@ def conflicts(
     found = {}
     for (name, patch), (end, chosen) in zip(known.items(), asked, strict=False):
         bench = bench_for(loaded, list(known.values()), end, trunk)
-        asking = Asking(aimed(bench, chosen, bool(patch.provenance.get("away"))), decode_facts)
+        asking = Asking(aimed(bench, chosen, patch.aims["away"]), decode_facts)
         found[name] = measured(bench, asking, {"alone": patch, **forms}, progress)
     return ConflictsResult(loaded.name, tuple(known), met, found)
 
@@ -96,9 +96,8 @@ def _asked(
     model: str | LoadedModel, patch: Patch, facts: str | Path, limit: int | None
 ) -> tuple[EndOfAnswer, FactSet]:
     """A patch's facts as they were edited, checked, with the end that their answers have."""
-    encoder = encoder_for(model, patch.provenance.get("settings", {}).get("end_of_answer"))
-    ways = {way: bool(patch.provenance.get(way)) for way in ("alternative", "away")}
-    return encoder.end_of_answer, checked_facts(facts, encoder, limit, **ways)
+    encoder = encoder_for(model, patch.end_of_answer)
+    return encoder.end_of_answer, checked_facts(facts, encoder, limit, **patch.aims)
 
 
 def _named(patches: Sequence[str | Path]) -> dict[str, str | Path]:

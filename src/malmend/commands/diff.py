@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
-from malmend.commands.edit import now
 from malmend.errors import PatchError
 from malmend.files import writable
 from malmend.models.load import LoadedModel
 from malmend.models.sites import Site
-from malmend.patch import Patch, load_patch, save_patch
+from malmend.patch import Patch, load_patch, now, save_patch, versions
 from malmend.progress import Progress, silent
 from malmend.shipping.compare import Comparison, compared
 from malmend.shipping.layers import not_plain
@@ -100,9 +98,7 @@ def _patch(mine: LoadedModel, theirs: LoadedModel, found: Comparison) -> Patch:
 
 def _provenance(mine: LoadedModel, theirs: LoadedModel) -> dict[str, object]:
     return {
-        "malmend": version("malmend"),
-        "torch": version("torch"),
-        "transformers": version("transformers"),
+        **versions(),
         "model": mine.name,
         "base": mine.fingerprint,
         "method": "diff",

@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +30,7 @@ from malmend.models.budget import watched
 from malmend.models.device import places_of
 from malmend.models.load import LoadedModel
 from malmend.models.trunk import TrunkSettings
-from malmend.patch import Patch, applied, load_patch, make_patch, save_patch
+from malmend.patch import Patch, applied, load_patch, make_patch, now, save_patch, versions
 from malmend.processes import ALONE, Processes
 from malmend.progress import Progress, silent
 from malmend.workbench import (
@@ -187,11 +185,6 @@ def edit(
     return replace(done, page=Path(report) / PAGE)
 
 
-def now() -> str:
-    """The time in UTC, to the second, as ISO 8601."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
 def _check_method(method: Method, of_editors: bool, processes: Processes) -> None:
     """What a method that is no editor does not take."""
     if of_editors:
@@ -252,12 +245,10 @@ def _header(
     known = found.said.get("settings", settings_of(method))
     seen = trained_on(found.said, facts.facts)
     return {
-        "malmend": version("malmend"),
-        "torch": version("torch"),
-        "transformers": version("transformers"),
+        **versions(),
         "model": bench.loaded.name,
         "base": bench.loaded.fingerprint,
-        "dtype": str(bench.loaded.model.dtype).removeprefix("torch."),
+        "dtype": bench.loaded.dtype,
         "device": places_of(bench.loaded.model),
         "method": method.name,
         "facts": len(facts),

@@ -23,7 +23,7 @@ from malmend.models.load import LoadedModel
 from malmend.models.sites import Site, find_sites
 from malmend.models.trunk import TrunkSettings
 from malmend.patch import Patch, applied, check_base, sites_of
-from malmend.progress import Progress, silent
+from malmend.progress import Progress, counted, silent
 from malmend.shipping.adapter import based_on, read_patch
 from malmend.workbench import (
     aimed,
@@ -87,8 +87,7 @@ def evaluate(
     if isinstance(patch, str | Path):
         patch = read_patch(patch)
     # As the patch was made, so that its facts are read as they were edited.
-    made = patch.provenance.get("settings", {}) if patch else {}
-    encoder = encoder_for(model, made.get("end_of_answer"), chat)
+    encoder = encoder_for(model, patch.end_of_answer if patch else None, chat)
     known = checked_facts(facts, encoder, limit, strict, alternative, away)
     chatted = None if chat else chat_encoder(encoder, known, decode_facts)
     plain = _plain_text(text, encoder)
@@ -98,9 +97,9 @@ def evaluate(
     patch = None if patch is None else based_on(patch, loaded)
     bench = lay_out(loaded, _sites(loaded, patch, force), encoder.end_of_answer, chat, trunk)
     known = aimed(bench, known, away)
-    count = _Counter(progress, 2 if patch else 1)
-    examiner = Examiner(loaded, bench.trunk, bench.encoder, count, chatted)
-    count.expect(examiner.count(known, decode_facts))
+    examiner = Examiner(loaded, bench.trunk, bench.encoder, chat=chatted)
+    questions = examiner.count(known, decode_facts) * (2 if patch else 1)
+    examiner.progress = counted(progress, "asking", questions)
     before = examiner.examine(known, decode_facts, remember=True)
     surprise = _perplexity("unedited", loaded, plain, progress)
     after = None
@@ -187,7 +186,7 @@ def _about(loaded: LoadedModel, facts: FactSet, patch: Patch | None) -> dict[str
         "model": loaded.name,
         "form": loaded.reading.form,
         "base": loaded.fingerprint,
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "dtype": loaded.dtype,
         "device": places_of(loaded.model),
         "facts_source": facts.source,
         "skipped": len(facts.skipped),
@@ -221,17 +220,3 @@ def chat_encoder(plain: Encoder, facts: FactSet, decode_facts: int | None) -> En
             faults,
         )
     return encoder
-
-
-class _Counter:
-    """Turns numbers of questions into a share of all that will be asked."""
-
-    def __init__(self, progress: Progress, models: int):
-        self.progress, self.models, self.total, self.done = progress, models, 1, 0
-
-    def expect(self, questions: int) -> None:
-        self.total = max(1, self.models * questions)
-
-    def __call__(self, more: int) -> None:
-        self.done += more
-        self.progress("asking", min(1.0, self.done / self.total))

@@ -8,14 +8,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from malmend.commands.edit import now
 from malmend.errors import MalmendError, PatchError, nearest
 from malmend.facts.fact import FactSet
 from malmend.facts.readers import read_text
 from malmend.files import folder_beside, new_folder
 from malmend.models.load import DTYPES, LoadedModel
 from malmend.models.trunk import TrunkSettings
-from malmend.patch import Patch
+from malmend.patch import Patch, now
 from malmend.progress import Progress, silent
 from malmend.shipping.adapter import based_on, read_patch
 from malmend.shipping.card import CARD, card
@@ -90,11 +89,10 @@ def export(
     folder = new_folder(folder)
     patch = read_patch(patch) if isinstance(patch, str | Path) else patch
     base = model if model is not None else _named(patch)
-    end = patch.provenance.get("settings", {}).get("end_of_answer")
-    ways = {name: bool(patch.provenance.get(name)) for name in ("alternative", "away")}
+    end, aims = patch.end_of_answer, patch.aims
     known = None
     if facts is not None:  # whatever is wrong with them is found before a weight is read
-        known = checked_facts(facts, encoder_for(base, end), limit, **ways)
+        known = checked_facts(facts, encoder_for(base, end), limit, **aims)
     dtype = dtype or (base_dtype(base) if to == "merged" else "float32")
     cutting = _cutting(rank, text, known)
     loaded = opened(base)
@@ -102,7 +100,7 @@ def export(
     exportable(loaded, patch, force)
     bench = bench_for(loaded, [patch], encoder_for(loaded, end).end_of_answer, trunk)
     if known is not None:
-        known = aimed(bench, known, ways["away"])
+        known = aimed(bench, known, aims["away"])
     form: Patch | LoadedModel
     with folder_beside(folder) as beside:
         if to == "lora":

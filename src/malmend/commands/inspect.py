@@ -98,7 +98,7 @@ def _model(loaded: LoadedModel, found: Sequence[Site]) -> Inspection:
         "form": FORMS[reading.form],
         **({"classes": ", ".join(reading.classes)} if reading.classes else {}),
         "parameters": sum(p.numel() for p in loaded.model.parameters()),
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "dtype": loaded.dtype,
         "fingerprint": loaded.fingerprint,
         "sites": {site.name: "{} x {}".format(*site.shape_VK) for site in found},
     }

@@ -34,7 +34,7 @@ class LedgerChange:
     Attributes:
         generation: that it made, or the current one where there was nothing to do.
         entered, left: facts that came and went.
-        duplicates: facts that were left out, since the ledger holds them or an earlier line does.
+        duplicates: facts that were left out, since the ledger holds them.
         known: of those that came, the ones that the unedited model answers already.
         warning: of the ledger's rule; None where it is kept or nothing was measured.
     """
@@ -288,7 +288,7 @@ def _bench(
 ) -> Workbench:
     """The ledger's model, which must be the one that it began with."""
     loaded = opened(model or about.model, about.dtype, device)
-    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    dtype = loaded.dtype
     if (loaded.fingerprint, dtype) != (about.base, about.dtype):
         raise LedgerError(
             f"The ledger is of a model with fingerprint {about.base[:12]} in {about.dtype}, the "

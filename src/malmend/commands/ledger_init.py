@@ -9,7 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 from malmend.commands.choice import Choice, choose
-from malmend.commands.edit import now
 from malmend.editors.calibration import CalibrationSettings
 from malmend.editors.checkpoint import load_editor, save_editor
 from malmend.editors.editor import Editor
@@ -18,6 +17,7 @@ from malmend.errors import EditorError, LedgerError
 from malmend.methods.trained import TRAINED, method_in
 from malmend.models.load import LoadedModel
 from malmend.models.trunk import TrunkSettings
+from malmend.patch import now
 from malmend.progress import Progress, silent
 from malmend.shipping.ledger import EDITOR, Signed
 from malmend.shipping.ledger_about import About
@@ -179,7 +179,7 @@ def _about(
     return About(
         model=str(where.absolute()) if where.exists() else loaded.name,
         base=loaded.fingerprint,
-        dtype=str(loaded.model.dtype).removeprefix("torch."),
+        dtype=loaded.dtype,
         form=loaded.reading.form,
         editor=chosen.provenance(),
         identity=identity,

@@ -277,7 +277,7 @@ def _about(
         "torch": version("torch"),
         "model": bench.loaded.name,
         "base": bench.loaded.fingerprint,
-        "dtype": str(bench.loaded.model.dtype).removeprefix("torch."),
+        "dtype": bench.loaded.dtype,
         "device": places_of(bench.loaded.model),
         "facts": len(facts),
         "facts_source": facts.source,

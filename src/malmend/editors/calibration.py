@@ -248,7 +248,7 @@ def _search(
     for index, (eta, alpha) in enumerate(candidates):
         weights = settings.weights(terms, alpha)
         editor = replace(start, eta=eta, weights=weights).editor(without_network, trunk)
-        with shifted(list(trunk.sites), editor.shifts(pairs)):
+        with shifted(trunk.sites, editor.shifts(pairs)):
             loss = meta_loss(trunk, judged, settings.locality, grads=False)
         tried.append(
             {"eta": eta, "alpha": alpha, "loss": loss.total, "gen": loss.gen, "kl": loss.loc}

@@ -250,7 +250,7 @@ def further(
     for frame, ones in others.items():
         everything += ones
         gains += [refine.chat_gain if frame == CHAT else refine.gain] * len(ones)
-    with shifted(list(trunk.sites), shifts):
+    with shifted(trunk.sites, shifts):
         captured = capture(trunk, everything, settings.tokens, surer(settings.descent), progress)
         edited = len(captured[0].keys_NK)
         if held is not None:
@@ -295,7 +295,7 @@ def missed(
 ) -> float:
     """The share of answer and end tokens that the model with the shift on does not say first."""
     wrong = count = 0
-    with shifted(list(trunk.sites), shifts):
+    with shifted(trunk.sites, shifts):
         for _, batch in trunk.batches(questions):
             top_A = trunk.logits(batch).argmax(-1).cpu()
             wrong += int((top_A != batch.tokens.labels_A).sum())

@@ -107,7 +107,7 @@ def settle(
         for one, some in zip(keeping, some_of_each, strict=True):
             terms.append(_holding(trunk, one, some, processes))
         current = {name: one.shift() for name, one in metric.items()}
-        with shifted(list(trunk.sites), current):
+        with shifted(trunk.sites, current):
             losses, grads = weight_grads(trunk, terms)
         readings.read(losses[0])
         for site in trunk.sites:

@@ -172,7 +172,7 @@ class Trainer:
         shifts = {
             name: one.shift() for name, one in zip(self.editor.names, aggregations, strict=True)
         }
-        with shifted(list(self.trunk.sites), shifts):
+        with shifted(self.trunk.sites, shifts):
             loss = meta_loss(self.trunk, judged, self.settings.locality_weight, processes=processes)
         self._check_finite("the meta-loss", loss.total)
         grads = {name: share * grad_VK for name, grad_VK in loss.shift_grads.items()}
@@ -256,7 +256,7 @@ def estimate_seconds(trainer: Trainer, sample: int = 24) -> float:
     judged = trainer.judged(questions[:sample])
     first = time.perf_counter() - start
     start = time.perf_counter()
-    with shifted(list(trainer.trunk.sites), trainer.editor.shifts(captured)):
+    with shifted(trainer.trunk.sites, trainer.editor.shifts(captured)):
         meta_loss(trainer.trunk, judged, trainer.settings.locality_weight)
     again = time.perf_counter() - start
     size = trainer.settings.facts_per_step

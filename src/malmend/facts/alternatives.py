@@ -23,18 +23,14 @@ def towards_alternatives(facts: FactSet) -> FactSet:
     """
     lacking = [_place(fact) for fact in facts if fact.alternative is None]
     if lacking:
-        named = ", ".join(lacking[:SHOWN])
-        more = f" and {len(lacking) - SHOWN} more" if len(lacking) > SHOWN else ""
         one = len(lacking) == 1
-        error = FactsError(
-            f"{facts.source}: {len(lacking)} of {len(facts)} facts {'has' if one else 'have'} no "
-            f"alternative ({named}{more}); give {'it' if one else 'each'} the field 'alternative', "
-            "a false answer of the same relation, or leave out --alternative."
+        raise _lacking(
+            facts,
+            lacking,
+            f"{len(lacking)} of {len(facts)} facts {'has' if one else 'have'} no alternative",
+            f"give {'it' if one else 'each'} the field 'alternative', a false answer of the same "
+            "relation, or leave out --alternative",
         )
-        error.faults = tuple(
-            f"{facts.source}: {place}: field 'alternative': is missing" for place in lacking
-        )
-        raise error
     turned = tuple(
         replace(fact, answer=fact.alternative or "", alternative=None, reversed=None)
         for fact in facts
@@ -66,18 +62,25 @@ def away_from(facts: FactSet, said: Sequence[str], classes: Sequence[str]) -> Fa
             lacking.append(_place(fact))
         turned.append(replace(fact, answer=target, alternative=None, reversed=None))
     if lacking:
-        named = ", ".join(lacking[:SHOWN])
-        more = f" and {len(lacking) - SHOWN} more" if len(lacking) > SHOWN else ""
-        error = FactsError(
-            f"{facts.source}: of {len(lacking)} of {len(facts)} facts the model already says the "
-            f"answer, and no other class is named ({named}{more}); give each the field "
-            "'alternative', or leave out --away."
+        raise _lacking(
+            facts,
+            lacking,
+            f"of {len(lacking)} of {len(facts)} facts the model already says the answer, and no "
+            "other class is named",
+            "give each the field 'alternative', or leave out --away",
         )
-        error.faults = tuple(
-            f"{facts.source}: {place}: field 'alternative': is missing" for place in lacking
-        )
-        raise error
     return replace(facts, facts=tuple(turned))
+
+
+def _lacking(facts: FactSet, places: Sequence[str], what: str, otherwise: str) -> FactsError:
+    """The error of facts that lack an alternative, with the place of each."""
+    named = ", ".join(places[:SHOWN])
+    more = f" and {len(places) - SHOWN} more" if len(places) > SHOWN else ""
+    error = FactsError(f"{facts.source}: {what} ({named}{more}); {otherwise}.")
+    error.faults = tuple(
+        f"{facts.source}: {place}: field 'alternative': is missing" for place in places
+    )
+    return error
 
 
 def _same(one: str, other: str) -> bool:

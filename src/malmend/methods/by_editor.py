@@ -107,7 +107,7 @@ def find_by_editor(
     solved, kept = work.solved_again(solves, solved, held) if again else (solved, 1)
     settled_one, left = work.settled(solved, keeping) if settles else (None, None)
     final = settled_one or solved
-    with shifted(list(trunk.sites), final.shifts):
+    with shifted(trunk.sites, final.shifts):
         moved = keys_of(trunk, questions, settings.tokens)
     said = {
         **described(editor, form),

@@ -106,7 +106,7 @@ class FineTuning:
                     replace(one, unrelated=other.unrelated, unedited_AH=other.unedited_AH)
                     for one, other in zip(asked, _turn(passages, step, len(asked)), strict=True)
                 ]
-            with shifted(list(sites), _moved(sites, weights, start)):
+            with shifted(sites, _moved(sites, weights, start)):
                 loss = meta_loss(trunk, asked, self.locality)
             losses.append(loss.total)
             for site, weight in zip(sites, weights, strict=True):

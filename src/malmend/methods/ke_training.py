@@ -121,7 +121,7 @@ class KeTrainer:
         for edit, equivalent, other in map(self.bench.encoder.encode_all, drawn):
             (known_AH,) = trunk.unedited_states([other])
             shifts = shifts_of(self.network, self.bench, edit)
-            with shifted(list(trunk.sites), {name: one.detach() for name, one in shifts.items()}):
+            with shifted(trunk.sites, {name: one.detach() for name, one in shifts.items()}):
                 loss = meta_loss(trunk, [Judged(equivalent, other, known_AH)], self.multiplier)
             proxy = [(one * loss.shift_grads[name].to(one)).sum() for name, one in shifts.items()]
             (torch.stack(proxy).sum() / len(drawn)).backward()

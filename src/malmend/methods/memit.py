@@ -144,7 +144,7 @@ class Memit:
         moments = general_moments(bench, self.text_tokens, progress)
         once = time.perf_counter() - start
         for at, (site, moment_KK) in enumerate(zip(trunk.sites, moments, strict=True)):
-            with shifted(list(trunk.sites[:at]), shifts):
+            with shifted(trunk.sites[:at], shifts):
                 keys_MK, states_MV = _seen(trunk, site, asked)
             missing_MV = (goals_MV - states_MV) / (len(trunk.sites) - at)
             floor = self.alpha * FLOOR * moment_KK.diagonal().mean().item()

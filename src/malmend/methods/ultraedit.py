@@ -104,7 +104,7 @@ class UltraEdit:
         count, rows = counted(progress, "keys and value gradients", len(questions)), 0
         for start in range(0, len(questions), size):
             part = questions[start : start + size]
-            with shifted(list(sites), shifts):
+            with shifted(sites, shifts):
                 captured = capture(bench.trunk, part, self.tokens, None, count)
             for site, pair, (keys, grads) in zip(sites, captured, known, strict=True):
                 keys.add(pair.keys_NK)

@@ -40,6 +40,11 @@ WEIGHTS: dict[str, Any] = {**SAFE, "use_safetensors": True}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def name_of(dtype: object) -> str:
+    """A torch dtype's name without the module; of anything else what it says of itself."""
+    return str(dtype).removeprefix("torch.")
+
+
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
     """A model ready to be edited: evaluation mode, no parameter requires a gradient."""
@@ -61,6 +66,11 @@ class LoadedModel:
             if is_table and "position" in name and one.padding_idx is not None:
                 return stated - one.padding_idx - 1
         return stated
+
+    @property
+    def dtype(self) -> str:
+        """The weights', as it is named in files and options: ``float32``."""
+        return name_of(self.model.dtype)
 
     @property
     def reading(self) -> Reading:

@@ -114,7 +114,7 @@ class Watch:
 
     def with_shifts(self, shifts: Mapping[str, Tensor]) -> Watched:
         """What the model says with the shifts on, V x K by site."""
-        with shifted(list(self._bench.trunk.sites), shifts):
+        with shifted(self._bench.trunk.sites, shifts):
             after = self._examiner.examine(self._facts)
             now = self._first_choices()
         same = [one == other for one, other in zip(self._before, now, strict=True)]

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from malmend.errors import ModelError
-from malmend.models.load import DTYPES, LoadedModel, load_config, load_model, prepared
+from malmend.models.load import DTYPES, LoadedModel, load_config, load_model, name_of, prepared
 from malmend.models.sites import Site
 from malmend.patch import Patch, applied
 
@@ -39,10 +39,9 @@ class Rounding:
 def base_dtype(model: str | LoadedModel) -> str:
     """The name of the dtype that a base is kept in; float32 where it does not say."""
     if isinstance(model, LoadedModel):
-        stated = model.model.dtype
+        named = model.dtype
     else:
-        stated = getattr(load_config(model), "dtype", None)
-    named = str(stated).removeprefix("torch.")
+        named = name_of(getattr(load_config(model), "dtype", None))
     return named if named in DTYPES else "float32"
 
 
