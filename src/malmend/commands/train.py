@@ -15,6 +15,7 @@ import torch
 
 from malmend.editors.calibration import CalibrationSettings
 from malmend.editors.checkpoint import SavedEditor, load_editor, save_editor
+from malmend.editors.drawing import check_trainable
 from malmend.editors.settings import EditorSettings
 from malmend.editors.train_settings import TrainSettings
 from malmend.editors.training import StepRecord, Trainer, estimate_seconds, rehearse, step_bytes
@@ -43,8 +44,6 @@ from malmend.workbench import (
     trunk_folder,
     within_memory,
 )
-
-MOST_SEED = 10**18  # what a generator takes is a little more
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +126,8 @@ def train(
     encoder = encoder_for(model, settings.end_of_answer)
     known = checked_facts(facts, encoder, limit, strict, alternative, away)
     others = read_questions(locality) if isinstance(locality, str | Path) else tuple(locality or ())
-    _check(folder, len(known), training)
+    check_trainable(known.facts, others, training.facts_per_step, "--facts-per-step")
+    _check(folder)
     writable_folder(folder)  # before the model is loaded, but only once the facts are good
     with only_writer(folder, "--out") if processes.is_first else nullcontext():
         loaded = opened(model, dtype, device)
@@ -177,17 +177,8 @@ def _save(trainer: Trainer, about: dict[str, Any], folder: Path) -> None:
     trainer.save(folder, about)
 
 
-def _check(folder: Path, facts: int, training: TrainSettings) -> None:
-    """What can be refused before any model is loaded."""
-    if facts < training.facts_per_step:
-        raise MalmendError(
-            f"Facts to train on: {facts:,}, expected at least "
-            f"{training.facts_per_step}, the facts of one step; lower --facts-per-step."
-        )
-    if not abs(training.seed) < MOST_SEED:
-        raise MalmendError(
-            f"--seed is {training.seed}, expected a whole number of at most 18 digits."
-        )
+def _check(folder: Path) -> None:
+    """Raises MalmendError where the folder is a model's."""
     if (folder / "config.json").is_file():
         raise MalmendError(
             f"{folder} is a model's folder, expected one for the editor; give another --out."

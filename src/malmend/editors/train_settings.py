@@ -59,6 +59,10 @@ class TrainSettings:
                 f"halvings is {self.halvings}, expected a number from 0 that leaves a fact of the "
                 f"{self.facts_per_step} of a step; change --halvings."
             )
+        if not abs(self.seed) < 10**18:  # what a generator takes is a little more
+            raise MalmendError(
+                f"--seed is {self.seed}, expected a whole number of at most 18 digits."
+            )
         if not 0 <= self.near <= 1:
             raise MalmendError(f"near is {self.near}, expected a share from 0 to 1; change --near.")
 

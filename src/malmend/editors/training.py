@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from malmend.editors.drawing import check_trainable, drawn
 from malmend.editors.editor import Editor
 from malmend.editors.metaloss import Judged, MetaLoss, meta_loss
 from malmend.editors.pairs import TOGETHER, Pairs
@@ -93,20 +94,7 @@ class Trainer:
                 f"are {processes.count} processes, which need one each; raise --facts-per-step, or "
                 "start fewer."
             )
-        if len(self.facts) < settings.facts_per_step:
-            raise MalmendError(
-                f"Facts to train on: {len(self.facts):,}, expected at least "
-                f"{settings.facts_per_step}, the facts of one step; lower --facts-per-step."
-            )
-        lonely = next(
-            (f for f in self.facts if not (locality or f.unrelated or f.neighbours)), None
-        )
-        if lonely is not None:
-            raise MalmendError(
-                f"The fact {lonely.id!r} (line {lonely.line}) has no unrelated question and no "
-                "neighbour, one of which training needs; add one to each fact, or give --locality "
-                "QUESTIONS."
-            )
+        check_trainable(self.facts, self.locality, settings.facts_per_step, "--facts-per-step")
         scalars = [
             editor.log_eta_S,
             editor.log_weights_SP,
@@ -182,17 +170,11 @@ class Trainer:
     def draw(self, step: int) -> tuple[list[Fact], list[tuple[Question, Question]]]:
         """The facts of a step, each with one equivalent and one unrelated question.
 
-        Facts go round in epochs, each in a new order; a short rest of an epoch is left out, and
-        what a step's halving takes off.
+        Of those that are :func:`drawn` a step's halving takes off a part.
         """
         size, seed = self.settings.facts_per_step, self.settings.seed
-        per_epoch = len(self.facts) // size
-        epoch, part = divmod(step, per_epoch)
-        order = random.Random(f"{seed} epoch {epoch}").sample(
-            range(len(self.facts)), per_epoch * size
-        )
         halved = random.Random(f"{seed} size {step}").randint(0, self.settings.halvings)
-        facts = [self.facts[i] for i in order[part * size : part * size + (size >> halved)]]
+        facts = drawn(self.facts, size, seed, step)[: size >> halved]
         choose = random.Random(f"{seed} step {step}")
         questions = []
         for fact in facts:

@@ -45,13 +45,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from malmend.editors.checkpoint import identity_of
-from malmend.errors import EditorError, ModelError
+from malmend.errors import EditorError
 from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact
 from malmend.facts.tokens import EndOfAnswer
 from malmend.files import reason
 from malmend.methods.method import Found
-from malmend.models.sites import Site, find_sites
+from malmend.models.sites import Site, feed_forward_sites
 from malmend.models.trunk import Trunk
 from malmend.numerics.losses import answer_nll
 from malmend.progress import Progress, counted
@@ -109,12 +109,8 @@ class EnnSettings:
                 raise EditorError(f"enn.{name} is {value}, expected a number {least}.")
 
     def sites_in(self, model: PreTrainedModel) -> tuple[Site, ...]:
-        """Both layers of each feed-forward block, or the second of one whose first is fused."""
-        seconds = find_sites(model, self.layers)
-        try:
-            return find_sites(model, self.layers, linear="both")
-        except ModelError:
-            return seconds
+        """As :func:`malmend.models.sites.feed_forward_sites`."""
+        return feed_forward_sites(model, self.layers)
 
 
 @dataclass(frozen=True)

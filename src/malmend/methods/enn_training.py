@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from malmend.editors.checkpoint import identity_of
+from malmend.editors.drawing import check_trainable, drawn
 from malmend.editors.resuming import FREE, read_training, save_training
 from malmend.errors import EditorError, MalmendError
 from malmend.facts.encoded import Encoded
@@ -73,17 +74,8 @@ class EnnTrainer:
     ):
         self.settings, self.bench, self.trunk, self.step = settings, bench, bench.trunk, 0
         self.facts, self.locality = list(facts), list(locality)
-        if len(self.facts) < settings.facts_per_step:
-            raise EditorError(
-                f"Facts to train on: {len(self.facts):,}, expected at least "
-                f"{settings.facts_per_step}, those of one step; lower enn.facts_per_step."
-            )
-        lonely = [f for f in self.facts if not (locality or f.unrelated or f.neighbours)]
-        if lonely:
-            raise EditorError(
-                f"The fact {lonely[0].id!r} (line {lonely[0].line}) has no unrelated question, "
-                "which training needs; add one to each fact, or give unrelated questions."
-            )
+        size = settings.facts_per_step
+        check_trainable(self.facts, self.locality, size, "enn.facts_per_step")
         self.weights = [nn.Parameter(weight) for weight in copies(self.trunk)]
         start_S = torch.full((len(self.weights),), math.log(settings.inner_rate))
         self.log_rates_S = nn.Parameter(start_S.to(self.weights[0]))
@@ -98,19 +90,14 @@ class EnnTrainer:
             yield self.take_step()
 
     def draw(self, step: int) -> list[Asked]:
-        """What is asked of the facts of a step; depends on seed and step alone.
-
-        Facts go round in epochs, each in a new order; a short rest is left out.
-        """
+        """What is asked of the facts of a step; depends on seed and step alone."""
         size, seed = self.settings.facts_per_step, self.settings.seed
-        epoch, part = divmod(step, len(self.facts) // size)
-        order = random.Random(f"{seed} epoch {epoch}").sample(self.facts, len(self.facts))
-        choose, drawn = random.Random(f"{seed} step {step}"), []
-        for fact in order[part * size : (part + 1) * size]:
+        choose, asked = random.Random(f"{seed} step {step}"), []
+        for fact in drawn(self.facts, size, seed, step):
             equivalent = choose.choice(fact.equivalents or (fact.question,))
             unrelated = choose.choice(self.locality or fact.unrelated or fact.neighbours)
-            drawn.append((fact.question, equivalent, unrelated))
-        return drawn
+            asked.append((fact.question, equivalent, unrelated))
+        return asked
 
     def take_step(self) -> EnnRecord:
         """One step of Adam.

@@ -27,13 +27,13 @@ from transformers import PreTrainedModel
 from malmend.editors.calibration import CalibrationSettings
 from malmend.editors.keymoments import end_of, first_of, passages_of
 from malmend.editors.metaloss import Judged, meta_loss
-from malmend.errors import EditorError, ModelError
+from malmend.errors import EditorError
 from malmend.facts.fact import Fact
 from malmend.facts.readers import read_text
 from malmend.facts.tokens import EndOfAnswer
 from malmend.methods.epochs import batches
 from malmend.methods.method import Found
-from malmend.models.sites import Site, find_sites
+from malmend.models.sites import Site, feed_forward_sites
 from malmend.patch import shifted
 from malmend.progress import Progress, counted
 from malmend.workbench import Workbench, shipped
@@ -81,12 +81,8 @@ class FineTuning:
         return "ft-kl" if self.locality else "ft"
 
     def sites_in(self, model: PreTrainedModel) -> tuple[Site, ...]:
-        """Both layers of each feed-forward block, or the second of one whose first is fused."""
-        seconds = find_sites(model, self.layers)
-        try:
-            return find_sites(model, self.layers, linear="both")
-        except ModelError:
-            return seconds
+        """As :func:`malmend.models.sites.feed_forward_sites`."""
+        return feed_forward_sites(model, self.layers)
 
     def find(self, bench: Workbench, facts: Sequence[Fact], progress: Progress) -> Found:
         """Every fact ``epochs`` times."""

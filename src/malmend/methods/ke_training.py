@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from malmend.editors.checkpoint import identity_of
+from malmend.editors.drawing import check_trainable, drawn
 from malmend.editors.metaloss import Judged, meta_loss
 from malmend.editors.resuming import FREE, read_training, save_training
 from malmend.errors import EditorError
@@ -59,17 +60,8 @@ class KeTrainer:
         self.settings, self.bench = settings, bench
         self.facts, self.locality = list(facts), list(locality)
         self.step, self.multiplier = 0, 1.0
-        if len(self.facts) < settings.facts_per_step:
-            raise EditorError(
-                f"Facts to train on: {len(self.facts):,}, expected at least "
-                f"{settings.facts_per_step}, the facts of one step; lower ke.facts_per_step."
-            )
-        for fact in self.facts:
-            if not (self.locality or fact.unrelated or fact.neighbours):
-                raise EditorError(
-                    f"The fact {fact.id!r} (line {fact.line}) has no unrelated question and no "
-                    "neighbour, one of which training needs; add one, or give questions."
-                )
+        size = settings.facts_per_step
+        check_trainable(self.facts, self.locality, size, "ke.facts_per_step")
         width = heard(bench, bench.encoder.encode(self.facts[0].question))[0].shape[1]
         sites = {site.name: site.shape_VK for site in bench.trunk.sites}
         self.network = Network(settings, width, sites)
@@ -103,14 +95,12 @@ class KeTrainer:
     def draw(self, step: int) -> list[Drawn]:
         """A step's facts, in a new order each epoch; the prompt is one of its equivalents."""
         size, seed = self.settings.facts_per_step, self.settings.seed
-        epoch, part = divmod(step, len(self.facts) // size)
-        order = random.Random(f"{seed} epoch {epoch}").sample(self.facts, len(self.facts))
-        choice, drawn = random.Random(f"{seed} step {step}").choice, list[Drawn]()
-        for fact in order[part * size : (part + 1) * size]:
+        choice, asked = random.Random(f"{seed} step {step}").choice, list[Drawn]()
+        for fact in drawn(self.facts, size, seed, step):
             others = self.locality or fact.unrelated or fact.neighbours
             equivalent = choice((fact.question, *fact.equivalents))
-            drawn.append((fact.question, equivalent, choice(others)))
-        return drawn
+            asked.append((fact.question, equivalent, choice(others)))
+        return asked
 
     def backward(self, drawn: Sequence[Drawn]) -> tuple[float, float]:
         """Adds the network's gradient of a step's loss; returns the means of its two parts.

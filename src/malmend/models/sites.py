@@ -116,6 +116,19 @@ def find_sites(
     return tuple(sites)
 
 
+def feed_forward_sites(model: PreTrainedModel, layers: int | None) -> tuple[Site, ...]:
+    """Both layers of each of the last blocks, or the second of one whose first is fused.
+
+    Raises:
+        ModelError: as :func:`find_sites`.
+    """
+    seconds = find_sites(model, layers)
+    try:
+        return find_sites(model, layers, linear="both")
+    except ModelError:
+        return seconds
+
+
 def _side(model: PreTrainedModel, stack: Stack) -> str:
     if not model.config.is_encoder_decoder:
         return "the only one"
