@@ -12,17 +12,15 @@ import pytest
 
 from malmend.errors import MalmendError
 from malmend.files import (
-    LOCK,
     folder_beside,
-    kept,
     new_folder,
-    only_writer,
     part_of,
-    prune,
     writable,
     writable_folder,
     written_beside,
 )
+from malmend.kept import kept, prune
+from malmend.one_writer import LOCK, only_writer
 
 MUCH = 10**6
 
@@ -317,7 +315,7 @@ def test_where_files_cannot_be_locked_a_run_goes_on(tmp_path, monkeypatch):
     def without(*_given, **_more):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("malmend.files.FileLock.acquire", without)
+    monkeypatch.setattr("malmend.one_writer.FileLock.acquire", without)
     entered = False
     with only_writer(tmp_path, "--out"):
         entered = True
@@ -327,7 +325,7 @@ def test_where_files_cannot_be_locked_a_run_goes_on(tmp_path, monkeypatch):
 HOLDS = """
 import sys
 from pathlib import Path
-from malmend.files import only_writer
+from malmend.one_writer import only_writer
 
 with only_writer(Path(sys.argv[1]), "--out"):
     print("held", flush=True)

@@ -10,7 +10,7 @@ from command_support import malmend
 from malmend.commands import finetune as finetune_module
 from malmend.commands.finetune import finetune
 from malmend.errors import MalmendError
-from malmend.files import LOCK, only_writer
+from malmend.one_writer import LOCK, only_writer
 
 tiny = command_support.tiny
 cache = command_support.cache

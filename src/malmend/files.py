@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import re
 import shutil
 import socket
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
 
 import psutil
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from malmend.errors import MalmendError
-
-LOCK = ".malmend.lock"  # of a folder that one run at a time writes into
-Kept = TypeVar("Kept")
 
 
 def part_of(path: Path) -> Path:
@@ -214,91 +208,6 @@ def new_folder(path: str | Path) -> Path:
         raise MalmendError(f"There is no folder {place.parent} to make {place.name} in.")
     _check_takes_files(place.parent, path)
     return path
-
-
-@contextmanager
-def only_writer(folder: Path, other: str) -> Iterator[None]:
-    """Keeps every other run out of a folder that one is writing into; ends with the process.
-
-    Args:
-        folder: must exist.
-        other: what may be given in place of the folder, for the message.
-
-    Raises:
-        MalmendError: another run holds it.
-    """
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise MalmendError(
-            f"Another run is writing into {folder}; let it end, or give another {other}."
-        ) from None
-    except (NotImplementedError, OSError) as error:
-        number = getattr(error, "errno", errno.ENOSYS)  # of the first kind there is none
-        if number not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-            raise MalmendError(
-                f"{folder / LOCK} cannot be locked ({reason(error)}): another user's run may be "
-                f"writing there; remove it if none is, or give another {other}."
-            ) from error
-        # else a file system that knows no locks
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            Path(
-                lock.lock_file
-            ).unlink()  # while it is held: whoever waits sees it gone, and makes one
-        lock.release()
-
-
-def kept(
-    path: Path,
-    load: Callable[[Path], Kept],
-    make: Callable[[], Kept],
-    save: Callable[[Kept, Path], None],
-    most_bytes: int,
-) -> Kept:
-    """What a file of a cache folder holds; where it is not there or damaged, it is made.
-
-    A folder that cannot be read or written makes this slower and is never an error.
-
-    Args:
-        path: of the file.
-        load: reads it.
-        make: makes what it holds.
-        save: writes that.
-        most_bytes: that the files beside it may take together (:func:`prune`).
-    """
-    with suppress(Exception):  # whatever is wrong with a copy, it is made again
-        found = load(path)
-        with suppress(OSError):
-            os.utime(path)  # the files that were used last are the last to go
-        return found
-    found = make()
-    with suppress(OSError, MalmendError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save(found, path)
-        prune(path.parent, most_bytes)
-    return found
-
-
-def prune(folder: Path, most_bytes: int, spared: str | None = None) -> None:
-    """Removes the oldest files until the others take at most so many bytes; the newest stays.
-
-    Files that are being written (hidden, see :func:`written_beside`) are left alone, and those
-    whose name begins with ``spared``.
-
-    Raises:
-        OSError: the folder cannot be read or written.
-    """
-    known = [(path.stat(), path) for path in folder.glob("[!.]*") if path.is_file()]
-    total = 0
-    for index, (about, path) in enumerate(sorted(known, key=lambda one: -one[0].st_mtime_ns)):
-        total += about.st_size
-        is_spared = spared is not None and path.name.startswith(spared)
-        if index and total > most_bytes and not is_spared:
-            path.unlink(missing_ok=True)
 
 
 def reason(error: Exception) -> str:

@@ -20,7 +20,8 @@ from malmend.facts.apart import apart
 from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact
 from malmend.facts.readers import read_facts
-from malmend.files import kept, written_beside
+from malmend.files import written_beside
+from malmend.kept import kept
 from malmend.material import MOST_KEPT, can_be_asked, without_end
 from malmend.models.source import cache_folder
 from malmend.models.trunk import Trunk

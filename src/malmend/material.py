@@ -30,7 +30,8 @@ from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact, FactSet, Question, spread
 from malmend.facts.readers import read_facts, read_questions, read_text
 from malmend.facts.tokens import Encoder
-from malmend.files import kept, written_beside
+from malmend.files import written_beside
+from malmend.kept import kept
 from malmend.models.source import cache_folder
 from malmend.progress import Progress, silent
 from malmend.workbench import Workbench, aimed, checked_facts, shipped

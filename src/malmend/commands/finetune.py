@@ -25,16 +25,10 @@ from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact, FactSet, Question, subject_hash
 from malmend.facts.readers import given_facts, read_facts
 from malmend.facts.tokens import Encoder, EndOfAnswer
-from malmend.files import (
-    only_writer,
-    part_of,
-    reason,
-    synced,
-    writable_folder,
-    written_beside,
-)
+from malmend.files import part_of, reason, synced, writable_folder, written_beside
 from malmend.models.finetune import EpochRecord, Finetuner, FinetuneSettings
 from malmend.models.load import LoadedModel, load_base, prepared, save_model
+from malmend.one_writer import only_writer
 from malmend.progress import Progress, silent
 from malmend.workbench import check_encodes, encoder_for
 

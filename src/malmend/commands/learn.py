@@ -10,10 +10,11 @@ from typing import Any
 from malmend.errors import MalmendError
 from malmend.facts.fact import Fact, Question
 from malmend.facts.readers import read_questions
-from malmend.files import only_writer, writable_folder
+from malmend.files import writable_folder
 from malmend.methods.trained import TRAINED, Trainer, method_in
 from malmend.models.load import LoadedModel
 from malmend.models.trunk import TrunkSettings
+from malmend.one_writer import only_writer
 from malmend.workbench import aimed, checked_facts, encoder_for, lay_out, opened
 
 

@@ -24,7 +24,7 @@ from malmend.facts.encoded import resolved
 from malmend.facts.fact import Fact, FactSet, Question, subject_hashes
 from malmend.facts.lint import leaks
 from malmend.facts.readers import read_questions
-from malmend.files import only_writer, reason, writable_folder
+from malmend.files import reason, writable_folder
 from malmend.material import calibrated
 from malmend.memory import size_of
 from malmend.models.budget import watched
@@ -32,6 +32,7 @@ from malmend.models.device import places_of
 from malmend.models.load import LoadedModel
 from malmend.models.store import ActivationStore
 from malmend.models.trunk import TrunkSettings
+from malmend.one_writer import only_writer
 from malmend.processes import ALONE, Processes
 from malmend.progress import Progress, silent
 from malmend.workbench import (

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from malmend.errors import MalmendError, Resumable
-from malmend.files import prune, written_beside
+from malmend.files import written_beside
+from malmend.kept import prune
 from malmend.processes import ALONE, Processes
 
 FORMAT = 1  # of what is kept
