@@ -158,23 +158,24 @@ OPTIONS = {
     },
     "finetune": {
         *("-h", "--help", "--out", "--asked", "--end-of-answer", "--limit", "--rate", "--batch"),
-        *("--epochs", "--validation", "--patience", "--until", "--seed"),
+        *("--epochs", "--validation", "--patience", "--until", "--seed", "--device"),
     },
-    "bench": {"-h", "--help", "--out"},
+    "bench": {"-h", "--help", "--out", "--device"},
     "export": TRUNK
     | {"-h", "--help", "--to", "--model", "--rank", "--dtype", "--facts", "--limit"}
     | {"--decode-facts", "--text", "--force"},
     "push": {"-h", "--help", "--private"},
     "diff": MODEL | {"--out"},
-    "conflicts": MODEL | TRUNK | {"--facts", "--limit", "--decode-facts", "--force"},
+    "conflicts": MODEL | TRUNK | {"--facts", "--limit", "--decode-facts", "--force", "--device"},
     "ledger init": MODEL
     | TRUNK
     | CALIBRATION
     | EDITOR
-    | {"--editor", "--author", "--rule", "--rule.retention", "--rule.questions", "--rule.refuse"},
-    "ledger add": WITH_MODEL | FACTS | {"--skip-known"},
-    "ledger replace": WITH_MODEL | FACTS - {"--away"},
-    "ledger verify": WITH_MODEL - {"--author"},
+    | {"--editor", "--author", "--rule", "--rule.retention", "--rule.questions", "--rule.refuse"}
+    | {"--device"},
+    "ledger add": WITH_MODEL | FACTS | {"--skip-known", "--device"},
+    "ledger replace": WITH_MODEL | FACTS - {"--away"} | {"--device"},
+    "ledger verify": WITH_MODEL - {"--author"} | {"--device"},
     "ledger revoke": {"-h", "--help", "--author", "--wait"},
     "ledger rollback": {"-h", "--help", "--author", "--wait"},
     "ledger list": {"-h", "--help", "--former", "--out"},
