@@ -618,6 +618,13 @@ def test_too_few_facts_are_noticed_before_the_model_is_loaded(place, capsys, mon
     assert "Facts to train on: 12, expected at least 99" in said
 
 
+def test_facts_without_an_unrelated_question_are_noticed_before_too(place, capsys, monkeypatch):
+    monkeypatch.setattr(train_module, "opened", None)
+    facts = place.file("lonely.jsonl", '{"prompt": "In Ora", "answer": "a"}\n' * 2)
+    arguments = ["train", place.model, facts, "--facts-per-step", 1, "--out", place.folder / "new"]
+    assert "has no unrelated question" in refused(arguments, place.folder, capsys, lines=None)
+
+
 def test_training_state_that_is_damaged(place, capsys):
     cut(place.copied("good") / "training.safetensors")
     arguments = place.train(out=place.folder / "good")

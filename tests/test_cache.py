@@ -78,3 +78,4 @@ def test_what_cannot_be_removed_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("shutil.rmtree", refused)
     assert command("cache", "--clear", "true") == 0
     assert "2.5 MB of it could not be removed" in capsys.readouterr().out
+    assert not malmend.cache(clear=True).cleared

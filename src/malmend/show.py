@@ -208,13 +208,13 @@ def cached(result: CacheResult) -> None:
     for one in result.kinds:
         table.add_row(one.what, f"{one.entries:,}", f"{one.size / 1e6:,.1f}")
     OUT.print(table)
-    left = sum(one.size for one in result.left)
-    if not result.cleared:
-        OUT.print("malmend cache --clear true removes it.")
-    elif left:
+    if result.cleared:
+        OUT.print("All of it was removed.")
+    elif result.left:
+        left = sum(one.size for one in result.left)
         OUT.print(f"{left / 1e6:,.1f} MB of it could not be removed; remove the folder by hand.")
     else:
-        OUT.print("All of it was removed.")
+        OUT.print("malmend cache --clear true removes it.")
 
 
 def inspected(result: Inspection) -> None:

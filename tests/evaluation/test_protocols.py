@@ -98,6 +98,15 @@ def before_and_after(size: float = 0.3) -> tuple[Replies, Replies]:
         return before, one.examine(facts(), decode_facts=0)
 
 
+def test_what_is_remembered_is_no_part_of_a_micro_batch():
+    """Once it was a view, which kept all states of the batch, edit prompts' too."""
+    one = examiner()
+    one.examine(facts(), decode_facts=0, remember=True)
+    assert one._before
+    for _, states_AH in one._before.values():
+        assert states_AH.untyped_storage().nbytes() == states_AH.numel() * states_AH.element_size()
+
+
 @pytest.mark.parametrize("kind", ["NS", "LS"])
 def test_retention_kl_and_kept_are_those_of_plain_forward_passes(kind):
     asked = [q for fact in facts() for q in (fact.neighbours if kind == "NS" else fact.unrelated)]

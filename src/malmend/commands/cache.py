@@ -31,7 +31,10 @@ class Cached:
 
 @dataclass(frozen=True)
 class CacheResult:
-    """The cache's folder and what it holds, or held before it was cleared, and what is left."""
+    """The cache's folder and what it holds, or held before it was to be cleared, and what is left.
+
+    It is ``cleared`` where nothing is.
+    """
 
     folder: Path
     kinds: tuple[Cached, ...]
@@ -60,7 +63,7 @@ def cache(clear: bool = False) -> CacheResult:
         with suppress(OSError):  # one that links to another disk stays
             (folder / kind).rmdir()
     left = tuple(_of(folder, kind, what) for kind, what in KINDS.items() if clear)
-    return CacheResult(folder, found, clear, left)
+    return CacheResult(folder, found, clear and not any(one.entries for one in left), left)
 
 
 def _of(folder: Path, kind: str, what: str) -> Cached:

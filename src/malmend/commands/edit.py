@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -154,9 +154,11 @@ def edit(
         chat_encoder(encoder, known, DECODED)
         page_folder(report, facts, calibrate, text, out)
     loaded = opened(model, dtype, device)
+    lines: Iterable[str] = [f"Method: {working.name}."]
     if isinstance(working, ByEditor):
         working = working.on(loaded)
-    for line in working.said() if isinstance(working, ByEditor) else [f"Method: {working.name}."]:
+        lines = working.said()
+    for line in lines:
         told(line)
     bench = lay_out(loaded, working.sites_in(loaded.model), working.end_of_answer, trunk=trunk)
     known = aimed(bench, known, away)
