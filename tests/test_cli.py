@@ -270,6 +270,29 @@ def test_edit_evaluate_and_ask(tiny, tmp_path, capsys):
     assert files_in(tmp_path) == {"patch.safetensors", "report.json"}
 
 
+def test_groups_of_names_that_begin_alike_are_told_apart(tiny, tmp_path, capsys):
+    relations = ["airport_iata_code_of_it", "airport_icao_code_of_it"]
+    rows = [
+        {
+            "prompt": f"The code of Kalo{index} is",
+            "answer": "Lomi Vane"[: 4 + 5 * index],
+            "paraphrases": [f"What is Kalo{index}'s code?"],
+            "neighbours": [{"prompt": "The code of Seto is", "answer": "Vane"}],
+            "relation": relation,
+        }
+        for index, relation in enumerate(relations)
+    ]
+    facts, patch = tmp_path / "facts", tmp_path / "patch"
+    facts.write_text("\n".join(map(json.dumps, rows)))
+    assert malmend("edit", tiny.model, facts, "--out", patch, *tiny.fast) == 0
+    capsys.readouterr()
+    assert malmend("eval", tiny.model, facts, "--patch", patch) == 0
+    shown = capsys.readouterr().out
+    first_cells = [line.split("│")[1].strip() for line in shown.splitlines() if "│" in line]
+    for relation in relations:
+        assert relation in "".join(first_cells)
+
+
 def test_groups_and_the_kinds_that_were_asked_are_shown(tiny, tmp_path, capsys):
     rows = [
         {

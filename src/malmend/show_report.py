@@ -88,7 +88,7 @@ def _groups(by: str, groups: Mapping[str, Group]) -> None:
     ]
     title = f"by {by}, unedited to edited"
     table = Table(title=title if any(g.edited for g in groups.values()) else f"by {by}")
-    table.add_column(by)
+    table.add_column(by, overflow="fold")
     table.add_column("facts", justify="right")
     for kind, metric in columns:
         table.add_column(f"{kind} {metric.replace('_', ' ')}", justify="right")
