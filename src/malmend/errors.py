@@ -79,4 +79,7 @@ def bad_value(text: str, spelt: Callable[[str], str]) -> str | None:
     wanted = [names.get(kind, kind) or choices for kind, choices in kinds if kind != "NoneType"]
     if not wanted:  # of settings, which have options of their own
         wanted = [f"null, or its own options, {spelt(found[1])}.*"]
-    return f"{spelt(found[1])} is {found[3].rstrip('.')!r}, expected {' or '.join(wanted)}"
+    given = found[3].rstrip(".")
+    near = nearest(given, re.findall(r"'(.*?)'", "".join(choices for _, choices in kinds)))
+    close = near and f" ({near.removeprefix('; ')})"
+    return f"{spelt(found[1])} is {given!r}{close}, expected {' or '.join(wanted)}"

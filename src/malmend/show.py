@@ -48,17 +48,22 @@ def bars() -> Iterator[Any]:
         TextColumn("{task.percentage:>3.0f}%"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=ERR) as shown:
-        tasks: dict[str, TaskID] = {}
+    shown = Progress(*columns, console=ERR)
+    tasks: dict[str, TaskID] = {}
 
-        def report(stage: str, share: float) -> None:
-            if stage not in tasks:
-                tasks[stage] = shown.add_task(escape(stage), total=1.0)
-            shown.update(tasks[stage], completed=share)
-            if share >= 1.0:
-                shown.stop_task(tasks[stage])
+    def report(stage: str, share: float) -> None:
+        shown.start()  # with the first stage: without any it would end with an empty line
+        if stage not in tasks:
+            tasks[stage] = shown.add_task(escape(stage), total=1.0)
+        shown.update(tasks[stage], completed=share)
+        if share >= 1.0:
+            shown.stop_task(tasks[stage])
 
+    try:
         yield report
+    finally:
+        if tasks:
+            shown.stop()
 
 
 def silence() -> None:

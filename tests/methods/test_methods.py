@@ -126,7 +126,7 @@ def test_settings_of_another_method_are_refused(tiny, tmp_path, capsys):
         assert "The method ft takes neither an editor" in capsys.readouterr().err
     assert command(*edit, "--method", "lorra") == 2
     assert (
-        "--method is 'lorra', expected 'malmen', 'mend', 'mend-single', 'ft'"
+        "--method is 'lorra' (did you mean 'lora'?), expected 'malmen', 'mend', 'mend-single', 'ft'"
         in capsys.readouterr().err
     )
     for name in ("enn", "ke", "mend-single"):
