@@ -557,7 +557,7 @@ def test_settings_beside_a_trained_editor_are_refused(option, capsys):
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "malmend.cli", *map(str, arguments)],
+        [sys.executable, "-m", "malmend", *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -93,7 +93,7 @@ def test_two_processes_find_the_patch_that_one_finds(method, tmp_path):
 
 def test_of_two_processes_of_an_edit_one_speaks(tiny, tmp_path):
     asked = ("edit", tiny.model, tiny.facts, "--limit", 7, *tiny.fast, "--out", tmp_path / "patch")
-    done = run_two("-m", "malmend.cli", *asked)
+    done = run_two("-m", "malmend", *asked)
     assert [one.returncode for one in done] == [0, 0], done[0].stderr + done[1].stderr
     assert "Edited 7 facts" in done[0].stdout
     assert done[1].stdout == ""
@@ -103,7 +103,7 @@ def test_of_two_processes_of_an_edit_one_speaks(tiny, tmp_path):
 @pytest.mark.slow
 def test_a_process_without_a_fact_is_refused(tiny, tmp_path):
     asked = ("edit", tiny.model, tiny.facts, "--limit", 1, *tiny.fast)
-    done = run_two("-m", "malmend.cli", *asked, "--out", tmp_path / "patch")
+    done = run_two("-m", "malmend", *asked, "--out", tmp_path / "patch")
     assert [one.returncode for one in done] == [2, 2]
     assert "is 1 fact and 2 processes, which need one each" in done[0].stderr
     assert list(tmp_path.iterdir()) == []

@@ -287,7 +287,3 @@ def _demo(arguments: list[str]) -> None:
     with show.bars() as bars:
         result = demo(**given, progress=bars, told=show.status)
     show_report.demonstrated(result)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
