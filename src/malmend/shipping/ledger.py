@@ -201,7 +201,7 @@ class Ledger:
             prior = editor.prior(site, count)
             if not count:
                 shifts[name] = torch.zeros(shape_VK, dtype=torch.float64)
-            elif count < shape_VK[1]:  # the dual form, as in the edit of these facts alone
+            elif count < shape_VK[1]:  # rows, as in an edit of these facts alone
                 rows = joined(list(rows_of(self.folder, name, shape_VK, site, wanted)))
                 shifts[name] = rows.shift(prior)
             else:
