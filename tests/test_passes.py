@@ -322,9 +322,9 @@ def test_a_budget_is_planned_with_the_lines_that_are_held(tiny, briefly):
 def test_a_budget_is_planned_with_all_rows_that_a_solve_has(tokens, refine, tiny, monkeypatch):
     planned, solved = list[int](), list[int]()
 
-    def plan(_trunk, _questions, _memory, captured, _extra, _also, rows):
-        assert captured == tokens
-        planned.append(rows)
+    def plan(_trunk, _memory, work):
+        assert work.tokens == tokens
+        planned.append(work.rows)
         return MemoryPlan(10**10, 0, 640, 10**9)
 
     class Noted(RidgeFactor):

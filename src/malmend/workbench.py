@@ -7,7 +7,7 @@ fingerprint of its weights.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -17,11 +17,10 @@ from malmend.editors.checkpoint import seen_in_training
 from malmend.errors import FactsError, MalmendError
 from malmend.evaluation.classes import away as away_from_said
 from malmend.facts.alternatives import towards_alternatives
-from malmend.facts.encoded import Encoded, Tokens
 from malmend.facts.fact import Fact, FactSet
 from malmend.facts.readers import given_facts, read_facts
 from malmend.facts.tokens import Encoder, EndOfAnswer
-from malmend.models.budget import MemoryPlan, plan_memory, within
+from malmend.models.budget import MemoryPlan, Work, plan_memory, within
 from malmend.models.load import (
     LoadedModel,
     load_config,
@@ -66,28 +65,13 @@ def lay_out(
     return Workbench(loaded, cut, encoder_for(loaded, end_of_answer, chat))
 
 
-def within_memory(
-    bench: Workbench,
-    facts: Sequence[Fact],
-    memory: str | None,
-    extra: Callable[[Sequence[Encoded]], int] = lambda _questions: 0,
-    also: Callable[[Sequence[Encoded]], object] | None = None,
-    tokens: Tokens = "auto",
-    rows: Callable[[Sequence[Encoded]], int] | None = None,
-) -> tuple[Workbench, MemoryPlan | None]:
-    """The bench within a budget such as "4GB", and how it is spent; as it is without one.
-
-    ``also`` and ``tokens`` as of :func:`malmend.models.budget.plan_memory`; ``extra`` and ``rows``
-    give its own of the edits' questions.
+def within_memory(bench: Workbench, memory: str, work: Work) -> tuple[Workbench, MemoryPlan]:
+    """The bench within a budget such as "4GB", and how it is spent.
 
     Raises:
         MalmendError: as :func:`malmend.models.budget.plan_memory`.
     """
-    if memory is None:
-        return bench, None
-    questions = bench.encoder.encode_all(fact.question for fact in facts)
-    solved = None if rows is None else rows(questions)
-    plan = plan_memory(bench.trunk, questions, memory, tokens, extra(questions), also, solved)
+    plan = plan_memory(bench.trunk, memory, work)
     spill = cache_folder() / "spill"
     return replace(bench, trunk=within(bench.trunk, plan, spill)), plan
 

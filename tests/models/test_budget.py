@@ -12,7 +12,7 @@ import tiny
 from malmend.errors import MalmendError
 from malmend.memory import Room, held
 from malmend.models import budget
-from malmend.models.budget import plan_memory, rows_of, sums_of, within
+from malmend.models.budget import Work, plan_memory, rows_of, sums_of, within
 from malmend.models.capture import capture, keys_of
 from malmend.models.descent import Descent
 from malmend.models.sites import find_sites
@@ -38,7 +38,7 @@ def test_half_of_what_is_left_is_for_micro_batches_and_half_for_rows(monkeypatch
     some = max(1, budget.REHEARSED // width)
     monkeypatch.setattr(budget, "held", lambda: 1_000_000_000)
     monkeypatch.setattr(budget, "_taken", lambda run: 5_000 * width * min(some, len(QUESTIONS)))
-    plan = plan_memory(trunk, QUESTIONS, "1.2GB", extra=10_000_000)
+    plan = plan_memory(trunk, "1.2GB", Work(QUESTIONS, extra=10_000_000))
     sums = sums_of(trunk.sites, rows_of(trunk, QUESTIONS, "auto"))
     left = 0.9 * 1.2e9 - 1e9 - 1e7 - sums
     assert plan.rows == int(left / 2)
@@ -56,29 +56,29 @@ def test_less_than_the_work_needs_is_refused_and_what_is_asked_for_then_suffices
     monkeypatch.setattr(budget, "held", lambda: 1_000_000_000)
     monkeypatch.setattr(budget, "_taken", lambda run: taken)
     with pytest.raises(MalmendError, match=r"expected at least (\d\.\d)GB") as refused:
-        plan_memory(trunk, QUESTIONS, "1GB")
+        plan_memory(trunk, "1GB", Work(QUESTIONS))
     least = str(refused.value).split("at least ")[1].split(":")[0]
-    plan_memory(trunk, QUESTIONS, least)
+    plan_memory(trunk, least, Work(QUESTIONS))
 
 
 def test_room_for_less_than_one_question_forth_and_back_is_refused(monkeypatch):
     monkeypatch.setattr(budget, "held", lambda: 1_000_000_000)
     monkeypatch.setattr(budget, "_taken", lambda run: 2_000_000_000)
     with pytest.raises(MalmendError, match="expected at least"):
-        plan_memory(trunk_of(), QUESTIONS, "1.2GB")  # some of which is left
+        plan_memory(trunk_of(), "1.2GB", Work(QUESTIONS))  # some of which is left
 
 
 def test_a_system_without_accounting_is_told_so(monkeypatch):
     monkeypatch.setattr(budget, "held", lambda: None)
     with pytest.raises(MalmendError, match="Linux"):
-        plan_memory(trunk_of(), QUESTIONS, "4GB")
+        plan_memory(trunk_of(), "4GB", Work(QUESTIONS))
 
 
 @pytest.mark.parametrize("descent", [None, Descent(3)])
 def test_what_is_captured_is_the_same_in_files(descent, tmp_path):
     plain = trunk_of()
     wanted = capture(plain, QUESTIONS, "answer", descent)
-    plan = plan_memory(plain, QUESTIONS, bytes_of(2_000_000_000))
+    plan = plan_memory(plain, bytes_of(2_000_000_000), Work(QUESTIONS))
     other = within(plain, replace(plan, rows=0, positions=30), tmp_path / "spill")
     found = capture(other, QUESTIONS, "answer", descent)
     assert other.room.on_disk > 0 == other.room.in_memory
@@ -129,8 +129,8 @@ def test_what_else_is_done_with_micro_batches_is_rehearsed_and_the_greater_count
 
     monkeypatch.setattr(budget, "_taken", measured)
     trunk = trunk_of()
-    alone = plan_memory(trunk, QUESTIONS, "4GB")
-    both = plan_memory(trunk, QUESTIONS, "4GB", also=seen.append)
+    alone = plan_memory(trunk, "4GB", Work(QUESTIONS))
+    both = plan_memory(trunk, "4GB", Work(QUESTIONS, also=seen.append))
     assert both.positions * 4 == alone.positions
     taken["loss"] = 1
-    assert plan_memory(trunk, QUESTIONS, "4GB", also=seen.append).positions == alone.positions
+    assert plan_memory(trunk, "4GB", Work(QUESTIONS, also=seen.append)).positions == alone.positions

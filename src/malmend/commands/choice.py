@@ -27,7 +27,7 @@ from malmend.material import calibrated, to_hold
 from malmend.methods.by_editor import Holding, find_by_editor, refinable
 from malmend.methods.method import Found
 from malmend.methods.trained import check_trained
-from malmend.models.budget import MemoryPlan, rows_of
+from malmend.models.budget import MemoryPlan, Work, rows_of
 from malmend.models.device import wide_device
 from malmend.models.load import LoadedModel
 from malmend.models.sites import Site
@@ -199,17 +199,19 @@ class ByEditor:
     def within(
         self, bench: Workbench, facts: Sequence[Fact], memory: str | None
     ) -> tuple[Workbench, MemoryPlan | None]:
-        """The bench within a memory budget, as :func:`malmend.workbench.within_memory`."""
+        """The bench within a memory budget, where there is one, and how that is spent."""
+        if memory is None:
+            return bench, None
         mine = self.processes.share(facts)
-        return within_memory(
-            bench,
-            mine,
-            memory,
-            lambda _questions: self.beside(bench, facts),
-            partial(self.rehearse, bench),
+        questions = bench.encoder.encode_all(fact.question for fact in mine)
+        work = Work(
+            questions,
             self.choice.settings.tokens,
-            lambda questions: self.rows(bench, mine, questions),
+            extra=self.beside(bench, facts),
+            also=partial(self.rehearse, bench),
+            rows=self.rows(bench, mine, questions),
         )
+        return within_memory(bench, memory, work)
 
     def rows(self, bench: Workbench, facts: Sequence[Fact], questions: Sequence[Encoded]) -> int:
         """How many rows a solve of these facts has at most, whose questions these are."""

@@ -27,7 +27,7 @@ from malmend.facts.readers import read_questions
 from malmend.files import reason, writable_folder
 from malmend.material import calibrated
 from malmend.memory import size_of
-from malmend.models.budget import watched
+from malmend.models.budget import Work, watched
 from malmend.models.device import places_of
 from malmend.models.load import LoadedModel
 from malmend.models.store import ActivationStore
@@ -143,14 +143,13 @@ def train(
                 bench, settings, calibrate or own, text, calibration, progress, others
             )
         start = found.editor(settings, bench.trunk, training.seed)
-        bench, plan = within_memory(
-            bench,
-            known,
-            memory,
-            partial(step_bytes, start, bench.trunk, training),
-            partial(rehearse, bench.trunk),
-            settings.tokens,
-        )
+        plan = None
+        if memory is not None:
+            questions = bench.encoder.encode_all(fact.question for fact in known)
+            extra = step_bytes(start, bench.trunk, training, questions)
+            also = partial(rehearse, bench.trunk)
+            work = Work(questions, settings.tokens, extra, also)
+            bench, plan = within_memory(bench, memory, work)
         store = _pairs_store(bench, settings, trunk)
         trainer = Trainer(
             start, bench.trunk, bench.encoder, known, others, training, store, processes

@@ -31,6 +31,25 @@ SPARED = 0.9  # of the budget is planned with: allocators round up, and a peak m
 
 
 @dataclass(frozen=True)
+class Work:
+    """What is to be done within a budget.
+
+    Attributes:
+        questions: that are captured.
+        tokens: of them.
+        extra: bytes that are needed beside micro-batches, sums and captured tensors.
+        also: what else is done with micro-batches of such questions, and is rehearsed too.
+        rows: of a solve, at most; None for one of each token that is captured.
+    """
+
+    questions: Sequence[Encoded]
+    tokens: Tokens = "auto"
+    extra: int = 0
+    also: Callable[[Sequence[Encoded]], object] | None = None
+    rows: int | None = None
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
     """How a budget is spent, in bytes but for ``positions``.
 
@@ -56,25 +75,13 @@ class MemoryPlan:
         )
 
 
-def plan_memory(
-    trunk: Trunk,
-    questions: Sequence[Encoded],
-    memory: str,
-    tokens: Tokens = "auto",
-    extra: int = 0,
-    also: Callable[[Sequence[Encoded]], object] | None = None,
-    rows: int | None = None,
-) -> MemoryPlan:
+def plan_memory(trunk: Trunk, memory: str, work: Work) -> MemoryPlan:
     """Measures what a micro-batch takes, and spends the budget.
 
     Args:
         trunk: the unedited model.
-        questions: that will be captured.
         memory: as people write it: "4GB".
-        tokens: that will be captured.
-        extra: bytes that the work needs beside micro-batches, sums and captured tensors.
-        also: what else is done with micro-batches of such questions, and is rehearsed too.
-        rows: of a solve, at most; None for one of each token that is captured.
+        work: that will be done.
 
     Raises:
         MalmendError: no size, less than the work needs at least, or a system that does not say
@@ -85,19 +92,20 @@ def plan_memory(
         raise MalmendError(
             "--memory is measured by Linux's accounting, which this system lacks; leave it out."
         )
+    questions, tokens = work.questions, work.tokens
     width = max(len(one.ids) for one in questions)
     each = 0.0
     # Only the answer's tokens may be run again and again, so a short prompt may cost more a token.
     for rank in (lambda one: -len(one.ids), lambda one: -len(one.sources) / len(one.ids)):
         some = sorted(questions, key=rank)[: max(1, REHEARSED // width)]
         done: list[Callable[[], object]] = [partial(capture, trunk, some, tokens)]
-        if also is not None:
-            done.append(partial(also, some))
+        if work.also is not None:
+            done.append(partial(work.also, some))
         positions = len(some) * max(len(one.ids) for one in some)
         each = max(each, max(map(_taken, done)) / positions)
     solved_here = wide_device(trunk.model).type == "cpu"
-    rows = rows or rows_of(trunk, questions, tokens)
-    left = SPARED * budget - now - extra - sums_of(trunk.sites, rows, solved_here)
+    rows = work.rows or rows_of(trunk, questions, tokens)
+    left = SPARED * budget - now - work.extra - sums_of(trunk.sites, rows, solved_here)
     if left < 2 * each * width:
         least = (budget * SPARED - left + 2 * each * width) / SPARED
         enough = math.ceil(least / 1e8) / 10
