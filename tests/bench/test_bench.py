@@ -19,10 +19,11 @@ from malmend.bench import asking as asking_module
 from malmend.bench import run as bench_module
 from malmend.bench.asking import Asking
 from malmend.bench.cell import drawn, run_cell
-from malmend.bench.plan import Plan, Way, read_plan, way_of
+from malmend.bench.plan import Plan, read_plan
 from malmend.bench.results import NAME, Results
 from malmend.bench.run import bench, bench_plot, bench_table
 from malmend.bench.table import failures, markdown
+from malmend.bench.way import Way, way_of
 from malmend.editors.checkpoint import save_editor
 from malmend.editors.editor import Editor, SiteStatistics
 from malmend.editors.refine import RefineSettings

@@ -15,7 +15,8 @@ from typing import Any
 
 from malmend.bench.asking import Asked, Asking
 from malmend.bench.context import ContextEncoder
-from malmend.bench.plan import Cell, Way, way_of
+from malmend.bench.plan import Cell
+from malmend.bench.way import Way, way_of
 from malmend.commands.edit import edit
 from malmend.evaluation.protocols import scores
 from malmend.evaluation.replies import Asked as Reply

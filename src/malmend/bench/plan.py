@@ -16,35 +16,24 @@ One YAML file::
       memit: {most: 256}
       mine: {class: "mymodule:MyMethod", share: 0.3}
 
-What stands under a method's name are its settings: of the method, or of an editor without a network
-(``malmend.EditorSettings``), or of its solves and what follows them (``editors/refine.py``).
+What may stand under a method's name: way.py.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
-import sys
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import yaml
 
-from malmend.bench.context import InContext
-from malmend.editors.network import NetworkSettings
-from malmend.editors.refine import RefineSettings
-from malmend.editors.settings import EditorMethod, EditorSettings
-from malmend.errors import MalmendError, bad_value, nearest
-from malmend.methods.method import Method
-from malmend.methods.table import METHODS
-from malmend.methods.trained import TRAINED, check_trained
+from malmend.bench.way import made, way_of
+from malmend.errors import MalmendError, nearest
 
 Protocol = Literal["together", "alone"]
-EDITORS = get_args(EditorMethod)
-OF_CELL = ("method", "class", "editor", "most")  # beside a method's own settings
 
 
 @dataclass(frozen=True)
@@ -118,147 +107,6 @@ class Cell:
         return hashlib.sha256(said.encode()).hexdigest()[:24]
 
 
-@dataclass(frozen=True)
-class Way:
-    """How a cell is edited: the words of :func:`malmend.edit`; or facts in prompts instead."""
-
-    editor: str = "auto"
-    settings: EditorSettings | None = None
-    method: Method | None = None
-    refine: RefineSettings = RefineSettings()
-    context: InContext | None = None
-
-
-def way_of(name: str, given: Mapping[str, Any]) -> Way:
-    """A method's settings put together.
-
-    Raises:
-        MalmendError: no such method, class or setting, or a value that makes no sense.
-    """
-    if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
-        raise MalmendError(f"The plan's method {name!r} is {given!r}, expected settings by name.")
-    if not isinstance(given.get("most", 1), int) or given.get("most", 1) < 1:
-        raise MalmendError(
-            f"The plan's method {name!r} has most {given['most']!r}, expected a number of facts."
-        )
-    own = {key: value for key, value in given.items() if key not in OF_CELL}
-    known = [*EDITORS, *METHODS, *TRAINED, "context"]
-    if name not in known and not own and not {"method", "class", "editor"} & set(given):
-        raise MalmendError(
-            f"The plan's method {name!r} is none of {', '.join(known)}"
-            f"{nearest(name, known) or '.'} Under a name of your own say what it is: method, "
-            "class, editor, or settings of an editor without a network or of its solves."
-        )
-    method = str(given.get("method", name if name in known else "malmen"))
-    if named_method(name, given) and "class" not in given and _has_folder(given):
-        method = "malmen"  # the folder says its own
-    if method in TRAINED and "class" not in given:
-        raise MalmendError(
-            f"The plan's method {name!r} is trained before it edits; run `malmend train --method "
-            f"{method}` and give the folder that it writes as its editor."
-        )
-    if "editor" in given and (method not in EDITORS or "class" in given):
-        raise MalmendError(
-            f"The plan's method {name!r} takes no editor; leave editor out, or leave out what "
-            "names another method."
-        )
-    if "class" in given:
-        return Way(method=_made(name, _imported(name, given["class"]), own))
-    if method in METHODS:
-        return Way(method=_made(name, METHODS[method], own))
-    if method == "context":
-        return Way(context=_made(name, InContext, own))
-    if "editor" not in given:
-        check_trained(method)
-    if method not in EDITORS:
-        raise MalmendError(
-            f"The plan's method {name!r} is {method!r}, expected one of {', '.join(known)}, or a "
-            f"class of your own{nearest(str(method), known) or '.'}"
-        )
-    solves = {one.name for one in fields(RefineSettings)}
-    refine = _made(name, RefineSettings, {k: v for k, v in own.items() if k in solves})
-    rest = {key: value for key, value in own.items() if key not in solves}
-    editor = str(given.get("editor") or "auto")
-    if not rest and method == "malmen":
-        return Way(editor=editor, refine=refine)
-    if editor not in ("auto", "none"):
-        raise MalmendError(
-            f"The plan's method {name!r} names an editor, which brings its own settings; leave out "
-            f"{', '.join(sorted(rest))}."
-        )
-    settings = _made(name, EditorSettings, {"method": method, **rest}, {"network"}, solves)
-    settings = replace(settings, network=NetworkSettings(blocks=0))
-    return Way(editor="none", settings=settings, refine=refine)
-
-
-def named_method(name: str, given: Mapping[str, Any]) -> str | None:
-    """What the plan says an editor's folder holds; None where it does not say."""
-    method = given.get("method", name)
-    return method if method in (*EDITORS, *TRAINED) else None
-
-
-def _has_folder(given: Mapping[str, Any]) -> bool:
-    return str(given.get("editor") or "auto") not in ("auto", "none")
-
-
-def _made(
-    name: str,
-    kind: Any,
-    values: Mapping[str, Any],
-    skip: Collection[str] = (),
-    also: Collection[str] = (),
-) -> Any:
-    """A settings class with these values, each of its kind, by jsonargparse.
-
-    ``skip`` names what cannot be given, ``also`` what can be given beside.
-    """
-    from jsonargparse import ArgumentError, ArgumentParser
-
-    valid = [one.name for one in fields(kind) if one.name not in skip]
-    for key in values:
-        if key not in valid:
-            known = [*valid, *sorted(also)]
-            raise MalmendError(
-                f"The plan's method {name!r} has no setting {key!r}{nearest(key, known) or '.'} "
-                f"It has {', '.join(known)}, and {', '.join(OF_CELL)}."
-            )
-    for one in fields(kind):  # which the parser would leave to the dataclass
-        if one.name in values and values[one.name] is None and "None" not in str(one.type):
-            raise MalmendError(f"The plan's method {name!r} cannot be made: {one.name} is empty.")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind, "settings", skip=set(skip), fail_untyped=False)
-    try:
-        return parser.instantiate(parser.parse_object({"settings": dict(values)})).settings
-    except MalmendError:
-        raise
-    except (ArgumentError, TypeError, ValueError, KeyError, RecursionError) as error:
-        said = " ".join(str(error).split())[:300]
-        raise MalmendError(f"The plan's method {name!r} cannot be made: {said}.") from error
-
-
-def _imported(name: str, path: object) -> Any:
-    """A class by ``module:Name``, the working folder's modules included."""
-    module, _, attribute = str(path).partition(":")
-    if "" not in sys.path:
-        sys.path.insert(0, "")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-        if not is_dataclass(found) or not isinstance(found, type):
-            raise ValueError(f"{attribute} is no dataclass")
-        return found
-    except (ImportError, AttributeError, ValueError) as error:
-        raise MalmendError(
-            f"The plan's method {name!r} has the class {path!r}, which cannot be imported "
-            f"({error}); give module:Name, the module in this folder or installed."
-        ) from error
-
-
-def source_of(path: object) -> Path | None:
-    """The file that a class by ``module:Name`` stands in."""
-    file = getattr(importlib.import_module(str(path).partition(":")[0]), "__file__", None)
-    return None if file is None else Path(file)
-
-
 def read_plan(path: str | Path) -> Plan:
     """Reads a plan.
 
@@ -287,8 +135,6 @@ def read_plan(path: str | Path) -> Plan:
 
 def _checked(path: Path, given: dict[str, Any]) -> Plan:
     """The plan with every field of its kind, by jsonargparse."""
-    from jsonargparse import ArgumentError, ArgumentParser
-
     methods = given.get("methods")
     if isinstance(methods, list):  # names alone
         given["methods"] = {str(name): {} for name in methods}
@@ -296,14 +142,5 @@ def _checked(path: Path, given: dict[str, Any]) -> Plan:
         given["methods"] = {str(k): {} if v is None else v for k, v in given["methods"].items()}
     if empty := [str(key) for key, value in given.items() if value is None]:
         raise MalmendError(f"The plan {path} cannot be used: {', '.join(empty)} is left empty.")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Plan, "plan", fail_untyped=False)
-    try:
-        plan: Plan = parser.instantiate(parser.parse_object({"plan": given})).plan
-    except MalmendError:
-        raise
-    except (ArgumentError, TypeError, ValueError, KeyError, RecursionError) as error:
-        said = " ".join(str(error).split())
-        said = bad_value(said, lambda name: name.removeprefix("plan.")) or said[:300].rstrip(".")
-        raise MalmendError(f"The plan {path} cannot be used: {said}.") from error
+    plan: Plan = made(Plan, given, f"The plan {path} cannot be used")
     return plan

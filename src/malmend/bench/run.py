@@ -13,10 +13,11 @@ import torch
 
 from malmend.bench.asking import Asking
 from malmend.bench.cell import drawn, run_cell
-from malmend.bench.plan import Cell, Plan, named_method, read_plan, source_of, way_of
+from malmend.bench.plan import Cell, Plan, read_plan
 from malmend.bench.plot import plot
 from malmend.bench.results import NAME, Results
 from malmend.bench.table import Row, failures, latest, markdown
+from malmend.bench.way import named_method, source_of, way_of
 from malmend.editors.checkpoint import load_editor
 from malmend.editors.refine import SETTLING, UNSAID
 from malmend.errors import MalmendError
