@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from malmend.errors import FactsError, MalmendError
+from malmend.facts.entry import EXPECTED
 from malmend.facts.fact import FactSet, Question
 from malmend.facts.formats import OWN_FIELDS
-from malmend.facts.lint import EXPECTED
 from malmend.facts.readers import read_facts, read_questions, read_text
 
 # --- malmend's own format

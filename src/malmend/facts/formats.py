@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 from malmend.errors import nearest
 from malmend.facts import lint
+from malmend.facts.entry import Entry, described, short
 from malmend.facts.fact import Fact, Question
-from malmend.facts.lint import Entry, short
 
 OWN_FIELDS = (
     *("id", "subject", "prompt", "answer", "paraphrases", "unrelated", "tags"),
@@ -79,7 +79,7 @@ def _misspelt(entry: Entry, valid: Sequence[str]) -> None:
     absent = [name for name in valid if name not in entry.fields]
     for name in entry.fields:
         if name not in valid and (hint := nearest(name, absent)):
-            fault = f"{entry.where}: unknown field {lint.short(name)}{hint}"
+            fault = f"{entry.where}: unknown field {short(name)}{hint}"
             entry.faults.append((entry.line, fault))
 
 
@@ -263,7 +263,7 @@ def _first_output(entry: Entry) -> str | None:
     answers = []
     for where, item in entry.items("output"):
         if not isinstance(item, dict):
-            entry.fault(where, f"is {lint.described(item)}, not an object")
+            entry.fault(where, f"is {described(item)}, not an object")
         elif item.get("answer") not in (None, ""):  # such an output has provenance alone
             answers.append(entry.text(f"{where}.answer", item["answer"]))
     if not answers and len(entry.faults) == before:

@@ -16,9 +16,9 @@ from typing import NoReturn
 
 from malmend.errors import FactsError, MalmendError, nearest
 from malmend.facts import lint
+from malmend.facts.entry import Entry, Faults, broken, described, once, short
 from malmend.facts.fact import Fact, FactSet, Question
 from malmend.facts.formats import CLAIMS, OWN, READERS, likely, telling, told
-from malmend.facts.lint import Entry, Faults, broken, described, short
 
 RECOGNISED = (
     "give JSON Lines with 'prompt' and 'answer', a MEND / zsRE JSON list with 'src' and 'answers', "
@@ -150,7 +150,7 @@ def _line_entries(text: str, source: str, faults: Faults) -> Iterator[Entry]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line, object_pairs_hook=lint.once)
+            value = json.loads(line, object_pairs_hook=once)
         except (ValueError, RecursionError) as error:
             fault = f"{where}: {broken(error)}; give one whole JSON object per line"
             faults.append((number, fault))
@@ -160,7 +160,7 @@ def _line_entries(text: str, source: str, faults: Faults) -> Iterator[Entry]:
 
 def _list_entries(text: str, source: str, faults: Faults) -> Iterator[Entry]:
     # entry by entry, because json.loads on the whole does not tell at which line an entry starts
-    decode = json.JSONDecoder(object_pairs_hook=lint.once).raw_decode
+    decode = json.JSONDecoder(object_pairs_hook=once).raw_decode
     position, counted, line, number, mark = _past_space(text, text.index("[") + 1), 0, 1, 0, ","
     if text.startswith("]", position):
         position, mark = position + 1, "]"

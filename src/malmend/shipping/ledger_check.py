@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from malmend.errors import FactsError, nearest
+from malmend.facts.entry import short
 from malmend.facts.fact import Fact, FactSet
-from malmend.facts.lint import same_prompt, short
+from malmend.facts.lint import same_prompt
 from malmend.shipping.ledger_entries import Entry
 
 
