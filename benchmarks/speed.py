@@ -1,7 +1,7 @@
 """What each stage costs, beside the published procedure and the matrix-product ceiling.
 
     make bench                                     # all of it; benchmarks/out/speed/rows.json
-    python benchmarks/speed.py step solve          # some of it
+    python benchmarks/speed.py step solve          # some of it; step-solve.json beside
 
 Every ratio is of two things measured in this run, one after the other.  Memory is anonymous memory
 beyond what was held before the stage began: model, editor and questions are loaded by then.
@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import malmend
 from malmend.editors.calibration import CalibrationSettings
-from malmend.editors.editor import Editor, chunks
+from malmend.editors.editor import Editor
 from malmend.editors.metaloss import meta_loss
 from malmend.editors.refine import RefineSettings
 from malmend.editors.settings import EditorSettings, published
@@ -39,11 +39,13 @@ from malmend.evaluation.examiner import Examiner
 from malmend.evaluation.replies import questions_of
 from malmend.facts.encoded import collate
 from malmend.facts.fact import Fact, FactSet
+from malmend.files import written_beside
 from malmend.material import calibrated
 from malmend.memory import Room, peak_memory
 from malmend.models.capture import capture
 from malmend.models.store import ActivationStore
 from malmend.models.trunk import Trunk, TrunkSettings
+from malmend.numerics.chunks import chunks
 from malmend.numerics.prior import Prior
 from malmend.numerics.ridge import RidgeFactor
 from malmend.workbench import Workbench, encoder_for, lay_out, shipped
@@ -418,7 +420,9 @@ def main() -> None:
         Console(width=130).print(shown(rows, bench))
     OUT.mkdir(parents=True, exist_ok=True)
     kept = {"ceiling": bench.ceiling, "rows": [asdict(row) for row in rows]}
-    (OUT / "rows.json").write_text(json.dumps(kept, indent=2), encoding="utf-8")
+    path = OUT / f"{'-'.join(given.stages) or 'rows'}.json"  # a part does not replace the whole
+    with written_beside(path) as beside:
+        beside.write_text(json.dumps(kept, indent=2), encoding="utf-8")
 
 
 if __name__ == "__main__":
