@@ -748,6 +748,17 @@ def test_an_input_is_never_written_over(tiny):
     assert Path(tiny.facts).read_bytes() == before
 
 
+@pytest.mark.parametrize("command", ["edit", "diff", "eval"])
+def test_the_weights_that_are_read_are_never_written_over(command, place, capsys):
+    weights = next(Path(place.model).glob("*.safetensors"))
+    arguments = {
+        "edit": ["edit", place.model, place.facts, "--out", weights],
+        "diff": ["diff", place.model, place.model, "--out", weights],
+        "eval": ["eval", place.model, place.facts, "--json", weights],
+    }[command]
+    assert "which this command reads" in refused(arguments, weights.parent, capsys)
+
+
 def test_an_editor_and_settings_together_are_refused(place):
     with pytest.raises(MalmendError, match="not both"):
         edit_facts(place.model, place.facts, editor=place.made / "good", settings=EditorSettings())

@@ -375,3 +375,16 @@ def test_a_folder_that_a_link_leads_to_is_filled_and_the_link_stays(tmp_path):
     assert link.is_symlink()
     assert (tmp_path / "elsewhere" / "one").read_text() == "hours of work"
     assert sorted(one.name for one in tmp_path.iterdir()) == ["elsewhere", "out"]
+
+
+def test_no_file_of_a_folder_that_is_read_is_written_over(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    weights = model / "model.safetensors"
+    weights.write_text("weights")
+    with pytest.raises(MalmendError, match=r"model.safetensors is a file of .*model, which this"):
+        writable(weights, "facts.jsonl", str(model))
+    assert writable(model / "new.safetensors", str(model)).parent == model
+    (tmp_path / "link").symlink_to(model)
+    with pytest.raises(MalmendError, match="is a file of"):
+        writable(tmp_path / "link" / weights.name, model)

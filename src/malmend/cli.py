@@ -180,7 +180,7 @@ def _eval(arguments: list[str]) -> None:
     given = parse(parser, arguments)
     path = given.pop("json")
     if path is not None:
-        writable(path, given["facts"], given["patch"], given["text"])
+        writable(path, given["facts"], given["patch"], given["text"], given["model"])
     with show.bars() as bars:
         result = evaluate(**given, progress=bars)
     if path is not None:

@@ -163,7 +163,7 @@ def _list(arguments: list[str]) -> None:
     given = parse(parser, arguments)
     out = given.pop("out")
     if out is not None:
-        writable(out)
+        writable(out, given["ledger"])
     entries = actions.list_facts(**given)
     for one in entries:
         _say(f"{one.id}  {one.prompt} -> {one.answer}")

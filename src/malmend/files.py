@@ -115,15 +115,23 @@ def _followed(path: Path) -> Path:
 def writable(path: str | Path, *inputs: object) -> Path:
     """Checks before long work that a file can be written at ``path``.
 
-    ``inputs`` are what the work reads; those that are paths must not be written over.
+    ``inputs`` are what the work reads; those that are paths must not be written over, nor any file
+    of a folder among them.
 
     Raises:
         MalmendError: the folder does not exist or takes no file, or ``path`` is a folder or input.
     """
     path = Path(path)
     read = [Path(one) for one in inputs if isinstance(one, str | Path)]
-    if path.exists() and any(one.exists() and one.samefile(path) for one in read):
-        raise MalmendError(f"{path} is read by this command and would be lost; write elsewhere.")
+    for one in read if path.is_file() else ():
+        if one.exists() and one.samefile(path):
+            raise MalmendError(
+                f"{path} is read by this command and would be lost; write elsewhere."
+            )
+        if one.is_dir() and one.samefile(path.parent):
+            raise MalmendError(
+                f"{path} is a file of {one}, which this command reads; write elsewhere."
+            )
     if path.is_dir():
         raise MalmendError(f"{path} is a folder, expected the path of a file to write.")
     if path.exists() and not path.is_file():  # a device, which the rename would replace

@@ -398,3 +398,32 @@ def test_the_whole_way_on_the_command_line(ledger, tiny, tmp_path, capsys):
     assert command_support.malmend("ledger", "verify", ledger) == 3  # a random model holds little
     assert "should give" in capsys.readouterr().out
     assert not {name for name in files_in(ledger) if name.endswith(".part")}
+
+
+# What lies in the folder already
+
+
+@pytest.mark.parametrize("write", ["list", "patch"])
+def test_a_ledgers_own_file_is_never_written_over(ledger, write):
+    before = (ledger / "ledger.sqlite").read_bytes()
+    assert command_support.malmend("ledger", write, ledger, "--out", ledger / "ledger.sqlite") == 2
+    assert (ledger / "ledger.sqlite").read_bytes() == before
+
+
+def test_a_folder_that_holds_an_editor_is_not_taken_for_a_ledger_that_was_killed(tiny, tmp_path):
+    folder = tmp_path / "work"
+    (folder / "editor").mkdir(parents=True)
+    (folder / "editor" / "editor.json").write_text("a trained one")
+    said = refused(malmend.ledger.init, folder, tiny.loaded)
+    assert "is not empty (it holds editor)" in said
+    assert (folder / "editor" / "editor.json").read_text() == "a trained one"
+
+
+def test_one_id_is_one_fact(tiny, empty):
+    facts = [
+        dataclasses.replace(fact, id=one)
+        for fact, one in zip(FACTS, ("1", "2", "12"), strict=False)
+    ]
+    malmend.ledger.add(empty, facts, model=tiny.model)
+    assert [one.id for one in malmend.ledger.revoke(empty, "12").left] == ["12"]
+    assert [one.id for one in malmend.ledger.list_facts(empty)] == ["1", "2"]

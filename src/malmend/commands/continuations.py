@@ -44,7 +44,7 @@ def continuations(
     Raises:
         MalmendError: any bad input, in one sentence.
     """
-    path = writable(out, text)
+    path = writable(out, text, model)
     words = read_text(text)
     facts = parted(encoder_for(model, "none"), words, tokens, prompt_tokens, limit)
     with written_beside(path) as beside:

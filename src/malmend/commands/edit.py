@@ -136,7 +136,8 @@ def edit(
     if memory is not None:
         size_of(memory)
     if out is not None:
-        writable(out, facts, calibrate, text, model)
+        place = model if isinstance(model, str) else model.name
+        writable(out, facts, calibrate, text, place, editor)
     found = trained_method(editor) if method is None and settings is None else None
     method, editor = (found, "auto") if found is not None else (method, editor)
     own_data = (calibrate, text, calibration) != (None, None, CalibrationSettings())
@@ -152,7 +153,7 @@ def edit(
         working = working.ready(encoder, len(known))
     if report is not None:  # whatever would stop it is found before the work
         chat_encoder(encoder, known, DECODED)
-        page_folder(report, facts, calibrate, text, out)
+        page_folder(report, facts, calibrate, text, out, model)
     loaded = opened(model, dtype, device)
     lines: Iterable[str] = [f"Method: {working.name}."]
     if isinstance(working, ByEditor):

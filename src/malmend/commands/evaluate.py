@@ -83,7 +83,7 @@ def evaluate(
     """
     if decode_facts is not None and decode_facts < 0:
         raise MalmendError(f"decode_facts is {decode_facts}, expected 0 or more.")
-    inputs = (facts, patch, text)
+    inputs = (facts, patch, text, model)
     if isinstance(patch, str | Path):
         patch = read_patch(patch)
     # As the patch was made, so that its facts are read as they were edited.

@@ -40,7 +40,7 @@ class Step:
 
 def revoke(
     ledger: str | Path,
-    ids: Sequence[str],
+    ids: str | Sequence[str],
     author: str | None = None,
     wait: float = WAIT,
     progress: Progress = silent,
@@ -49,7 +49,7 @@ def revoke(
 
     Args:
         ledger: its folder.
-        ids: of the facts, one or many.
+        ids: of the facts, or of one.
         author: who does this; null for the user's name.
         wait: seconds to wait for another process that writes the ledger.
         progress: called with stage and share done.
@@ -59,7 +59,7 @@ def revoke(
     """
     signed = signed_by(author)
     with writing(ledger, wait) as open_ledger:
-        gone = open_ledger.named(ids)
+        gone = open_ledger.named([ids] if isinstance(ids, str) else ids)
         if not gone:
             raise LedgerError("No fact was named, expected the id of at least one.")
         numbers = {entry.number for entry in gone}
@@ -113,7 +113,7 @@ def patch(ledger: str | Path, out: str | Path | None = None, progress: Progress 
         progress: called with stage and share done.
     """
     if out is not None:
-        writable(out)
+        writable(out, ledger)
     with reading(ledger) as open_ledger:
         moved = open_ledger.move(open_ledger.active, progress)
         made = patch_of(open_ledger, moved)

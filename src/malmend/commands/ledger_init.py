@@ -141,8 +141,8 @@ def _check_folder(folder: Path) -> None:
         raise LedgerError(f"There is no folder {folder.parent} to make {folder.name} in.")
     if holds_tables(folder):
         raise LedgerError(f"{folder} holds a ledger already; give another folder.")
-    # What an `init` that was killed left is written over.
-    own = (FILE, f"{FILE}-journal", EDITOR)
+    # What an `init` that was killed left is written over; it begins with the file.
+    own = (FILE, f"{FILE}-journal", EDITOR) if (folder / FILE).is_file() else ()
     other = [path.name for path in folder.glob("*") if path.name not in own]
     if other:
         raise LedgerError(f"{folder} is not empty (it holds {other[0]}); give another folder.")
