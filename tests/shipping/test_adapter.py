@@ -242,6 +242,12 @@ def adapter(tmp_path):
         ({"use_dora": True}, "with use_dora True"),
         ({"modules_to_save": ["lm_head"]}, "with modules_to_save"),
         ({"bias": "all"}, "with bias 'all'"),
+        ({"init_lora_weights": "pissa"}, "with init_lora_weights 'pissa'"),
+        ({"init_lora_weights": "pissa_niter_4"}, "with init_lora_weights 'pissa_niter_4'"),
+        ({"init_lora_weights": "OLoRA"}, "with init_lora_weights 'OLoRA'"),
+        ({"init_lora_weights": "corda"}, "with init_lora_weights 'corda'"),
+        ({"init_lora_weights": "loftq"}, "with init_lora_weights 'loftq'"),
+        ({"init_lora_weights": "lora_ga"}, "with init_lora_weights 'lora_ga'"),
         ({"lora_alpha": None}, "says no rank or alpha"),
         ({"r": 5}, "says rank 5 of .*, its matrices have 3"),
     ],
@@ -249,6 +255,72 @@ def adapter(tmp_path):
 def test_adapters_that_are_no_plain_shift_are_refused(adapter, changes, said):
     edit_json(adapter / CONFIG, **changes)
     with pytest.raises(PatchError, match=said):
+        read_adapter(adapter)
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "eva", "orthogonal"])
+def test_starts_that_leave_the_base_alone_are_read(adapter, start):
+    edit_json(adapter / CONFIG, init_lora_weights=start)
+    assert read_adapter(adapter).factors
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_an_adapter_whose_start_changed_the_base_is_refused(start, tmp_path):
+    loaded = loaded_of("llama")
+    names = [site.name for site in find_sites(loaded.model, 1)]
+    config = LoraConfig(r=2, target_modules=names, init_lora_weights=start)
+    get_peft_model(twin(loaded), config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(PatchError, match=f"init_lora_weights '{start}'"):
+        read_patch(tmp_path / "adapter")
+
+
+@pytest.mark.filterwarnings("ignore:PiSSA changes the base")
+def test_such_an_adapter_is_read_once_peft_has_made_it_plain(tmp_path):
+    loaded, (first, plain) = loaded_of("llama"), (tmp_path / "first", tmp_path / "plain")
+    names = [site.name for site in find_sites(loaded.model, 1)]
+    adapted = get_peft_model(
+        twin(loaded), LoraConfig(r=2, target_modules=names, init_lora_weights="pissa")
+    )
+    # As PEFT wants it: the start is kept as an adapter that changes no base again.
+    adapted.peft_config["default"].init_lora_weights = True
+    adapted.save_pretrained(first)
+    adapted.peft_config["default"].init_lora_weights = "pissa"
+    torch.manual_seed(3)
+    for name, weight in adapted.named_parameters():
+        if "lora_" in name:
+            weight.data += 0.1 * torch.randn_like(weight)
+    adapted.save_pretrained(plain, path_initial_model_for_weight_conversion=str(first))
+    inputs = batch_for(loaded.model)
+    with applied(loaded, based_on(read_patch(plain), loaded)):
+        got = logits_of(loaded.model, inputs)
+    torch.testing.assert_close(got, logits_of(adapted, inputs))
+
+
+KINDS = [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.bool, torch.complex64]
+
+
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
+def test_halves_that_are_no_plain_numbers_are_refused(adapter, dtype):
+    edit_tensors(adapter, lambda tensors: {n: t.to(dtype) for n, t in tensors.items()})
+    said = f"as {str(dtype).removeprefix('torch.')}, expected float16, .* convert it"
+    with pytest.raises(PatchError, match=said):
+        read_adapter(adapter)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_halves_of_floating_types_are_read(adapter, dtype):
+    edit_tensors(adapter, lambda tensors: {n: t.to(dtype) for n, t in tensors.items()})
+    for halves in read_adapter(adapter).factors.values():
+        assert {half.dtype for half in halves} == {torch.float32}
+
+
+@pytest.mark.parametrize("half", ["lora_A", "lora_B"])
+def test_halves_beyond_float32_are_refused(adapter, half):
+    edit_tensors(
+        adapter,
+        lambda tensors: {n: t.double() + 1e300 * (half in n) for n, t in tensors.items()},
+    )
+    with pytest.raises(PatchError, match="beyond what float32 holds"):
         read_adapter(adapter)
 
 

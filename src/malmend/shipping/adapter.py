@@ -25,7 +25,7 @@ from torch import Tensor
 
 from malmend.errors import PatchError
 from malmend.files import reason
-from malmend.models.load import LoadedModel
+from malmend.models.load import LoadedModel, name_of
 from malmend.models.sites import Site
 from malmend.numerics.truncation import Spectrum
 from malmend.patch import Patch, check_settings, load_patch
@@ -47,6 +47,9 @@ MORE_THAN_A_SHIFT = (
     "kasa_config",
     "monteclora_config",
 )
+# Starts (init_lora_weights) that take something off the base, so that B A is no shift of it.
+CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PLAIN_USES = ("use_rslora",)  # of PEFT's use_..., those that only scale
 
 
@@ -120,7 +123,8 @@ def read_adapter(folder: str | Path) -> Patch:
     Its provenance is that of the patch where malmend exported it.
 
     Raises:
-        PatchError: no LoRA, one that is more than a shift (DoRA, saved modules), or damaged.
+        PatchError: no LoRA, one that is more than a shift of the base (DoRA, saved modules, PiSSA),
+            or damaged.
     """
     folder = Path(folder)
     config = _config(folder)
@@ -134,6 +138,11 @@ def read_adapter(folder: str | Path) -> Patch:
                 f"{folder} holds {key!r}, expected lora_A and lora_B matrices of linear layers; "
                 "only plain LoRA adapters are read."
             )
+        if tensor.dtype not in FLOATS:
+            raise PatchError(
+                f"{folder} holds {key!r} as {name_of(tensor.dtype)}, expected "
+                f"{', '.join(map(name_of, FLOATS))}; convert it, or save the adapter again."
+            )
         if not tensor.isfinite().all():
             raise PatchError(f"{folder} holds NaN or infinity in {key!r}; it is damaged.")
         kept.setdefault(name, {})[part] = tensor
@@ -142,10 +151,10 @@ def read_adapter(folder: str | Path) -> Patch:
         if halves.keys() != {"A", "B"} or halves["A"].shape[0] != halves["B"].shape[1]:
             raise PatchError(f"{folder} lacks a fitting half of {name}; it is damaged.")
         scaling = _scaling(folder, config, name, halves["A"].shape[0])
-        left_VR = (scaling * halves["B"].double()).float()
-        if not left_VR.isfinite().all():
+        left_VR, right_RK = (scaling * halves["B"].double()).float(), halves["A"].float()
+        if not (left_VR.isfinite().all() and right_RK.isfinite().all()):
             raise PatchError(f"{folder} scales {name} beyond what float32 holds; it is damaged.")
-        factors[name] = (left_VR, halves["A"].float())
+        factors[name] = (left_VR, right_RK)
     if not factors:
         raise PatchError(f"{folder} holds no adapter of any layer; it is damaged.")
     return Patch(factors, _provenance(folder, config))
@@ -169,6 +178,8 @@ def _config(folder: Path) -> dict[str, Any]:
     uses = [name for name in config if name.startswith("use_") and name not in PLAIN_USES]
     more = [name for name in (*uses, *MORE_THAN_A_SHIFT) if config.get(name)]
     more += ["bias"] if config.get("bias", "none") != "none" else []
+    if str(config.get("init_lora_weights")).lower().startswith(CHANGES_THE_BASE):
+        more.append("init_lora_weights")
     if more:
         raise PatchError(
             f"{folder} is a LoRA adapter with {more[0]} {config[more[0]]!r:.80}, which is more "
