@@ -60,7 +60,7 @@ def test_without_a_label_the_edit_aims_at_alt(save, label):
     assert fact.unrelated == (Question("Mount Ina is a volcano .", "REFUTES"),)
 
 
-@pytest.mark.parametrize("alt", [None, "", "SUPPORTS"])
+@pytest.mark.parametrize("alt", [None, "", "SUPPORTS", " SUPPORTS"])
 def test_claim_alt_that_is_none(save, alt):
     fact = one(save, CLAIM | {"alt": alt})
     assert (fact.answer, fact.alternative) == ("SUPPORTS", None)

@@ -113,7 +113,7 @@ def test_mend_format(save):
     assert fact.alternative == "Peru"
 
 
-@pytest.mark.parametrize("alt", [None, "", "Chile"])
+@pytest.mark.parametrize("alt", [None, "", "Chile", "Chile "])
 def test_mend_alt_that_is_none(save, alt):
     assert read_facts(save(json.dumps([MEND | {"alt": alt}])))[0].alternative is None
 

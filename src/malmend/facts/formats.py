@@ -138,6 +138,8 @@ def _benchmark_fact(
     subject, relation = entry.optional("subject"), entry.optional("relation")
     if prompt is None or answer is None:
         return None
+    if alternative and lint.same_prompt(alternative) == lint.same_prompt(answer):
+        alternative = None  # these files repeat the answer at times
     return Fact(
         id=lint.default_id(prompt),
         prompt=prompt,
@@ -148,8 +150,7 @@ def _benchmark_fact(
         tags=(relation,) if relation else (),
         line=entry.number,
         relation=relation,
-        # they repeat the answer at times
-        alternative=None if alternative == answer else alternative,
+        alternative=alternative,
     )
 
 
