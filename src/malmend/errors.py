@@ -19,8 +19,11 @@ class Resumable(KeyboardInterrupt):
     """Work was interrupted that the same command goes on with."""
 
 
+SHOWN = 20  # faults in the message of an error; its .faults holds all
+
+
 class FactsError(MalmendError):
-    """A facts file cannot be used.
+    """A facts file cannot be used; the message shows the first faults.
 
     Attributes:
         faults: every fault found, one string each, with file, line and field.
@@ -28,7 +31,9 @@ class FactsError(MalmendError):
 
     def __init__(self, summary: str, faults: Sequence[str] = ()):
         self.faults = tuple(faults)
-        super().__init__("\n".join([summary, *self.faults]))
+        more = len(self.faults) - SHOWN
+        rest = [f"and {more:,} more"] if more > 0 else []
+        super().__init__("\n".join([summary, *self.faults[:SHOWN], *rest]))
 
 
 class ModelError(MalmendError):

@@ -13,6 +13,11 @@ def fact(name: str, prompt: str, answer: str = "x", paraphrases=(), unrelated=()
     return Fact(name, prompt, answer, paraphrases=tuple(paraphrases), unrelated=questions)
 
 
+def test_blanks_around_an_answer_make_no_contradiction():
+    _, [skipped] = skip_repeats([Fact("a", "P", "Chile"), Fact("b", "P", " Chile\n")])
+    assert skipped.kind == "duplicate"
+
+
 def test_same_prompt_ignores_white_space_and_keeps_case():
     assert same_prompt("  The capital\tof \n France ") == same_prompt("The capital of France")
     assert same_prompt("US is") != same_prompt("us is")

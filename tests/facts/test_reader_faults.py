@@ -40,6 +40,11 @@ TEXT_AFTER = "give the text that should follow the prompt"
             rf"field 'answer': holds the control character '\x00' in 'a\x00b'; {TEXT_AFTER}",
         ),
         (own(paraphrases=["Q", "\x1b[31m"]), r"field 'paraphrases[2]': holds the control "),
+        (
+            own("P", "\x80"),
+            rf"field 'answer': holds the control character '\x80' in '\x80'; {TEXT_AFTER}",
+        ),
+        (own("a\x9b2J"), r"field 'prompt': holds the control character '\x9b' in 'a\x9b2J'; "),
         (own(id=7), "field 'id': is the number 7, not a string; give a short unique name, "),
         (own(id=" "), "field 'id': is empty; give a short unique name, "),
         (own(subject=[]), "field 'subject': is a list, not a string; give what the fact is about"),
@@ -186,6 +191,14 @@ def test_one_fault_is_not_many_and_nothing_more_is_announced(save):
     with pytest.raises(FactsError, match="cannot be used: 1 fault\n") as caught:
         read_facts(path)
     assert "more" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("count", "last"), [(20, "fault 19"), (21, "and 1 more")])
+def test_every_message_of_faults_shows_twenty(count, last):
+    error = FactsError("f.jsonl: what is wrong:", [f"fault {i}" for i in range(count)])
+    shown = str(error).splitlines()
+    assert (shown[0], shown[20], shown[-1]) == ("f.jsonl: what is wrong:", "fault 19", last)
+    assert len(error.faults) == count
 
 
 ALL_READERS = pytest.mark.parametrize("reader", [read_facts, read_questions, read_text])

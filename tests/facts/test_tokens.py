@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from hypothesis import assume, example, given, settings
@@ -13,6 +15,7 @@ from helpers import byte_level, metaspace, words
 from malmend.errors import MalmendError
 from malmend.facts.encoded import Encoded, collate
 from malmend.facts.fact import Fact, Question
+from malmend.facts.readers import read_facts
 from malmend.facts.tokens import Encoder
 
 MARS = ["mars", "has", "two", "moons"]  # ids 4 to 7 of words(MARS)
@@ -474,3 +477,14 @@ def test_faults_name_line_and_field():
     assert "the answer 'three' does not survive" in found[0]
     assert "5 tokens, expected at most 4" in found[2]
     assert encoder.faults([good]) == []
+
+
+def test_faults_name_the_entry_of_a_list_and_a_fact_of_no_file(tmp_path):
+    encoder = Encoder(words(MARS))
+    rows = [{"prompt": "mars has", "answer": answer} for answer in ("two", "three")]
+    rows[1]["prompt"] = "mars"
+    (tmp_path / "list.json").write_text(json.dumps(rows, indent=1))
+    assert encoder.faults(read_facts(tmp_path / "list.json"))[0].startswith("entry 2: field ")
+    (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, rows)))
+    assert encoder.faults(read_facts(tmp_path / "lines.json"))[0].startswith("line 2: field ")
+    assert encoder.faults([Fact("b", "mars", "three")])[0].startswith("fact 'b': field ")

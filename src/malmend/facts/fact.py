@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,7 @@ class Fact:
         alternative: a false answer of the same relation (the counterfactual).
         neighbours: the same question about other subjects, whose true answers must not move.
         reversed: the fact asked from the other side, as "Lima is the capital of" with "Peru".
+        in_list: whether ``line`` counts the entries of a JSON list.
     """
 
     id: str
@@ -46,6 +47,14 @@ class Fact:
     alternative: str | None = None
     neighbours: tuple[Question, ...] = ()
     reversed: Question | None = None
+    in_list: bool = field(default=False, compare=False, repr=False)
+
+    @property
+    def place(self) -> str:
+        """Where the fact stands in its file, in words; of one of no file its id."""
+        if not self.line:
+            return f"fact {self.id!r}"
+        return f"{'entry' if self.in_list else 'line'} {self.line}"
 
     @property
     def question(self) -> Question:
@@ -73,7 +82,9 @@ class Skipped:
     @property
     def kind(self) -> str:
         """``duplicate`` (same answer too) or ``contradiction`` (another answer)."""
-        return "duplicate" if self.fact.answer == self.earlier.answer else "contradiction"
+        # Blanks around an answer are no part of it: they are left out where it becomes tokens.
+        same = self.fact.answer.strip() == self.earlier.answer.strip()
+        return "duplicate" if same else "contradiction"
 
 
 @dataclass(frozen=True, slots=True)

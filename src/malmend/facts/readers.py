@@ -25,7 +25,6 @@ RECOGNISED = (
     "NQ-open JSON Lines with 'question' and 'answer', a MALMEN / FEVER JSON list with 'prompt', "
     "'equiv_prompt' and 'label', or KILT / FEVER JSON Lines with 'input' and 'output'"
 )
-SHOWN = 20  # faults in the message of an error; its .faults holds all
 
 
 def read_facts(path: str | Path, limit: int | None = None, strict: bool = False) -> FactSet:
@@ -42,8 +41,8 @@ def read_facts(path: str | Path, limit: int | None = None, strict: bool = False)
     source, (text, faults) = str(path), _read(path)
     entries, kind = _typed_entries(text, source, faults)
     read_fact, _ = READERS[kind]
-    read = [(read_fact(entry), entry) for entry in entries]
-    usable = [(fact, entry) for fact, entry in read if fact is not None]
+    read, in_list = [(read_fact(entry), entry) for entry in entries], _is_list(text)
+    usable = [(replace(fact, in_list=in_list), one) for fact, one in read if fact is not None]
     kept, skipped = lint.skip_repeats(fact for fact, _ in usable)
     faults += lint.repeated_ids(usable)
     if strict:
@@ -247,10 +246,4 @@ def beside(path: str | Path) -> str:
 def _refuse(source: str, faults: Faults) -> NoReturn:
     everything = [fault for _, fault in sorted(faults, key=lambda fault: fault[0])]
     count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-    lines = [f"{source} cannot be used: {count}", *everything[:SHOWN]]
-    if len(everything) > SHOWN:
-        lines.append(f"and {len(everything) - SHOWN} more")
-    error = FactsError("\n".join(lines))
-    # set afterwards: the constructor would print them all
-    error.faults = tuple(everything)
-    raise error from None
+    raise FactsError(f"{source} cannot be used: {count}", everything) from None

@@ -191,7 +191,7 @@ class Encoder:
                 try:
                     self.encode(question)
                 except MalmendError as error:
-                    found.append(f"line {fact.line}: field {field!r}: {error}")
+                    found.append(f"{fact.place}: field {field!r}: {error}")
         return list(dict.fromkeys(found))  # each of several paraphrases says the same of an answer
 
     def _answer_ids(self, answer: str) -> tuple[int, ...]:

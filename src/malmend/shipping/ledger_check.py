@@ -10,6 +10,8 @@ from malmend.facts.fact import Fact, FactSet
 from malmend.facts.lint import same_prompt
 from malmend.shipping.ledger_entries import Entry
 
+HINTED = 3  # faults that name a nearest prompt, which all active ones are searched for
+
 
 def unlike(active: Sequence[Entry], known: FactSet, strict: bool) -> tuple[list[Fact], list[Fact]]:
     """The facts that the ledger lacks, and those that it holds as they are.
@@ -54,14 +56,15 @@ def paired(
     """
     by_prompt = {same_prompt(entry.prompt): entry for entry in active}
     by_id = {entry.id: entry for entry in active}
-    pairs, duplicates, faults = [], [], []
+    pairs, duplicates, faults = [], [], list[str]()
     for fact in known:
         prompt = same_prompt(fact.prompt)
         other = by_prompt.get(prompt)
         if other is None:
+            near = nearest(prompt, by_prompt) if len(faults) < HINTED else ""
             faults.append(
                 f"{_place(known, fact)}: no active fact has the prompt {short(fact.prompt)}"
-                f"{nearest(prompt, by_prompt)}; give it to `malmend ledger add`"
+                f"{near}; give it to `malmend ledger add`"
             )
         elif _same_answer(fact, other):
             duplicates.append(fact)
@@ -100,7 +103,7 @@ def _same_answer(fact: Fact, entry: Entry) -> bool:
 
 
 def _place(known: FactSet, fact: Fact) -> str:
-    return f"{known.source}: line {fact.line}" if fact.line else f"fact {fact.id!r}"
+    return f"{known.source}: {fact.place}" if fact.line else fact.place
 
 
 def named(facts: Sequence[Fact]) -> str:
