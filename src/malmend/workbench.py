@@ -13,6 +13,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from malmend.editors.checkpoint import seen_in_training
 from malmend.errors import FactsError, MalmendError
 from malmend.evaluation.classes import away as away_from_said
@@ -92,14 +94,18 @@ def encoder_for(
     tokenizer = tokenizer_of(model)
     if isinstance(model, LoadedModel):
         stated, reading = model.positions, model.reading
+        table = model.model.get_input_embeddings()
+        tokens = len(table.weight) if isinstance(table, nn.Embedding) else None
     else:
         config = load_config(model)
         stated, reading = positions_of(config), stated_reading(config)
+        tokens = getattr(config.get_text_config(), "vocab_size", None)
+        tokens = tokens if isinstance(tokens, int) and tokens > 0 else None
     if end_of_answer is None:
         ends = getattr(tokenizer, "eos_token_id", None) is not None
         end_of_answer = "eos" if ends else "none"
     longest = min(LONGEST, int(getattr(tokenizer, "model_max_length", LONGEST)), stated or LONGEST)
-    return Encoder(tokenizer, end_of_answer, longest, chat, reading)
+    return Encoder(tokenizer, end_of_answer, longest, chat, replace(reading, tokens=tokens))
 
 
 def checked_facts(

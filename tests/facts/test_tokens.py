@@ -16,7 +16,7 @@ from malmend.errors import MalmendError
 from malmend.facts.encoded import Encoded, collate
 from malmend.facts.fact import Fact, Question
 from malmend.facts.readers import read_facts
-from malmend.facts.tokens import Encoder
+from malmend.facts.tokens import Encoder, Reading
 
 MARS = ["mars", "has", "two", "moons"]  # ids 4 to 7 of words(MARS)
 TOKENIZERS = {
@@ -387,6 +387,28 @@ def test_chat_without_a_template_is_refused():
 
 
 # --- what is refused
+
+
+def test_tokens_that_the_model_has_no_embedding_for():
+    known = Encoder(words(MARS), "none", reading=Reading(tokens=7))  # "moons" is 7
+    assert known.encode(Question("mars has", "two")).ids == (4, 5, 6)
+    said = "'moons' is the tokenizer's token number 7, and the model has embeddings for 7 tokens"
+    for question in (Question("mars has moons"), Question("mars has", "two moons")):
+        with pytest.raises(MalmendError, match=said):
+            known.encode(question)
+    for read in (known.prompt_ids, known.passage, known.passage_ids):
+        with pytest.raises(MalmendError, match=said):
+            read("two moons mars")
+    ended = Encoder(words([*MARS, "\n"]), "newline", reading=Reading(tokens=8))  # a line break is 8
+    with pytest.raises(MalmendError, match=r"number 8, and the model has embeddings for 8 tokens"):
+        ended.encode(Question("mars has", "two moons"))
+
+
+def test_a_chat_template_of_tokens_without_embedding_is_none():
+    template = "{{ messages[0]['content'] }} moons"
+    assert Encoder(words(MARS, chat_template=template)).in_chat() is not None
+    known = Encoder(words(MARS, chat_template=template), reading=Reading(tokens=7))
+    assert known.in_chat() is None
 
 
 @pytest.mark.parametrize("answer", ["three moons", "two suns", "zzz", "二"])

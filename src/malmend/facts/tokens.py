@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jinja2 import TemplateError
@@ -32,11 +32,13 @@ class Reading:
         form: which of the three.
         classes: their names in order, of a classifier.
         start: the token that a decoder with an encoder begins with.
+        tokens: how many it has embeddings for, where that is known; a tokenizer may give more.
     """
 
     form: Form = "causal"
     classes: tuple[str, ...] = ()
     start: int | None = None
+    tokens: int | None = field(default=None, repr=False, compare=False)
 
 
 class Encoder:
@@ -86,8 +88,8 @@ class Encoder:
         """Token ids of prompt, answer and end token.
 
         Raises:
-            MalmendError: the answer does not survive tokenisation or names no class, or the
-                question is too long.
+            MalmendError: the answer does not survive tokenisation or names no class, the question
+                is too long, or the model has no embedding for one of its tokens.
         """
         answer = question.answer
         if answer is not None and self.reading.form == "causal":
@@ -107,6 +109,8 @@ class Encoder:
             raise MalmendError(
                 f"{longest} tokens, expected at most {self.max_tokens}; shorten the prompt"
             )
+        said = () if self.reading.form == "classes" else encoded.labels
+        self._embedded((*encoded.read, *encoded.decoded, *said))
         return encoded
 
     def encode_all(self, questions: Iterable[Question]) -> list[Encoded]:
@@ -134,19 +138,21 @@ class Encoder:
     def in_chat(self) -> Encoder | None:
         """The same encoder through the model's chat template.
 
-        None where there is none that holds what a user says, or where the model is no causal one.
+        None where there is none that holds what a user says in tokens that the model has, or where
+        the model is no causal one.
         """
         if self.reading.form != "causal" or not getattr(self.tokenizer, "chat_template", None):
             return None
         found = Encoder(self.tokenizer, self.end_of_answer, self.max_tokens, True, self.reading)
         try:
+            found.prompt_ids(TRIED)
             return found if TRIED in found.framed(TRIED) else None
         except MalmendError:
             return None
 
     def passage_ids(self, text: str, most: int = 256) -> tuple[int, ...]:
         """The first ``most`` ids of plain text, for statistics; no frame, no end token."""
-        return self.ids_of(text)[0][: min(most, self.max_tokens)]
+        return self._embedded(self.ids_of(text)[0][: min(most, self.max_tokens)])
 
     def spans(self, text: str) -> list[tuple[int, int]]:
         """Where in plain text its tokens stand, by characters; special tokens left out."""
@@ -159,7 +165,7 @@ class Encoder:
         """
         ids, prefix = self.passage_ids(text), self.prefix
         if self.reading.form == "classes":
-            ids = self._whole(text)[0]  # with the marks that every prompt has
+            ids = self._embedded(self._whole(text)[0])  # with the marks that every prompt has
             ids = ids if len(ids) <= self.max_tokens else self.passage_ids(text)
         cut = len(ids) if self.reading.form != "seq2seq" else (len(ids) + 1) // 2
         return Encoded(ids, cut, len(ids), self.reading.form, prefix)
@@ -167,8 +173,8 @@ class Encoder:
     def prompt_ids(self, prompt: str) -> tuple[int, ...]:
         """The ids that the answer follows, or that an encoder reads."""
         if self.reading.form == "causal":
-            return self.ids_of(self.framed(prompt))[0]
-        return self._whole(self.framed(prompt))[0]
+            return self._embedded(self.ids_of(self.framed(prompt))[0])
+        return self._embedded(self._whole(self.framed(prompt))[0])
 
     def said(self, ids: Sequence[int]) -> str:
         """What ids of an answer say, end tokens and the like by their names."""
@@ -187,12 +193,24 @@ class Encoder:
             fields += [("reversed", fact.reversed)] if fact.reversed else []
             if fact.alternative is not None and self.reading.form == "classes":
                 fields.append(("alternative", Question(fact.prompt, fact.alternative)))
-            for field, question in fields:
+            for name, question in fields:
                 try:
                     self.encode(question)
                 except MalmendError as error:
-                    found.append(f"{fact.place}: field {field!r}: {error}")
+                    found.append(f"{fact.place}: field {name!r}: {error}")
         return list(dict.fromkeys(found))  # each of several paraphrases says the same of an answer
+
+    def _embedded(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """The ids; raises MalmendError where the model has no embedding for one of them."""
+        known = self.reading.tokens
+        if known is not None and max(ids, default=-1) >= known:
+            beyond = next(one for one in ids if one >= known)
+            raise MalmendError(
+                f"{self.tokenizer.decode([beyond])!r} is the tokenizer's token number {beyond}, "
+                f"and the model has embeddings for {known} tokens; leave it out, or give the "
+                "model's own tokenizer"
+            )
+        return ids
 
     def _answer_ids(self, answer: str) -> tuple[int, ...]:
         """An answer that is not read with its prompt: its class, or what a decoder says."""
