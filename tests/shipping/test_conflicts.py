@@ -70,6 +70,14 @@ def test_a_typo_in_each_input_of_conflicts_is_one_sentence(
     assert said in refusal(capsys)
 
 
+def test_one_patch_by_two_paths_is_given_twice(tiny, patch, tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(patch)
+    monkeypatch.chdir(patch.parent)
+    for other in (f"./{patch.name}", patch, tmp_path / "link"):
+        with pytest.raises(api.MalmendError, match="The same patch was given twice"):
+            conflicts(tiny.loaded, [patch.name, other])
+
+
 def test_patches_of_another_base_are_refused(tiny, patch, tmp_path):
     other = load_patch(save_patch_of(tiny, tmp_path / "other", 3, seed=40))
     save_patch(type(other)(other.factors, other.provenance | {"base": "b" * 64}), tmp_path / "x")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +104,7 @@ def _asked(
 def _named(patches: Sequence[str | Path]) -> dict[str, str | Path]:
     """Paths by what they are called: the last part, or the whole where two are alike."""
     lasts = [Path(path).name for path in patches]
-    if len(set(map(str, patches))) < len(patches):
+    if len(set(map(os.path.realpath, patches))) < len(patches):
         raise MalmendError("The same patch was given twice; give two different ones.")
     alike = len(set(lasts)) < len(lasts)
     return {str(path) if alike else last: path for path, last in zip(patches, lasts, strict=True)}
