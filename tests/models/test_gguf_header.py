@@ -53,12 +53,22 @@ BAD = {
     "lists without end": header(entry("x", 9, listed(9, 1) * 50)),
     "a value of no kind": header(entry("x", 99, b"")),
     "a hundred million blocks": header(entry("llama.block_count", 4, struct.pack("<I", 10**8))),
+    "a context of billions": header(entry("llama.context_length", 4, struct.pack("<I", 2**31))),
+    "a width of millions": header(entry("llama.embedding_length", 4, struct.pack("<I", 2**22))),
     "cut off": GOOD[:-3],
 }
 
 
 def test_a_good_header_is_taken(tmp_path):
     (tmp_path / "m.gguf").write_bytes(GOOD)
+    check_gguf(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("context", [2_097_152, 10_485_760])
+def test_a_long_context_is_no_damage(context, tmp_path):
+    names = ("llama.context_length", "llama.rope.scaling.original_context_length")
+    entries = [entry(name, 4, struct.pack("<I", context)) for name in names]
+    (tmp_path / "m.gguf").write_bytes(header(*entries))
     check_gguf(tmp_path / "m.gguf")
 
 

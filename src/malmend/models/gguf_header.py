@@ -18,7 +18,8 @@ SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  #
 INTEGERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 10: "<Q", 11: "<q"}
 STRING, ARRAY = 8, 9
 DEEPEST = 4  # arrays in arrays
-LARGEST = 1 << 20  # of a width, a count of blocks or heads, a length in tokens
+LARGEST = 1 << 20  # of a width, a count of blocks or heads, a number of a token
+LONGEST = 50_000_000  # of a context, in tokens: some models state ten million
 
 
 def check_gguf(path: Path) -> None:
@@ -52,7 +53,8 @@ def _entry(file: BinaryIO, size: int) -> None:
         # Token numbers are small too; what is larger anywhere is made room for.
         if name.endswith(b".block_count") and value > MOST_LAYERS:
             raise ValueError(f"{name.decode('utf-8', 'replace')[:60]!r} is {value:,}")
-        if not name.startswith(b"general.") and abs(value) > LARGEST and not _is_unset(value):
+        most = LONGEST if name.endswith(b"context_length") else LARGEST
+        if not name.startswith(b"general.") and abs(value) > most and not _is_unset(value):
             raise ValueError(f"{name.decode('utf-8', 'replace')[:60]!r} is {value:,}")
     else:
         _skip(file, kind, size, DEEPEST)
