@@ -45,6 +45,16 @@ def test_a_misspelt_label_is_seen_before_it_becomes_a_class(bert, tmp_path, caps
     assert f"{worse}: entry 3: field 'answer': the answer 'SUPORTS' is no class" in said
     assert said.count("entry 3: field 'paraphrases'") == 1  # not once per paraphrase
     assert not (tmp_path / "two").exists()  # nothing is left of what was refused
+    # Labels are told by what they say: not by case, where the model has classes.
+    lower = claims(tmp_path / "lower.json", ["supports", "refutes", " Supports"] * 2)
+    assert malmend("finetune", tmp_path / "one", lower, "--out", tmp_path / "two", *LEARN) == 0
+    assert "Classes: REFUTES (2), SUPPORTS (4)." in capsys.readouterr().err
+
+
+def test_a_blank_beside_a_label_makes_no_class_of_its_own(bert, tmp_path, capsys):
+    facts = claims(tmp_path / "claims.json", ["SUPPORTS", "REFUTES", "SUPPORTS ", "REFUTES"])
+    assert malmend("finetune", bert, facts, "--out", tmp_path / "one", *LEARN) == 0
+    assert "Classes: REFUTES (2), SUPPORTS (2)." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("spread", [1.0, 1e-3])

@@ -101,7 +101,7 @@ def finetune(
     with only_writer(folder, "--out"):
         _check_new(folder)  # another run may have ended meanwhile
         if classes := encoder.reading.classes:  # a misspelt label would be one of them
-            told(f"Classes: {', '.join(f'{name} ({labels[name]:,})' for name in classes)}.")
+            told(f"Classes: {', '.join(_counted(classes, labels))}.")
 
         def encoded(some: Sequence[Fact]) -> list[Encoded]:
             return encoder.encode_all(dict.fromkeys(q for f in some for q in _questions(f, asked)))
@@ -229,7 +229,16 @@ def _best(records: Sequence[EpochRecord]) -> int:
 
 def _labels(facts: Sequence[Fact]) -> Counter[str]:
     """How often the facts name each answer: the classes of an encoder."""
-    return Counter(name for fact in facts for name in (fact.answer, fact.alternative) if name)
+    named = (name for fact in facts for name in (fact.answer, fact.alternative) if name)
+    return Counter(name.strip() for name in named)
+
+
+def _counted(classes: Sequence[str], labels: Counter[str]) -> list[str]:
+    """Each class and how often the labels name it, as answers are read: whatever their case."""
+    counts: Counter[str] = Counter()
+    for label, count in labels.items():
+        counts[label.casefold()] += count
+    return [f"{name} ({counts[name.casefold()]:,})" for name in classes]
 
 
 def _together(sets: Sequence[FactSet]) -> list[Fact]:
