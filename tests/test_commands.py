@@ -338,6 +338,8 @@ def test_a_model_with_a_patch_on_it_is_refused(tiny, tmp_path, monkeypatch, comm
         with pytest.raises(MalmendError, match="a patch is on it"):
             getattr(malmend, command)(same, tiny.facts, **more)
         assert malmend.ask(tiny.loaded, FEW[0].prompt).unedited == FEW[0].answer
+        with pytest.raises(MalmendError, match="a patch is on it"):
+            malmend.ask(tiny.loaded, FEW[0].prompt, patch)
     assert files_in(tmp_path) == set()
     call()
 

@@ -177,7 +177,7 @@ def test_a_calibration_is_kept_by_the_kind_of_each_question():
     model = tiny.model_of("llama")
     trunk = Trunk(model, find_sites(model, 1))
     keys = [
-        calibration_key("", trunk, EditorSettings(), CalibrationSettings(), [fact], "")
+        calibration_key("", "", trunk, EditorSettings(), CalibrationSettings(), [fact], "")
         for fact in (one, two)
     ]
     assert keys[0] != keys[1]

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from malmend.patch import (
     FORMAT,
     Patch,
     applied,
+    check_bare,
     check_base,
     load_patch,
     make_patch,
@@ -161,6 +163,37 @@ def test_one_inside_another_adds_up_and_comes_off():
         assert weight.data_ptr() == once.data_ptr()
     assert weight.data_ptr() == original.data_ptr()
     assert_untouched(loaded.model, before)
+
+
+def test_blocks_that_overlap_come_off_bit_for_bit():
+    """As two generators', of which the first ends first."""
+    loaded = loaded_of()
+    before = state_of(loaded.model)
+    first, second = (applied(loaded, patch_for(loaded, tokens)) for tokens in (1, 2))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    with pytest.raises(PatchError, match="a patch is on it"):
+        check_bare(loaded)
+    second.__exit__(None, None, None)
+    assert_untouched(loaded.model, before)
+    check_bare(loaded)
+
+
+def test_another_thread_cannot_put_a_patch_on_meanwhile():
+    loaded = loaded_of()
+    before, patch = state_of(loaded.model), patch_for(loaded)
+
+    def other():
+        with applied(loaded, patch):
+            raise AssertionError("both were on")
+
+    with ThreadPoolExecutor() as pool, applied(loaded, patch):
+        raised = pool.submit(other).exception()
+    assert "by another thread" in str(raised)
+    assert_untouched(loaded.model, before)
+    with applied(loaded, patch):
+        pass
 
 
 def test_a_fault_while_it_is_put_on():
@@ -302,6 +335,23 @@ def test_round_trip(patch, tmp_path, kind):
     assert list(tmp_path.iterdir()) == [path]
     save_patch(again, tmp_path / "q")
     assert load_patch(tmp_path / "q").provenance == patch.provenance
+
+
+def test_whatever_holds_the_numbers_can_be_saved(tmp_path):
+    shift = torch.randn(3, 4, dtype=torch.float64)
+    made = Patch({"a": (shift.T,), "b": (shift.T,), "c": (shift.half().T,)}, {"settings": {}})
+    save_patch(made, tmp_path / "p")
+    back = load_patch(tmp_path / "p")
+    assert torch.equal(back.shift("a"), shift.T.float())
+    assert torch.equal(back.shift("b"), shift.T.float())
+    assert torch.equal(back.shift("c"), shift.half().T.float())
+
+
+def test_a_layer_that_shares_its_weight_is_refused():
+    loaded = loaded_of("gpt2")
+    patch = Patch({"lm_head": (torch.zeros(60, 16),)}, {"base": loaded.fingerprint})
+    with pytest.raises(PatchError, match=r"shares its weight with transformer\.wte"):
+        sites_of(loaded.model, patch)
 
 
 def test_a_saved_patch_edits_as_the_one_in_memory(tmp_path):
@@ -558,6 +608,8 @@ def test_numbers_that_are_none(value, part, tmp_path):
         ({"shift": MATRIX}, "'shift'"),
         ({".shift": MATRIX}, "'.shift'"),
         ({"a.shift": MATRIX, "b": MATRIX}, "'b'"),
+        ({"a.shift": MATRIX, "a.left": MATRIX, "a.right": torch.ones(5, 3)}, "holds both"),
+        ({"a.shift": MATRIX, "a.right": torch.ones(5, 3)}, "holds both"),
         ({}, "holds no shift"),
     ],
 )

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -63,7 +65,8 @@ def calibrated(
     """
     known, words, general = _calibration_data(bench, facts, text, settings)
     general = [*general, *questions]
-    given = (bench.loaded.digest, bench.trunk, editor_settings, settings)
+    digests = (bench.loaded.digest, tokenizer_digest(bench.encoder.tokenizer))
+    given = (*digests, bench.trunk, editor_settings, settings)
     key = calibration_key(*given, known, words, general)
     path = cache_folder() / "calibrations" / f"{key}.safetensors"
     return kept(
@@ -75,6 +78,13 @@ def calibrated(
         save_calibration,
         MOST_KEPT,
     )
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """SHA-256 over all that cuts texts into tokens, padding and truncation aside."""
+    said = json.loads(tokenizer.backend_tokenizer.to_str())
+    said.update(padding=None, truncation=None)
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def general_text(encoder: Encoder, tokens: int) -> list[Encoded]:

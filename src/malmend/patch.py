@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from threading import Lock, get_ident
 from typing import Any, get_args
 from weakref import WeakKeyDictionary
 
@@ -33,8 +34,20 @@ from malmend.models.load import LoadedModel
 from malmend.models.sites import Site
 
 FORMAT = 1
-# How many patches are on a model now.
-_ON: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()
+
+
+@dataclass(eq=False)
+class _On:
+    """A patch on a model: what takes it off, by which thread it is there, whether its block is."""
+
+    off: ExitStack
+    thread: int
+    ended: bool = False
+
+
+# The patches on a model now, in the order in which they came.
+_ON: WeakKeyDictionary[PreTrainedModel, list[_On]] = WeakKeyDictionary()
+_ENTERING = Lock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,19 +119,31 @@ def applied(loaded: LoadedModel, patch: Patch, force: bool = False) -> Iterator[
     """The model with the patch on it; off again at the end, also after an exception.
 
     Each edited weight becomes W0 + S, added in float32 and cast to the weight's dtype.  W0 itself
-    is set aside untouched and put back, so the weights come back bit for bit.
+    is set aside untouched and put back, so the weights come back bit for bit.  Blocks may be
+    nested; where they overlap otherwise, a patch stays on until those that came after it are off.
 
     Raises:
-        PatchError: the patch was made for another base, or for other layers.
+        PatchError: the patch was made for another base, or for other layers; or another thread has
+            a patch on the model.
     """
     check_base(loaded, patch, force)
-    sites, before = sites_of(loaded.model, patch), _ON.get(loaded.model, 0)
-    with shifted(sites, {n: patch.shift(n) for n in patch.factors}):
-        _ON[loaded.model] = before + 1
-        try:
-            yield loaded.model
-        finally:
-            _ON[loaded.model] = before
+    sites = sites_of(loaded.model, patch)
+    with _ENTERING:
+        on = _ON.setdefault(loaded.model, [])
+        if any(one.thread != get_ident() for one in on):
+            raise PatchError(
+                f"A patch is on the model {loaded.name} by another thread, whose answers would "
+                "change; take turns, or load the model once for each thread."
+            )
+        mine = _On(ExitStack(), get_ident())
+        mine.off.enter_context(shifted(sites, {n: patch.shift(n) for n in patch.factors}))
+        on.append(mine)
+    try:
+        yield loaded.model
+    finally:
+        mine.ended = True
+        while on and on[-1].ended:
+            on.pop().off.close()
 
 
 def check_bare(loaded: LoadedModel) -> None:
@@ -126,7 +151,7 @@ def check_bare(loaded: LoadedModel) -> None:
 
     What is found of a model is kept under the fingerprint of its unedited weights.
     """
-    if _ON.get(loaded.model, 0):
+    if _ON.get(loaded.model):
         raise PatchError(
             f"The model {loaded.name} cannot be used here while a patch is on it; leave the block "
             "of applied(...) first, or give the patch to eval."
@@ -161,7 +186,11 @@ def check_base(loaded: LoadedModel, patch: Patch, force: bool = False) -> None:
 
 
 def sites_of(model: PreTrainedModel, patch: Patch) -> list[Site]:
-    """The sites that the patch shifts.  Raises PatchError if one is missing or of another shape."""
+    """The sites that the patch shifts.
+
+    Raises:
+        PatchError: one is missing, of another shape, or shares its weight with another layer.
+    """
     modules = dict(model.named_modules())
     sites = []
     for name in patch.factors:
@@ -176,16 +205,34 @@ def sites_of(model: PreTrainedModel, patch: Patch) -> list[Site]:
                 f"The patch's shift of {name} is {wanted}, this model's layer is {site.shape_VK}; "
                 "it was made for another model."
             )
+        if shared := shared_with(model, site):
+            raise PatchError(
+                f"The patch shifts {name}, which shares its weight with {shared} here, so that "
+                "both would move; give a model whose two are apart, or a patch without that layer."
+            )
         sites.append(site)
     return sites
 
 
+def shared_with(model: PreTrainedModel, site: Site) -> str | None:
+    """The name of another weight that is the site's own; None where there is none."""
+    for name, other in model.named_parameters(remove_duplicate=False):
+        if other is site.weight and name != f"{site.name}.weight":
+            return name
+    return None
+
+
 def save_patch(patch: Patch, path: str | Path) -> None:
-    """Writes the file beside and renames it, so that no half-written patch is ever found."""
+    """Writes the file beside and renames it, so that no half-written patch is ever found.
+
+    Tensors are written as float32, whatever they are.
+    """
     tensors: dict[str, Tensor] = {}
     for name, factors in patch.factors.items():
         parts = ("shift",) if len(factors) == 1 else ("left", "right")
-        tensors |= {f"{name}.{part}": t for part, t in zip(parts, factors, strict=True)}
+        for part, one in zip(parts, factors, strict=True):
+            # A copy, since two layers' may be one tensor.
+            tensors[f"{name}.{part}"] = one.detach().float().contiguous().clone()
     header = {"malmend": json.dumps({"format": FORMAT, **patch.provenance}, allow_nan=False)}
     with written_beside(path) as beside:
         save_file(tensors, beside, metadata=header)
@@ -246,6 +293,8 @@ def _grouped(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tenso
             raise PatchError(f"{path} holds {key!r}, expected 2-D float32 shifts; it is damaged.")
         if not torch.isfinite(tensor).all():
             raise PatchError(f"{path} holds NaN or infinity in {key!r}; it is damaged.")
+        if part != "shift" and f"{name}.shift" in tensors:
+            raise PatchError(f"{path} holds both {name}.shift and {key}; it is damaged.")
         if part == "shift":
             factors[name] = (tensor,)
         elif part == "left":

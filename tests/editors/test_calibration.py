@@ -289,6 +289,7 @@ def test_the_key_names_what_the_calibration_depends_on():
 
     def key(
         model="print",
+        tokenizer="cuts",
         cut=trunk,
         editor=EDITOR,
         settings=SMALL,
@@ -296,12 +297,13 @@ def test_the_key_names_what_the_calibration_depends_on():
         text=TEXT,
         general=(),
     ) -> str:
-        return calibration_key(model, cut, editor, settings, facts, text, general)
+        return calibration_key(model, tokenizer, cut, editor, settings, facts, text, general)
 
     first, *rest = FACTS
     other_question = replace(first.unrelated[0], answer="w9 w9 w9")
     others = [
         key(model="other"),
+        key(tokenizer="other"),
         key(cut=tiny_trunk(tiny_model(), layers=1)),
         key(cut=tiny_trunk(tiny_model(dtype=torch.float32))),
         key(editor=replace(EDITOR, method="mend")),

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import shutil
 import struct
 from functools import partial
@@ -16,10 +17,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub.utils import logging as hub_logging
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BertConfig,
+    BertModel,
     LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
@@ -29,7 +32,8 @@ import tiny
 from helpers import words
 from malmend.errors import ModelError
 from malmend.models import load, source
-from malmend.models.load import fingerprint, load_model, load_tokenizer, prepared
+from malmend.models.identity import digest, fingerprint
+from malmend.models.load import load_base, load_model, load_tokenizer, prepared
 from malmend.models.source import cache_folder
 
 WORDS = [f"w{i}" for i in range(tiny.VOCABULARY - 4)]
@@ -329,20 +333,22 @@ def test_a_folder_that_cannot_be_read(folder):
 
 
 @pytest.fixture
-def gguf(tmp_path, whole, monkeypatch):
+def gguf(tmp_path, whole, monkeypatch, request):
     """A file whose loaders give the whole model; what is real is all that the copy is kept by."""
     path = tmp_path / "model.gguf"
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 0))  # a header that states nothing
     read = {kind: kind.from_pretrained for kind in (AutoTokenizer, AutoModelForCausalLM)}
+    lacking = getattr(request, "param", set())
 
     def reading(kind, source, gguf_file=None, **keywords):
         if gguf_file is None:
             return read[kind](source, **keywords)
         keywords.pop("dtype", None)
-        made = read[kind](whole, **keywords)
-        if kind is AutoModelForCausalLM:
-            made.config.quantization_config = {}
-        return made
+        if kind is AutoTokenizer:
+            return read[kind](whole, **keywords)
+        made, found = read[kind](whole, **keywords)
+        made.config.quantization_config = {}
+        return made, {**found, "missing_keys": lacking}
 
     for kind in read:
         for module in (load, source):
@@ -353,6 +359,13 @@ def gguf(tmp_path, whole, monkeypatch):
 
 def copies() -> list[Path]:
     return list((cache_folder() / "models").iterdir())
+
+
+@pytest.mark.parametrize("gguf", [{"model.norm.weight"}], indirect=True)
+def test_a_gguf_file_that_lacks_weights_is_refused(gguf):
+    """The loader makes them up at random, and says so in a warning that nobody sees."""
+    assert "lack model.norm.weight (and 0 more)" in refused(gguf)
+    assert copies() == []
 
 
 def test_a_gguf_file_is_copied_once(gguf, monkeypatch):
@@ -456,3 +469,50 @@ def test_the_hubs_own_warnings_are_kept_off_the_terminal_and_come_back():
     with load.quiet():
         assert not logger.isEnabledFor(logging.WARNING)
     assert hub_logging.get_verbosity() == level
+
+
+# --- what tells models apart
+
+
+def test_saved_buffers_tell_models_apart():
+    """Some models keep numbers that they compute with as buffers, not parameters."""
+    one, other = (tiny.model_of("llama", torch.float32) for _ in range(2))
+    for model, value in ((one, 1.0), (other, 2.0)):
+        model.model.register_buffer("bias", torch.full((3,), value))
+        model.model.register_buffer("angles", torch.full((3,), value), persistent=False)
+    assert digest(one) != digest(other)
+    assert fingerprint(one) != fingerprint(other)
+    other.model.bias.fill_(1.0)
+    assert digest(one) == digest(other)
+    assert fingerprint(one) == fingerprint(other)
+
+
+def test_a_parameter_without_dimensions_has_bits_too():
+    model = tiny.model_of("llama", torch.float32)
+    plain = fingerprint(model)
+    model.model.scale = torch.nn.Parameter(torch.tensor(2.0))
+    assert fingerprint(model) != plain
+    assert digest(model)
+
+
+BERT = BertConfig(
+    vocab_size=60,
+    hidden_size=16,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    intermediate_size=24,
+    max_position_embeddings=64,
+)
+
+
+@pytest.mark.parametrize("made", [partial(tiny.model_of, "llama"), partial(BertModel, BERT)])
+def test_a_base_that_lacks_a_layer_is_not_fine_tuned(made, tmp_path):
+    folder = tmp_path / "model"
+    made().float().save_pretrained(folder)
+    words(WORDS).save_pretrained(folder)
+    path = folder / "model.safetensors"
+    whole = load_file(path)
+    layer = next(name for name in whole if re.search(r"\.1\.", name)).split(".1.")[0] + ".1."
+    save_file({n: t for n, t in whole.items() if not n.startswith(layer)}, path, {"format": "pt"})
+    with pytest.raises(ModelError, match=r"lack .*expected a decoder"):
+        load_base(str(folder), ["a", "b"])

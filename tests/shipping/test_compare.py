@@ -119,3 +119,20 @@ def test_models_of_unlike_builds_and_equal_ones_give_no_patch(tmp_path):
         diff(loaded, loaded_of("llama"), out=tmp_path / "patch")
     with pytest.raises(MalmendError, match="There is no folder"):
         diff(loaded, loaded, out=tmp_path / "no" / "patch")
+
+
+def test_unlike_configurations_give_no_patch(tmp_path):
+    """The same weights then say something else."""
+    loaded, other = loaded_of("llama"), loaded_of("llama", rms_norm_eps=0.1)
+    other.model.model.layers[3].mlp.down_proj.weight.data += 1
+    with pytest.raises(
+        PatchError, match=r"configurations differ in rms_norm_eps \(rms_norm_eps is"
+    ):
+        diff(loaded, other, out=tmp_path / "patch")
+    assert len(diff(loaded, other).comparison.edited) == 1
+
+
+def test_a_model_with_a_patch_on_it_is_no_base_of_another(tmp_path):
+    loaded = loaded_of("llama")
+    with applied(loaded, patch_for(loaded)), pytest.raises(PatchError, match="a patch is on it"):
+        diff(loaded, loaded_of("llama"), out=tmp_path / "patch")

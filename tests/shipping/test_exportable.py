@@ -38,7 +38,7 @@ def test_a_tied_layer_is_refused():
 
 def test_the_tied_output_layer_is_refused_and_so_is_one_outside_the_blocks():
     tied, loose = loaded_of("gpt2"), loaded_of("llama", tie_word_embeddings=False)
-    with pytest.raises(PatchError, match=r"lm_head shares its weight with transformer\.wte"):
+    with pytest.raises(PatchError, match=r"lm_head, which shares its weight with transformer\.wte"):
         exportable(tied, patch_of(tied, "lm_head", (60, 16)))
     with pytest.raises(PatchError, match="lies in none of the model's blocks"):
         exportable(loose, patch_of(loose, "lm_head", (60, 16)))

@@ -11,7 +11,7 @@ from malmend.evaluation.generate import Answer, generate
 from malmend.models.load import LoadedModel
 from malmend.models.sites import find_sites
 from malmend.models.trunk import Trunk
-from malmend.patch import Patch, applied
+from malmend.patch import Patch, applied, check_bare
 from malmend.shipping.adapter import based_on, read_patch
 from malmend.workbench import encoder_for, opened
 
@@ -72,6 +72,8 @@ def ask(
             return Answer(f"{name} ({share:.3f})")
         return generate(loaded, encoder, [prompt], max_new_tokens, whole=True)[0]
 
+    if patch is not None:
+        check_bare(loaded)  # else what is said without it would be said with another
     before = answer()
     if patch is None:
         return AskResult(prompt, before.text, unedited_cut=before.cut)

@@ -7,13 +7,17 @@ from pathlib import Path
 
 from malmend.errors import PatchError
 from malmend.files import writable
+from malmend.models.identity import settings_of
 from malmend.models.load import LoadedModel
 from malmend.models.sites import Site
-from malmend.patch import Patch, load_patch, now, save_patch, versions
+from malmend.patch import Patch, check_bare, load_patch, now, save_patch, versions
 from malmend.progress import Progress, silent
 from malmend.shipping.compare import Comparison, compared
 from malmend.shipping.layers import not_plain
 from malmend.workbench import opened
+
+# Of a configuration, what changes nothing that the model says of a prompt.
+NO_MATTER = {"architectures", "dtype", "torch_dtype", "use_cache"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,12 +62,30 @@ def diff(
     if out is not None:
         writable(out, model, other)
     mine, theirs = opened(model, dtype), opened(other, dtype)
+    if out is not None:
+        for one in (mine, theirs):
+            check_bare(one)
     found = compared(mine.model, theirs.model, progress)
     if out is None:
         return DiffResult(mine.name, theirs.name, found)
     patch = _patch(mine, theirs, found)
     save_patch(patch, out)
     return DiffResult(mine.name, theirs.name, found, load_patch(out), Path(out))
+
+
+def _check_settings(mine: LoadedModel, theirs: LoadedModel) -> None:
+    """Raises PatchError where the models compute otherwise from the same weights."""
+    here, there = settings_of(mine.model), settings_of(theirs.model)
+    unlike = sorted(
+        name for name in {*here, *there} - NO_MATTER if here.get(name) != there.get(name)
+    )
+    if unlike:
+        name = unlike[0]
+        raise PatchError(
+            f"The configurations differ in {', '.join(unlike)} ({name} is {here.get(name)!r} and "
+            f"{there.get(name)!r}), so that no patch of weights makes the one model of the other; "
+            "--out is for models of one build."
+        )
 
 
 def _patch(mine: LoadedModel, theirs: LoadedModel, found: Comparison) -> Patch:
@@ -79,6 +101,7 @@ def _patch(mine: LoadedModel, theirs: LoadedModel, found: Comparison) -> Patch:
             f"{mine.name} and {theirs.name} do not differ by more than rounding, so there is no "
             "patch to write."
         )
+    _check_settings(mine, theirs)
     factors = {}
     for one in found.edited:
         name, _, last = one.name.rpartition(".")

@@ -19,11 +19,12 @@ from malmend.files import written_beside
 from malmend.models.trunk import Trunk
 from malmend.numerics.moments import RunningMoments
 
-FORMAT = 9
+FORMAT = 10
 
 
 def calibration_key(
     fingerprint: str,
+    tokenizer: str,
     trunk: Trunk,
     editor_settings: EditorSettings,
     settings: CalibrationSettings,
@@ -31,7 +32,10 @@ def calibration_key(
     text: str,
     general: Sequence[Question] = (),
 ) -> str:
-    """A name for the calibration that these inputs give."""
+    """A name for the calibration that these inputs give.
+
+    The first two are digests of the model and of what cuts its texts into tokens.
+    """
 
     def rows(questions: Sequence[Question]) -> list[tuple[str, str | None]]:
         return [(question.prompt, question.answer) for question in questions]
@@ -41,7 +45,7 @@ def calibration_key(
     ]
     what = {
         "format": FORMAT,
-        "model": [fingerprint, str(trunk.model.dtype)],
+        "model": [fingerprint, tokenizer, str(trunk.model.dtype)],
         "sites": [site.name for site in trunk.sites],
         # Of the network what the statistics are read by, not its size.
         "editor": {**asdict(editor_settings), "network": editor_settings.network.normalise},

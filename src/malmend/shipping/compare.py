@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from malmend.errors import ModelError
+from malmend.models.identity import weights_of
 from malmend.numerics.truncation import rounding_floor
 from malmend.progress import Progress, counted, silent
 
@@ -73,7 +74,9 @@ def compared(
     model: PreTrainedModel, other: PreTrainedModel, progress: Progress = silent
 ) -> Comparison:
     """Every parameter and saved buffer of two models, on the CPU, in float64 where they differ."""
-    mine, theirs = weights_of(model), weights_of(other)
+    mine, theirs = (
+        {name: weight.cpu() for name, weight in weights_of(one).items()} for one in (model, other)
+    )
     both = [name for name in mine if name in theirs]
     reshaped = {
         name: (tuple(mine[name].shape), tuple(theirs[name].shape))
@@ -93,13 +96,6 @@ def compared(
         tuple(name for name in theirs if name not in mine),
         reshaped,
     )
-
-
-def weights_of(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Parameters and saved buffers by name, tied ones once."""
-    found = {name: one.detach().cpu() for name, one in model.named_parameters()}
-    saved = model.state_dict()
-    return found | {name: one.cpu() for name, one in model.named_buffers() if name in saved}
 
 
 def _difference(name: str, mine: Tensor, theirs: Tensor) -> Difference:

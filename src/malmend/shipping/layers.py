@@ -9,7 +9,7 @@ from malmend.models.blocks import PLAIN, is_linear
 from malmend.models.forms import find_stacks
 from malmend.models.load import LoadedModel
 from malmend.models.sites import Site, stack_of
-from malmend.patch import Patch, check_base, sites_of
+from malmend.patch import Patch, check_base, shared_with, sites_of
 
 
 def exportable(loaded: LoadedModel, patch: Patch, force: bool = False) -> list[Site]:
@@ -43,13 +43,8 @@ def not_plain(loaded: LoadedModel, site: Site) -> str | None:
         return f"is of class {type(site.module).__name__}, not a plain linear layer"
     if weight.dtype not in PLAIN or weight.is_meta:
         return f"keeps its weight as {weight.dtype} (quantised or offloaded)"
-    shared = [
-        name
-        for name, other in loaded.model.named_parameters(remove_duplicate=False)
-        if other is weight and name != f"{site.name}.weight"
-    ]
-    if shared:
-        return f"shares its weight with {shared[0]}"
+    if shared := shared_with(loaded.model, site):
+        return f"shares its weight with {shared}"
     stacks = find_stacks(loaded.model)
     if not any(site.name.startswith(f"{stack.prefix}.") for stack in stacks):
         return "lies in none of the model's blocks"

@@ -1,0 +1,57 @@
+"""What tells one model from another: its configuration, and all that is saved of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+
+def settings_of(model: PreTrainedModel) -> dict[str, Any]:
+    """The configuration, without where it lay and by what it was written."""
+    settings: dict[str, Any] = model.config.to_dict()
+    for name in ("_name_or_path", "transformers_version"):
+        settings.pop(name, None)
+    return settings
+
+
+def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and saved buffers by name, tied ones once."""
+    found = {name: one.detach() for name, one in model.named_parameters()}
+    saved = model.state_dict()
+    return found | {name: one for name, one in model.named_buffers() if name in saved}
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    """A tensor's bits, in the CPU's memory."""
+    data: memoryview = tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data
+    return data
+
+
+def digest(model: PreTrainedModel) -> str:
+    """SHA-256 over configuration and every bit of all that is saved of the model, for caches.
+
+    The fingerprint would not do: it is the same for weights that differ below bfloat16.
+    """
+    said = json.dumps(settings_of(model), sort_keys=True, default=str)
+    found = hashlib.sha256(said.encode())
+    for name, one in sorted(weights_of(model).items()):
+        found.update(f"{name}:{tuple(one.shape)}:{one.dtype};".encode())
+        found.update(_bytes(one))
+    return found.hexdigest()
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """SHA-256 over names, shapes and values of all parameters and saved buffers, cast to bfloat16.
+
+    Cast, so that a patch made on the float32 load of a model fits its bfloat16 load.
+    """
+    found = hashlib.sha256()
+    for name, one in sorted(weights_of(model).items()):
+        found.update(f"{name}:{tuple(one.shape)};".encode())
+        found.update(_bytes(one.to("cpu", torch.bfloat16)))
+    return found.hexdigest()
