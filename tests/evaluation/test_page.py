@@ -317,3 +317,9 @@ def test_a_folder_for_the_page_is_checked_before_work(tmp_path):
         page_folder(tmp_path / "no" / "page")
     assert files_in(tmp_path) == {"report.json"}
     assert page_folder(tmp_path / "page", None, facts) == tmp_path / "page"
+
+
+def test_a_path_that_is_no_utf8_is_shown_escaped(tmp_path):
+    known = report()
+    known = replace(known, about={**known.about, "facts_source": "facts\udcff.jsonl"})
+    assert r"facts\udcff.jsonl" in write_page(known, tmp_path).read_text(encoding="utf-8")

@@ -254,3 +254,12 @@ def test_a_full_disk_leaves_the_old_report(tmp_path, monkeypatch):
         report().save(path)
     assert path.read_bytes() == b"old"
     assert files_in(tmp_path) == {"report.json"}
+
+
+def test_a_path_that_is_no_utf8_is_written_escaped(tmp_path):
+    odd = "facts\udcff.jsonl"  # as Python names the byte 0xff
+    known = replace(report(), about={"facts_source": odd})
+    known.save(tmp_path / "report.json")
+    text = (tmp_path / "report.json").read_text(encoding="utf-8")
+    assert json.loads(text)["about"]["facts_source"] == odd
+    assert "Chilé" in text  # the rest stays as it is read

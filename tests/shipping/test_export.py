@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import warnings
+from dataclasses import replace
 
 import pytest
 import shipping_support
@@ -64,6 +67,16 @@ def test_the_figures_are_those_of_what_was_read_back(tiny, patch, tmp_path):
     assert cut.metrics["exported"] == back.edited
     assert cut.metrics["exported"]["LS"].kl != cut.metrics["patch"]["LS"].kl
     assert record_of(tmp_path / "cut")["metrics"]["exported"]["LS"]["kl"] == back.edited["LS"].kl
+
+
+@pytest.mark.parametrize("to", ["lora", "merged"])
+def test_a_path_that_is_no_utf8_is_written_escaped(tiny, patch, tmp_path, to):
+    facts = os.fsdecode(bytes(tmp_path) + b"/f\xff.jsonl")
+    shutil.copy(tiny.facts, facts)
+    base = replace(tiny.loaded, name=facts)  # the card names the model
+    export(patch, tmp_path / "out", to=to, facts=facts, model=base, decode_facts=0)
+    assert record_of(tmp_path / "out")["facts"] == facts
+    assert r"f\udcff" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_cut_is_said_layer_by_layer(tiny, patch, tmp_path, capsys):

@@ -151,7 +151,14 @@ def test_json_in_a_folder_of_the_folder_names_no_path_either(folder):
     assert said == {"base_model_name_or_path": folder.name}
 
 
-@pytest.mark.parametrize("text", ['{"a":', '{"a": "\\ud800"}', "[" * 100_000])
+def test_a_name_that_is_no_utf8_goes_up_escaped(folder):
+    write_record(folder, {"to": "lora", "malmend": "1.2", "patch": {}, "facts": "f\udcff.jsonl"})
+    api = FakeApi()
+    push(folder, "me/edit", api=api)
+    assert json.loads(uploaded(api)[RECORD].decode("utf-8"))["facts"] == "f\udcff.jsonl"
+
+
+@pytest.mark.parametrize("text", ['{"a":', "[" * 100_000])
 def test_damaged_json_is_found_before_a_repository_is_made(folder, text):
     (folder / "config.json").write_text(text)
     api = FakeApi()

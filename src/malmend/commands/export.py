@@ -121,7 +121,8 @@ def export(
             "metrics": plain(found),
         }
         write_record(beside, record)
-        (beside / CARD).write_text(card(record, loaded.reading.form), encoding="utf-8")
+        words = card(record, loaded.reading.form)  # which may name a path that is no UTF-8
+        (beside / CARD).write_text(words, encoding="utf-8", errors="backslashreplace")
     return ExportResult(folder, record, found)
 
 

@@ -31,7 +31,8 @@ def write_page(report: Report, folder: str | Path) -> Path:
     folder = writable_folder(folder)
     report.save(folder / FIGURES)
     with written_beside(folder / PAGE) as beside:
-        beside.write_text(page(report), encoding="utf-8", newline="\n")
+        html = page(report)  # which may name a path that is no UTF-8
+        beside.write_text(html, encoding="utf-8", errors="backslashreplace", newline="\n")
     return folder / PAGE
 
 

@@ -70,7 +70,8 @@ class Report:
                 "the model's weights."
             ) from error
         with written_beside(path) as beside:
-            beside.write_text(text, encoding="utf-8")
+            # A path may be no UTF-8; what Python puts in place of its bytes is escaped, as in JSON.
+            beside.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _shown(kind: str, scores: Scores, edited: bool) -> dict[str, float | None]:

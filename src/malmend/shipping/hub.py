@@ -96,7 +96,7 @@ def _uploads(folder: Path) -> Iterator[tuple[str, str | bytes]]:
             try:
                 about = without_paths(json.loads(path.read_text(encoding="utf-8")))
                 text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
-                yield name.as_posix(), text.encode()
+                yield name.as_posix(), text.encode(errors="backslashreplace")
             except (OSError, ValueError, RecursionError) as error:
                 raise MalmendError(f"{path} is damaged ({reason(error)}); export again.") from error
         elif path.is_file():

@@ -17,7 +17,8 @@ FORMAT = 1
 def write_record(folder: Path, about: Mapping[str, Any]) -> None:
     """Writes the record; the folder around it is written beside and renamed."""
     text = json.dumps({"format": FORMAT, **about}, indent=1, ensure_ascii=False, allow_nan=False)
-    (folder / RECORD).write_text(text + "\n", encoding="utf-8")
+    # A path may be no UTF-8; what Python puts in place of its bytes JSON escapes in these words.
+    (folder / RECORD).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def read_record(folder: str | Path) -> dict[str, Any] | None:
