@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from malmend import show
 from malmend.commands import ledger as actions
-from malmend.errors import MalmendError, nearest
+from malmend.errors import LedgerError, MalmendError, nearest
 from malmend.options import add_editor_settings, derive, parse, parser_of, take_editor_settings
 from malmend.shipping.ledger_entries import Entry, Generation
 
@@ -163,6 +163,11 @@ def _list(arguments: list[str]) -> None:
     given = parse(parser, arguments)
     out = given.pop("out")
     if out is not None:
+        if given["former"]:
+            raise LedgerError(
+                "--out writes facts to add again, where one that was replaced would stand before "
+                "the one that replaced it; leave --former out."
+            )
         writable(out, given["ledger"])
     entries = actions.list_facts(**given)
     for one in entries:

@@ -5,9 +5,12 @@ Each in one sentence, and nothing is changed by it.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import shutil
 import sqlite3
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import ledger_support
 import pytest
@@ -24,6 +27,8 @@ from malmend.editors.settings import training_free
 from malmend.errors import EditorError, FactsError, MalmendError
 from malmend.models.sites import find_sites
 from malmend.numerics.moments import RunningMoments
+from malmend.shipping import ledger_table
+from malmend.shipping.ledger_access import reading
 from malmend.shipping.ledger_watch import StopRule
 
 tiny = command_support.tiny
@@ -427,3 +432,74 @@ def test_one_id_is_one_fact(tiny, empty):
     malmend.ledger.add(empty, facts, model=tiny.model)
     assert [one.id for one in malmend.ledger.revoke(empty, "12").left] == ["12"]
     assert [one.id for one in malmend.ledger.list_facts(empty)] == ["1", "2"]
+
+
+def test_former_facts_are_not_written_as_facts_to_add(ledger, tmp_path, capsys):
+    out = tmp_path / "facts.jsonl"
+    assert command_support.malmend("ledger", "list", ledger, "--former", "--out", out) == 2
+    assert "leave --former out" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_more_general_questions_than_no_prior_reads_are_refused():
+    with pytest.raises(MalmendError, match="expected 0 to 200"):
+        StopRule(questions=201)
+
+
+# Another model of the same fingerprint
+
+
+def saved_as(folder, model, tokenizer, **changes):
+    for name, value in changes.items():
+        setattr(model.config, name, value)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_model_of_another_configuration_is_refused(tiny, empty, tmp_path):
+    model = copy.deepcopy(tiny.loaded.model)
+    other = saved_as(tmp_path / "m", model, tiny.loaded.tokenizer, rms_norm_eps=0.5)
+    said = refused(malmend.ledger.add, empty, FACTS[:2], model=other)
+    assert "has another rms_norm_eps in its configuration" in said
+
+
+def test_weights_that_were_rounded_are_refused(tiny, empty, tmp_path):
+    model = copy.deepcopy(tiny.loaded.model)
+    for weight in model.parameters():
+        weight.data = weight.data.bfloat16().float()
+    other = saved_as(tmp_path / "m", model, tiny.loaded.tokenizer)
+    said = refused(malmend.ledger.add, empty, FACTS[:2], model=other)
+    assert "has weights that differ below bfloat16" in said
+    assert malmend.ledger.add(empty, FACTS[:2], model=tiny.model).generation.number == 1
+
+
+# A reader beside the writer
+
+
+def test_a_writer_whose_work_is_done_waits_for_a_reader(tiny, empty):
+    """However short the time that it waits for other writers."""
+    begun_to_read, done = threading.Event(), threading.Event()
+
+    def read():
+        with reading(empty):
+            begun_to_read.set()
+            done.wait(1.5)
+
+    with ThreadPoolExecutor() as pool:
+        reader = pool.submit(read)
+        begun_to_read.wait()
+        change = malmend.ledger.add(empty, FACTS[:2], model=tiny.model, wait=0.1)
+        reader.result()
+    assert change.generation.number == 1
+
+
+def test_work_that_cannot_be_committed_is_swept_by_the_next(tiny, empty, monkeypatch):
+    """An interrupted commit may have succeeded, so nothing is removed at once."""
+    monkeypatch.setattr(ledger_table, "READERS", 0.1)
+    with reading(empty), ThreadPoolExecutor() as pool:
+        failed = pool.submit(malmend.ledger.add, empty, FACTS[:2], model=tiny.model, wait=0.1)
+        assert "is being written by another process" in str(failed.exception())
+    assert not malmend.ledger.list_facts(empty)
+    malmend.ledger.add(empty, FACTS[2:4], model=tiny.model)
+    assert len([name for name in files_in(empty) if name.startswith("rows-")]) == 1

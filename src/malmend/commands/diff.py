@@ -7,7 +7,7 @@ from pathlib import Path
 
 from malmend.errors import PatchError
 from malmend.files import writable
-from malmend.models.identity import settings_of
+from malmend.models.identity import settings_of, unlike_settings
 from malmend.models.load import LoadedModel
 from malmend.models.sites import Site
 from malmend.patch import Patch, check_bare, load_patch, now, save_patch, versions
@@ -15,9 +15,6 @@ from malmend.progress import Progress, silent
 from malmend.shipping.compare import Comparison, compared
 from malmend.shipping.layers import not_plain
 from malmend.workbench import opened
-
-# Of a configuration, what changes nothing that the model says of a prompt.
-NO_MATTER = {"architectures", "dtype", "torch_dtype", "use_cache"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,13 +73,10 @@ def diff(
 def _check_settings(mine: LoadedModel, theirs: LoadedModel) -> None:
     """Raises PatchError where the models compute otherwise from the same weights."""
     here, there = settings_of(mine.model), settings_of(theirs.model)
-    unlike = sorted(
-        name for name in {*here, *there} - NO_MATTER if here.get(name) != there.get(name)
-    )
-    if unlike:
-        name = unlike[0]
+    if names := unlike_settings(here, there):
+        name = names[0]
         raise PatchError(
-            f"The configurations differ in {', '.join(unlike)} ({name} is {here.get(name)!r} and "
+            f"The configurations differ in {', '.join(names)} ({name} is {here.get(name)!r} and "
             f"{there.get(name)!r}), so that no patch of weights makes the one model of the other; "
             "--out is for models of one build."
         )

@@ -288,13 +288,7 @@ def _bench(
 ) -> Workbench:
     """The ledger's model, which must be the one that it began with."""
     loaded = opened(model or about.model, about.dtype, device)
-    dtype = loaded.dtype
-    if (loaded.fingerprint, dtype) != (about.base, about.dtype):
-        raise LedgerError(
-            f"The ledger is of a model with fingerprint {about.base[:12]} in {about.dtype}, the "
-            f"model {loaded.name} has {loaded.fingerprint[:12]} in {dtype}; give that one with "
-            "--model, or begin another ledger."
-        )
+    about.check(loaded)
     sites = editor.settings.sites_in(loaded.model)
     bench = lay_out(loaded, sites, editor.settings.end_of_answer, trunk=trunk)
     editor.check_fits(bench.trunk.sites)

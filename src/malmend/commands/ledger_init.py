@@ -15,12 +15,14 @@ from malmend.editors.editor import Editor
 from malmend.editors.settings import EditorSettings
 from malmend.errors import EditorError, LedgerError
 from malmend.methods.trained import TRAINED, method_in
+from malmend.models.identity import bits
 from malmend.models.load import LoadedModel
+from malmend.models.source import BUILT_IN
 from malmend.models.trunk import TrunkSettings
 from malmend.patch import now
 from malmend.progress import Progress, silent
 from malmend.shipping.ledger import EDITOR, Signed
-from malmend.shipping.ledger_about import About
+from malmend.shipping.ledger_about import About, plain_settings
 from malmend.shipping.ledger_entries import Generation, insert_about, insert_generation
 from malmend.shipping.ledger_table import FILE, created, holds_tables
 from malmend.shipping.ledger_watch import StopRule
@@ -175,9 +177,10 @@ def _about(
         site.weight.detach().cpu().double().square().sum().item() for site in bench.trunk.sites
     )
     loaded = bench.loaded
-    where = Path(loaded.name)
+    where = Path(loaded.name)  # a folder called as a built-in model is not read
+    is_path = loaded.name not in BUILT_IN and where.exists()
     return About(
-        model=str(where.absolute()) if where.exists() else loaded.name,
+        model=str(where.absolute()) if is_path else loaded.name,
         base=loaded.fingerprint,
         dtype=loaded.dtype,
         form=loaded.reading.form,
@@ -187,4 +190,6 @@ def _about(
         rule=rule,
         created=signed.time,
         malmend=version("malmend"),
+        bits=bits(loaded.model),
+        settings=plain_settings(loaded.model),
     )

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+
+# Of a configuration, what changes nothing that the model says of a prompt.
+NO_MATTER = {"architectures", "dtype", "torch_dtype", "use_cache"}
 
 
 def settings_of(model: PreTrainedModel) -> dict[str, Any]:
@@ -17,6 +21,12 @@ def settings_of(model: PreTrainedModel) -> dict[str, Any]:
     for name in ("_name_or_path", "transformers_version"):
         settings.pop(name, None)
     return settings
+
+
+def unlike_settings(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
+    """The fields in which two configurations differ and that change what the model computes."""
+    names = {*here, *there} - NO_MATTER
+    return sorted(name for name in names if here.get(name) != there.get(name))
 
 
 def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -38,11 +48,20 @@ def digest(model: PreTrainedModel) -> str:
     The fingerprint would not do: it is the same for weights that differ below bfloat16.
     """
     said = json.dumps(settings_of(model), sort_keys=True, default=str)
-    found = hashlib.sha256(said.encode())
+    return _bits(hashlib.sha256(said.encode()), model)
+
+
+def bits(model: PreTrainedModel) -> str:
+    """The same of the weights alone."""
+    return _bits(hashlib.sha256(), model)
+
+
+def _bits(found: Any, model: PreTrainedModel) -> str:
     for name, one in sorted(weights_of(model).items()):
         found.update(f"{name}:{tuple(one.shape)}:{one.dtype};".encode())
         found.update(_bytes(one))
-    return found.hexdigest()
+    hexadecimal: str = found.hexdigest()
+    return hexadecimal
 
 
 def fingerprint(model: PreTrainedModel) -> str:

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
+from malmend.errors import LedgerError
 from malmend.facts.encoded import Form
+from malmend.models.identity import bits, settings_of, unlike_settings
+from malmend.models.load import LoadedModel
 from malmend.shipping.ledger_table import spoilt
 from malmend.shipping.ledger_watch import StopRule
+
+
+def plain_settings(model: PreTrainedModel) -> dict[str, Any]:
+    """The model's configuration as a table keeps it."""
+    found: dict[str, Any] = json.loads(json.dumps(settings_of(model), default=str))
+    return found
 
 
 @dataclass(frozen=True)
@@ -23,6 +35,8 @@ class About:
         weight_norm: root of the sum of squares of all edited weights.
         rule: when to warn.
         created, malmend: when, and by which version.
+        bits, settings: of the unedited model: digest of its weights as they are, and its
+            configuration; empty of ledgers that are older.
     """
 
     model: str
@@ -35,6 +49,8 @@ class About:
     rule: StopRule
     created: str
     malmend: str
+    bits: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, raw: Mapping[str, Any], path: Path) -> About:
@@ -48,11 +64,33 @@ class About:
             for name in ("model", "base", "dtype", "form", "identity", "created"):
                 if not isinstance(getattr(found, name), str):
                     raise TypeError(f"{name} is no text")
+            if not isinstance(found.settings, dict) or not isinstance(found.bits, str):
+                raise TypeError("bits or settings is of another kind")
             if not isinstance(found.editor, dict) or not found.weight_norm > 0:
                 raise TypeError("editor or weight_norm is of another kind")
         except (TypeError, KeyError, ValueError) as error:
             raise spoilt(path, f"its table 'about': {error}") from error
         return found
+
+    def check(self, loaded: LoadedModel) -> None:
+        """Raises LedgerError unless this is the model that the ledger began with."""
+        if (loaded.fingerprint, loaded.dtype) != (self.base, self.dtype):
+            raise LedgerError(
+                f"The ledger is of a model with fingerprint {self.base[:12]} in {self.dtype}, the "
+                f"model {loaded.name} has {loaded.fingerprint[:12]} in {loaded.dtype}; give that "
+                "one with --model, or begin another ledger."
+            )
+        given = plain_settings(loaded.model)
+        both = given.keys() & self.settings.keys()  # versions of transformers name more or fewer
+        names = unlike_settings({n: given[n] for n in both}, {n: self.settings[n] for n in both})
+        what = f"another {names[0]} in its configuration" if names else ""
+        if not names and self.bits and self.bits != bits(loaded.model):
+            what = "weights that differ below bfloat16"
+        if what:
+            raise LedgerError(
+                f"The model {loaded.name} has {what}, so that facts read by it would not add up "
+                "with the ledger's; give the one that it began with, or begin another ledger."
+            )
 
     def values(self) -> dict[str, Any]:
         """For the table."""

@@ -18,6 +18,7 @@ from malmend.errors import LedgerError
 FILE = "ledger.sqlite"
 FORMAT = 1
 LONGEST = 86_400.0  # seconds to wait
+READERS = 600.0  # seconds that a writer whose work is done waits for readers at most
 APPLICATION = 0x6D6C6564  # "mled", in the file's header
 TABLES = """
 CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -61,6 +62,8 @@ def transaction(folder: Path, write: bool, wait: float) -> Iterator[sqlite3.Conn
         db.execute("BEGIN IMMEDIATE" if write else "BEGIN")
         _check_format(db, path)
         yield db
+        if write:  # readers are waited for, else the work would be lost by one that is slow
+            db.execute(f"PRAGMA busy_timeout = {int(1000 * max(wait, READERS))}")
         db.execute("COMMIT")
 
 
@@ -124,7 +127,8 @@ def _in_words(path: Path, wait: float) -> Iterator[None]:
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             raise LedgerError(
                 f"{path.parent} is being written by another process and was still after {wait:g} "
-                "seconds, so nothing was changed; try again, or wait longer with --wait."
+                "seconds, so nothing was changed; try again, or, where the command has it, wait "
+                "longer with --wait."
             ) from error
         if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY):
             raise LedgerError(

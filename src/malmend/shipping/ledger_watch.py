@@ -12,7 +12,7 @@ from malmend.errors import LedgerError
 from malmend.evaluation.examiner import Examiner
 from malmend.evaluation.replies import Asked
 from malmend.facts.fact import Fact
-from malmend.material import held_out_questions
+from malmend.material import KEPT_BACK, held_out_questions
 from malmend.patch import shifted
 from malmend.progress import Progress, counted, silent
 from malmend.workbench import Workbench
@@ -28,7 +28,7 @@ class StopRule:
 
     Attributes:
         retention: warn where general questions keep less than this share.
-        questions: how many general questions are asked; 0 measures nothing.
+        questions: how many general questions are asked, 200 at most; 0 measures nothing.
         refuse: refuse facts that would bring the model there, in place of warning.
     """
 
@@ -47,9 +47,10 @@ class StopRule:
                 f"rule.retention is {self.retention}, expected a share from 0 to 1; change "
                 "--rule.retention."
             )
-        if self.questions < 0:
+        if not 0 <= self.questions <= KEPT_BACK:
             raise LedgerError(
-                f"rule.questions is {self.questions}, expected 0 or more; change --rule.questions."
+                f"rule.questions is {self.questions}, expected 0 to {KEPT_BACK}, which is how many "
+                "no prior reads; change --rule.questions."
             )
 
     def warning(self, retention: float | None) -> str | None:
