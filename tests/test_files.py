@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from malmend.errors import MalmendError
 from malmend.files import (
@@ -188,6 +190,21 @@ def test_a_folder_is_filled_beside_and_renamed(tmp_path):
     with folder_beside(tmp_path / "empty") as beside:
         (beside / "file").write_text("whole")
     assert (tmp_path / "empty" / "file").read_text() == "whole"
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_files_of_a_folder_may_be_read_by_whom_the_user_lets_read(tmp_path, umask):
+    """safetensors makes private files, which an export's reader could not open."""
+    before = os.umask(umask)
+    try:
+        with folder_beside(tmp_path / "folder") as beside:
+            (beside / "below").mkdir()
+            save_file({"w": torch.ones(1)}, beside / "below" / "model.safetensors")
+    finally:
+        os.umask(before)
+    written = tmp_path / "folder" / "below" / "model.safetensors"
+    assert written.stat().st_mode & 0o777 == 0o666 & ~umask
+    assert [one.name for one in (tmp_path / "folder").iterdir()] == ["below"]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, OSError(errno.ENOSPC, "full")])

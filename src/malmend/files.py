@@ -44,6 +44,11 @@ def _machine() -> str:
     return hashlib.sha256("|".join(said).encode()).hexdigest()[:6]
 
 
+def is_written(path: Path) -> bool:
+    """Whether it is a part that a process which still runs, here or elsewhere, may be writing."""
+    return path.name.endswith(".part") and not (_machine() in path.name and _is_left(path))
+
+
 def _is_left(part: Path) -> bool:
     """Whether the process that wrote a part is gone, or its number has gone to a younger one."""
     found = re.search(r"-(\d{1,9})-[0-9a-f]{8}\.part$", part.name)
@@ -191,6 +196,7 @@ def folder_beside(path: str | Path) -> Iterator[Path]:
     try:
         beside.mkdir()
         yield beside
+        _as_the_user_makes(beside)
         synced(beside)
         os.replace(beside, place)
     except (OSError, SafetensorError) as error:
@@ -199,6 +205,18 @@ def folder_beside(path: str | Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _as_the_user_makes(folder: Path) -> None:
+    """Gives every file of a new folder the mode of the user's files; safetensors' are private."""
+    probe = part_of(folder / "probe")
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for one in folder.rglob("*"):
+        if one.is_file() and not one.is_symlink():
+            with suppress(OSError):  # a file system without modes
+                one.chmod(mode)
 
 
 def new_folder(path: str | Path) -> Path:
