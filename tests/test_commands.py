@@ -575,6 +575,7 @@ def test_inspection_of_every_kind(tiny, tmp_path):
     editor = malmend.inspect(tmp_path / "editor")
     assert (editor.kind, editor.entries["last step"]["step"]) == ("editor", 5)
     assert "curve" not in editor.entries
+    assert "locality_sha256" not in editor.entries  # each fact has its own
     with pytest.raises(MalmendError, match="is an editor, and --layers"):
         malmend.inspect(tmp_path / "editor", linear="first")
     facts = malmend.inspect(tiny.facts)
@@ -590,3 +591,24 @@ def test_inspection_of_every_kind(tiny, tmp_path):
     full = malmend.inspect(tmp_path / "known").entries
     assert [full[name] for name in absent] == [1, 1, 1, 1]
     assert facts.entries["first"] == {"prompt": FEW[0].prompt, "answer": FEW[0].answer}
+    (tmp_path / "listed").write_text(json.dumps([rows[0], rows[0] | {"id": "again"}]))
+    skipped = malmend.inspect(tmp_path / "listed").entries["skipped"]
+    assert skipped == ["entry 2: duplicate of entry 1"]
+
+
+@pytest.mark.parametrize("name", ["facts.jsonl", "report.json", "patch.safetensors"])
+def test_a_file_that_is_not_there_is_no_model(tmp_path, name):
+    with pytest.raises(MalmendError, match=rf"There is no file .*{name}\. Give a file"):
+        malmend.inspect(tmp_path / "sub" / name)
+
+
+def test_what_an_inspection_does_not_read_is_named_with_what_does(tiny, tmp_path):
+    malmend.evaluate(tiny.loaded, FEW, report=tmp_path / "page", decode_facts=0, text="none")
+    with pytest.raises(MalmendError, match=r"page is the folder of a report.*open its index\.html"):
+        malmend.inspect(tmp_path / "page")
+    with pytest.raises(MalmendError, match=r"report\.json is a report of malmend eval.*JSON"):
+        malmend.inspect(tmp_path / "page" / "report.json")
+    (tmp_path / "ledger").mkdir()
+    (tmp_path / "ledger" / "ledger.sqlite").touch()
+    with pytest.raises(MalmendError, match=r"is a ledger.*malmend ledger list .*ledger"):
+        malmend.inspect(tmp_path / "ledger")

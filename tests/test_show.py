@@ -13,7 +13,7 @@ from malmend.commands.inspect import Inspection
 from malmend.evaluation.protocols import scores
 from malmend.evaluation.replies import Asked, Replies
 from malmend.evaluation.report import Report
-from malmend.facts.fact import Fact, FactSet, Question, Skipped
+from malmend.facts.fact import Fact, FactSet, Question, Skipped, subject_hashes
 
 
 def replies(*rights: float, edited: bool = False) -> Replies:
@@ -68,6 +68,19 @@ def test_what_is_shown_gives_the_terminal_no_orders(order, capsys):
     shown = capsys.readouterr().out
     assert order not in shown
     assert shown.count(ascii(order)[1:-1]) == 9
+
+
+def test_what_is_long_is_counted_or_cut_in_an_inspection(capsys):
+    long = "Ora " * 100
+    entries = {"subjects": subject_hashes([Fact("a", "In Ora is", "Lima"), Fact("b", "P", "x")])}
+    show.inspected(Inspection("editor", "e", entries))
+    assert capsys.readouterr().out == "editor e\n  subjects: 2\n"
+    show.inspected(Inspection("facts", "f", {"skipped": [], "first": {"prompt": long}}))
+    shown = capsys.readouterr().out
+    assert "  skipped: 0\n" in shown
+    assert " ".join(shown.split()).endswith(f"prompt: {long[:299]} … (400 characters)")
+    show.inspected(Inspection("facts", "f", {"skipped": [f"line {at}" for at in range(23)]}))
+    assert capsys.readouterr().out.endswith("    line 19\n    and 3 more\n")
 
 
 def test_the_text_of_perplexity_and_what_leaked_are_named(capsys):

@@ -22,7 +22,7 @@ from malmend.commands.inspect import Inspection
 from malmend.editors.draws import READINGS
 from malmend.errors import harmless
 from malmend.evaluation.page import PAGE
-from malmend.facts.fact import FactSet
+from malmend.facts.fact import FactSet, subject_hash
 
 
 class _Terminal(Console):
@@ -34,6 +34,8 @@ class _Terminal(Console):
     def render_str(self, text: str, **kept: Any) -> Text:
         return super().render_str(harmless(text), **kept)
 
+
+LONGEST = 300  # characters of a text that an inspection shows
 
 OUT = _Terminal(emoji=False)
 ERR = _Terminal(stderr=True, emoji=False)
@@ -145,10 +147,10 @@ def skipped(facts: FactSet) -> None:
         f"Skipped {counted(len(kinds), 'fact')}: "
         f"{counted(kinds.count('duplicate'), 'duplicate')} and "
         f"{counted(kinds.count('contradiction'), 'contradiction')} "
-        "of earlier lines (--strict refuses them)."
+        "of earlier ones (--strict refuses them)."
     )
     for one in facts.skipped[:10]:
-        OUT.print(f"  line {one.fact.line}: {one.kind} of line {one.earlier.line}", highlight=False)
+        OUT.print(f"  {one.fact.place}: {one.kind} of {one.earlier.place}", highlight=False)
     if len(kinds) > 10:
         OUT.print(f"  and {len(kinds) - 10} more")
 
@@ -225,7 +227,10 @@ def cached(result: CacheResult) -> None:
 def inspected(result: Inspection) -> None:
     """Names and values, nested ones indented."""
     OUT.print(f"[bold]{result.kind}[/bold] {escape(result.name)}", highlight=False)
-    _entries(result.entries, 2)
+    entries = dict(result.entries)
+    if isinstance(joined := entries.get("subjects"), str):  # an editor's, which nobody can read
+        entries["subjects"] = len(joined) // len(subject_hash(""))
+    _entries(entries, 2)
 
 
 def _entries(entries: Mapping[str, Any], indent: int) -> None:
@@ -233,16 +238,26 @@ def _entries(entries: Mapping[str, Any], indent: int) -> None:
         if isinstance(value, Mapping):
             OUT.print(f"{' ' * indent}{escape(name)}:", highlight=False)
             _entries(value, indent + 2)
-        elif isinstance(value, list) and value and isinstance(value[0], str):
+        elif isinstance(value, list) and all(isinstance(one, str) for one in value):
             OUT.print(f"{' ' * indent}{escape(name)}: {len(value)}", highlight=False)
             for line in value[:20]:
-                OUT.print(f"{' ' * indent}  {escape(line)}", highlight=False)
+                OUT.print(f"{' ' * indent}  {escape(_short(line))}", highlight=False)
+            if len(value) > 20:
+                OUT.print(f"{' ' * indent}  and {len(value) - 20:,} more", highlight=False)
         else:
             if isinstance(value, list) and value and isinstance(value[0], float):
                 value = ", ".join(f"{one:.4g}" for one in value)
             counts = isinstance(value, int) and not isinstance(value, bool)
             shown = f"{value:,}" if counts else value
-            OUT.print(f"{' ' * indent}{escape(name)}: {escape(str(shown))}", highlight=False)
+            shown = escape(_short(str(shown)))
+            OUT.print(f"{' ' * indent}{escape(name)}: {shown}", highlight=False)
+
+
+def _short(text: str) -> str:
+    """A text of a file, as far as a person reads it in a terminal."""
+    if len(text) <= LONGEST:
+        return text
+    return f"{text[:LONGEST]} … ({len(text):,} characters)"
 
 
 def counted(number: int, thing: str) -> str:

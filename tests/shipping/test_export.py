@@ -205,7 +205,7 @@ def test_an_adapter_is_evaluated_asked_and_inspected(tiny, patch, tmp_path, caps
     assert "edited:" in capsys.readouterr().out
     assert malmend("inspect", folder) == 0
     shown = capsys.readouterr().out
-    assert shown.startswith("patch ")
+    assert shown.startswith("adapter ")
     assert f"rank {RANK}" in shown
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from malmend.editors.checkpoint import load_editor
 from malmend.errors import MalmendError
+from malmend.evaluation.page import FIGURES, PAGE
 from malmend.facts.lint import leaks
 from malmend.facts.readers import beside, read_facts
 from malmend.methods.trained import TRAINED, method_in, trained_method
@@ -18,17 +20,20 @@ from malmend.models.load import LoadedModel, load_model
 from malmend.models.sites import Linear, Side, Site, find_sites
 from malmend.models.source import BUILT_IN
 from malmend.shipping.adapter import is_adapter, read_patch
+from malmend.shipping.ledger_table import FILE as LEDGER
 
 FORMS = {
     "causal": "decoder",
     "classes": "encoder with a classification head",
     "seq2seq": "encoder-decoder",
 }
+FILES = (".json", ".safe", ".txt")  # how the suffix of a file starts that is no model's name
+NO_LOCALITY = hashlib.sha256(repr([]).encode()).hexdigest()  # what train says of no questions
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """``kind`` is model, editor, patch or facts; ``entries`` say the rest, in order."""
+    """``kind`` is model, editor, patch, adapter or facts; ``entries`` say the rest, in order."""
 
     kind: str
     name: str
@@ -70,18 +75,32 @@ def inspect(
                 "a model to show; leave them out, or give a model."
             )
         return read(path)
-    if path.is_dir():
-        return model()
-    if path.suffix.startswith((".json", ".safe", ".txt")) and (hint := beside(path)):
+    _check_is_read(path)
+    if path.suffix.startswith(FILES) and not path.is_dir():
+        hint = beside(path) or "."
         raise MalmendError(f"There is no file {thing}{hint} Give a file, or a model's name.")
     return model()
+
+
+def _check_is_read(path: Path) -> None:
+    """Raises MalmendError about what malmend writes and another way reads."""
+    if (path / LEDGER).is_file():
+        raise MalmendError(
+            f"{path} is a ledger, expected a model, an editor, a patch or a facts file; see "
+            f"malmend ledger list {path}."
+        )
+    if (path / PAGE).is_file() and (path / FIGURES).is_file():
+        raise MalmendError(
+            f"{path} is the folder of a report, expected a model, an editor, a patch or a facts "
+            f"file; open its {PAGE} in a browser."
+        )
 
 
 def _reader(path: Path) -> tuple[str, Callable[[Path], Inspection]] | None:
     """What lies there, and who reads it; None for a model, and where nothing is."""
     if path.is_dir():
         if is_adapter(path):
-            return "an adapter", _patch
+            return "an adapter", _adapter
         if method_in(path) in TRAINED:
             return "a trained method", _trained
         return ("an editor", _editor) if (path / "editor.json").is_file() else None
@@ -108,6 +127,8 @@ def _model(loaded: LoadedModel, found: Sequence[Site]) -> Inspection:
 def _editor(path: Path) -> Inspection:
     saved = load_editor(path)
     about = {name: value for name, value in saved.about.items() if name != "curve"}
+    if about.get("locality_sha256") == NO_LOCALITY:
+        del about["locality_sha256"]
     about["learned"] = sum(p.numel() for p in saved.editor.parameters())
     if curve := saved.about.get("curve"):
         about["last step"] = curve[-1]
@@ -120,7 +141,6 @@ def _trained(path: Path) -> Inspection:
     assert method is not None
     ends = method.end_of_answer  # reads the whole folder
     about = json.loads((path / "editor.json").read_text(encoding="utf-8"))
-    about.pop("subjects", None)
     return Inspection("editor", str(path), {**about, "end_of_answer": ends})
 
 
@@ -135,7 +155,12 @@ def _patch(path: Path) -> Inspection:
     return Inspection("patch", str(path), {**patch.provenance, "shifts": shifts})
 
 
+def _adapter(path: Path) -> Inspection:
+    return replace(_patch(path), kind="adapter")
+
+
 def _facts(path: Path) -> Inspection:
+    _check_no_report(path)
     known = read_facts(path)
     entries = {
         "facts": len(known),
@@ -146,12 +171,25 @@ def _facts(path: Path) -> Inspection:
         "with an alternative": sum(fact.alternative is not None for fact in known),
         "relations": len({fact.relation for fact in known if fact.relation}),
         "skipped": [
-            f"line {one.fact.line}: {one.kind} of line {one.earlier.line}" for one in known.skipped
+            f"{one.fact.place}: {one.kind} of {one.earlier.place}" for one in known.skipped
         ],
         "leaks": leaks(known),
         "first": {"prompt": known[0].prompt, "answer": known[0].answer},
     }
     return Inspection("facts", str(path), entries)
+
+
+def _check_no_report(path: Path) -> None:
+    """Raises MalmendError about the JSON that an evaluation writes, which lists facts too."""
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return  # whoever reads it next says what is wrong
+    if isinstance(read, dict) and {"facts", "unedited", "about", "protocols", "rows"} <= set(read):
+        raise MalmendError(
+            f"{path} is a report of malmend eval, expected a model, an editor, a patch or a facts "
+            "file; it is JSON for other programs, and --report FOLDER writes it as a page."
+        )
 
 
 def _is_safetensors(path: Path) -> bool:
