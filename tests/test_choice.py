@@ -80,6 +80,24 @@ def test_a_model_that_none_is_carried_for_is_edited_without(tiny):
     assert (choice.name, choice.settings) == ("none", training_free())
 
 
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"settings": training_free()}, "the settings given"),
+        ({"own_data": True}, "the calibration data or settings given"),
+    ],
+)
+def test_what_keeps_the_carried_editor_out_is_said(tiny, carried, given, why):
+    said = choose("auto", **given).on(tiny.loaded).said()
+    assert said == (
+        "Editor: none; the model is edited without training, for "
+        f"{why} rule out shipped:tiny-1, the editor for this model."
+    )
+    assert choose("none", **given).on(tiny.loaded).said().endswith("edited without training.")
+    carried[2].rename(carried[2].parent.parent / "away")
+    assert choose("auto", **given).on(tiny.loaded).said().endswith("edited without training.")
+
+
 def test_settings_beside_an_editor_are_refused(tiny, carried):
     for editor in (str(carried[2]), carried[0]):
         with pytest.raises(MalmendError, match="give an editor or settings, not both"):

@@ -49,6 +49,8 @@ class Choice:
         saved: what an editor's folder holds.
         in_hand: an editor that was given as it is.
         may_ship: whether the package's own editor for the model is to be looked for.
+        ruled_out: what was given that keeps it from being taken, in words, where anything was.
+        left: its name, once the model is known and there is one that is not taken.
     """
 
     name: str
@@ -56,6 +58,8 @@ class Choice:
     saved: SavedEditor | None = None
     in_hand: Editor | None = None
     may_ship: bool = False
+    ruled_out: str = ""
+    left: str = ""
 
     def on(self, loaded: LoadedModel) -> Choice:
         """The same, once the model is known: the shipped editor comes in, a foreign one is refused.
@@ -63,7 +67,10 @@ class Choice:
         Raises:
             EditorError: the editor was trained for another base.
         """
-        folder = shipped_editor(loaded.fingerprint) if self.may_ship else None
+        wanted = self.may_ship or self.ruled_out
+        folder = shipped_editor(loaded.fingerprint) if wanted else None
+        if folder is not None and self.ruled_out:
+            return replace(self, left=f"{SHIPPED}{folder.name}")
         if folder is not None:
             saved = load_editor(folder)
             return Choice(f"{SHIPPED}{folder.name}", saved.editor.settings, saved)
@@ -78,7 +85,8 @@ class Choice:
     def said(self) -> str:
         """Which editor it is, in a line for a person."""
         if self.name == "none":
-            return "Editor: none; the model is edited without training."
+            why = f", for {self.ruled_out} rule out {self.left}, the editor for this model"
+            return f"Editor: none; the model is edited without training{why * bool(self.left)}."
         facts = None if self.saved is None else self.saved.about.get("facts")
         learned = f", trained on {facts:,} facts" if isinstance(facts, int) else ""
         return f"Editor: {self.name}{learned}."
@@ -288,8 +296,12 @@ def choose(
     if isinstance(editor, str) and editor in ("auto", "none"):
         free = Choice("none", settings or training_free())
         check_trained(free.settings.method)
-        may_ship = editor == "auto" and settings is None and not own_data
-        return replace(free, may_ship=may_ship)
+        if editor == "none":
+            return free
+        ruled_out = "the settings given" if settings is not None else ""
+        if own_data and not ruled_out:
+            ruled_out = "the calibration data or settings given"
+        return replace(free, may_ship=not ruled_out, ruled_out=ruled_out)
     if settings is not None:
         raise MalmendError(
             "An editor brings its own settings; give an editor or settings, not both."
