@@ -202,6 +202,7 @@ def test_the_options_of_every_command(command, capsys):
     assert shown_options == OPTIONS[command]
     assert not re.search(r"--\w+_\w", shown)  # options are written with hyphens
     assert not re.search(r"``|:\w+:`|\(equation|\(1\d\)", shown)  # docstrings' own marks
+    assert not re.search(r"\bNone\b", shown)  # what is accepted is null
 
 
 @pytest.mark.parametrize("command", SHOWN)

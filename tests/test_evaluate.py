@@ -148,7 +148,7 @@ def test_without_a_text_perplexity_is_of_lines_that_the_prior_has_not_read(tiny)
 
 def test_perplexity_may_be_left_out(tiny):
     found = malmend.eval(tiny.loaded, FEW, decode_facts=0, text="none")
-    assert (found.perplexity, found.about["text"]) == ({}, None)
+    assert (found.perplexity, found.about["text"]) == ({}, "none")
 
 
 def test_questions_that_are_edited_too_are_warned_of(tiny):

@@ -178,7 +178,7 @@ def test_figures_by_hand():
     tiles = {tile.name: (tile.before, tile.after) for tile in figures.tiles(report())}
     assert tiles == {
         "Edit prompts": ("0.0%", "83.3%"),
-        "Free-running": ("0.0%", "66.7%"),
+        "Edit prompts, free-running": ("0.0%", "66.7%"),
         "Paraphrases": ("0.0%", "66.7%"),
         "Neighbours kept": ("", "50.0%"),
         "Neighbour retention": ("", "50.0%"),
@@ -235,8 +235,27 @@ def test_what_was_not_asked_is_left_out():
     bare = replace(alone, perplexity={}, groups={}, about={"model": "tiny"})
     read = Read(page(bare))
     assert "Perplexity was not measured, for want of a text" in read.said()
+    unwanted = replace(bare, about={"model": "tiny", "text": "none"})
+    said = Read(page(unwanted)).said()
+    assert "Perplexity was not measured, for none was asked for" in said
+    assert "for want of a text" not in said
     assert "Plain text" not in read.said()
     assert {one["id"] for one in read.of("section")} == {"summary", "facts", "made"}
+
+
+def test_what_is_said_of_answers_that_moved_is_true_of_few_and_of_top_tokens():
+    said = Read(page(report())).said()
+    assert "nine in ten up to 0.500 farthest 0.500" in said  # not below itself
+    assert "given the gold answer before it" in said
+    assert "given the gold answer before it" not in Read(page(report(edited=False))).said()
+
+
+def test_a_figure_and_a_filter_of_one_name_are_of_the_same_questions():
+    names = {tile.name for tile in figures.tiles(report())}
+    chips = {one["name"] for one in view.filters(report())}
+    assert not names & chips
+    meaning = {one["key"]: one["meaning"] for one in view.filters(report())}["generated"]
+    assert "edit prompt or to a paraphrase" in meaning
 
 
 def test_what_was_kept_is_a_count_of_answers_and_retention_is_not_called_kept():

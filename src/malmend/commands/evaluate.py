@@ -67,7 +67,7 @@ def evaluate(
         chat: ask everything through the model's chat template; without it only the free-running
             answers are asked for through it too, where the model has one.
         decode_facts: for how many of the facts the model also answers free-running (the slow
-            part); None for all.
+            part); null for all.
         text: a text file for perplexity before and after, in place of the lines of the project's
             own text that the prior has not read; "none" measures none.
         report: a folder for the report as an HTML page, with its figures as JSON beside.
@@ -113,7 +113,7 @@ def evaluate(
         "away": away,
         "chat": chat,
         "decoded_facts": len(known) if decode_facts is None else min(decode_facts, len(known)),
-        "text": plain.source if plain else None,
+        "text": plain.source if plain else "none" if text == "none" else None,
     }
     found = _report(known, before, after, surprise, _about(loaded, known, patch) | asked)
     if report is not None:
@@ -210,7 +210,7 @@ def chat_encoder(plain: Encoder, facts: FactSet, decode_facts: int | None) -> En
             size = len(encoder.prompt_ids(question.prompt))
             if size >= encoder.max_tokens:
                 faults.append(
-                    f"{facts.source}: line {fact.line}: the prompt {question.prompt[:40]!r}... has "
+                    f"{facts.source}: {fact.place}: the prompt {question.prompt[:40]!r}... has "
                     f"{size} tokens in the chat template, expected less than {encoder.max_tokens}"
                 )
     if faults:

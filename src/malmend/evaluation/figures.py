@@ -23,7 +23,7 @@ AXIS = tuple(
 # The figures that come first: kind, metric, name, what it is.
 TILES: tuple[tuple[Kind, str, str, str], ...] = (
     ("ES", "exact", "Edit prompts", "whole answer right, teacher forced"),
-    ("ES", "generated", "Free-running", "answer right after normalisation"),
+    ("ES", "generated", "Edit prompts, free-running", "answer right after normalisation"),
     ("GS", "exact", "Paraphrases", "whole answer right, teacher forced"),
     ("NS", "kept", "Neighbours kept", "right before the edit, and right after it"),
     ("NS", "retention", "Neighbour retention", "answer tokens as before, right or wrong"),

@@ -27,8 +27,14 @@ FILTERS = {
     "failure": ("Failures", "Wrong under any protocol: the edit prompt or a paraphrase."),
     "edit": ("Edit prompt", "The edit prompt's answer is not right in every token."),
     "paraphrase": ("Paraphrase", "The answer to a paraphrase is not right in every token."),
-    "generated": ("Free-running", "A free-running answer is not the gold answer."),
-    "chat": ("In chat", "An answer through the chat template is not the gold answer."),
+    "generated": (
+        "Free-running, any wording",
+        "The free-running answer to the edit prompt or to a paraphrase is not the gold answer.",
+    ),
+    "chat": (
+        "In chat, any wording",
+        "The answer to the edit prompt or to a paraphrase in chat is not the gold answer.",
+    ),
     "regression": ("Regressions", "The unedited model had an answer right, the edited one not."),
     "moved": ("Others moved", "A neighbour's or an unrelated answer is another one than before."),
 }
