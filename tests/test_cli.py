@@ -333,6 +333,10 @@ def test_train_and_edit_with_the_editor_and_inspect_all(tiny, tmp_path, capsys):
     assert shown.out.startswith("Trained 2 steps: ")
     assert malmend(*train, "--steps", 3) == 0
     assert "1 step of 4 facts (resumed after step 2)" in capsys.readouterr().err
+    assert malmend(*train, "--steps", 3) == 0
+    shown = capsys.readouterr().err
+    assert "Trained already: 3 steps were taken; ask for more to go on." in shown
+    assert "0 steps" not in shown
 
     assert malmend("edit", tiny.model, tiny.facts, "--out", patch, "--editor", editor) == 0
     assert "Edited 12 facts at 2 layers" in capsys.readouterr().out

@@ -80,6 +80,9 @@ def _train_together(given: dict[str, Any], training: Any, settings: Any, process
 
         def starting(trainer: Any, seconds: float) -> None:
             left = training.steps - trainer.step
+            if not left:
+                show.status(show_training.already(training.steps))
+                return
             resumed = f" (resumed after step {trainer.step})" if trainer.step else ""
             show.status(
                 f"{show.counted(left, 'step')} of "
@@ -124,9 +127,10 @@ def _learn(given: dict[str, Any], usual: dict[str, Any]) -> None:
         settings=settings,
         stepped=lambda record: show_training.learning(record, settings.steps),
     )
-    show.status(
-        f"Trained {show.counted(len(result.records), 'step')} of {name}.  Editor: {result.folder}"
-    )
+    taken = f"Trained {show.counted(len(result.records), 'step')} of {name}."
+    if not result.records:
+        taken = show_training.already(settings.steps)
+    show.status(f"{taken}  Editor: {result.folder}")
 
 
 def finetune(arguments: list[str], what: str) -> None:

@@ -24,6 +24,11 @@ def step(record: StepRecord, steps: int) -> None:
     )
 
 
+def already(steps: int) -> str:
+    """That a run which is gone on with has nothing left to do."""
+    return f"Trained already: {counted(steps, 'step')} were taken; ask for more to go on."
+
+
 def learning(record: Any, steps: int) -> None:
     """One line per step of a method that is no editor: every figure of its record."""
     figures = {name: value for name, value in vars(record).items() if name != "step"}

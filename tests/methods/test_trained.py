@@ -43,6 +43,8 @@ def test_trained_and_used_like_an_editor(name, tiny, tmp_path, capsys):
     said = capsys.readouterr().err
     assert f"Trained 3 steps of {name}." in said
     assert "step    3/3  loss " in said
+    assert command(*train, *options(name)) == 0
+    assert "Trained already: 3 steps were taken" in capsys.readouterr().err
     assert command("edit", tiny.model, tiny.facts, "--editor", folder, "--out", patch) == 0
     assert f"Method: {name}." in capsys.readouterr().err
     made = load_patch(patch)
