@@ -8,6 +8,7 @@ import command_support
 import malmend
 from command_support import make_facts
 from command_support import malmend as command
+from malmend.files import part_of
 
 tiny = command_support.tiny
 
@@ -79,3 +80,16 @@ def test_what_cannot_be_removed_is_said(tmp_path, monkeypatch, capsys):
     assert command("cache", "--clear", "true") == 0
     assert "2.5 MB of it could not be removed" in capsys.readouterr().out
     assert not malmend.cache(clear=True).cleared
+
+
+def test_what_another_run_is_writing_stays(tmp_path, monkeypatch):
+    monkeypatch.setenv("MALMEND_CACHE", str(tmp_path))
+    models = tmp_path / "models"
+    models.mkdir()
+    written, left = part_of(models / "model"), models / ".old.abcdef-99999999-00000000.part"
+    monkeypatch.setattr("malmend.files._machine", lambda: "abcdef")
+    written.mkdir()
+    left.mkdir()
+    malmend.cache(clear=True)
+    assert written.is_dir()
+    assert not left.exists()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import forms_folders as folders
@@ -297,6 +298,27 @@ def test_a_folder_that_holds_a_model(made, tmp_path):
     with pytest.raises(MalmendError, match="holds a model already; give another --out"):
         finetune(model, facts, model, ALL)
     assert {path: path.read_bytes() for path in Path(model).iterdir()} == before
+
+
+def test_a_folder_that_holds_something_else(made, tmp_path):
+    model, facts = made("llama")
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / "tokenizer.json").write_text("mine")
+    with pytest.raises(MalmendError, match=r"is not empty \(it holds tokenizer.json\)"):
+        finetune(model, facts, out, ALL)
+    assert (out / "tokenizer.json").read_text() == "mine"
+
+
+def test_a_run_on_another_base_of_the_same_name_is_not_gone_on_with(made, tmp_path):
+    model, facts = made("llama")
+    base = shutil.copytree(model, tmp_path / "base")
+    with pytest.raises(KeyboardInterrupt):
+        finetune(str(base), facts, tmp_path / "out", ALL, stepped=stopping_after("all", 1))
+    weights = load_file(base / "model.safetensors")
+    save_file({n: one + 0.01 for n, one in weights.items()}, base / "model.safetensors")
+    with pytest.raises(MalmendError, match="is of other data; give the same"):
+        finetune(str(base), facts, tmp_path / "out", ALL)
 
 
 def test_facts_that_the_model_cannot_say(made, tmp_path):

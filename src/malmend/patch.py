@@ -164,15 +164,19 @@ def shifted(sites: Sequence[Site], shifts: Mapping[str, Tensor]) -> Iterator[Non
     kept = [site.weight.data for site in sites]
     try:
         for site, before in zip(sites, kept, strict=True):
-            if not shifts[site.name].any():
-                continue  # -0.0 + 0.0 is 0.0, which is another bit
-            wide = torch.float64 if before.dtype == torch.float64 else torch.float32
-            shift = site.oriented(shifts[site.name]).to(before.device, wide)
-            site.weight.data = (before.to(wide) + shift).to(before.dtype)
+            if shifts[site.name].any():  # -0.0 + 0.0 is 0.0, which is another bit
+                site.weight.data = edited(site, shifts[site.name]).to(before.dtype)
         yield
     finally:
         for site, before in zip(sites, kept, strict=True):
             site.weight.data = before
+
+
+def edited(site: Site, shift_VK: Tensor) -> Tensor:
+    """W0 + S as the weight lies, in float32, or in float64 where the weight is."""
+    before = site.weight.data
+    wide = torch.float64 if before.dtype == torch.float64 else torch.float32
+    return before.to(wide) + site.oriented(shift_VK).to(before.device, wide)
 
 
 def check_base(loaded: LoadedModel, patch: Patch, force: bool = False) -> None:

@@ -127,6 +127,14 @@ def test_saving_again_replaces_and_leaves_two_files(folder):
     assert same(saved.editor.state_dict(), other.state_dict())
 
 
+def test_no_other_file_is_removed(folder):
+    """A copy that somebody put aside under a name of their own, say."""
+    aside = folder / "editor-backup.safetensors"
+    aside.write_bytes(weights_of(folder).read_bytes())
+    save_editor(load_editor(folder).editor, {"base": "print"}, folder)
+    assert aside.is_file()
+
+
 def test_an_editor_can_be_saved_with_what_was_said_of_it(folder, tmp_path):
     """What a folder says names its own weights, which another folder does not hold."""
     saved = load_editor(folder)

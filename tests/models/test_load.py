@@ -34,7 +34,7 @@ from malmend.errors import ModelError
 from malmend.models import load, source
 from malmend.models.identity import digest, fingerprint
 from malmend.models.load import load_base, load_model, load_tokenizer, prepared
-from malmend.models.source import cache_folder
+from malmend.models.source import cache_folder, lasting
 
 WORDS = [f"w{i}" for i in range(tiny.VOCABULARY - 4)]
 
@@ -516,3 +516,17 @@ def test_a_base_that_lacks_a_layer_is_not_fine_tuned(made, tmp_path):
     save_file({n: t for n, t in whole.items() if not n.startswith(layer)}, path, {"format": "pt"})
     with pytest.raises(ModelError, match=r"lack .*expected a decoder"):
         load_base(str(folder), ["a", "b"])
+
+
+# --- names
+
+
+def test_a_name_as_files_keep_it(tmp_path, monkeypatch):
+    """A relative path looks like a name of the hub."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("org/model", "smollm2-135m"):
+        assert lasting(name) == name
+        Path(name).mkdir(parents=True)
+    assert lasting("org/model") == str(tmp_path / "org" / "model")
+    assert lasting("smollm2-135m") == "smollm2-135m"
+    assert lasting("org/other") == "org/other"

@@ -47,6 +47,16 @@ def test_the_folder_holds_the_patched_model(family, dtype, tmp_path):
     assert base_dtype(str(tmp_path / "merged")) == dtype
 
 
+def test_the_sum_of_a_narrow_base_is_rounded_once(tmp_path):
+    """To the dtype that is asked for, not to the base's before."""
+    narrow = loaded_of("llama", dtype=torch.bfloat16)
+    patch = patch_for(narrow)
+    whole = merged(narrow, patch, "float32")
+    for name in patch.factors:
+        before, after = (one.model.get_submodule(name).weight.detach() for one in (narrow, whole))
+        assert torch.equal(after, before.float() + patch.shift(name))
+
+
 def test_transformers_alone_opens_it_with_tokenizer_and_generation_config(tmp_path):
     loaded = loaded_of("llama")
     loaded.model.generation_config = GenerationConfig(max_new_tokens=7, eos_token_id=2)

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from malmend.files import is_written
 from malmend.models.source import cache_folder
 
 KINDS = {
@@ -55,6 +56,8 @@ def cache(clear: bool = False) -> CacheResult:
     found = tuple(_of(folder, kind, what) for kind, what in KINDS.items())
     for kind in KINDS if clear else ():  # never what else lies in a folder that MALMEND_CACHE names
         for path in (folder / kind).glob("*"):
+            if is_written(path):  # what is left of a killed run goes
+                continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             else:

@@ -13,6 +13,7 @@ from malmend.facts.fact import FactSet
 from malmend.facts.readers import read_text
 from malmend.files import folder_beside, new_folder
 from malmend.models.load import DTYPES, LoadedModel
+from malmend.models.source import lasting
 from malmend.models.trunk import TrunkSettings
 from malmend.patch import Patch, now
 from malmend.progress import Progress, silent
@@ -182,7 +183,7 @@ def _about(loaded: LoadedModel, patch: Patch) -> dict[str, Any]:
     return {
         "malmend": version("malmend"),
         "created": now(),
-        "model": loaded.name,
+        "model": lasting(loaded.name),
         "base": loaded.fingerprint,
         "patch": dict(patch.provenance),
     }

@@ -27,6 +27,7 @@ from malmend.facts.readers import given_facts, read_facts
 from malmend.facts.tokens import Encoder, EndOfAnswer
 from malmend.files import part_of, reason, synced, writable_folder, written_beside
 from malmend.models.finetune import EpochRecord, Finetuner, FinetuneSettings
+from malmend.models.identity import bits
 from malmend.models.load import LoadedModel, load_base, prepared, save_model
 from malmend.one_writer import only_writer
 from malmend.progress import Progress, silent
@@ -106,7 +107,7 @@ def finetune(
         def encoded(some: Sequence[Fact]) -> list[Encoded]:
             return encoder.encode_all(dict.fromkeys(q for f in some for q in _questions(f, asked)))
 
-        run = _Run(folder, settings, _digest(known, asked, model, encoder), progress, stepped)
+        run = _Run(folder, settings, _digest(known, asked, first, encoder), progress, stepped)
         epochs = settings.epochs
         if held:
             run.train(first, encoded(learned), encoded(held), "choice", settings.epochs)
@@ -121,9 +122,13 @@ def finetune(
 
 
 def _check_new(folder: Path) -> None:
-    """Raises MalmendError where the folder holds a model."""
+    """Raises MalmendError where the folder holds a model, or what is none of a run's own files."""
     if (folder / "config.json").is_file():
         raise MalmendError(f"{folder} holds a model already; give another --out.")
+    # A run that was killed while it moved its model in goes on, and is written over.
+    if not (folder / CHECKPOINT).is_file():
+        for path in folder.glob("[!.]*"):
+            raise MalmendError(f"{folder} is not empty (it holds {path.name}); give another --out.")
 
 
 class _Run:
@@ -273,13 +278,13 @@ def _split(facts: list[Fact], settings: FinetuneSettings) -> tuple[list[Fact], l
     )
 
 
-def _digest(facts: Sequence[Fact], asked: Asked, model: str, encoder: Encoder) -> str:
-    """Of all that labels, order and split depend on."""
+def _digest(facts: Sequence[Fact], asked: Asked, base: LoadedModel, encoder: Encoder) -> str:
+    """Of all that labels, order and split depend on, and of the weights that are begun with."""
     rows = [
         (fact.subject, [(q.prompt, q.answer) for q in _questions(fact, asked)]) for fact in facts
     ]
     read_as = (encoder.end_of_answer, encoder.reading)
-    return hashlib.sha256(repr((model, read_as, rows)).encode()).hexdigest()
+    return hashlib.sha256(repr((base.name, bits(base.model), read_as, rows)).encode()).hexdigest()
 
 
 def _put(loaded: LoadedModel, folder: Path, about: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from malmend.errors import EditorError, LedgerError
 from malmend.methods.trained import TRAINED, method_in
 from malmend.models.identity import bits
 from malmend.models.load import LoadedModel
-from malmend.models.source import BUILT_IN
+from malmend.models.source import lasting
 from malmend.models.trunk import TrunkSettings
 from malmend.patch import now
 from malmend.progress import Progress, silent
@@ -177,10 +177,8 @@ def _about(
         site.weight.detach().cpu().double().square().sum().item() for site in bench.trunk.sites
     )
     loaded = bench.loaded
-    where = Path(loaded.name)  # a folder called as a built-in model is not read
-    is_path = loaded.name not in BUILT_IN and where.exists()
     return About(
-        model=str(where.absolute()) if is_path else loaded.name,
+        model=lasting(loaded.name),
         base=loaded.fingerprint,
         dtype=loaded.dtype,
         form=loaded.reading.form,

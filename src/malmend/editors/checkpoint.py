@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -121,7 +122,8 @@ def save_editor(editor: Editor, about: Mapping[str, Any], folder: Path, slim: bo
     with written_beside(folder / "editor.json") as beside:
         beside.write_text(json.dumps(what, indent=2, allow_nan=False))
     for old in folder.glob("editor-*.safetensors"):
-        if old.name != what["weights"]:
+        is_ours = re.fullmatch(r"editor-[0-9a-f]{8}\.safetensors", old.name)
+        if is_ours and old.name != what["weights"]:
             old.unlink(missing_ok=True)
 
 

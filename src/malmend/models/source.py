@@ -44,6 +44,15 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "malmend"
 
 
+def lasting(name: str) -> str:
+    """A model's name as a file keeps it: a path as it is from anywhere, any other name as it is.
+
+    A folder called as a built-in model is not read; one called as a model of the hub is.
+    """
+    path = Path(name).expanduser()
+    return str(path.absolute()) if name not in BUILT_IN and path.exists() else name
+
+
 def source_of(name: str) -> str:
     """What transformers' loaders are given: a folder or a hub name, its configuration checked.
 

@@ -27,6 +27,7 @@ from malmend.errors import PatchError
 from malmend.files import reason
 from malmend.models.load import LoadedModel, name_of
 from malmend.models.sites import Site
+from malmend.models.source import lasting
 from malmend.numerics.truncation import Spectrum
 from malmend.patch import Patch, check_settings, load_patch
 from malmend.shipping.record import RECORD, read_record
@@ -76,7 +77,7 @@ def write_adapter(
     config = LoraConfig(
         # A classifier's task would have PEFT save and load its head too.
         task_type=TASKS.get(loaded.reading.form),
-        base_model_name_or_path=loaded.name,
+        base_model_name_or_path=lasting(loaded.name),
         r=rank,
         lora_alpha=rank,
         target_modules=sorted(shifts),

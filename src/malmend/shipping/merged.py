@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from malmend.errors import ModelError
 from malmend.models.load import DTYPES, LoadedModel, load_config, load_model, name_of, prepared
 from malmend.models.sites import Site
-from malmend.patch import Patch, applied
+from malmend.patch import Patch, edited, sites_of
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,13 @@ def base_dtype(model: str | LoadedModel) -> str:
 
 def merged(loaded: LoadedModel, patch: Patch, dtype: str) -> LoadedModel:
     """A copy of the model with the patch in its weights, each rounded once; the model stays."""
-    with applied(loaded, patch, force=True) as model:  # its base was checked
-        return prepared(_copied(model, DTYPES[dtype]), loaded.tokenizer, loaded.name)
+    whole = _copied(loaded.model, DTYPES[dtype])
+    for site in sites_of(loaded.model, patch):
+        shift_VK = patch.shift(site.name)
+        if shift_VK.any():
+            weight = whole.get_submodule(site.name).weight
+            weight.data = edited(site, shift_VK).to(weight.dtype)
+    return prepared(whole, loaded.tokenizer, loaded.name)
 
 
 def cast_copy(loaded: LoadedModel, dtype: str) -> LoadedModel:
