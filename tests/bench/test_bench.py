@@ -413,16 +413,36 @@ def test_one_models_perplexity_makes_no_column_for_another():
 
 def test_failures_are_shown_of_the_largest_cell():
     lines = failures(ROWS).splitlines()
-    assert lines[2:] == [
+    assert lines[2:-2] == [
         "| one | 16 | ES | a \\| b | c | d | e f |",
         "| two | 16 | ES | a \\| b | c | d | e f |",
     ]
     said = dict(ROWS[0]["failures"][0])
     many = [said | {"kind": kind, "prompt": str(i)} for kind in ("ES", "LS") for i in range(5)]
     lines = failures([ROWS[0] | {"failures": many}]).splitlines()
-    assert [line.split(" | ")[2:4] for line in lines[2:]] == [
+    assert [line.split(" | ")[2:4] for line in lines[2:-2]] == [
         [kind, prompt] for kind in ("ES", "LS") for prompt in "012"
     ]
+
+
+def test_what_the_table_of_failures_leaves_out_is_said():
+    long = dict(ROWS[0]["failures"][0]) | {"prompt": "start " + "of it | " * 400 + "end"}
+    lines = failures([ROWS[0] | {"failures": [long]}]).splitlines()
+    prompt = lines[2].split(" | ", 4)[3]
+    assert lines[2].startswith("| one | 16 | ES | start of it \\| ")
+    assert " … " in lines[2]
+    assert "end | c | d | e f |" in lines[2]
+    assert len(prompt) < 200
+    assert lines[3] == ""
+    assert "of each kind the first 3 at most" in lines[4]
+
+
+def test_a_figure_that_not_every_seed_has_says_of_how_many_it_is():
+    text = {"perplexity": {"unedited": 26.83, "edited": 29.371}, "patch": {"mean_residual": 0.5}}
+    lines = markdown([ROWS[0] | text, ROWS[1]]).splitlines()
+    assert lines[2] == "| m | method | ES | LS | perplexity | residual | edit s | seeds |"
+    assert "| 26.83 (of 1) |  |  | 2 |" in lines[4]
+    assert lines[5].endswith("| 0.500 ± 0.000 | 29.37 (of 1) | 0.5 (of 1) | 2 | 2 |")
 
 
 def test_failures_are_of_every_kind_and_are_what_eval_says(plan, tiny, tmp_path):

@@ -9,6 +9,8 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
+from malmend.bench.results import NAME
+
 # Heading, kind of question, metric.
 COLUMNS = (
     ("ES", "ES", "token_ratio"),
@@ -21,6 +23,7 @@ COLUMNS = (
     ("near", "NS", "retention"),
 )
 Row = Mapping[str, Any]
+LONGEST = 120  # characters of a text in the table of failures
 
 
 def megabytes(row: Row) -> float | None:
@@ -100,8 +103,8 @@ _SAID = {
 def failures(rows: Sequence[Row], most: int = 3) -> str:
     """What edited models said instead, as a Markdown table: the largest cell of each method.
 
-    Of each kind of question the first ``most``.  Rows of before there were kinds are of edit
-    prompts.
+    Of each kind of question the first ``most``, and a line that says so.  Rows of before there
+    were kinds are of edit prompts.
     """
     largest: dict[tuple[str, str, str], Row] = {}
     for row in rows:
@@ -117,7 +120,12 @@ def failures(rows: Sequence[Row], most: int = 3) -> str:
             shown[kind] += 1
             if shown[kind] <= most:
                 said = [one[part] for part in ("prompt", "wanted", "unedited", "edited")]
-                lines.append(_line([name, f"{row['m']:,}", kind, *map(_escaped, said)]))
+                lines.append(_line([name, f"{row['m']:,}", kind, *map(_short, said)]))
+    lines += [
+        "",
+        f"Of each method one cell, of its largest m, and of each kind the first {most} at most. "
+        f"{NAME} holds the first ten of every cell, in full; malmend eval --json has all.",
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -134,17 +142,24 @@ def _shown(values: Sequence[float | None], digits: int = 3) -> str:
     if not known:
         return ""
     mean = f"{statistics.fmean(known):.{digits}f}"
-    return mean if len(known) == 1 else f"{mean} ± {statistics.stdev(known):.{digits}f}"
+    if len(known) > 1:
+        mean += f" ± {statistics.stdev(known):.{digits}f}"
+    return mean + _of_fewer(known, values)
 
 
 def _residuals(values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
-    return f"{statistics.fmean(known):.2g}" if known else ""
+    return f"{statistics.fmean(known):.2g}{_of_fewer(known, values)}" if known else ""
 
 
 def _whole(values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
-    return f"{statistics.fmean(known):,.0f}" if known else ""
+    return f"{statistics.fmean(known):,.0f}{_of_fewer(known, values)}" if known else ""
+
+
+def _of_fewer(known: Sequence[float], values: Sequence[float | None]) -> str:
+    """Of how many seeds a figure is, where the column of seeds says more."""
+    return f" (of {len(known)})" if len(known) < len(values) else ""
 
 
 def _of_edit(figure: Callable[[Row], float | None]) -> Callable[[Row, str], float | None]:
@@ -168,6 +183,14 @@ OTHERS: tuple[
 
 def _escaped(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
+
+
+def _short(text: str) -> str:
+    """A text with its middle left out if it is long: what is asked may stand at either end."""
+    text, end = " ".join(text.split()), LONGEST // 3
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST - end]} … {text[-end:]}"
+    return _escaped(text)
 
 
 def _line(cells: Sequence[str]) -> str:
