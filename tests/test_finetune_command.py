@@ -326,7 +326,7 @@ def test_facts_that_the_model_cannot_say(made, tmp_path):
     (tmp_path / "odd").write_text('{"prompt": "The capital of", "answer": "nowhere"}')
     with pytest.raises(
         MalmendError,
-        match=r"1 questions do not fit this model:\n.*line 1: field .answer.: .*does not survive",
+        match=r"1 question does not fit this model:\n.*line 1: field .answer.: .*does not survive",
     ):
         finetune(model, tmp_path / "odd", tmp_path / "out", ALL)
 

@@ -143,8 +143,10 @@ def checked_facts(
 def check_encodes(facts: FactSet, encoder: Encoder) -> None:
     """Raises FactsError with every question that this model cannot be asked, by line and field."""
     if faults := encoder.faults(facts):
+        one = len(faults) == 1
         raise FactsError(
-            f"{facts.source}: {len(faults)} questions do not fit this model:",
+            f"{facts.source}: {len(faults):,} question{'' if one else 's'} "
+            f"{'does' if one else 'do'} not fit this model:",
             [f"{facts.source}: {fault}" for fault in faults],
         )
 

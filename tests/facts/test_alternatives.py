@@ -46,6 +46,10 @@ def test_facts_without_an_alternative_are_named():
     )
     assert len(caught.value.faults) == 7
     assert caught.value.faults[6].startswith("f.jsonl: line 7: ")
+    listed = [replace(one, in_list=True) for one in lines]
+    with pytest.raises(FactsError, match=r"\(entry 1, entry 2, ") as caught:
+        towards_alternatives(FactSet("f.json", (PERU, *listed)))
+    assert caught.value.faults[6].startswith("f.json: entry 7: ")
 
 
 def test_a_fact_from_python_is_named_by_its_id():

@@ -381,9 +381,12 @@ def test_facts_without_a_subject_in_the_prompt_are_refused_by_line():
         FAST.find(bench, [*FACTS, *bad], silent)
     said = str(caught.value)
     assert "14 of 18 facts" in said
-    assert f"line {', '.join(map(str, range(11, 21)))} and 4 more)" in said
+    named = ", ".join(f"line {number}" for number in range(11, 21))
+    assert f"({named} and 4 more)" in said
     with pytest.raises(EditorError, match=r"1 of 1 facts .*\(line 11\)"):
         FAST.find(bench, bad[:1], silent)
+    with pytest.raises(EditorError, match=r"1 of 1 facts .*\(entry 11\)"):
+        FAST.find(bench, [replace(bad[0], in_list=True)], silent)
 
 
 @pytest.mark.parametrize("family", ["bert", "t5"])

@@ -27,8 +27,9 @@ def check_trainable(
         )
     for fact in facts:
         if not (locality or fact.unrelated or fact.neighbours):
+            where = f" ({fact.place})" if fact.line else ""
             raise EditorError(
-                f"The fact {fact.id!r} (line {fact.line}) has no unrelated question and no "
+                f"The fact {fact.id!r}{where} has no unrelated question and no "
                 "neighbour, one of which training needs; add one to each fact, or give --locality "
                 "QUESTIONS."
             )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from malmend.errors import FactsError
-from malmend.facts.fact import Fact, FactSet
+from malmend.facts.fact import FactSet
 
 SHOWN = 5  # places in the message of an error; its .faults holds all
 
@@ -21,7 +21,7 @@ def towards_alternatives(facts: FactSet) -> FactSet:
     Raises:
         FactsError: facts without an alternative, with the place of each.
     """
-    lacking = [_place(fact) for fact in facts if fact.alternative is None]
+    lacking = [fact.place for fact in facts if fact.alternative is None]
     if lacking:
         one = len(lacking) == 1
         raise _lacking(
@@ -59,7 +59,7 @@ def away_from(facts: FactSet, said: Sequence[str], classes: Sequence[str]) -> Fa
             others = [name for name in classes if not _same(name, label)]
             target = fact.alternative or (others[0] if len(others) == 1 else "")
         if not target or _same(label, target):
-            lacking.append(_place(fact))
+            lacking.append(fact.place)
         turned.append(replace(fact, answer=target, alternative=None, reversed=None))
     if lacking:
         raise _lacking(
@@ -85,7 +85,3 @@ def _lacking(facts: FactSet, places: Sequence[str], what: str, otherwise: str) -
 
 def _same(one: str, other: str) -> bool:
     return one.strip().casefold() == other.strip().casefold()
-
-
-def _place(fact: Fact) -> str:
-    return f"line {fact.line}" if fact.line else f"fact {fact.id!r}"

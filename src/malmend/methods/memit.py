@@ -63,7 +63,7 @@ from malmend.workbench import Workbench, trunk_folder
 ENOUGH = 0.05  # nats below which a fact's answer is likely enough
 START = 8  # tokens of a line that make a prefix
 FLOOR = 1e-6  # of C's mean diagonal
-NAMED = 10  # lines that an error names
+NAMED = 10  # places that an error names
 FREE = ("prefixes", "kl", "decay")  # settings that may be 0
 
 Placed = tuple[Encoded, int]  # a question, and the position of its subject's last token
@@ -263,13 +263,13 @@ def _check(model: PreTrainedModel, facts: Sequence[Fact] = ()) -> None:
         raise EditorError(
             f"MEMIT edits decoders alone, and {type(model).__name__} is none; use another method."
         )
-    named = [(fact.line, (fact.subject or "").strip(), fact.prompt) for fact in facts]
-    lost = [str(line) for line, subject, prompt in named if not subject or subject not in prompt]
+    named = [(fact.place, (fact.subject or "").strip(), fact.prompt) for fact in facts]
+    lost = [place for place, subject, prompt in named if not subject or subject not in prompt]
     if lost:
         more = f" and {len(lost) - NAMED} more" if len(lost) > NAMED else ""
         raise EditorError(
             f"MEMIT edits at the subject, but {len(lost)} of {len(facts)} facts have none in their "
-            f"prompts (line {', '.join(lost[:NAMED])}{more}); add it as the prompt spells it, "
+            f"prompts ({', '.join(lost[:NAMED])}{more}); add it as the prompt spells it, "
             "leave them out, or use another method."
         )
 
