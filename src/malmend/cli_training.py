@@ -127,10 +127,10 @@ def _learn(given: dict[str, Any], usual: dict[str, Any]) -> None:
         settings=settings,
         stepped=lambda record: show_training.learning(record, settings.steps),
     )
-    taken = f"Trained {show.counted(len(result.records), 'step')} of {name}."
+    said = f"Trained {show.counted(len(result.records), 'step')} of {name}."
     if not result.records:
-        taken = show_training.already(settings.steps)
-    show.status(f"{taken}  Editor: {result.folder}")
+        said = show_training.already(settings.steps)
+    show.status(f"{said}  Editor: {result.folder}")
 
 
 def finetune(arguments: list[str], what: str) -> None:

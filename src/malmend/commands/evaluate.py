@@ -216,8 +216,7 @@ def chat_encoder(plain: Encoder, facts: FactSet, decode_facts: int | None) -> En
     if faults:
         raise FactsError(
             f"{facts.source}: {len(faults):,} prompt{'s are' if len(faults) > 1 else ' is'} too "
-            "long for this model's chat template; "
-            "shorten them, or give --decode-facts 0:",
+            "long for this model's chat template; shorten, or give --decode-facts 0:",
             faults,
         )
     return encoder
