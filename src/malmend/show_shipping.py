@@ -15,7 +15,7 @@ from malmend.evaluation.protocols import Scores
 from malmend.evaluation.replies import KINDS
 from malmend.evaluation.view import QUESTIONS
 from malmend.shipping.conflict import Overlap
-from malmend.shipping.measure import Measured
+from malmend.shipping.measure import Measured, of_facts
 from malmend.shipping.truncate import VLLM_RANKS, served_rank
 from malmend.show import OUT
 
@@ -38,7 +38,8 @@ def exported(result: ExportResult) -> None:
             f"of a layer's shift, and {100 * unmoved:.1f}% of its weights did not move."
         )
     if result.metrics:
-        _scores("asked of what was read back", result.metrics)
+        counts = of_facts(record["asked"], record["decoded_facts"])
+        _scores(f"asked of what was read back, {counts}", result.metrics)
     _say(f"Folder: {result.folder} (README.md is its card, malmend.json has all figures)")
 
 
@@ -114,7 +115,8 @@ def conflicting(result: ConflictsResult) -> None:
     else:
         _say("No two of the patches shift the same layer.")
     for name, found in result.metrics.items():
-        _scores(f"facts of {name}", found)
+        asking = result.asked[name]
+        _scores(f"facts of {name}, {of_facts(len(asking.facts), asking.decoded)}", found)
 
 
 def _column(table: Table, heading: str, left: bool) -> None:

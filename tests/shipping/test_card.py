@@ -10,6 +10,7 @@ import yaml
 
 from malmend.errors import MalmendError
 from malmend.shipping.card import card, is_hub_name
+from malmend.shipping.measure import of_facts
 from malmend.shipping.truncate import check_rank, served_rank
 
 SITE = {"rank": 70, "error": 0.25, "error_on_keys": 0.125, "lost": 0.5, "unmoved": 0.1}
@@ -25,12 +26,27 @@ RECORD = {
     "rank": 64,
     "keys": "general text",
     "facts": "secret/folder/facts.jsonl",
+    "asked": 1024,
+    "decoded_facts": 64,
     "metrics": {
         "unedited": {"ES": {"token_ratio": 0.1}, "LS": {"token_ratio": 0.5}},
         "patch": {"ES": {"token_ratio": 1.0}, "LS": {"token_ratio": 0.5, "retention": 0.75}},
         "exported": {"ES": {"token_ratio": 0.9}, "LS": {"token_ratio": 0.5, "retention": 0.7}},
     },
 }
+
+
+@pytest.mark.parametrize(
+    ("asked", "decoded", "said"),
+    [
+        (1, 1, "of 1 fact"),
+        (1024, 1024, "of 1,024 facts"),
+        (1024, 64, "of 1,024 facts; generated is of the first 64"),
+        (12, 0, "of 12 facts, none answered free-running"),
+    ],
+)
+def test_of_how_many_facts_figures_are(asked, decoded, said):
+    assert of_facts(asked, decoded) == said
 
 
 def front(text):
@@ -53,6 +69,7 @@ def test_the_card_says_what_it_must(to, form):
     assert "| unrelated questions (LS) | retention |  | 0.750 | 0.700 |" in text
     assert "`facts.jsonl`" in text
     assert "secret" not in text
+    assert "of 1,024 facts; generated is of the first 64." in text
     for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         ast.parse(code)
         assert {"causal": "CausalLM", "classes": "Classification", "seq2seq": "Seq2Seq"}[

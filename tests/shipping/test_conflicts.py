@@ -28,6 +28,8 @@ def test_conflicts_by_the_command_line(tiny, patch, tmp_path, capsys):
     shown = capsys.readouterr().out
     for word in ("patch and other", "20+3", "facts of patch", "facts of other", "stacked"):
         assert word in shown
+    said = " ".join(shown.split())
+    assert "facts of other, of 3 facts, none answered free-running" in said
     assert malmend("conflicts", tiny.model, patch, other) == 0
     assert "facts of" not in capsys.readouterr().out
 

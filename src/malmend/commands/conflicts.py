@@ -31,12 +31,14 @@ class ConflictsResult:
         meetings: layers that two of them shift; empty where no two meet.
         metrics: of each patch whose facts were given, by its name: scores of the unedited model,
             of the patch ``alone`` and of all ``stacked``, on these facts.
+        asked: of the same patches, what was asked.
     """
 
     model: str
     patches: tuple[str, ...]
     meetings: tuple[Meeting, ...]
     metrics: Mapping[str, Measured]
+    asked: Mapping[str, Asking]
 
 
 def conflicts(
@@ -85,12 +87,12 @@ def conflicts(
     for patch in known.values():
         exportable(loaded, patch, force)
     met, forms = meetings(known), {"stacked": stacked(known, loaded.fingerprint)}
-    found = {}
+    found, asking = {}, dict[str, Asking]()
     for (name, patch), (end, chosen) in zip(known.items(), asked, strict=False):
         bench = bench_for(loaded, list(known.values()), end, trunk)
-        asking = Asking(aimed(bench, chosen, patch.aims["away"]), decode_facts)
-        found[name] = measured(bench, asking, {"alone": patch, **forms}, progress)
-    return ConflictsResult(loaded.name, tuple(known), met, found)
+        asking[name] = Asking(aimed(bench, chosen, patch.aims["away"]), decode_facts)
+        found[name] = measured(bench, asking[name], {"alone": patch, **forms}, progress)
+    return ConflictsResult(loaded.name, tuple(known), met, found, asking)
 
 
 def _asked(

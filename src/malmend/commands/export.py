@@ -110,8 +110,10 @@ def export(
             said, form = export_merged(bench, patch, beside, dtype, progress)
             bench = _in(dtype, bench, patch, trunk)
         found: Measured = {}
+        asked: dict[str, int] = {}
         if known is not None:
             asking = Asking(known, decode_facts)
+            asked = {"asked": len(known), "decoded_facts": asking.decoded}
             found = measured(bench, asking, {"patch": patch, "exported": form}, progress)
         record = {
             "to": to,
@@ -119,6 +121,7 @@ def export(
             "dtype": dtype,
             **said,
             "facts": known.source if known is not None else None,
+            **asked,
             "metrics": plain(found),
         }
         write_record(beside, record)

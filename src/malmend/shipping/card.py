@@ -10,6 +10,7 @@ from typing import Any
 
 from malmend.facts.encoded import Form
 from malmend.models.source import BUILT_IN
+from malmend.shipping.measure import of_facts
 from malmend.shipping.truncate import VLLM_RANKS, served_rank
 
 CARD = "README.md"
@@ -190,8 +191,9 @@ def _figures(record: Mapping[str, Any]) -> str:
             f"measured: {json.dumps(record['patch'].get('metrics', {}))}."
         )
     lines = [
-        f"Of the facts in `{shown(record['facts'])}`. *patch* is the edit before the export, "
-        "*exported* this folder as it was read back.",
+        f"From `{shown(record['facts'])}`, "
+        f"{of_facts(record['asked'], record['decoded_facts'])}. *patch* is the edit before the "
+        "export, *exported* this folder as it was read back.",
         "",
         "| question | metric | unedited | patch | exported |",
         "|---|---|---:|---:|---:|",

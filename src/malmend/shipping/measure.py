@@ -33,6 +33,20 @@ class Asking:
     facts: FactSet
     decode_facts: int | None = None
 
+    @property
+    def decoded(self) -> int:
+        """How many facts ``generated`` is of: the first so many."""
+        count = len(self.facts)
+        return count if self.decode_facts is None else min(self.decode_facts, count)
+
+
+def of_facts(asked: int, decoded: int) -> str:
+    """Of how many facts figures are, in words."""
+    said = f"of {asked:,} fact{'' if asked == 1 else 's'}"
+    if decoded == 0:
+        return f"{said}, none answered free-running"
+    return said if decoded == asked else f"{said}; generated is of the first {decoded:,}"
+
 
 def bench_for(
     loaded: LoadedModel, patches: Sequence[Patch], end_of_answer: Any, trunk: TrunkSettings
