@@ -1,6 +1,7 @@
 """Correct thousands of facts in a language model at once, and take any correction back.
 
-The commands of the command line are functions with the same words::
+The commands of the command line, but for bench, finetune and continuations, are functions with the
+same words::
 
     import malmend
 
