@@ -375,7 +375,7 @@ def test_no_question_is_longer_than_the_models_positions(tiny, tmp_path, monkeyp
     with pytest.raises(MalmendError, match=r"has \d+ tokens, but .* has 40 positions"):
         malmend.ask(name, long.prompt)
     monkeypatch.setattr("malmend.workbench.load_model", None)
-    with pytest.raises(FactsError, match="1 questions do not fit") as caught:
+    with pytest.raises(FactsError, match="1 question does not fit") as caught:
         malmend.edit(name, [long], **chosen)
     assert "tokens, expected at most 40; shorten the prompt" in caught.value.faults[0]
 

@@ -225,7 +225,7 @@ def test_a_class_that_the_model_has_not(learned, tmp_path, capsys):
     capsys.readouterr()
     assert malmend("edit", have.model, facts, "--out", tmp_path / "p") == 2
     summary, fault = capsys.readouterr().err.strip().splitlines()
-    assert "1 questions do not fit" in summary
+    assert "1 question does not fit" in summary
     assert "entry 13: field 'answer': the answer 'SUPORTS' is no class" in fault
     assert "did you mean 'SUPPORTS'?" in fault
 

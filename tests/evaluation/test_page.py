@@ -248,6 +248,8 @@ def test_what_is_said_of_answers_that_moved_is_true_of_few_and_of_top_tokens():
     assert "nine in ten up to 0.500 farthest 0.500" in said  # not below itself
     assert "given the gold answer before it" in said
     assert "given the gold answer before it" not in Read(page(report(edited=False))).said()
+    classes = replace(report(), about=report().about | {"form": "classes"})
+    assert "given the gold answer before it" not in Read(page(classes)).said()
 
 
 def test_a_figure_and_a_filter_of_one_name_are_of_the_same_questions():
