@@ -236,7 +236,9 @@ def _changed(done: actions.LedgerChange) -> None:
     """What a change came to."""
     one = done.generation
     if not done.entered and not done.left:
-        _say(f"Nothing changed: generation {one.number}, {_facts(one.facts)}.")
+        same = one.action.startswith("rollback")  # which is a generation all the same
+        what = "The same facts as before" if same else "Nothing changed"
+        _say(f"{what}: generation {one.number}, {_facts(one.facts)}.")
         return
     parts = []
     for what, entries in (("came", done.entered), ("went", done.left)):

@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import pytest
 
+from malmend.errors import FactsError
 from malmend.facts.fact import Fact, Question
 from malmend.facts.lint import default_id, leaks, same_prompt, skip_repeats
+from malmend.facts.readers import given_facts
 
 
 def fact(name: str, prompt: str, answer: str = "x", paraphrases=(), unrelated=()) -> Fact:
@@ -93,3 +95,11 @@ def test_leaks_finds_a_neighbour_that_is_edited():
 def test_leaks_of_clean_facts():
     assert leaks([fact("a", "P", unrelated=["Q"]), fact("b", "R", paraphrases=["S"])]) == []
     assert leaks([]) == []
+
+
+@pytest.mark.parametrize("field", ["id", "prompt", "answer", "subject"])
+def test_half_of_a_surrogate_pair_is_refused_in_facts_from_python_too(field):
+    whole = Fact("a", "The capital of Kiribati is", "Tarawa", "Kiribati")
+    with pytest.raises(FactsError, match="holds half of a surrogate pair"):
+        given_facts([replace(whole, **{field: "\ud800"})])
+    assert given_facts([whole]).facts == (whole,)

@@ -67,7 +67,7 @@ class Entry:
             self.fault(name, "is empty")
         elif control := CONTROL.search(value):
             self.fault(name, f"holds the control character {control[0]!r} in {short(value)}")
-        elif not _encodes(value):
+        elif not encodes(value):
             self.fault(name, f"holds half of a surrogate pair in {short(value)}")
         else:
             return value
@@ -158,7 +158,8 @@ class Entry:
                 self.faults.append((self.line, fault))
 
 
-def _encodes(value: str) -> bool:
+def encodes(value: str) -> bool:
+    """Whether a text can be written as UTF-8: half of a surrogate pair cannot."""
     try:
         value.encode()
     except UnicodeEncodeError:

@@ -10,13 +10,13 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NoReturn
 
 from malmend.errors import FactsError, MalmendError, nearest
 from malmend.facts import lint
-from malmend.facts.entry import Entry, Faults, broken, described, once, short
+from malmend.facts.entry import Entry, Faults, broken, described, encodes, once, short
 from malmend.facts.fact import Fact, FactSet, Question
 from malmend.facts.formats import CLAIMS, OWN, READERS, likely, telling, told
 
@@ -64,6 +64,16 @@ def given_facts(facts: Sequence[Fact], limit: int | None = None, strict: bool = 
     read = facts if isinstance(facts, FactSet) else FactSet("facts", tuple(facts))
     if not read.facts:
         raise FactsError("No facts were given, expected at least one.")
+    broken_texts = [
+        (
+            0,
+            f"{read.source}: fact {fact.id!r} holds half of a surrogate pair; give whole characters",
+        )
+        for fact in read.facts
+        if not encodes(json.dumps(asdict(fact), ensure_ascii=False))
+    ]
+    if broken_texts:
+        _refuse(read.source, broken_texts)
     kept, skipped = lint.skip_repeats(read.facts)
     if strict and skipped:
         places = {id(fact): f"{read.source}: fact {fact.id!r}" for fact in read.facts}
