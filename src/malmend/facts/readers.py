@@ -64,22 +64,20 @@ def given_facts(facts: Sequence[Fact], limit: int | None = None, strict: bool = 
     read = facts if isinstance(facts, FactSet) else FactSet("facts", tuple(facts))
     if not read.facts:
         raise FactsError("No facts were given, expected at least one.")
-    broken_texts = [
-        (
-            0,
-            f"{read.source}: fact {fact.id!r} holds half of a surrogate pair; give whole characters",
-        )
+    halves = "holds half of a surrogate pair; give whole characters"
+    faults = [
+        (0, f"{read.source}: fact {fact.id!r} {halves}")
         for fact in read.facts
         if not encodes(json.dumps(asdict(fact), ensure_ascii=False))
     ]
-    if broken_texts:
-        _refuse(read.source, broken_texts)
+    if faults:
+        _refuse(read.source, faults)
     kept, skipped = lint.skip_repeats(read.facts)
     if strict and skipped:
         places = {id(fact): f"{read.source}: fact {fact.id!r}" for fact in read.facts}
         where = [(places[id(one.fact)], places[id(one.earlier)]) for one in skipped]
-        faults = [lint.repeat(one, *both) for one, both in zip(skipped, where, strict=True)]
-        _refuse(read.source, [(0, fault) for fault in faults])
+        repeats = [lint.repeat(one, *both) for one, both in zip(skipped, where, strict=True)]
+        _refuse(read.source, [(0, one) for one in repeats])
     return FactSet(read.source, kept[:limit], (*read.skipped, *skipped))
 
 
