@@ -160,7 +160,11 @@ def test_each_of_them_alone_decides(tiny, carried, what):
     else:
         assert said["editor"] == "none"
         assert "trained_on" not in said
-        assert told == ["Editor: none; the model is edited without training."]
+        why = "the settings" if what == "settings" else "the calibration data or settings"
+        assert told == [
+            f"Editor: none; the model is edited without training, for {why} given rule out "
+            "shipped:mine, the editor for this model."
+        ]
         assert said["settings"]["network"]["blocks"] == 0
         assert len(said["eta"]) == (FREE.layers if what == "settings" else LAYERS)
 
