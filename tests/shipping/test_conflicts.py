@@ -59,6 +59,7 @@ def test_alone_and_stacked_are_measured_as_eval_measures(tiny, patch, tmp_path):
         (["PATCH"], "1 patch was given, expected two or more"),
         (["PATCH", "PATCH"], "The same patch was given twice"),
         (["PATCH", "typo"], "There is no patch file typo"),
+        (["PATCH", "ty\0po"], "There is no patch file ty"),
         (["PATCH", "OTHER", "--facts", "FACTS"], "--facts names 1 for 2 patches"),
         (["PATCH", "OTHER", "--facts", "FACTS", "typo"], "typo"),
     ],

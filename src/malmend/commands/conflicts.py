@@ -106,7 +106,15 @@ def _asked(
 def _named(patches: Sequence[str | Path]) -> dict[str, str | Path]:
     """Paths by what they are called: the last part, or the whole where two are alike."""
     lasts = [Path(path).name for path in patches]
-    if len(set(map(os.path.realpath, patches))) < len(patches):
+    if len(set(map(_place, patches))) < len(patches):
         raise MalmendError("The same patch was given twice; give two different ones.")
     alike = len(set(lasts)) < len(lasts)
     return {str(path) if alike else last: path for path, last in zip(patches, lasts, strict=True)}
+
+
+def _place(path: str | Path) -> str:
+    """Where a path leads, through links; one that is none as it is, which its reading refuses."""
+    try:
+        return os.path.realpath(path)
+    except ValueError:  # a NUL in it
+        return str(path)
