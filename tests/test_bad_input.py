@@ -238,7 +238,10 @@ CASES: dict[str, tuple[Callable[[Place], Arguments], str]] = {
     "misspelt model": (lambda p: p.edit(model="smolm2-135m"), "did you mean 'smollm2-135m'?"),
     "missing folder": (lambda p: p.edit(model=p.folder / "no"), "There is no model"),
     "missing gguf": (lambda p: p.edit(model="no.gguf"), "There is no model 'no.gguf'"),
-    "model without config": (lambda p: p.edit(model=p.folder), "holds no config.json"),
+    "model without config": (
+        lambda p: after((p.folder / "bare").mkdir(), p.edit(model=p.folder / "bare")),
+        "holds no config.json",
+    ),
     "model that is a file": (lambda p: p.edit(model=p.facts), "There is no model"),
     "model with corrupt weights": (
         lambda p: p.edit(model=broken_model(p, lambda f: cut(f / "model.safetensors"))),
