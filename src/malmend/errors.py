@@ -68,6 +68,9 @@ def nearest(given: str, valid: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+MOST_SHOWN = 300  # characters of a value
+
+
 def bad_value(text: str, spelt: Callable[[str], str]) -> str | None:
     """jsonargparse's complaint about a value, in plain words: option, value, what was expected."""
     found = re.match(r'Parser key "([\w.]+)": (.*)(?:Got value|Given value): (.*)$', text)
@@ -78,13 +81,13 @@ def bad_value(text: str, spelt: Callable[[str], str]) -> str | None:
     part = re.search(r"NestedArg\(key='([\w.]+)', val=(.*)\)", found[3])
     if part is not None:  # what is said of the setting itself comes before
         said = re.search(r"- --(\S+ is .*?, expected .*?)(?:; see malmend| - |$)", found[2])
-        inner = said[1] if said else f"{part[1]} is {part[2]}, which is not taken"
+        inner = said[1] if said else f"{part[1]} is {part[2][:MOST_SHOWN]}, which is not taken"
         return f"{spelt(found[1])}.{inner}"
     names["tuple"] = """a list such as '["one", "two"]'"""
     wanted = [names.get(kind, kind) or choices for kind, choices in kinds if kind != "NoneType"]
     if not wanted:  # of settings, which have options of their own
         wanted = [f"null, or its own options, {spelt(found[1])}.*"]
-    given = found[3].rstrip(".")
+    given = found[3].rstrip(".")[:MOST_SHOWN]
     near = nearest(given, re.findall(r"'(.*?)'", "".join(choices for _, choices in kinds)))
     close = near and f" ({near.removeprefix('; ')})"
     return f"{spelt(found[1])} is {given!r}{close}, expected {' or '.join(wanted)}"

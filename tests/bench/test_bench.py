@@ -89,6 +89,7 @@ def test_a_plan_reads_as_it_is_written(tmp_path):
         ),
         ({"methods": {"ft": {"epochs": None}}}, "'ft' cannot be made: epochs is empty"),
         ({"methods": {"ft": {"epochs": 2.5}}}, "'ft' cannot be made: .*epochs"),
+        ({"methods": {"ft": {"rate": "x" * 5000}}}, "rate is 'x{299,300}', expected a number"),
         ({"methods": {"lora": {"sites": 3, "rank": "a"}}}, "'lora' cannot be made: .*rank"),
         ({"methods": {"memit": {"blocks": 3}}}, "'memit' cannot be made: .*blocks"),
         ({"methods": {"context": {"shown": 1.5}}}, "'context' cannot be made: .*shown"),

@@ -467,6 +467,21 @@ def test_a_damaged_folder(name, harm, tmp_path):
     assert all(map(torch.equal, state, fresh.network.parameters()))
 
 
+@pytest.mark.parametrize("written", ["1e999", "-1.0", "NaN"])
+def test_a_multiplier_that_is_none(written, tmp_path):
+    saved(trainer_of("llama"), tmp_path, 1)
+    path = tmp_path / "training.safetensors"
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        said = file.metadata()["training"]
+    said = re.sub(r'"multiplier": [^,}]+', f'"multiplier": {written}', said)
+    save_file(tensors, path, {"training": said})
+    fresh = trainer_of("llama")
+    with pytest.raises(EditorError, match=r"is damaged or missing \(its multiplier is"):
+        fresh.resume(tmp_path)
+    assert fresh.step == 0
+
+
 def test_a_file_of_another_network_changes_nothing(tmp_path):
     saved(trainer_of("llama"), tmp_path, 1)
     path = tmp_path / "training.safetensors"

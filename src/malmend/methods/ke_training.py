@@ -171,6 +171,8 @@ class KeTrainer:
                 _, index, name = key.split(".")
                 state.setdefault(int(index), {})[name] = tensors.pop(key)
             step, multiplier = int(about["step"]), float(about["multiplier"])
+            if not 0 <= multiplier < math.inf:
+                raise ValueError(f"its multiplier is {multiplier}")
             weights = {key.removeprefix("network."): one for key, one in tensors.items()}
             fill(self.network, weights)
             self.optimiser.load_state_dict({"state": state, "param_groups": groups})
