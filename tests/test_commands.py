@@ -326,7 +326,7 @@ def test_a_model_with_a_patch_on_it_is_refused(tiny, tmp_path, monkeypatch, comm
     """Else what is found of the edited model would be kept as the unedited one's."""
     patch = malmend.edit(tiny.loaded, FEW, settings=LAST, **eager(tiny)).patch
     monkeypatch.setenv("MALMEND_CACHE", str(tmp_path / "cache"))
-    short = {"out": tmp_path / "editor", "settings": replace(TRAINING, steps=1), "editor": SMALL}
+    short = {"out": tmp_path / "editor", "training": replace(TRAINING, steps=1), "settings": SMALL}
     more = {"edit": own(tiny), "eval": {}, "train": own(tiny) | short}[command]
     call = functools.partial(getattr(malmend, command), tiny.loaded, tiny.facts, **more)
     with malmend.applied(tiny.loaded, patch):

@@ -247,7 +247,7 @@ def _changed(done: actions.LedgerChange) -> None:
     _say(f"Generation {one.number}: {', '.join(parts)}; {_facts(one.facts)} now.")
     new = [entry for entry in done.entered if entry.generation == one.number]
     if new and one.action in ("add", "replace"):
-        _say(f"{sum(entry.held for entry in new):,} of the {len(new):,} new ones hold.")
+        _say(f"New facts that hold: {sum(entry.held for entry in new):,} of {len(new):,}.")
     kept = "" if one.retention is None else f", general questions keep {one.retention:.1%}"
     _say(f"Norm of the shift: {one.norm:.2%} of the edited weights' own{kept}.")
     _warn(done.warning)
