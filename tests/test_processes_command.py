@@ -44,6 +44,7 @@ SMALL = ("--layers", 2, "--network.rank", 4, "--facts-per-step", 4, "--steps", 3
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("whole")
 def test_two_processes_write_the_editor_that_one_writes_and_one_of_them_speaks(
     tiny, tmp_path, monkeypatch
 ):
