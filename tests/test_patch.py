@@ -8,6 +8,7 @@ import os
 import pickle
 import struct
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -177,6 +178,24 @@ def test_blocks_that_overlap_come_off_bit_for_bit():
         check_bare(loaded)
     second.__exit__(None, None, None)
     assert_untouched(loaded.model, before)
+    check_bare(loaded)
+
+
+def test_it_counts_as_on_until_the_weights_are_back(monkeypatch):
+    """Else another thread could enter in between, and take the patched weights for its own."""
+    loaded, seen = loaded_of(), []
+
+    @contextmanager
+    def watched(*_given):
+        yield
+        with pytest.raises(PatchError, match="a patch is on it"):
+            check_bare(loaded)
+        seen.append(patch_module._ENTERING.locked())
+
+    monkeypatch.setattr(patch_module, "shifted", watched)
+    with applied(loaded, patch_for(loaded)):
+        pass
+    assert seen == [True]
     check_bare(loaded)
 
 

@@ -31,7 +31,7 @@ from malmend.errors import PatchError, nearest
 from malmend.facts.tokens import EndOfAnswer
 from malmend.files import reason, written_beside
 from malmend.models.load import LoadedModel
-from malmend.models.sites import Site
+from malmend.models.sites import Site, shared_with
 
 FORMAT = 1
 
@@ -142,8 +142,10 @@ def applied(loaded: LoadedModel, patch: Patch, force: bool = False) -> Iterator[
         yield loaded.model
     finally:
         mine.ended = True
-        while on and on[-1].ended:
-            on.pop().off.close()
+        with _ENTERING:  # nobody enters before the weights are back, and then it is on no more
+            while on and on[-1].ended:
+                on[-1].off.close()
+                on.pop()
 
 
 def check_bare(loaded: LoadedModel) -> None:
@@ -216,14 +218,6 @@ def sites_of(model: PreTrainedModel, patch: Patch) -> list[Site]:
             )
         sites.append(site)
     return sites
-
-
-def shared_with(model: PreTrainedModel, site: Site) -> str | None:
-    """The name of another weight that is the site's own; None where there is none."""
-    for name, other in model.named_parameters(remove_duplicate=False):
-        if other is site.weight and name != f"{site.name}.weight":
-            return name
-    return None
 
 
 def save_patch(patch: Patch, path: str | Path) -> None:

@@ -132,6 +132,15 @@ def test_unlike_configurations_give_no_patch(tmp_path):
     assert len(diff(loaded, other).comparison.edited) == 1
 
 
+def test_what_changes_no_output_is_no_matter(tmp_path):
+    """As fine-tuning elsewhere leaves configurations."""
+    loaded, other = loaded_of("llama"), loaded_of("llama")
+    changed = {"pad_token_id": 3, "attention_dropout": 0.1, "initializer_range": 0.5}
+    other.model.config.update(changed)
+    other.model.model.layers[3].mlp.down_proj.weight.data += 1
+    assert diff(loaded, other, out=tmp_path / "patch").patch is not None
+
+
 def test_a_model_with_a_patch_on_it_is_no_base_of_another(tmp_path):
     loaded = loaded_of("llama")
     with applied(loaded, patch_for(loaded)), pytest.raises(PatchError, match="a patch is on it"):

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-# Of a configuration, what changes nothing that the model says of a prompt.
-NO_MATTER = {"architectures", "dtype", "torch_dtype", "use_cache"}
+# Of a configuration, what changes no output of the weights; nor does dropout, of whichever name.
+NO_MATTER = {"architectures", "dtype", "torch_dtype", "initializer_range", "problem_type"}
+NO_MATTER |= {"use_cache", "return_dict", "output_attentions", "output_hidden_states"}
+NO_MATTER |= {"bos_token_id", "eos_token_id", "pad_token_id"}
 
 
 def settings_of(model: PreTrainedModel) -> dict[str, Any]:
@@ -25,7 +27,7 @@ def settings_of(model: PreTrainedModel) -> dict[str, Any]:
 
 def unlike_settings(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
     """The fields in which two configurations differ and that change what the model computes."""
-    names = {*here, *there} - NO_MATTER
+    names = (name for name in {*here, *there} - NO_MATTER if "drop" not in name)
     return sorted(name for name in names if here.get(name) != there.get(name))
 
 

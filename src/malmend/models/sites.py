@@ -214,17 +214,20 @@ def stack_of(model: PreTrainedModel, name: str) -> Stack:
     raise ModelError(f"{name} lies outside the blocks {inside}, choose a layer in them.")
 
 
+def shared_with(model: PreTrainedModel, site: Site) -> str | None:
+    """The name of another weight that is the site's own; None where there is none."""
+    for name, other in model.named_parameters(remove_duplicate=False):
+        if other is site.weight and name != f"{site.name}.weight":
+            return name
+    return None
+
+
 def _checked_site(model: PreTrainedModel, name: str, stack: Stack) -> Site:
     site = Site(name, model.get_submodule(name), stack.in_encoder)
     weight = site.weight
-    shared = [
-        other
-        for other, parameter in model.named_parameters(remove_duplicate=False)
-        if parameter is weight and other != f"{name}.weight"
-    ]
-    if shared:
+    if shared := shared_with(model, site):
         raise ModelError(
-            f"{name} shares its weight with {shared[0]}, so that an edit would change both; "
+            f"{name} shares its weight with {shared}, so that an edit would change both; "
             "choose another layer with --sites."
         )
     if type(weight) is not nn.Parameter:

@@ -8,8 +8,8 @@ from malmend.errors import PatchError
 from malmend.models.blocks import PLAIN, is_linear
 from malmend.models.forms import find_stacks
 from malmend.models.load import LoadedModel
-from malmend.models.sites import Site, stack_of
-from malmend.patch import Patch, check_base, shared_with, sites_of
+from malmend.models.sites import Site, shared_with, stack_of
+from malmend.patch import Patch, check_base, sites_of
 
 
 def exportable(loaded: LoadedModel, patch: Patch, force: bool = False) -> list[Site]:
