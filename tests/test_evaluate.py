@@ -7,15 +7,20 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import command_support
 import helpers
 import malmend
-from command_support import CALIBRATION, EAGER, Tiny, make_facts, make_model
+from command_support import CALIBRATION, EAGER, Tiny, as_lines, make_facts, make_model
+from malmend.cli import main
 from malmend.editors.settings import training_free
-from malmend.errors import FactsError, MalmendError
+from malmend.errors import FactsError, MalmendError, ModelError
 from malmend.facts.fact import Question
+from malmend.facts.tokens import Encoder
 from malmend.models.load import prepared
+from malmend.models.sites import find_sites
 
 tiny = command_support.tiny
 cache = command_support.cache
@@ -122,6 +127,30 @@ def test_perplexity_is_that_of_the_model_alone_too(tiny):
     both = malmend.eval(tiny.loaded, FEW, patch, decode_facts=0, text=tiny.text)
     assert alone.perplexity == {"unedited": both.perplexity["unedited"]}
     assert alone.edited == {}
+
+
+def test_an_unedited_mixture_of_experts_needs_no_layer_that_could_be_edited(tmp_path, capsys):
+    # "Block model.layers.0 ends in ..., choose layers by name with --sites", which eval has not.
+    tokenizer, facts = helpers.byte_level(), tmp_path / "facts.jsonl"
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "bos_token_id": 0}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4}
+    sizes |= {"vocab_size": len(tokenizer), "eos_token_id": 0, "initializer_range": 0.3}
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(MixtralConfig(**sizes)).eval()
+    with pytest.raises(ModelError, match="--sites"):
+        find_sites(model)
+    model.save_pretrained(tmp_path / "mixture")
+    tokenizer.save_pretrained(tmp_path / "mixture")
+    facts.write_text(as_lines(FEW))
+    assert main(["eval", str(tmp_path / "mixture"), str(facts), "--text", "none"]) == 0
+    assert "token ratio" in capsys.readouterr().out
+    report = malmend.eval(str(tmp_path / "mixture"), FEW, decode_facts=0)
+    asked = Encoder(tokenizer).encode_all(fact.question for fact in FEW)
+    for row, one in zip(report.rows, asked, strict=True):
+        with torch.no_grad():
+            said_T = model(torch.tensor([one.ids])).logits[0].argmax(-1)
+        wanted = said_T[one.answer_start - 1 : one.answer_end - 1].tolist()
+        assert row.unedited[0].predicted == tuple(wanted)
 
 
 def test_a_text_of_one_token_has_no_perplexity(tiny, tmp_path):

@@ -71,6 +71,14 @@ def test_where_the_cut_lies(family):
 
 
 @FAMILY
+def test_without_sites_nothing_lies_below_the_cut(family):
+    model = tiny.model_of(family)
+    trunk = Trunk(model, ())
+    assert (trunk.cut.place, trunk.cut.below) == ("block", [])
+    assert differ(head_logits(trunk), tiny.logits_alone(model, QUESTIONS)) < CLOSE[family]
+
+
+@FAMILY
 @pytest.mark.parametrize("layers", [1, 2, tiny.BLOCKS])
 def test_logits_are_the_whole_models(family, layers):
     model = tiny.model_of(family)

@@ -9,7 +9,6 @@ from malmend.errors import MalmendError
 from malmend.evaluation.classes import classes_of
 from malmend.evaluation.generate import Answer, generate
 from malmend.models.load import LoadedModel
-from malmend.models.sites import find_sites
 from malmend.models.trunk import Trunk
 from malmend.patch import Patch, applied, check_bare
 from malmend.shipping.adapter import based_on, read_patch
@@ -67,7 +66,7 @@ def ask(
 
     def answer() -> Answer:
         if encoder.reading.form == "classes":
-            trunk = Trunk(loaded.model, find_sites(loaded.model, 1))
+            trunk = Trunk(loaded.model, ())
             [(name, share)] = classes_of(trunk, encoder, [prompt])
             return Answer(f"{name} ({share:.3f})")
         return generate(loaded, encoder, [prompt], max_new_tokens, whole=True)[0]

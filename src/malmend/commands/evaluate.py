@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from malmend.editors.calibration import CalibrationSettings
-from malmend.errors import FactsError, MalmendError
+from malmend.errors import FactsError, MalmendError, ModelError
 from malmend.evaluation.examiner import Examiner
 from malmend.evaluation.page import page_folder, write_page
 from malmend.evaluation.perplexity import PlainText, perplexity, unread
@@ -174,11 +174,14 @@ def _perplexity(
 
 
 def _sites(loaded: LoadedModel, patch: Patch | None, force: bool) -> list[Site]:
-    """Where the model is cut: where the patch shifts it, else as editors do by default."""
+    """Where the model is cut: where the patch shifts it, else as editors do, if they can."""
     if patch is not None:
         check_base(loaded, patch, force)
         return sites_of(loaded.model, patch)
-    return list(find_sites(loaded.model))
+    try:
+        return list(find_sites(loaded.model))
+    except ModelError:  # which no editing is needed for, as of a mixture of experts
+        return []
 
 
 def _about(loaded: LoadedModel, facts: FactSet, patch: Patch | None) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class Cut:
 
     Args:
         model: in evaluation mode, parameters not requiring gradients.
-        sites: the layers to be edited, in any order.
+        sites: the layers to be edited, in any order; without any, every block is in the head.
 
     Attributes:
         place: as above.
@@ -69,20 +69,19 @@ class Cut:
         self._try_out()
         owners = [stack_of(model, site.name).prefix for site in sites]
         # The encoder runs first, so where it is edited, the decoder is in the head.
-        at = next(i for i, stack in enumerate(stacks) if stack.prefix in owners)
+        at = next((i for i, stack in enumerate(stacks) if stack.prefix in owners), 0)
         self._lane, prefix = self._lanes[at], stacks[at].prefix
         blocks = {
             site: int(site.name[len(prefix) + 1 :].split(".")[0])
             for site, owner in zip(sites, owners, strict=True)
             if owner == prefix
         }
-        self.index = min(blocks.values())
-        inside = [site for site, index in blocks.items() if index == self.index]
-        self.first = inside[0]
+        self.index = min(blocks.values(), default=0)
+        self._inside = [site for site, index in blocks.items() if index == self.index]
         self.place = "encoder" if at > 0 else "block"
         if self.place == "block":
             is_first = self.index == 0 and self._lane.hands_down
-            if len(inside) == 1 and not is_first and self._adds_plainly():
+            if len(self._inside) == 1 and not is_first and self._adds_plainly():
                 self.place = "site"
             if not self._agrees():
                 self.place, self.index = "block", 0
@@ -98,6 +97,11 @@ class Cut:
                 self._ending = None
 
     @property
+    def first(self) -> Site:
+        """The first edited layer, where one is."""
+        return self._inside[0]
+
+    @property
     def block(self) -> nn.Module:
         """The first block that is in the head."""
         return self._lane.blocks[self.index]
@@ -111,7 +115,8 @@ class Cut:
     def name(self) -> str:
         """Of what is kept, for a store."""
         at = f"-{self.index}" if self.place == "block" else ""
-        return "encoder" if self.place == "encoder" else f"{self.first.name}-{self.place}{at}"
+        whose = self.first.name if self._inside else "whole"
+        return "encoder" if self.place == "encoder" else f"{whose}-{self.place}{at}"
 
     @property
     def width(self) -> int:

@@ -63,7 +63,7 @@ class Trunk:
 
     Args:
         model: in evaluation mode, parameters not requiring gradients.
-        sites: the layers to be edited, in any order.
+        sites: the layers to be edited, in any order; none where nothing is edited.
         settings: grouping and budget.
         store_folder: where activations are kept; None keeps none.
         room: where captured tensors stand.
