@@ -377,6 +377,18 @@ def test_a_full_device_is_one_sentence(tiny, tmp_path, capsys, monkeypatch):
     assert "Traceback" not in shown
 
 
+@pytest.mark.parametrize("said", ["", "DefaultCPUAllocator: can't allocate memory\nMore."])
+def test_a_full_memory_is_one_sentence(said, tiny, tmp_path, capsys, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError(said) if said else MemoryError
+
+    monkeypatch.setattr("transformers.LlamaForCausalLM.from_pretrained", full)
+    assert malmend("edit", tiny.model, tiny.facts, "--out", tmp_path / "patch", *tiny.fast) == 1
+    why = f" ({said.splitlines()[0]})" if said else ""
+    asked = "give a smaller model, or --memory where it is an option"
+    assert f"malmend: There is no memory left; {asked}{why}.\n" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_demo(tiny, tmp_path, capsys):
     out = tmp_path / "out"

@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
-from malmend.errors import MalmendError, Resumable, harmless, nearest
+from malmend.errors import MalmendError, Resumable, harmless, is_out_of_memory, nearest
 from malmend.options import (
     add_editor_settings,
     add_methods,
@@ -59,13 +59,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         what = f" {error.filename}" if error.filename else ""
         print(f"malmend: {harmless(f'{error.strerror or error}{what}')}.", file=sys.stderr)
         return 1
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not read for this
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
-        said = (
-            "The device has no room left; edit fewer layers or facts at once, or give --device auto"
-        )
-        print(f"malmend: {said} ({harmless(str(error).splitlines()[0])}).", file=sys.stderr)
+        said = "There is no memory left; give a smaller model, or --memory where it is an option"
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not read for this
+            said = "The device has no room left; edit fewer layers or facts at once, or give "
+            said += "--device auto"
+        why = "".join(f" ({harmless(one)})" for one in str(error).splitlines()[:1])
+        print(f"malmend: {said}{why}.", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stopped:
         resumes = arguments[:1] in (["train"], ["finetune"], ["bench"])

@@ -52,6 +52,12 @@ class LedgerError(MalmendError):
     """A ledger is damaged, busy, or is asked for what it does not hold."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory, or a device's, had no room; torch's own errors are known by what they say."""
+    said = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and said)
+
+
 # What orders a terminal about, or the reading direction: C0 but for tab and line end, DEL, C1, and
 # Unicode's embeddings, overrides and isolates.
 _ORDERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")

@@ -250,6 +250,57 @@ def test_unknown_dtype(whole):
     assert "float32, bfloat16, float16" in message
 
 
+class Full(Exception):
+    """A library's own error, which says nothing of what was behind it."""
+
+
+@pytest.mark.parametrize(
+    "raised",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+        torch.OutOfMemoryError("CUDA out of memory."),
+        OSError(errno.ENOSPC, "No space left on device", "there"),
+        OSError(errno.EMFILE, "Too many open files"),
+        KeyboardInterrupt(),
+    ],
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_says_nothing_of_the_files_is_no_advice_about_the_model(
+    whole, raised, wrapped, monkeypatch
+):
+    def loader(*_given, **_named):
+        try:
+            raise raised
+        except Exception as error:
+            if wrapped:
+                raise Full("cannot load") from error
+            raise
+
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", loader)
+    with pytest.raises(type(raised)) as caught:
+        load_model(str(whole))
+    assert caught.value is raised
+
+
+def test_a_mistake_of_our_own_is_no_advice_about_the_model(gguf, monkeypatch):
+    monkeypatch.setattr(source, "part_of", None)
+    with pytest.raises(TypeError, match="not callable"):
+        load_model(str(gguf))
+
+
+@pytest.mark.parametrize("stated", [5, {"a": 1}, [5], [None], [["x"]], "Llama"])
+def test_architectures_that_are_no_names(folder, stated):
+    # Once a traceback where only the configuration is read, as of `ask`.
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": stated}))
+    assert "architectures" in refused(folder)
+    with pytest.raises(ModelError, match="expected a list with the name"):
+        load.stated_reading(load.load_config(str(folder)))
+    with pytest.raises(ModelError, match="expected a list with the name"):
+        load_base(str(folder), [])
+
+
 def test_a_folder_without_config(folder, tmp_path):
     (folder / "config.json").unlink()
     assert "config.json" in refused(folder)

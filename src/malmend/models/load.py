@@ -26,7 +26,8 @@ from malmend.errors import ModelError
 from malmend.facts.encoded import Form
 from malmend.facts.tokens import Reading
 from malmend.models.device import CPU, SPREAD, device_of
-from malmend.models.forms import KINDS, check_told_apart, class_names, form_of, reading_of
+from malmend.models.explain import explained
+from malmend.models.forms import check_told_apart, class_names, form_of, reading_of
 from malmend.models.identity import digest, fingerprint
 from malmend.models.source import SAFE, check_whole, source_of
 
@@ -97,7 +98,7 @@ def load_tokenizer(name: str) -> Any:
     Raises:
         ModelError: there is no such model.
     """
-    with quiet(), _explained(name):
+    with quiet(), explained(name):
         return AutoTokenizer.from_pretrained(source_of(name), **SAFE)
 
 
@@ -107,13 +108,28 @@ def load_config(name: str) -> Any:
     Raises:
         ModelError: there is no such model.
     """
-    with quiet(), _explained(name):
+    with quiet(), explained(name):
         return AutoConfig.from_pretrained(source_of(name), **SAFE)
 
 
 def stated_reading(config: Any) -> Reading:
     """What :attr:`LoadedModel.reading` will be, by a configuration."""
-    return reading_of(config, (getattr(config, "architectures", None) or [""])[0])
+    return reading_of(config, _kind(config))
+
+
+def _kind(config: Any) -> str:
+    """The name of the model's class, as a configuration states it; empty where it states none.
+
+    Raises:
+        ModelError: it states something else than names.
+    """
+    stated = getattr(config, "architectures", None) or [""]
+    if not isinstance(stated, list) or not isinstance(stated[0], str):
+        raise ModelError(
+            f"The configuration states architectures {str(stated)[:60]!r}, expected a list with "
+            "the name of the model's class; fetch the model again."
+        )
+    return stated[0]
 
 
 def load_model(name: str, dtype: str = "float32", device: str = CPU) -> LoadedModel:
@@ -132,7 +148,7 @@ def load_model(name: str, dtype: str = "float32", device: str = CPU) -> LoadedMo
         raise ModelError(f"dtype {dtype!r} is unknown, expected one of {', '.join(DTYPES)}.")
     place = device_of(device)
     spread = {} if place is not None else {"device_map": SPREAD}
-    with quiet(), _explained(name):
+    with quiet(), explained(name):
         source = source_of(name)
         tokenizer = AutoTokenizer.from_pretrained(source, **SAFE)
         reading = stated_reading(AutoConfig.from_pretrained(source, **SAFE))
@@ -177,10 +193,10 @@ def load_base(name: str, classes: Sequence[str], device: str = CPU) -> tuple[Pre
             "--device auto spreads a model over all devices, and one is fine-tuned whole; name "
             "one, or give cpu."
         )
-    with quiet(), _explained(name):
+    with quiet(), explained(name):
         source = source_of(name)
         config = AutoConfig.from_pretrained(source, **SAFE)
-        kind = (config.architectures or [""])[0]
+        kind = _kind(config)
         keywords: dict[str, Any] = {"dtype": torch.float32}
         form: Form = "classes"
         if config.is_encoder_decoder:
@@ -244,21 +260,6 @@ def prepared(model: PreTrainedModel, tokenizer: Any, name: str = "model") -> Loa
     model.eval()
     model.requires_grad_(False)
     return LoadedModel(name, model, tokenizer, fingerprint(model))
-
-
-@contextmanager
-def _explained(name: str) -> Iterator[None]:
-    """Turns a loader's many exceptions into one sentence."""
-    try:
-        yield
-    except ModelError:
-        raise
-    except Exception as error:  # every loader fails in its own ways
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(
-            f"The model {name!r} cannot be loaded ({reason[:300]}); "
-            f"give {KINDS} that transformers' Auto classes can open."
-        ) from error
 
 
 @contextmanager
