@@ -174,12 +174,16 @@ def _cut(text: str, cut: bool) -> str:
 
 
 def continued(result: ContinuationsResult) -> None:
-    """How many passages there are, and the first."""
-    first = result.facts[0]
+    """How many passages there are, how many were left out, and the first."""
+    first, count = result.facts[0], len(result.facts)
+    them = "it" if count == 1 else "them"
     OUT.print(
-        f"{len(result.facts):,} passages and what follows them: {escape(str(result.path))}",
+        f"{counted(count, 'passage')} and what follows {them}: {escape(str(result.path))}",
         soft_wrap=True,
     )
+    if left := len(result.skipped):
+        begin = "begins as an earlier one does" if left == 1 else "begin as earlier ones do"
+        OUT.print(f"Left out {counted(left, 'passage')} that {begin}.")
     OUT.print(f"  ...{escape(first.prompt[-60:])} -> {escape(first.answer)}", highlight=False)
     OUT.print("Edit them with --end-of-answer none: a continuation has no end.")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from malmend.facts.continuations import as_rows
 from malmend.facts.continuations import continuations as parted
-from malmend.facts.fact import Fact
+from malmend.facts.fact import Fact, Skipped
 from malmend.facts.readers import read_text
 from malmend.files import writable, written_beside
 from malmend.models.load import LoadedModel
@@ -17,10 +17,11 @@ from malmend.workbench import encoder_for
 
 @dataclass(frozen=True)
 class ContinuationsResult:
-    """The facts, and the file they were written to."""
+    """The facts, the file they were written to, and those left out as their prompt is there."""
 
     facts: tuple[Fact, ...]
     path: Path
+    skipped: tuple[Skipped, ...] = ()
 
 
 def continuations(
@@ -46,8 +47,8 @@ def continuations(
     """
     path = writable(out, text, model)
     words = read_text(text)
-    facts = parted(encoder_for(model, "none"), words, tokens, prompt_tokens, limit)
+    facts, skipped = parted(encoder_for(model, "none"), words, tokens, prompt_tokens, limit)
     with written_beside(path) as beside:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in as_rows(facts)]
         beside.write_text("".join(lines), encoding="utf-8")
-    return ContinuationsResult(tuple(facts), path)
+    return ContinuationsResult(tuple(facts), path, tuple(skipped))

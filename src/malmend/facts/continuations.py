@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from malmend.errors import FactsError, MalmendError
-from malmend.facts.fact import Fact, Question
-from malmend.facts.lint import default_id
+from malmend.facts.fact import Fact, Question, Skipped
+from malmend.facts.lint import default_id, same_prompt
 from malmend.facts.tokens import Encoder
 
 TRIED = 32  # places in a line at which prompt and answer may part
@@ -19,8 +19,8 @@ TRIED = 32  # places in a line at which prompt and answer may part
 
 def continuations(
     encoder: Encoder, text: str, tokens: int = 10, prompt_tokens: int = 32, limit: int | None = None
-) -> list[Fact]:
-    """One fact per line that is long enough, in the text's order.
+) -> tuple[list[Fact], list[Skipped]]:
+    """One fact per line that is long enough, in the text's order, and those that repeat a prompt.
 
     A line parts where its prompt has ``prompt_tokens`` tokens or a few more, at a place where
     prompt and answer, read as one text, have just ``tokens`` tokens of answer.
@@ -42,19 +42,23 @@ def continuations(
                 f"{name} is {value}, expected 1 or more; change --{name.replace('_', '-')}."
             )
     found: dict[str, Fact] = {}
+    skipped = []
     for number, line in enumerate(text.split("\n"), start=1):
         if len(found) == limit:
             break
         parted = next(_parted(encoder, line.strip(), tokens, prompt_tokens), None)
-        if parted is not None and parted.prompt not in found:
-            known = Fact(default_id(parted.prompt), parted.prompt, parted.answer or "", line=number)
-            found[parted.prompt] = known
+        if parted is None:
+            continue
+        fact = Fact(default_id(parted.prompt), parted.prompt, parted.answer or "", line=number)
+        earlier = found.setdefault(same_prompt(fact.prompt), fact)
+        if earlier is not fact:
+            skipped.append(Skipped(fact, earlier))
     if not found:
         raise FactsError(
             f"No line of the text has {prompt_tokens + tokens} tokens, expected one at least; "
             "lower --prompt-tokens, or give a text with a passage per line."
         )
-    return list(found.values())
+    return list(found.values()), skipped
 
 
 def _parted(encoder: Encoder, line: str, tokens: int, prompt_tokens: int) -> Iterator[Question]:
