@@ -501,6 +501,27 @@ def test_faults_name_line_and_field():
     assert encoder.faults([good]) == []
 
 
+def test_the_field_that_is_named_is_the_one_to_change():
+    """Once a prompt that was too long was a fault of 'answer', to be mended in the prompt."""
+    encoder = Encoder(words(MARS), "none", 4)
+    long, other = "mars has two moons", "two moons has mars"
+    cases = {
+        "prompt": (Fact("a", long, "two"), "prompt"),
+        "answer": (Fact("a", "mars", other), "answer"),
+        "paraphrases": (Fact("a", "mars", "two", paraphrases=(long,)), "prompt"),
+        "neighbours": (Fact("a", "mars", "two", neighbours=(Question("mars", other),)), "answer"),
+    }
+    for name, (fact, part) in cases.items():
+        said = f"5 tokens, expected at most 4; shorten the {part}"
+        assert encoder.faults([fact]) == [f"fact 'a': field {name!r}: {said}"]
+    both = Fact("a", "mars", other, paraphrases=("moons",))  # the answer is one, and is said once
+    assert len(encoder.faults([both])) == 1
+    assert encoder.faults([Fact("a", "", "two")])[0].startswith("fact 'a': field 'prompt': the p")
+    few = Encoder(words(MARS), reading=Reading(tokens=7))
+    [said] = few.faults([Fact("a", "mars has", "moons")])
+    assert said.startswith("fact 'a': field 'answer': 'moons' is the tokenizer's token number 7")
+
+
 def test_faults_name_the_entry_of_a_list_and_a_fact_of_no_file(tmp_path):
     encoder = Encoder(words(MARS))
     rows = [{"prompt": "mars has", "answer": answer} for answer in ("two", "three")]

@@ -22,6 +22,13 @@ from malmend.facts.fact import Fact, Question
 
 TRIED = "What is it?"  # what a chat template is tried with
 EndOfAnswer = Literal["eos", "newline", "none"]
+Part = Literal["prompt", "answer"]
+# Where a part of a question stands that is in another field than the question.
+ELSEWHERE = {
+    ("answer", "prompt"): "prompt",
+    ("alternative", "prompt"): "prompt",
+    ("paraphrases", "answer"): "answer",
+}
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,14 @@ class Reading:
     classes: tuple[str, ...] = ()
     start: int | None = None
     tokens: int | None = field(default=None, repr=False, compare=False)
+
+
+class Unfit(MalmendError):
+    """A question does not fit the model; this part of it is to change."""
+
+    def __init__(self, message: str, part: Part):
+        super().__init__(message)
+        self.part = part
 
 
 class Encoder:
@@ -101,17 +116,24 @@ class Encoder:
             form, counted = self.reading.form, len(ids) + len(said)
             encoded = Encoded(ids + said + ends, len(ids), counted, form, self.prefix)
         if encoded.answer_start < 1:
-            raise MalmendError(
-                f"the prompt {question.prompt!r} has no token before the answer; give a longer one"
-            )
-        longest = max(len(encoded.read), len(encoded.decoded))
-        if longest > self.max_tokens:
-            raise MalmendError(
-                f"{longest} tokens, expected at most {self.max_tokens}; shorten the prompt"
-            )
+            what = f"the prompt {question.prompt!r} has no token before the answer"
+            raise Unfit(f"{what}; give a longer one", "prompt")
+        self._check_length(encoded)
+        self._embedded(encoded.prompt, "prompt")
         said = () if self.reading.form == "classes" else encoded.labels
-        self._embedded((*encoded.read, *encoded.decoded, *said))
+        self._embedded((*encoded.decoded, *said), "answer")
         return encoded
+
+    def _check_length(self, encoded: Encoded) -> None:
+        """Raises Unfit, about the longer part, where the model cannot read so many tokens."""
+        longest = max(len(encoded.read), len(encoded.decoded))
+        if longest <= self.max_tokens:
+            return
+        of_answer = {"causal": len(encoded.labels), "classes": 0, "seq2seq": len(encoded.decoded)}
+        part: Part = "answer" if of_answer[encoded.form] > len(encoded.prompt) else "prompt"
+        raise Unfit(
+            f"{longest} tokens, expected at most {self.max_tokens}; shorten the {part}", part
+        )
 
     def encode_all(self, questions: Iterable[Question]) -> list[Encoded]:
         """:meth:`encode` for each."""
@@ -197,18 +219,20 @@ class Encoder:
                 try:
                     self.encode(question)
                 except MalmendError as error:
+                    name = ELSEWHERE.get((name, getattr(error, "part", "")), name)
                     found.append(f"{fact.place}: field {name!r}: {error}")
         return list(dict.fromkeys(found))  # each of several paraphrases says the same of an answer
 
-    def _embedded(self, ids: tuple[int, ...]) -> tuple[int, ...]:
-        """The ids; raises MalmendError where the model has no embedding for one of them."""
+    def _embedded(self, ids: tuple[int, ...], part: Part = "prompt") -> tuple[int, ...]:
+        """The ids; raises Unfit where the model has no embedding for one of them."""
         known = self.reading.tokens
         if known is not None and max(ids, default=-1) >= known:
             beyond = next(one for one in ids if one >= known)
-            raise MalmendError(
+            raise Unfit(
                 f"{self.tokenizer.decode([beyond])!r} is the tokenizer's token number {beyond}, "
                 f"and the model has embeddings for {known} tokens; leave it out, or give the "
-                "model's own tokenizer"
+                "model's own tokenizer",
+                part,
             )
         return ids
 
