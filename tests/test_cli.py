@@ -401,6 +401,20 @@ def test_demo(tiny, tmp_path, capsys):
     assert files_in(out) == {"patch.safetensors", "report.json", "index.html"}
 
 
+def test_characters_that_nobody_sees_are_told(tiny, tmp_path, capsys):
+    facts, patch = tmp_path / "facts.jsonl", tmp_path / "patch"
+    facts.write_text('{"prompt": "In Ora is", "answer": "Chile\\u200b"}\n')
+    warned = "1 field holds a character that nobody sees and that changes its tokens:\n"
+    which = "line 1: field 'answer': U+200B, zero width space\n"
+    ultra = ["--method", "ultraedit", "--out", patch]
+    assert malmend("edit", tiny.model, facts, *ultra) == 0
+    assert f"{warned}  {which}" in capsys.readouterr().err  # before the work
+    assert malmend("eval", tiny.model, facts, "--decode-facts", 0, "--text", "none") == 0
+    assert f"{warned}  {which}" in capsys.readouterr().out
+    assert malmend("inspect", facts) == 0
+    assert f"characters that nobody sees: 1\n    {which}" in capsys.readouterr().out
+
+
 def test_skipped_facts_are_told(tiny, tmp_path, capsys):
     facts = tmp_path / "facts.jsonl"
     line = '{"prompt": "In Ora is", "answer": "%s"}\n'

@@ -12,6 +12,7 @@ from malmend.evaluation.protocols import PROTOCOLS, Group, Scores
 from malmend.evaluation.replies import KINDS
 from malmend.evaluation.report import Report
 from malmend.evaluation.view import QUESTIONS
+from malmend.facts.lint import unseen_said
 from malmend.show import OUT, asked, counted, edited, page, percent, trained_on
 
 METRICS = ("token_ratio", "exact", "generated", "generated_chat", "retention", "kl", "kept")
@@ -30,6 +31,8 @@ def report(result: Report) -> None:
     """Unedited beside edited, each column's protocol named."""
     trained_on(result.about.get("trained_on"), result.facts)
     _leaks(result.leaks)
+    for line in unseen_said(result.unseen):
+        OUT.print(escape(line), highlight=False)
     table = Table(title=f"{counted(result.facts, 'fact')}, {escape(str(result.about['model']))}")
     table.add_column("question")
     table.add_column("protocol")

@@ -130,6 +130,7 @@ def test_json_has_the_promised_fields():
         "edited",
         "about",
         "leaks",
+        "unseen",
         "protocols",
         "groups",
         "rows",

@@ -6,7 +6,14 @@ import pytest
 
 from malmend.errors import FactsError
 from malmend.facts.fact import Fact, Question
-from malmend.facts.lint import default_id, leaks, same_prompt, skip_repeats
+from malmend.facts.lint import (
+    default_id,
+    leaks,
+    same_prompt,
+    skip_repeats,
+    unseen,
+    unseen_said,
+)
 from malmend.facts.readers import given_facts
 
 
@@ -103,3 +110,40 @@ def test_half_of_a_surrogate_pair_is_refused_in_facts_from_python_too(field):
     with pytest.raises(FactsError, match="holds half of a surrogate pair"):
         given_facts([replace(whole, **{field: "\ud800"})])
     assert given_facts([whole]).facts == (whole,)
+
+
+def test_what_nobody_sees_is_warned_of_by_line_and_field():
+    """It passed without a word, and an answer with it is another answer."""
+    hidden = Question("a\u200bb", "c\ufeffd")
+    whole = Fact("a", "In Ora is", "Lima", "Ora", line=3)
+    fields = {
+        "prompt": ("In Ora\u200b is", "prompt", "U+200B, zero width space"),
+        "answer": ("\ufeffLima", "answer", "U+FEFF, zero width no-break space"),
+        "subject": ("Or\u00ada", "subject", "U+00AD, soft hyphen"),
+        "alternative": ("Ce\u2060ra", "alternative", "U+2060, word joiner"),
+        "paraphrases": (("seen", "un\u200bseen"), "paraphrases[2]", "U+200B, zero width space"),
+    }
+    for name, (value, said, sign) in fields.items():
+        assert unseen([replace(whole, **{name: value})]) == [f"line 3: field {said!r}: {sign}"]
+    for name, prompt in (("unrelated", "unrelated[1]"), ("neighbours", "neighbours[1]")):
+        found = unseen([replace(whole, **{name: (hidden,)})])
+        assert found == [
+            f"line 3: field {prompt!r}: U+200B, zero width space",
+            f"line 3: field '{prompt}.answer': U+FEFF, zero width no-break space",
+        ]
+    assert len(unseen([replace(whole, reversed=hidden)])) == 2
+
+
+@pytest.mark.parametrize("text", ["می\u200cخواهم", "क्\u200dष", "\U0001f469\u200d\U0001f680", "é"])
+def test_joiners_that_scripts_are_written_with_are_none(text):
+    assert unseen([Fact("a", text, text, text)]) == []
+
+
+def test_of_many_three_are_told():
+    assert list(unseen_said([])) == []
+    first, only = unseen_said(["line 1"])
+    assert first.startswith("1 field holds a character that nobody sees")
+    assert only == "  line 1"
+    said = list(unseen_said([f"line {at}" for at in range(1_004)]))
+    assert said[0].startswith("1,004 fields hold characters that nobody sees")
+    assert said[1:] == ["  line 0", "  line 1", "  line 2", "  and 1,001 more"]

@@ -65,6 +65,14 @@ def test_a_fact_that_is_there_is_left_out_and_said_before_any_work(tiny, ledger,
         malmend.ledger.add(ledger, again, strict=True, model=tiny.model)
 
 
+def test_characters_that_nobody_sees_are_said_before_any_work(tiny, ledger):
+    lines: list[str] = []
+    hidden = dataclasses.replace(FACTS[0], id="hidden", prompt=f"{FACTS[0].prompt}\u200b")
+    malmend.ledger.add(ledger, [hidden], model=tiny.model, told=lines.append)
+    assert lines[0].startswith("1 field holds a character that nobody sees")
+    assert lines[1] == f"  {hidden.place}: field 'prompt': U+200B, zero width space"
+
+
 def test_a_contradiction_is_refused_with_what_the_ledger_says(tiny, ledger, monkeypatch):
     monkeypatch.setattr("malmend.workbench.load_model", None)
     wrong = [dataclasses.replace(FACTS[3], id="x", answer="Nene"), FACTS[39]]

@@ -22,6 +22,7 @@ from malmend.errors import EditorError, MalmendError, PatchError
 from malmend.evaluation.examiner import Examiner
 from malmend.evaluation.page import PAGE, page_folder
 from malmend.facts.fact import Fact, FactSet, facts_digest
+from malmend.facts.lint import unseen, unseen_said
 from malmend.files import writable
 from malmend.memory import size_of
 from malmend.methods.method import Found, Method, settings_of
@@ -127,8 +128,9 @@ def edit(
             as "cuda:1", or "auto" for spread over all.
         processes: that the facts are spread over, of an editor; the first one writes.
         progress: called with stage and share done.
-        told: called with lines about the editor, and about what was given and is not read, once it
-            is known and before the work, and with the memory's plan.
+        told: called with lines about the editor, about what was given and is not read, and about
+            characters that nobody sees, once they are known and before the work, and with the
+            memory's plan.
 
     Raises:
         MalmendError: any bad input, in one sentence.
@@ -159,7 +161,7 @@ def edit(
     if isinstance(working, ByEditor):
         working = working.on(loaded)
         lines = working.said()
-    for line in lines:
+    for line in (*lines, *unseen_said(unseen(known))):
         told(line)
     bench = lay_out(loaded, working.sites_in(loaded.model), working.end_of_answer, trunk=trunk)
     known = aimed(bench, known, away)

@@ -15,7 +15,7 @@ from malmend.evaluation.protocols import groups_of, scores
 from malmend.evaluation.replies import Replies, rows_of
 from malmend.evaluation.report import Report
 from malmend.facts.fact import Fact, FactSet
-from malmend.facts.lint import leaks
+from malmend.facts.lint import leaks, unseen
 from malmend.facts.readers import read_text
 from malmend.facts.tokens import Encoder
 from malmend.models.device import places_of
@@ -138,6 +138,7 @@ def _report(
         rows=rows,
         groups=groups_of(rows),
         leaks=leaks(facts),
+        unseen=unseen(facts),
     )
 
 

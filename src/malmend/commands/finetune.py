@@ -23,6 +23,7 @@ from torch import Tensor
 from malmend.errors import MalmendError
 from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact, FactSet, Question, subject_hash
+from malmend.facts.lint import unseen, unseen_said
 from malmend.facts.readers import given_facts, read_facts
 from malmend.facts.tokens import Encoder, EndOfAnswer
 from malmend.files import part_of, reason, synced, writable_folder, written_beside
@@ -76,8 +77,8 @@ def finetune(
             several as "cuda:1".
         progress: called with stage and share done.
         stepped: called after every epoch.
-        told: called with a classifier's classes, and how often the facts name each, before the
-            work.
+        told: called with a classifier's classes, and how often the facts name each, and about
+            characters that nobody sees, before the work.
 
     Raises:
         MalmendError: any bad input, in one sentence.
@@ -103,6 +104,9 @@ def finetune(
         _check_new(folder)  # another run may have ended meanwhile
         if classes := encoder.reading.classes:  # a misspelt label would be one of them
             told(f"Classes: {', '.join(_counted(classes, labels))}.")
+
+        for line in unseen_said(unseen(known)):
+            told(line)
 
         def encoded(some: Sequence[Fact]) -> list[Encoded]:
             return encoder.encode_all(dict.fromkeys(q for f in some for q in _questions(f, asked)))

@@ -12,7 +12,7 @@ from typing import Any
 from malmend.editors.checkpoint import load_editor
 from malmend.errors import MalmendError
 from malmend.evaluation.page import FIGURES, PAGE
-from malmend.facts.lint import leaks
+from malmend.facts.lint import leaks, unseen
 from malmend.facts.readers import beside, read_facts
 from malmend.methods.trained import TRAINED, method_in, trained_method
 from malmend.models.cut import Cut
@@ -174,6 +174,7 @@ def _facts(path: Path) -> Inspection:
             f"{one.fact.place}: {one.kind} of {one.earlier.place}" for one in known.skipped
         ],
         "leaks": leaks(known),
+        "characters that nobody sees": unseen(known),
         "first": {"prompt": known[0].prompt, "answer": known[0].answer},
     }
     return Inspection("facts", str(path), entries)

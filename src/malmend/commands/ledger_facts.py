@@ -12,6 +12,7 @@ from malmend.editors.editor import Editor
 from malmend.errors import LedgerError
 from malmend.evaluation.replies import Asked
 from malmend.facts.fact import Fact, FactSet
+from malmend.facts.lint import unseen, unseen_said
 from malmend.models.load import LoadedModel
 from malmend.models.trunk import TrunkSettings
 from malmend.progress import Progress, silent
@@ -126,7 +127,7 @@ def add(
             bench = _bench(held.about, held.editor, model, device, trunk)
             known = aimed(bench, known, away)
         fresh, duplicates = unlike(held.active, known, strict)
-        _tell_left_out(duplicates, known, told)
+        _tell(duplicates, known, told)
         if not fresh:
             told("There is nothing to add.")
             return LedgerChange(held.current, duplicates=duplicates)
@@ -174,7 +175,7 @@ def replace(
     with writing(ledger, wait) as held:
         known = _read(held, facts, model, limit, strict, alternative)
         pairs, duplicates = paired(held.active, known, strict)
-        _tell_left_out(duplicates, known, told)
+        _tell(duplicates, known, told)
         if not pairs:
             told("There is nothing to replace.")
             return LedgerChange(held.current, duplicates=duplicates)
@@ -295,8 +296,10 @@ def _bench(
     return bench
 
 
-def _tell_left_out(duplicates: Sequence[Fact], known: FactSet, told: Told) -> None:
-    """Which facts the ledger holds already, and which the file holds twice."""
+def _tell(duplicates: Sequence[Fact], known: FactSet, told: Told) -> None:
+    """What nobody sees, which facts the ledger holds already, and which the file holds twice."""
+    for line in unseen_said(unseen(known)):
+        told(line)
     if duplicates:
         told(f"The ledger holds {named(duplicates)} already; left out.")
     for one in known.skipped:

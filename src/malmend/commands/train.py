@@ -22,7 +22,7 @@ from malmend.editors.training import StepRecord, Trainer, estimate_seconds, rehe
 from malmend.errors import EditorError, MalmendError
 from malmend.facts.encoded import resolved
 from malmend.facts.fact import Fact, FactSet, Question, subject_hashes
-from malmend.facts.lint import leaks
+from malmend.facts.lint import leaks, unseen, unseen_said
 from malmend.facts.readers import read_questions
 from malmend.files import reason, writable_folder
 from malmend.material import calibrated
@@ -155,6 +155,8 @@ def train(
             start, bench.trunk, bench.encoder, known, others, training, store, processes
         )
         about = _about(bench, known, others, training)
+        for line in unseen_said(unseen(known)):
+            told(line)
         records = _resumed(trainer, folder, about, told)
         if processes.count > 1:
             processes.check_alike("The editor in training", trainer.step, start.checksum())

@@ -28,6 +28,7 @@ class Report:
         groups: ``relation`` and ``answer_tokens`` to groups of facts by name.
         leaks: a warning for each neighbour or unrelated question that is also edited, and so meant
             to move.
+        unseen: a warning for each field with a character that nobody sees and that changes tokens.
     """
 
     facts: int
@@ -38,6 +39,7 @@ class Report:
     rows: Sequence[FactRow] = ()
     groups: Mapping[str, Mapping[str, Group]] = field(default_factory=dict)
     leaks: Sequence[str] = ()
+    unseen: Sequence[str] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; None says that nothing of the kind was asked."""
@@ -48,6 +50,7 @@ class Report:
             **({"perplexity": dict(self.perplexity)} if self.perplexity else {}),
             "about": dict(self.about),
             "leaks": list(self.leaks),
+            "unseen": list(self.unseen),
             "protocols": PROTOCOLS,
             "groups": {
                 by: {name: _group(group) for name, group in groups.items()}

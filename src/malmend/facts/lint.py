@@ -1,12 +1,18 @@
-"""What can be said of facts together before any model is loaded: repeats, ids, leaks."""
+"""What can be said of facts before any model is loaded: repeats, ids, leaks, unseen characters."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
 
 from malmend.facts.entry import EXPECTED, Entry, Faults, short
 from malmend.facts.fact import Fact, Question, Skipped
+
+# Soft hyphen, zero width space, word joiner and byte order mark; not U+200C and U+200D, which
+# Persian, Hindi and emoji are written with.
+UNSEEN = re.compile("[\u00ad\u200b\u2060\ufeff]")
 
 
 def same_prompt(prompt: str) -> str:
@@ -69,6 +75,39 @@ def leaks(facts: Sequence[Fact], others: Sequence[Question] = ()) -> list[str]:
                 "so it is meant to move; use another question"
             )
     return warnings
+
+
+def unseen(facts: Iterable[Fact]) -> list[str]:
+    """One warning per field with a character that nobody sees and that changes its tokens."""
+    return [
+        f"{fact.place}: field {name!r}: U+{ord(found[0]):04X}, {unicodedata.name(found[0]).lower()}"
+        for fact in facts
+        for name, text in _texts(fact)
+        if (found := UNSEEN.search(text))
+    ]
+
+
+def unseen_said(warnings: Sequence[str]) -> Iterator[str]:
+    """Warnings of :func:`unseen` as lines for a person: how many, and the first three."""
+    if len(warnings) == 1:
+        yield "1 field holds a character that nobody sees and that changes its tokens:"
+    elif warnings:
+        yield f"{len(warnings):,} fields hold characters that nobody sees and that change tokens:"
+    yield from (f"  {one}" for one in warnings[:3])
+    if len(warnings) > 3:
+        yield f"  and {len(warnings) - 3:,} more"
+
+
+def _texts(fact: Fact) -> Iterator[tuple[str, str]]:
+    """Every text of a fact that a model reads, with the name of its field."""
+    yield from (("prompt", fact.prompt), ("answer", fact.answer))
+    yield from (("subject", fact.subject or ""), ("alternative", fact.alternative or ""))
+    yield from ((f"paraphrases[{at}]", text) for at, text in enumerate(fact.paraphrases, 1))
+    asked = [(f"unrelated[{at}]", one) for at, one in enumerate(fact.unrelated, 1)]
+    asked += [(f"neighbours[{at}]", one) for at, one in enumerate(fact.neighbours, 1)]
+    asked += [("reversed", fact.reversed)] if fact.reversed else []
+    for name, question in asked:
+        yield from ((name, question.prompt), (f"{name}.answer", question.answer or ""))
 
 
 def repeated_ids(usable: list[tuple[Fact, Entry]]) -> Faults:
