@@ -55,6 +55,23 @@ def test_as_a_command(tmp_path, monkeypatch, capsys):
     assert "claer" in capsys.readouterr().err
 
 
+def test_stale_copies_are_named_with_what_clears_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MALMEND_CACHE", str(tmp_path))
+    old = tmp_path / "models" / "model.Q4-0123456789ab"
+    old.mkdir(parents=True)
+    (old / "complete.json").write_text('{"from": "model.Q4.gguf"}')
+    part_of(tmp_path / "models" / "new").mkdir()  # which is being made
+    assert malmend.cache().stale == (old,)
+    assert command("cache") == 0
+    said = capsys.readouterr().out
+    line = "1 model is stale (of an older version, or the file has changed or is gone) and may be"
+    assert line in " ".join(said.split())
+    assert f"\n  {old}\n" in said
+    assert "malmend cache --clear true removes it" in said
+    assert command("cache", "--clear", "true") == 0
+    assert "is stale" not in capsys.readouterr().out
+
+
 def test_a_kind_that_is_a_link_to_another_disk_is_emptied(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MALMEND_CACHE", str(tmp_path / "cache"))
     away = tmp_path / "away" / "model"

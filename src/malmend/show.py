@@ -219,6 +219,14 @@ def cached(result: CacheResult) -> None:
     for one in result.kinds:
         table.add_row(one.what, f"{one.entries:,}", f"{one.size / 1e6:,.1f}")
     OUT.print(table)
+    if result.stale and not (result.cleared or result.left):
+        models = "model is" if len(result.stale) == 1 else "models are"
+        OUT.print(
+            f"{len(result.stale):,} {models} stale (of an older version, or the file has changed "
+            "or is gone) and may be removed alone:"
+        )
+        for path in result.stale:
+            OUT.print(f"  {escape(str(path))}", highlight=False, soft_wrap=True)
     if result.cleared:
         OUT.print("All of it was removed.")
     elif result.left:

@@ -428,6 +428,27 @@ def test_a_gguf_file_is_copied_once(gguf, monkeypatch):
     assert load.positions_of(load.load_config(str(gguf))) == first.positions == 64
 
 
+def test_a_copy_that_nothing_reads_any_more_is_stale(gguf, monkeypatch):
+    first = source.float_copy(str(gguf.parent), gguf.name)
+    assert source.stale_copies() == []
+    (first / "complete.json").write_text('{"from": "model.gguf"}')  # as older versions wrote it
+    assert source.stale_copies() == [first]
+    assert source.float_copy(str(gguf.parent), gguf.name) == first
+    assert source.stale_copies() == []
+    monkeypatch.setattr(source, "COPY", source.COPY + 1)
+    second = source.float_copy(str(gguf.parent), gguf.name)
+    assert source.stale_copies() == [first]
+    gguf.unlink()
+    assert source.stale_copies() == sorted([first, second])
+
+
+@pytest.mark.parametrize("note", ["", "[]", "{", '{"of": 5}', '{"of": "a\\u0000b"}'])
+def test_a_copy_whose_note_is_damaged_is_stale(gguf, note):
+    copy = source.float_copy(str(gguf.parent), gguf.name)
+    (copy / "complete.json").write_text(note)
+    assert source.stale_copies() == [copy]
+
+
 def test_a_copy_that_another_run_has_finished_meanwhile_is_kept(gguf, monkeypatch):
     """It may be reading it."""
     target = source.float_copy(str(gguf.parent), gguf.name)

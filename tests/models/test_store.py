@@ -282,6 +282,21 @@ def test_oldest_segments_make_room_at_the_start(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_nobody_reads_any_more_is_removed_at_the_start(tmp_path):
+    """Records of an earlier form, and of segments that went, were kept for good."""
+    fill(opened(tmp_path), KEYS)
+    beside = tmp_path.with_name("beside")
+    beside.mkdir()
+    former = [tmp_path / "1-a.idx", beside / "2-b.idx", beside / "2-b.bin", beside / "3-c.index"]
+    for path in former:
+        path.write_bytes(b"rows")
+    new = beside / "4-d.bin"  # whose record another run is about to write
+    new.write_bytes(b"rows")
+    assert holds(opened(tmp_path), KEYS) == [True] * len(KEYS)
+    assert not any(path.exists() for path in former)
+    assert new.exists()
+
+
 def test_budget_is_shared_with_the_stores_beside_it(tmp_path):
     other_model = tmp_path.parent.parent / "another model" / "store"
     fill(opened(other_model), KEYS)
@@ -335,7 +350,7 @@ def test_a_segment_that_goes_while_the_folder_is_read(tmp_path, monkeypatch):
     gone = tmp_path / "1-gone.bin"
     found = [*tmp_path.glob("*.bin"), gone]
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "glob", lambda *_: iter(found))
+        patched.setattr(Path, "glob", lambda _, kind: iter(found if ".bin" in kind else ()))
         store = opened(tmp_path)
     assert all(holds(store, KEYS[:2]))
     fill(store, KEYS)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from malmend.files import is_written
-from malmend.models.source import cache_folder
+from malmend.models.source import cache_folder, stale_copies
 
 KINDS = {
     "trunk": "activations of questions, by model",
@@ -34,13 +34,15 @@ class Cached:
 class CacheResult:
     """The cache's folder and what it holds, or held before it was to be cleared, and what is left.
 
-    It is ``cleared`` where nothing is.
+    It is ``cleared`` where nothing is.  ``stale`` are copies of GGUF files that nothing reads any
+    more: of an older version, or of a file that has changed or is gone.
     """
 
     folder: Path
     kinds: tuple[Cached, ...]
     cleared: bool
     left: tuple[Cached, ...] = ()
+    stale: tuple[Path, ...] = ()
 
 
 def cache(clear: bool = False) -> CacheResult:
@@ -54,6 +56,7 @@ def cache(clear: bool = False) -> CacheResult:
     """
     folder = cache_folder()
     found = tuple(_of(folder, kind, what) for kind, what in KINDS.items())
+    stale = tuple(stale_copies())
     for kind in KINDS if clear else ():  # never what else lies in a folder that MALMEND_CACHE names
         for path in (folder / kind).glob("*"):
             if is_written(path):  # what is left of a killed run goes
@@ -66,7 +69,8 @@ def cache(clear: bool = False) -> CacheResult:
         with suppress(OSError):  # one that links to another disk stays
             (folder / kind).rmdir()
     left = tuple(_of(folder, kind, what) for kind, what in KINDS.items() if clear)
-    return CacheResult(folder, found, clear and not any(one.entries for one in left), left)
+    cleared = clear and not any(one.entries for one in left)
+    return CacheResult(folder, found, cleared, left, stale)
 
 
 def _of(folder: Path, kind: str, what: str) -> Cached:

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from malmend.errors import ModelError, nearest
-from malmend.files import part_of, reason, synced
+from malmend.errors import MalmendError, ModelError, nearest
+from malmend.files import part_of, reason, synced, written_beside
 from malmend.models.config_check import check_config
 from malmend.models.forms import KINDS
 from malmend.models.gguf_header import check_gguf
@@ -123,11 +123,10 @@ def check_whole(name: str, model: object, missing: Collection[str]) -> None:
 def float_copy(folder: str, gguf: str) -> Path:
     """A float32 folder made from a GGUF file, once; written beside and renamed when whole."""
     path = Path(folder) / gguf
-    stat = path.stat()
-    what = f"{COPY}|{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
-    tag = hashlib.sha256(what.encode()).hexdigest()
-    target = cache_folder() / "models" / f"{path.stem}-{tag[:12]}"
+    target = cache_folder() / "models" / _copy_name(path)
+    about = json.dumps({"from": gguf, "of": str(path.resolve())})
     if (target / "complete.json").is_file():
+        _say_whose(target / "complete.json", about)
         return target
     beside = part_of(target)
     try:
@@ -145,12 +144,47 @@ def float_copy(folder: str, gguf: str) -> Path:
         with _blaming_the_cache():
             tokenizer.save_pretrained(beside)
             model.save_pretrained(beside)
-            (beside / "complete.json").write_text(json.dumps({"from": gguf}))
+            (beside / "complete.json").write_text(about)
             synced(beside)
             _put(beside, target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return target
+
+
+def _copy_name(path: Path) -> str:
+    """Of the copy of a GGUF file as it is now."""
+    stat = path.stat()
+    what = f"{COPY}|{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+    return f"{path.stem}-{hashlib.sha256(what.encode()).hexdigest()[:12]}"
+
+
+def _say_whose(note: Path, about: str) -> None:
+    """Older copies do not say which file they are of."""
+    with suppress(OSError, MalmendError):
+        if note.read_text() != about:
+            with written_beside(note) as beside:
+                beside.write_text(about)
+
+
+def stale_copies() -> list[Path]:
+    """Copies that nothing reads any more: of an older version, or of a file that changed or went.
+
+    One of an older version that is read again is none any more.
+    """
+    return sorted(
+        folder
+        for folder in (cache_folder() / "models").glob("[!.]*")
+        if folder.is_dir() and not _is_current(folder)
+    )
+
+
+def _is_current(copy: Path) -> bool:
+    try:
+        of = json.loads((copy / "complete.json").read_text())["of"]
+        return _copy_name(Path(of)) == copy.name
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def _put(beside: Path, target: Path) -> None:

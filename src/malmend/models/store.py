@@ -25,6 +25,7 @@ from torch import Tensor
 
 _RECORD = struct.Struct("<16sQQI")  # key, first byte, number of rows, CRC-32 of them
 INDEX = ".index"
+FORMER_INDEX = ".idx"  # whose records have no checksum
 RECOUNTED = 64_000_000  # bytes that a store keeps before it looks again at what others have kept
 
 Place = tuple[Path, int, int, int]  # of rows: the segment, and what the record says
@@ -120,6 +121,7 @@ class ActivationStore:
         found: list[tuple[float, Path, int]] = []
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            _sweep(folder)
             found = [(stat.st_mtime, path, stat.st_size) for path, stat in _segments(folder)]
             found.sort()
             sizes = {path: size for _, path, size in found}
@@ -146,6 +148,21 @@ class ActivationStore:
         for key, start, rows, checksum in _RECORD.iter_unpack(raw[:whole]):
             if start + rows * self._row_bytes <= size:
                 self._places[key] = (path, start, rows, checksum)
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what nobody reads any more of a store's folder and of the folders beside it.
+
+    Segments of an earlier form, and an index whose segment is gone: rows are written before their
+    record, so it will not come.
+    """
+    with suppress(OSError):  # a folder that can only be read
+        for index in folder.parent.glob(f"*/*{FORMER_INDEX}"):
+            index.with_suffix(".bin").unlink(missing_ok=True)
+            index.unlink(missing_ok=True)
+        for index in folder.parent.glob(f"*/*{INDEX}"):
+            if not index.with_suffix(".bin").exists():
+                index.unlink(missing_ok=True)
 
 
 def _segments(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
