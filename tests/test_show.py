@@ -10,7 +10,7 @@ import pytest
 from malmend import show, show_report
 from malmend.commands.ask import AskResult
 from malmend.commands.inspect import Inspection
-from malmend.evaluation.protocols import scores
+from malmend.evaluation.protocols import Group, scores
 from malmend.evaluation.replies import Asked, Replies
 from malmend.evaluation.report import Report
 from malmend.facts.fact import Fact, FactSet, Question, Skipped, subject_hashes
@@ -46,6 +46,27 @@ def test_an_answer_that_was_cut_at_the_limit_ends_in_a_mark(cut, capsys):
     shown = capsys.readouterr().out
     assert "unedited: (nothing)\n" in shown
     assert f"edited:   [i] Lima / or{' …' * cut}\n" in shown
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
+def test_names_of_groups_fold_where_a_word_ends(width, capsys, monkeypatch):
+    """Once "airport_c" stood over "ity", and over "ountry" in the next row."""
+    names = ["airport_city", "airport_country", "state_abbreviation", "spoken or written", "x" * 30]
+    figures = scores(replies(1.0))["NS"]
+    both = {kind: replace(figures, generated=1.0) for kind in ("ES", "GS", "NS")}
+    groups = {"relation": {name: Group(3, both, both) for name in names}}
+    monkeypatch.setattr(show_report.OUT, "_width", width)
+    show_report.report(report(replies(1.0), replies(1.0, edited=True), groups=groups))
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= width
+    table = shown[shown.index("by relation") :]
+    rows = [line.split("│")[1].strip() for line in table.splitlines() if line.startswith("│")]
+    assert "".join(rows).replace(" ", "") == "".join(names).replace(" ", "")  # nothing is cut
+    if width >= 80:
+        words = {"airport_", "city", "country", "state_", "abbreviation", "spoken", "or", "written"}
+        parts = [part for row in rows for part in re.findall("[a-z]+_?", row) if "xx" not in part]
+        assert set(parts) == words
+    assert ("airport_country" in rows) == (width >= 100)
 
 
 def test_one_fact_is_one(capsys):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
+from rich.cells import cell_len
 from rich.markup import escape
 from rich.table import Table
 
 from malmend.commands.demo import DemoResult
+from malmend.errors import harmless
 from malmend.evaluation.protocols import PROTOCOLS, Group, Scores
 from malmend.evaluation.replies import KINDS
 from malmend.evaluation.report import Report
@@ -24,6 +27,7 @@ GROUPED = (
     ("GS", "generated"),
     ("NS", "token_ratio"),
 )
+FIGURE = 8  # signs of a column at least: "ES token", "11.1% →"
 MOST_GROUPS = 12  # rows of such a table; all are in the report's JSON
 
 
@@ -89,22 +93,48 @@ def _groups(by: str, groups: Mapping[str, Group]) -> None:
         for kind, metric in GROUPED
         if any(_figure(group.unedited, kind, metric) is not None for group in groups.values())
     ]
-    title = f"by {by}, unedited to edited"
-    table = Table(title=title if any(g.edited for g in groups.values()) else f"by {by}")
-    table.add_column(by, overflow="fold")
-    table.add_column("facts", justify="right")
-    for kind, metric in columns:
-        table.add_column(f"{kind} {metric.replace('_', ' ')}", justify="right")
+    heads = [by, "facts", *(f"{kind} {metric.replace('_', ' ')}" for kind, metric in columns)]
+    rows = []
     for name in (name for name in groups if name in largest):
         group = groups[name]
-        cells = []
+        rows.append([harmless(name), f"{group.facts:,}"])
         for kind, metric in columns:
             values = [_figure(model, kind, metric) for model in (group.unedited, group.edited)]
-            cells.append(" → ".join(percent(value) for value in values if value is not None))
-        table.add_row(escape(name), f"{group.facts:,}", *cells)
+            rows[-1].append(" → ".join(percent(value) for value in values if value is not None))
+    title = f"by {by}, unedited to edited"
+    has_edited = any(group.edited for group in groups.values())
+    widths = _widths([heads, *rows])
+    has_room = sum(widths) <= OUT.width - (3 * len(heads) + 1)
+    table = Table(title=title if has_edited else f"by {by}", pad_edge=has_room)
+    for at, (head, width) in enumerate(zip(heads, widths, strict=True)):
+        table.add_column(head, width=width, overflow="fold", justify="right" if at else "left")
+    for name, *cells in rows:
+        table.add_row(escape(_folded(name, widths[0])), *cells)
     OUT.print(table)
     if len(groups) > len(largest):
         OUT.print(f"  and {len(groups) - len(largest)} smaller groups (--json has all)")
+
+
+def _widths(lines: Sequence[Sequence[str]]) -> list[int]:
+    """Of a table's columns: figures as narrow as they fold well, where names need the room."""
+    columns = list(zip(*lines, strict=True))
+    wide = [max(map(cell_len, column)) for column in columns]
+    room = OUT.width - (3 * len(columns) - 1)  # without lines, and blanks but at the edges
+    if sum(wide) <= room:
+        return wide
+    words = [max(cell_len(word) for text in column for word in text.split()) for column in columns]
+    narrow = [min(all_of_it, max(FIGURE, one)) for all_of_it, one in zip(wide, words, strict=True)]
+    return [min(wide[0], max(FIGURE, room - sum(narrow[1:]))), *narrow[1:]]
+
+
+def _folded(name: str, width: int) -> str:
+    """A group's name in lines, which end with a word of it or an underscore where they can."""
+    lines = [""]
+    for part in re.findall(r"[^_\s]*[_\s]+|[^_\s]+", name):
+        if lines[-1] and cell_len(f"{lines[-1]}{part}".rstrip()) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _figure(model: Mapping[str, Scores], kind: str, metric: str) -> float | None:
