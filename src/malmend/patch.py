@@ -28,6 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from malmend.errors import PatchError, nearest
+from malmend.facts.entry import short
 from malmend.facts.tokens import EndOfAnswer
 from malmend.files import reason, written_beside
 from malmend.models.load import LoadedModel
@@ -60,6 +61,11 @@ class Patch:
 
     factors: Mapping[str, tuple[Tensor, ...]]
     provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        said = {name: self.provenance.get(name) for name in ("method", "facts", "model")}
+        about = "".join(f", {name}={short(one)}" for name, one in said.items() if one)
+        return f"Patch({len(self.factors)} layers{about}, base={self.base[:12]!r})"
 
     @property
     def base(self) -> str:

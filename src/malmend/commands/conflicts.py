@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from malmend.errors import MalmendError
@@ -36,9 +36,9 @@ class ConflictsResult:
 
     model: str
     patches: tuple[str, ...]
-    meetings: tuple[Meeting, ...]
-    metrics: Mapping[str, Measured]
-    asked: Mapping[str, Asking]
+    meetings: tuple[Meeting, ...] = field(repr=False)
+    metrics: Mapping[str, Measured] = field(repr=False)
+    asked: Mapping[str, Asking] = field(repr=False)
 
 
 def conflicts(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from malmend.facts.continuations import as_rows
@@ -19,9 +19,9 @@ from malmend.workbench import encoder_for
 class ContinuationsResult:
     """The facts, the file they were written to, and those left out as their prompt is there."""
 
-    facts: tuple[Fact, ...]
+    facts: tuple[Fact, ...] = field(repr=False)
     path: Path
-    skipped: tuple[Skipped, ...] = ()
+    skipped: tuple[Skipped, ...] = field(default=(), repr=False)
 
 
 def continuations(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from malmend.errors import PatchError
@@ -31,7 +31,7 @@ class DiffResult:
 
     model: str
     other: str
-    comparison: Comparison
+    comparison: Comparison = field(repr=False)
     patch: Patch | None = None
     path: Path | None = None
 

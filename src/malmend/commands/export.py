@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -43,8 +43,8 @@ class ExportResult:
     """
 
     folder: Path
-    record: Mapping[str, Any]
-    metrics: Measured
+    record: Mapping[str, Any] = field(repr=False)
+    metrics: Measured = field(repr=False)
 
 
 def export(

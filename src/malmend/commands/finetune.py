@@ -11,7 +11,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,7 +43,7 @@ class FinetuneResult:
     """A fine-tuned model's folder and every epoch, those of interrupted runs included."""
 
     folder: Path
-    records: tuple[EpochRecord, ...]
+    records: tuple[EpochRecord, ...] = field(repr=False)
     questions: int
 
 

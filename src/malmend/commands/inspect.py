@@ -12,6 +12,7 @@ from typing import Any
 from malmend.editors.checkpoint import load_editor
 from malmend.errors import MalmendError
 from malmend.evaluation.page import FIGURES, PAGE
+from malmend.facts.entry import short
 from malmend.facts.lint import leaks, unseen
 from malmend.facts.readers import beside, read_facts
 from malmend.methods.trained import TRAINED, method_in, trained_method
@@ -38,6 +39,10 @@ class Inspection:
     kind: str
     name: str
     entries: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        entries = ", ".join(f"{name}: {short(value)}" for name, value in self.entries.items())
+        return f"Inspection({self.kind!r}, {self.name!r}, {entries})"
 
 
 def inspect(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ class LearnResult:
     """A method that is trained: its folder, and a record for every step of this run."""
 
     folder: Path
-    records: tuple[Any, ...]
+    records: tuple[Any, ...] = field(repr=False)
 
 
 def learn(

@@ -47,6 +47,10 @@ class LedgerChange:
     known: Sequence[Fact] = ()
     warning: str | None = None
 
+    def __repr__(self) -> str:
+        counts = f"{len(self.entered):,} entered, {len(self.left):,} left"
+        return f"LedgerChange({self.generation!r}, {counts}, warning={self.warning!r})"
+
 
 @dataclass(frozen=True)
 class Verified:
@@ -74,6 +78,10 @@ class Verification:
     rows: Sequence[Verified]
     retention: float | None = None
     warning: str | None = None
+
+    def __repr__(self) -> str:
+        held = f"{len(self.rows) - len(self.failing):,} of {len(self.rows):,} facts hold"
+        return f"Verification({held}, retention={self.retention}, warning={self.warning!r})"
 
     @property
     def failing(self) -> list[Verified]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -61,8 +61,8 @@ class TrainResult:
 
     saved: SavedEditor
     folder: Path
-    records: tuple[StepRecord, ...]
-    leaks: tuple[str, ...]
+    records: tuple[StepRecord, ...] = field(repr=False)
+    leaks: tuple[str, ...] = field(repr=False)
     peak: int | None = None
 
 

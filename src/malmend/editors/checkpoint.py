@@ -12,7 +12,7 @@ import json
 import re
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,8 @@ class SavedEditor:
     called; empty of an editor that came from no folder.
     """
 
-    editor: Editor
-    about: Mapping[str, Any]
+    editor: Editor = field(repr=False)
+    about: Mapping[str, Any] = field(repr=False)
     identity: str = ""
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,14 @@ class Report:
     leaks: Sequence[str] = ()
     unseen: Sequence[str] = ()
 
+    def __repr__(self) -> str:
+        figures = [
+            f", {name}: {', '.join(_ratios(model))}"
+            for name, model in (("unedited", self.unedited), ("edited", self.edited))
+            if model
+        ]
+        return f"Report({self.facts:,} facts, {self.about.get('model')!r}{''.join(figures)})"
+
     def to_json(self) -> dict[str, Any]:
         """Plain values; None says that nothing of the kind was asked."""
         return {
@@ -75,6 +83,13 @@ class Report:
         with written_beside(path) as beside:
             # A path may be no UTF-8; what Python puts in place of its bytes is escaped, as in JSON.
             beside.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def _ratios(model: Mapping[str, Scores]) -> Iterator[str]:
+    """Of each kind that was asked, with its name."""
+    for kind, one in model.items():
+        if one.token_ratio is not None:
+            yield f"{kind} {one.token_ratio:.3f}"
 
 
 def _shown(kind: str, scores: Scores, edited: bool) -> dict[str, float | None]:

@@ -95,6 +95,10 @@ class FactSet(Sequence[Fact]):
     facts: tuple[Fact, ...]
     skipped: tuple[Skipped, ...] = ()
 
+    def __repr__(self) -> str:
+        counts = f"{len(self.facts):,} facts, {len(self.skipped):,} skipped"
+        return f"FactSet({self.source!r}, {counts})"
+
     def __len__(self) -> int:
         return len(self.facts)
 

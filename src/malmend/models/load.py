@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -50,8 +50,8 @@ class LoadedModel:
     """A model ready to be edited: evaluation mode, no parameter requires a gradient."""
 
     name: str
-    model: PreTrainedModel
-    tokenizer: Any
+    model: PreTrainedModel = field(repr=False)
+    tokenizer: Any = field(repr=False)
     fingerprint: str
 
     @property
