@@ -80,6 +80,21 @@ def test_every_public_name_can_be_had_and_nothing_is_printed(tmp_path):
     assert list(tmp_path.rglob("*")) == []
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from malmend import ledger",
+        "import malmend.ledger as ledger",
+        "import malmend; ledger = malmend.ledger",
+        "import malmend.ledger; from malmend.ledger import add; ledger = malmend.ledger",
+    ],
+)
+def test_the_ledger_is_a_module_however_it_is_imported(line, tmp_path):
+    code = f"{line}; import malmend; assert ledger is malmend.ledger; ledger.add, ledger.patch"
+    done = run(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
 def test_an_unknown_name_is_an_attribute_error():
     import malmend
 

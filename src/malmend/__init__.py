@@ -20,7 +20,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from malmend.commands import ledger as ledger
+    from malmend import ledger as ledger
     from malmend.commands.ask import AskResult as AskResult
     from malmend.commands.ask import ask as ask
     from malmend.commands.cache import CacheResult as CacheResult
@@ -100,10 +100,8 @@ _HOME = {
 }
 _MODULES = {name: module for module, names in _HOME.items() for name in names}
 
-# Modules whose functions are the words of one command: malmend.ledger.add(...)
-_COMMANDS = {"ledger": "commands.ledger"}
-
-__all__ = ["__version__", "eval", *_COMMANDS, *_MODULES]
+# A module whose functions are the words of one command: malmend.ledger.add(...)
+__all__ = ["__version__", "eval", "ledger", *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
@@ -111,8 +109,8 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("malmend")
-    if name in _COMMANDS:
-        return importlib.import_module(f"malmend.{_COMMANDS[name]}")
+    if name == "ledger":
+        return importlib.import_module("malmend.ledger")
     known = "evaluate" if name == "eval" else name  # the command line's word
     if known not in _MODULES:
         raise AttributeError(f"module 'malmend' has no attribute {name!r}")

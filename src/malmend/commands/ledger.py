@@ -1,4 +1,4 @@
-"""A ledger of what a model carries; ``malmend.ledger`` in Python.
+"""A ledger of what a model carries; as ``malmend.ledger`` its words are functions.
 
 Here is what needs no model.  The rest stands in ledger_init.py and ledger_facts.py.
 """
@@ -25,7 +25,8 @@ from malmend.patch import Patch, load_patch, make_patch, save_patch
 from malmend.progress import Progress, silent
 from malmend.shipping.ledger import Ledger, Moved
 from malmend.shipping.ledger_access import WAIT, reading, writing
-from malmend.shipping.ledger_entries import Entry, Generation
+from malmend.shipping.ledger_entries import Entry as Entry
+from malmend.shipping.ledger_entries import Generation as Generation
 from malmend.shipping.ledger_watch import StopRule as StopRule
 
 
