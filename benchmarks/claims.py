@@ -27,6 +27,7 @@ from malmend.editors.refine import RefineSettings
 from malmend.editors.settings import EditorSettings, training_free
 from malmend.editors.train_settings import TrainSettings
 from malmend.facts.fact import Fact, Question
+from malmend.files import written_beside
 from malmend.models.finetune import FinetuneSettings
 
 OUT = Path(__file__).resolve().parent / "out" / "claims"
@@ -198,7 +199,8 @@ def main() -> None:
             for name, (settings, refine) in variants.items():
                 rows.append(measured(name, given.data, 512, seed, "none", settings, refine))
     if rows:
-        (OUT / f"{given.what}.json").write_text(json.dumps(rows, indent=2))
+        with written_beside(OUT / f"{given.what}.json") as beside:
+            beside.write_text(json.dumps(rows, indent=2), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from malmend.editors.editor import Editor, log_size
 from malmend.editors.metaloss import Judged, meta_loss
 from malmend.editors.pseudo import value_diffs
 from malmend.facts.fact import Question
+from malmend.files import written_beside
 from malmend.memory import peak_memory
 from malmend.models.capture import Captured, capture
 from malmend.models.sites import Site
@@ -181,7 +182,8 @@ def main() -> None:
         table.add_row(str(size), *cells, "" if far is None else f"{far:.1e}")
     Console().print(table)
     OUT.mkdir(parents=True, exist_ok=True)
-    (OUT / "rows.json").write_text(json.dumps(rows, indent=2), encoding="utf-8")
+    with written_beside(OUT / "rows.json") as beside:
+        beside.write_text(json.dumps(rows, indent=2), encoding="utf-8")
 
 
 if __name__ == "__main__":

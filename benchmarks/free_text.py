@@ -18,6 +18,7 @@ from malmend.commands.continuations import continuations
 from malmend.editors.refine import RefineSettings
 from malmend.editors.settings import training_free
 from malmend.facts.readers import read_text
+from malmend.files import written_beside
 
 OUT = Path(__file__).resolve().parent / "out" / "free-text"
 BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -60,7 +61,8 @@ def main() -> None:
             }
         )
         print(rows[-1], flush=True)
-    (OUT / "rows.json").write_text(json.dumps(rows, indent=2))
+    with written_beside(OUT / "rows.json") as beside:
+        beside.write_text(json.dumps(rows, indent=2), encoding="utf-8")
 
 
 if __name__ == "__main__":

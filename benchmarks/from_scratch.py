@@ -43,6 +43,7 @@ from malmend.editors.refine import RefineSettings
 from malmend.editors.settings import EditorSettings, training_free
 from malmend.editors.train_settings import TrainSettings
 from malmend.facts.fact import Fact, Question
+from malmend.files import written_beside
 from malmend.models.finetune import FinetuneSettings
 from malmend.workbench import shipped
 
@@ -299,7 +300,8 @@ def main() -> None:
     rows += edit_all(out, "malmen, two passes", "none", free, twice)
     rows += edit_all(out, "malmen, up to four", "none", free, usual)
     rows += edit_all(out, "sum", "none", replace(free, method="mend"), once)
-    (out / "edits.json").write_text(json.dumps(rows, indent=2))
+    with written_beside(out / "edits.json") as beside:
+        beside.write_text(json.dumps(rows, indent=2), encoding="utf-8")
 
 
 if __name__ == "__main__":
