@@ -183,7 +183,7 @@ OPTIONS = {
     "ledger patch": {"-h", "--help", "--out"},
     "inspect": MODEL | {"--layers", "--linear", "--side", "--sites"},
     "cache": {"-h", "--help", "--clear"},
-    "demo": {"-h", "--help", "--out", "--model", "--facts", "--spoken"},
+    "demo": {"-h", "--help", "--out", "--model", "--facts", "--spoken", "--device"},
 }
 
 

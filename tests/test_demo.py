@@ -23,6 +23,10 @@ def test_demo_proves_that_the_weights_came_back(tiny, tmp_path, monkeypatch):
     lines: list[str] = []
     quick = functools.partial(demo_module.edit, calibration=command_support.CALIBRATION)
     monkeypatch.setattr(demo_module, "edit", quick)
+    put, load = list[str](), demo_module.load_model
+    monkeypatch.setattr(
+        demo_module, "load_model", lambda *a, device: put.append(device) or load(*a)
+    )
     done = malmend.demo(tmp_path / "out", tiny.model, facts=5, spoken=2, told=lines.append)
     assert done.weights_before == done.weights_after == weights_digest(tiny.loaded)
     assert done.weights_during != done.weights_before
@@ -35,6 +39,7 @@ def test_demo_proves_that_the_weights_came_back(tiny, tmp_path, monkeypatch):
     kinds = [one["kind"] for one in saved["rows"][0]["edited"]]
     assert (kinds.count("GS"), kinds.count("NS")) == (1, 1)
     assert len(done.asked) == 3
+    assert put == ["cpu"]
     assert all(one.edited is not None for one in done.asked)
     assert lines
     with pytest.raises(MalmendError):
@@ -51,7 +56,9 @@ def test_a_digest_sees_every_bit(tiny):
     assert weights_digest(tiny.loaded) == before
 
 
-def test_a_misspelt_model_leaves_no_folder_behind(tmp_path):
+def test_a_misspelt_model_or_device_leaves_no_folder_behind(tmp_path):
     with pytest.raises(malmend.MalmendError, match="did you mean 'smollm2-135m'"):
         malmend.demo(tmp_path / "out", "smollm2-135n")
+    with pytest.raises(malmend.MalmendError, match="--device is 'cuda:99'"):
+        malmend.demo(tmp_path / "out", device="cuda:99")
     assert list(tmp_path.iterdir()) == []

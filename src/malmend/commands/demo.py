@@ -16,6 +16,7 @@ from malmend.evaluation.report import Report
 from malmend.facts.fact import Fact
 from malmend.facts.readers import read_facts
 from malmend.files import writable_folder
+from malmend.models.device import device_of
 from malmend.models.load import LoadedModel, load_model, load_tokenizer
 from malmend.patch import applied
 from malmend.progress import Progress, silent
@@ -47,6 +48,7 @@ def demo(
     model: str = "smollm2-135m",
     facts: int = 128,
     spoken: int = 64,
+    device: str = "cpu",
     progress: Progress = silent,
     told: Callable[[str], None] = lambda line: None,
 ) -> DemoResult:
@@ -57,6 +59,8 @@ def demo(
         model: a name, a folder or a GGUF file.
         facts: how many to edit at once, 1,687 at most.
         spoken: for how many of them the model also answers free-running (the slow part).
+        device: it is put on: "cpu", "cuda" or another accelerator that torch finds, one of several
+            as "cuda:1", or "auto" for spread over all.
         progress: called with stage and share done.
         told: called with a line about what comes next.
 
@@ -66,10 +70,11 @@ def demo(
     known = _demo_facts(facts)
     if spoken < 0:
         raise MalmendError(f"spoken is {spoken}, expected 0 or more; change --spoken.")
+    device_of(device)
     load_tokenizer(model)  # a misspelt name leaves no folder behind
     folder = page_folder(writable_folder(out))
     told(f"Loading {model}.")
-    loaded = load_model(model)
+    loaded = load_model(model, device=device)
     before = weights_digest(loaded)
     told(f"Editing {len(known)} facts at once.")
     done = edit(loaded, known, folder / "patch.safetensors", progress=progress)
