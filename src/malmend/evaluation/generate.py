@@ -11,28 +11,23 @@ import itertools
 import re
 import string
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from malmend.errors import MalmendError
 from malmend.facts.tokens import Encoder
 from malmend.models.load import LoadedModel
 
-# More of a model's own settings that put other tokens in place of its first choice.
-FORCED = (
-    "forced_bos_token_id",
-    "forced_eos_token_id",
-    "suppress_tokens",
-    "begin_suppress_tokens",
-    "bad_words_ids",
-    "sequence_bias",
-    "min_new_tokens",
-    "exponential_decay_length_penalty",
-)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _LAST_WORD = re.compile(r"\w*\Z")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -102,20 +97,20 @@ class _LineEnds(StoppingCriteria):
     what a model without an end token says while others of its batch go on.
     """
 
-    def __init__(self, decode: Callable[[Tensor], str], start: int, rows: Sequence[_Row]):
+    def __init__(self, decode: Callable[[Sequence[int]], str], start: int, rows: Sequence[_Row]):
         self.decode, self.start, self.rows = decode, start, rows
         self.lengths = [row.limit for row in rows]
 
     def __call__(self, input_ids: Tensor, scores: Any, **_kwargs: Any) -> Tensor:
-        done = []
         length = input_ids.shape[1] - self.start
-        for index, (row, ids) in enumerate(zip(self.rows, input_ids, strict=True)):
+        said = input_ids[:, self.start :].tolist()  # of all rows at once: a device is waited for
+        for index, (row, new) in enumerate(zip(self.rows, said, strict=True)):
             if length < self.lengths[index]:
-                text, gold = self.decode(ids[self.start :]), row.gold
+                text, gold = self.decode(new), row.gold
                 lost = gold is not None and not can_still_match(text.lstrip(), gold)
                 if lost or _ended_lines(text) >= row.lines:
                     self.lengths[index] = length
-            done.append(length >= self.lengths[index])
+        done = [length >= limit for limit in self.lengths]
         return torch.tensor(done, device=input_ids.device)
 
 
@@ -206,29 +201,22 @@ def _decode_batch(
         given["decoder_input_ids"] = torch.tensor([prefix] * len(asked), device=device)
     before = len(prefix) if encodes else width
 
-    def decode(new: Tensor) -> str:
-        return _text(loaded, new.tolist())
-
-    line_ends = _LineEnds(decode, before, asked)
-    out = loaded.model.generate(
-        input_ids=rows.to(device),
-        attention_mask=mask.to(device),
+    line_ends = _LineEnds(lambda new: _text(loaded, new), before, asked)
+    plain = GenerationConfig(
         max_new_tokens=max(row.limit for row in asked),
-        do_sample=False,
-        num_beams=1,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        # What a model's own settings forbid or favour would not be its first choice.
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        min_length=0,
-        **dict.fromkeys(FORCED),
         eos_token_id=stop or None,
         pad_token_id=stop[0] if stop else 0,
-        stopping_criteria=StoppingCriteriaList([] if whole else [line_ends]),
-        **given,
+        decoder_start_token_id=prefix[0] if encodes else None,
+        use_cache=loaded.model.generation_config.use_cache,
     )
+    with _decoding_by(loaded.model, plain):
+        out = loaded.model.generate(
+            input_ids=rows.to(device),
+            attention_mask=mask.to(device),
+            generation_config=plain,
+            stopping_criteria=StoppingCriteriaList([] if whole else [line_ends]),
+            **given,
+        )
     rows_new = [
         ids[before : before + length].tolist()
         for ids, length in zip(out, line_ends.lengths, strict=True)
@@ -236,6 +224,20 @@ def _decode_batch(
     if whole:
         return [Answer(_text(loaded, new).strip(), not _ended(loaded, new)) for new in rows_new]
     return [first_lines(loaded, new, row.lines) for new, row in zip(rows_new, asked, strict=True)]
+
+
+@contextmanager
+def _decoding_by(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
+    """Sets a model's own settings aside: whatever is unset would be filled in from them.
+
+    What they forbid or favour would not be the model's first choice.
+    """
+    own = model.generation_config
+    model.generation_config = settings
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def first_lines(loaded: LoadedModel, new: Sequence[int], lines: int = 1) -> Answer:
