@@ -16,8 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from malmend.errors import ModelError
-from malmend.files import reason
-from malmend.models.forms import KINDS, Stack, form_of, probe, run
+from malmend.models.forms import KINDS, UNRUN, Stack, cannot_run, form_of, probe, run
 
 PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -111,16 +110,18 @@ def run_matrices(model: PreTrainedModel, stacks: Sequence[Stack]) -> dict[str, l
     )
     try:
         logits = run(model, probe(model, (0, 1), (0, 2))).logits.float()
-    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+    except UNRUN as error:
         if form == "classes" and model.config.pad_token_id is None:
             raise _reads_rightwards(model) from error  # such a head looks for the last token
-        raise ModelError(
-            f"{type(model).__name__} cannot run ({reason(error)}), which finding its layers needs; "
-            "load it whole, unquantised and in float32."
-        ) from error
+        raise cannot_run(model, error, "finding its layers") from error
     finally:
         for handle in handles:
             handle.remove()
+    if not last:
+        raise ModelError(
+            f"{type(model).__name__} calls its blocks in a way that nothing can watch, which "
+            f"editing needs; give {KINDS} of another make."
+        )
     if not logits.isfinite().all():
         raise ModelError(
             f"{type(model).__name__} gives NaN or infinity, expected finite logits; its weights "

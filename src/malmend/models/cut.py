@@ -23,6 +23,7 @@ F stored width (K + H, or H).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
@@ -33,8 +34,16 @@ from transformers import PreTrainedModel
 
 from malmend.errors import ModelError
 from malmend.facts.encoded import TokenBatch
-from malmend.models.ending import UNRUN, WIDE, Ending, replaced, trial
-from malmend.models.forms import find_stacks, form_of, output_reads, probe, run
+from malmend.models.ending import WIDE, Ending, replaced, trial
+from malmend.models.forms import (
+    UNRUN,
+    cannot_run,
+    find_stacks,
+    form_of,
+    output_reads,
+    probe,
+    run,
+)
 from malmend.models.lane import Lane
 from malmend.models.sites import Site, stack_of
 
@@ -239,7 +248,10 @@ class Cut:
         with ExitStack() as stack:
             for lane in self._lanes:
                 stack.enter_context(lane.watched())
-            run(self.model, probe(self.model, (0, 1, 2)))
+            try:
+                run(self.model, probe(self.model, (0, 1, 2)))
+            except UNRUN as error:
+                raise cannot_run(self.model, error, "cutting it") from error
 
     @torch.no_grad()
     def _adds_plainly(self) -> bool:
@@ -259,20 +271,24 @@ class Cut:
     def _agrees(self, tokens: TokenBatch | None = None) -> bool:
         """Whether trunk and head together give what the whole model gives, on a trial batch."""
         tokens = tokens or probe(self.model, (0, 1, 2), (2, 1))
-        whole = run(self.model, tokens).logits
-        if self.form != "classes":
-            whole = whole.reshape(-1, whole.shape[-1])[tokens.flat_sources_A.to(whole.device)]
         try:
+            whole = run(self.model, tokens).logits
+            if self.form != "classes":
+                whole = whole.reshape(-1, whole.shape[-1])[tokens.flat_sources_A.to(whole.device)]
             stored = nn.utils.rnn.pad_sequence(self.activations(tokens), batch_first=True)
             found = self.head(tokens, stored.to(self.model.device), lambda states_AH: states_AH)
         except UNRUN:
-            return False  # a block that lacks what the skipped ones would have made
+            return False  # as a block that lacks what the skipped ones would have made
         return self.agree(found, whole)
 
     def agree(self, found: Tensor, whole: Tensor) -> bool:
-        """Whether logits are those of the whole model, up to the rounding of its dtype."""
+        """Whether logits are those of the whole model, up to the rounding of its dtype.
+
+        NaN, which some models give beside padding, agrees with nothing.
+        """
         share = 1e-3 if self.model.dtype in WIDE else 2e-2
-        return torch.allclose(found, whole, rtol=0, atol=share * whole.abs().max().item())
+        most = whole.abs().max().item()
+        return math.isfinite(most) and torch.allclose(found, whole, rtol=0, atol=share * most)
 
     def _run_until_stop(self, tokens: TokenBatch, *handles: Any) -> None:
         try:

@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from malmend.facts.encoded import Encoded, TokenBatch, collate
-from malmend.models.forms import run
+from malmend.models.forms import UNRUN, run
 
 WIDE = (torch.float32, torch.float64)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-UNRUN = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)  # what a trial may raise
 
 
 class Ending:

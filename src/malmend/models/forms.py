@@ -20,8 +20,17 @@ from transformers import PreTrainedModel
 from malmend.errors import ModelError
 from malmend.facts.encoded import Encoded, Form, TokenBatch, collate
 from malmend.facts.tokens import Reading
+from malmend.files import reason
 
 KINDS = "a decoder, an encoder with a classification head, or an encoder-decoder"
+UNRUN = (  # what a trial run may raise
+    RuntimeError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+)
 CLASSIFIER = "ForSequenceClassification"
 
 
@@ -137,6 +146,14 @@ def _longest(
             "its own."
         )
     return max(stacks, key=lambda stack: len(stack[1]))
+
+
+def cannot_run(model: PreTrainedModel, error: Exception, what: str) -> ModelError:
+    """That a trial, of which ``what`` says the end, has raised one of :data:`UNRUN`."""
+    return ModelError(
+        f"{type(model).__name__} cannot run ({reason(error)}), which {what} needs; load it whole, "
+        f"unquantised and in float32, or give {KINDS} that reads texts of any length."
+    )
 
 
 def run(model: PreTrainedModel, tokens: TokenBatch, encoded: Tensor | None = None) -> Any:
