@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from malmend.errors import MalmendError
 from malmend.numerics.lowrank import compressed, restored
 
 
@@ -43,3 +44,12 @@ def test_of_full_rank_it_is_the_moment():
     moment_KK = moment()
     found_KK = restored(*compressed(moment_KK, 40)).double()
     assert (found_KK - moment_KK).norm() < 2**-9 * moment_KK.norm()
+
+
+def test_an_eigenvalue_whose_root_float16_does_not_hold_is_refused():
+    # It became infinity, and the moment NaN.
+    held_KK = torch.diag(torch.tensor([4.2e9, 1.0, 1.0], dtype=torch.float64))
+    found_KK = restored(*compressed(held_KK, 2)).double()
+    torch.testing.assert_close(found_KK, held_KK, rtol=2**-9, atol=0)
+    with pytest.raises(MalmendError, match=r"eigenvalue of 5\.0e\+09, expected 4\.3e\+09 at most"):
+        compressed(torch.diag(torch.tensor([5e9, 1.0, 1.0], dtype=torch.float64)), 2)

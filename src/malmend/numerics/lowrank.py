@@ -13,12 +13,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from malmend.errors import MalmendError
+
 
 def compressed(moment_KK: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """F (K x R, float16) and r (K, float32) of equation (16); R is ``rank``, or K if less."""
+    """F (K x R, float16) and r (K, float32) of equation (16); R is ``rank``, or K if less.
+
+    Raises:
+        MalmendError: float16 does not hold the root of an eigenvalue.
+    """
     values_K, vectors_KK = torch.linalg.eigh(moment_KK.double())
     kept = slice(max(0, len(values_K) - rank), None)
     factor_KR = (vectors_KK[:, kept] * values_K[kept].clamp(min=0).sqrt()).half()
+    if factor_KR.isinf().any():
+        most = torch.finfo(torch.float16).max ** 2
+        raise MalmendError(
+            f"The second moment has an eigenvalue of {values_K[-1]:.1e}, expected {most:.1e} at "
+            "most, whose root float16 holds; save the editor in full (slim=False)."
+        )
     rest_K = (moment_KK.double() - _square(factor_KR)).diagonal().clamp(min=0)
     return factor_KR.contiguous(), rest_K.float()
 
