@@ -382,3 +382,17 @@ def test_weighted_rows_by_autograd(tokens, prior_name, at_once, monkeypatch):
     torch.testing.assert_close(found.weights_N, weights.grad, **EXACT)
     miss = (keys @ shift.detach().T - diffs).norm(dim=1) / diffs.norm(dim=1)
     assert residuals(shift.detach(), keys, diffs) == (pytest.approx(miss.sum().item()), tokens)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_prior_of_nothing_has_a_shift_but_no_gradient_by_its_weights(weighted):
+    """Any weight above 0 picks another of the shifts that fit, however small it is."""
+    keys, diffs, grad = problem(2)
+    weights = torch.tensor([0.5, 2.0], dtype=torch.float64) if weighted else None
+    nothing = RidgeFactor(keys, Prior(0.0, (0.0,), (moment(3 * K),)), weights)
+    shift = nothing.shift(diffs)
+    torch.testing.assert_close(shift, RidgeFactor(keys, Prior(0.0), weights).shift(diffs), **EXACT)
+    little = RidgeFactor(keys, Prior(0.0, (1e-9,), (moment(3 * K),)), weights).shift(diffs)
+    assert (little - shift).norm() > 0.1 * shift.norm()
+    with pytest.raises(MalmendError, match="no gradient by them with 2 tokens, expected 6 or more"):
+        nothing.backward(grad, diffs, shift)

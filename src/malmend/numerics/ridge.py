@@ -31,6 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from malmend.errors import MalmendError
 from malmend.numerics.chunks import chunks
 from malmend.numerics.prior import Prior, PriorGrads, cholesky
 
@@ -170,6 +171,9 @@ class RidgeFactor:
             shift_grad_VK: G.
             diffs_NV: D^T, as :meth:`shift` was given it.
             shift_VK: S, as it found it.
+
+        Raises:
+            MalmendError: nothing regularises, so that the shift jumps where a weight leaves 0.
         """
         grad_VK, shift_VK = self._wide(shift_grad_VK), self._wide(shift_VK)
         if not self.is_dual:
@@ -185,6 +189,12 @@ class RidgeFactor:
             again_NV = torch.cholesky_solve(rooted_NV, self._factor)
             by_ridge = -(again_NV * self._rooted(diffs_NV)).sum().item()
             return RidgeGrads(*by_row, PriorGrads((), by_ridge))
+        if self.prior.is_zero:
+            raise MalmendError(
+                f"A prior whose lambda and weights are all 0 has no gradient by them with "
+                f"{len(self.keys_NK)} tokens, expected {self.keys_NK.shape[1]} or more, the keys' "
+                "width; use lambda > 0 or a weight above 0."
+            )
         # M P = G - (dL/dD) U^T, because A = U U^T + P.
         rest_KV = grad_VK.T - self._wide(self.keys_NK).T @ self._rooted(rooted_NV)
         adjoint_KV = (
