@@ -79,7 +79,8 @@ def edited(model, trunk, shifts):
 
 
 @pytest.mark.parametrize(
-    ("frame", "restore"), [("chat", None), ("w1 {prompt}", None), ("chat", 1.0), ("chat", 2.3)]
+    ("frame", "restore"),  # the first is what `make test` runs
+    [("chat", 2.3), ("chat", None), ("w1 {prompt}", None), ("chat", 1.0)],
 )
 def test_a_further_pass_is_least_squares_on_the_keys_of_the_edited_model(frame, restore):
     model = tiny_model()
