@@ -39,6 +39,10 @@ def by_kind(kind: str) -> list[list[Question]]:
     return [questions for questions in chosen if questions]
 
 
+def distinct_questions() -> list[Question]:
+    return list(dict.fromkeys(question for _, _, question in questions_of(facts())))
+
+
 def expected(kind: str) -> tuple[float, float]:
     """Token ratio and exact of the model as its weights now are."""
     rights = [[right_of(q) for q in questions] for questions in by_kind(kind)]
@@ -131,6 +135,33 @@ def test_retention_kl_and_kept_are_those_of_plain_forward_passes(kind):
     known = [still[question] for question in asked if right.get(question)]
     assert 0 < sum(known) < len(known) < len(asked)
     assert found.kept == pytest.approx(fmean(known), abs=1e-12)
+
+
+@pytest.mark.parametrize("most", [3, 1000])
+def test_held_questions_go_through_the_output_together(most, monkeypatch):
+    """To rounding what each alone gives; once each was a run of the output layer of its own."""
+    one = examiner(batch_tokens=4000)
+    one.examine(facts(), decode_facts=0, remember=True)
+    monkeypatch.setattr(examiner_module, "LOGITS", most * one.trunk.words)
+    batches = sum(1 for _ in one.trunk.batches(one.encoder.encode_all(distinct_questions())))
+    sizes, through = [], one.trunk.logits_of
+
+    def counted(states_AH: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(states_AH))
+        return through(states_AH)
+
+    monkeypatch.setattr(one.trunk, "logits_of", counted)
+    with applied(model(), patch(0.1)):
+        rows = one.examine(facts(), decode_facts=0).rows
+        found = {row.question: row.kl for row in rows if row.kind in ("NS", "LS")}
+        after = {question: logits_at(question)[0] for question in found}
+    if most > 3:
+        assert len(sizes) <= 2 * batches < batches + len(found)
+    else:
+        assert sizes.count(3) >= 2
+    for question, kl in found.items():
+        p, q = logits_at(question)[0].log_softmax(1), after[question].log_softmax(1)
+        assert kl == pytest.approx((p.exp() * (p - q)).sum(1).tolist(), rel=1e-9, abs=1e-14)
 
 
 def test_only_what_must_not_move_has_retention_and_only_after_an_edit():
