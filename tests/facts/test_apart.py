@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from malmend.facts.apart import apart
+from malmend.facts.apart import _holds, _shortest, apart
 from malmend.facts.fact import Fact
 
 TEXTS = (
@@ -67,3 +69,13 @@ def test_each_fact_leaves_out_its_own():
 def test_without_facts_or_texts_nothing_is_left_out():
     assert apart(TEXTS, []) == [True] * 10
     assert apart([], [fact("The capital of France is")]) == []
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    st.text("abé法国", max_size=12),
+    st.lists(st.text("abé法国", max_size=5).filter(lambda one: not one.isascii()), max_size=12),
+)
+def test_subjects_are_found_as_if_each_were_looked_for(text, subjects):
+    """Which took facts times texts: 20 s for 8,000 facts."""
+    assert _holds(text, _shortest(set(subjects))) == any(one in text for one in subjects)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -37,12 +38,37 @@ def apart(texts: Sequence[str], facts: Iterable[Fact], few: int = FEW) -> list[b
         subject = _plain(fact.subject or "").casefold().strip()
         if subject and not subject.isascii():
             unspaced.add(subject)
+    starts = _shortest(unspaced)
     return [
         telling.isdisjoint(words)
         and not any(about <= words for word in words for about in together.get(word, ()))
-        and not any(subject in text for subject in unspaced)
+        and not _holds(text, starts)
         for text, words in zip(map(str.casefold, plain), folded, strict=True)
     ]
+
+
+def _shortest(subjects: Iterable[str]) -> list[str]:
+    """In order, without those that begin as another of them: who has these has that one."""
+    found: list[str] = []
+    for subject in sorted(subjects):
+        if not (found and subject.startswith(found[-1])):
+            found.append(subject)
+    return found
+
+
+def _holds(text: str, subjects: Sequence[str]) -> bool:
+    """Whether one of the subjects, none in ASCII and as :func:`_shortest` gives, is in the text.
+
+    Of those one alone may begin at a place, the last that is not behind the text from there on;
+    so that many subjects take hardly longer than few.
+    """
+    if not subjects or text.isascii():
+        return False
+    for start in range(len(text)):
+        at = bisect_right(subjects, text[start:])
+        if at and text.startswith(subjects[at - 1], start):
+            return True
+    return False
 
 
 def _about(fact: Fact, small: set[str]) -> tuple[frozenset[str], bool]:
