@@ -21,7 +21,6 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable
-from itertools import combinations
 
 from malmend.facts.fact import Fact
 
@@ -53,22 +52,16 @@ class Borrowing:
         known = list(facts)
         self._answers = defaultdict[tuple[str, ...], set[str]](set)
         small = set[str]()
-        asked = defaultdict[Place, set[str]](set)
-        answers = defaultdict[tuple[str, str], dict[Template, str]](dict)
+        asked = defaultdict[Place, dict[str, str]](dict)  # to each subject the answer
         for fact in known:
             self._answers[plain(fact.prompt)].add(fact.answer)
             small.update(word for word in WORD.findall(fact.prompt) if word == word.lower())
             if (found := _template(fact)) is not None:
                 relation, subject = str(fact.relation), str(fact.subject)
-                asked[relation, found[0]].add(subject)
-                answers[relation, subject][found[0]] = fact.answer
+                asked[relation, found[0]][subject] = fact.answer
         self._small = OPENERS | small
-        self._apart = {
-            (relation, frozenset(pair))
-            for (relation, _), given in answers.items()
-            for pair in combinations(given, 2)
-            if given[pair[0]] != given[pair[1]]
-        }
+        self._asked = dict(asked)
+        self._apart = dict[tuple[str, frozenset[Template]], bool]()  # of pairs that were compared
         self._lent = defaultdict[str, list[Template]](list)
         for (relation, template), subjects in sorted(
             asked.items(), key=lambda one: (-len(one[1]), one[0])
@@ -117,7 +110,12 @@ class Borrowing:
         return self._same[relation, own]
 
     def _is_apart(self, relation: str, one: Template, other: Template) -> bool:
-        return (relation, frozenset((one, other))) in self._apart
+        """Whether a subject has another answer to the one than to the other."""
+        pair = relation, frozenset((one, other))
+        if pair not in self._apart:
+            few, many = sorted((self._asked.get((relation, t), {}) for t in (one, other)), key=len)
+            self._apart[pair] = any(many.get(who, said) != said for who, said in few.items())
+        return self._apart[pair]
 
     def _named(self, template: Template) -> frozenset[str]:
         """Words with a digit or a capital, but for a first word that elsewhere has none."""
