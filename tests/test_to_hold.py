@@ -70,6 +70,15 @@ def test_nothing_whose_answer_names_an_edited_subject(smollm2):
     assert any(said.startswith("Who was the queen of Egypt") for said in every - without)
 
 
+def test_a_name_that_no_more_than_two_texts_have_tells_by_itself(smollm2, tmp_path):
+    names = ["Zorvath"] * 2 + ["Quillmere"] * 3
+    lines = [f"{name} lies by the sea, {index}." for index, name in enumerate(names)]
+    (tmp_path / "text.txt").write_text("\n".join(lines))
+    edited = Fact("e", "It was founded by", "Ada", subject="Zorvath Quillmere")
+    held = to_hold(smollm2, [edited], tmp_path / "text.txt")
+    assert [smollm2.said(one.ids) for one in held if one.answer_start == 2] == lines[2:]
+
+
 def test_what_is_kept_back_to_measure_by_is_not_held(smollm2):
     held = {smollm2.said(one.ids) for one in to_hold(smollm2, [])}
     back = held_out_questions(smollm2, 200)
