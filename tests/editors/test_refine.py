@@ -6,6 +6,7 @@ Shape letters: N tokens, K key width, V value width.
 from __future__ import annotations
 
 import copy
+import math
 import random
 from dataclasses import replace
 
@@ -140,6 +141,34 @@ def test_a_second_pass_brings_back_what_the_prior_holds_down(weight):
         for one in (model, edited(model, trunk, once), edited(model, trunk, twice))
     )
     assert second < first < before
+
+
+def test_a_later_pass_asks_for_an_end_that_the_first_takes_as_said():
+    """An end token of 0.2 nats, between the two bounds."""
+    model, asked = tiny_model(), QUESTIONS[0]
+    end, at = asked.ids[-1], asked.sources[-1]
+    states = []
+    handle = model.lm_head.register_forward_pre_hook(lambda _, given: states.append(given[0]))
+    others = model(torch.tensor([asked.ids])).logits[0, at].clone()
+    handle.remove()
+    state, others[end] = states[0][0, at], -torch.inf
+    wanted = others.logsumexp(0) - math.log(math.exp(0.2) - 1)  # the logit of p = exp(-0.2)
+    model.lm_head.weight.data[end] = wanted * state / state.square().sum()
+    logs = model(torch.tensor([asked.ids])).logits[0, at].log_softmax(-1)
+    assert -logs[end].item() == pytest.approx(0.2, rel=1e-9)
+    trunk = tiny_trunk(model)
+    first = captured_of(trunk, FACTS[:1], SETTINGS)
+    editor = random_editor(SETTINGS, trunk, first, statistics=statistics_of(trunk, first))
+    nothing = {site.name: torch.zeros(site.shape_VK).double() for site in trunk.sites}
+    again, _ = further(editor, trunk, nothing, [asked], {}, RefineSettings())
+    for before, after in zip(first, again, strict=True):
+        assert (
+            before.ends_N.tolist()
+            == after.ends_N.tolist()
+            == [False] * (at - asked.sources[0]) + [True]
+        )
+        assert before.value_grads_NV[-1].norm() == 0
+        assert after.value_grads_NV[-1].norm() > 0
 
 
 def test_a_further_pass_leaves_the_weights_as_they_were():
