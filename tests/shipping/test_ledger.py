@@ -155,11 +155,23 @@ def test_what_needs_no_model_loads_none(tiny, ledger, monkeypatch):
 
 def test_sums_are_built_anew_before_more_is_taken_off_than_is_left(tiny, ledger):
     added(tiny, ledger, FACTS)
-    for fact in FACTS[:32]:
-        malmend.ledger.revoke(ledger, [fact.id])
+    with reading(ledger) as held:
+        sizes = {entry.fact.id: entry.tokens for entry in held.active}
+        removed = [one.removed for one in held.sums().values()]
+    assert removed == [0] * len(removed)
+    rebuilt = 0
+    for start in range(0, 32, 8):
+        gone = [fact.id for fact in FACTS[start : start + 8]]
+        malmend.ledger.revoke(ledger, gone)
         with reading(ledger) as held:
-            for site, sums in enumerate(held.sums().values()):
-                assert sums.removed <= sum(entry.tokens[site] for entry in held.active)
+            found = [one.removed for one in held.sums().values()]
+        for site, count in enumerate(found):
+            left = sum(sizes[one.id][site] for one in FACTS[start + 8 :])
+            since = removed[site] + sum(sizes[one][site] for one in gone)
+            assert count == (since if since <= left else 0)
+            rebuilt += since > left
+        removed = found
+    assert rebuilt == len(removed)  # each once
     assert_same(malmend.ledger.patch(ledger), direct(tiny, FACTS[32:]))
     assert summed(ledger)
 
