@@ -86,6 +86,12 @@ def test_rounding_noise_stays_under_the_floor_and_is_not_far_under(rows, columns
     assert floor / 20 < noise < floor / 2
 
 
+def test_the_floor_by_hand():
+    """2^-7 * 5 / sqrt(4 * 100) * (2 + 10), whichever of the two is the longer."""
+    assert rounding_floor(5.0, (4, 100), 2**-7) == pytest.approx(3 / 128, rel=1e-15)
+    assert rounding_floor(5.0, (100, 4), 2**-7) == pytest.approx(3 / 128, rel=1e-15)
+
+
 @given(st.integers(1, ROWS - 1), st.integers(0, 50))
 @settings(max_examples=25, deadline=None)
 def test_truncation_is_the_svd_between_whitening_and_its_inverse(rank, seed):

@@ -63,6 +63,15 @@ def test_the_rank_of_an_edit_that_was_rounded_too():
         assert difference_rank(mine, theirs, torch.finfo(dtype).eps) == 5
 
 
+def test_the_noise_is_that_of_the_larger_weights():
+    """Beside a thousand times larger ones that were rounded, whichever model has them."""
+    generator = torch.Generator().manual_seed(0)
+    large = torch.randn(60, 5, generator=generator) @ torch.randn(5, 80, generator=generator)
+    large, small = large.bfloat16(), (1e-3 * torch.randn(60, 80, generator=generator)).bfloat16()
+    eps = torch.finfo(torch.bfloat16).eps
+    assert difference_rank(small, large, eps) == difference_rank(large, small, eps) == 5
+
+
 def test_what_only_one_model_has_is_said():
     loaded, other = loaded_of("llama"), loaded_of("llama", num_hidden_layers=3)
     found = compared(loaded.model, other.model)
