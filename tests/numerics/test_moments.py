@@ -103,6 +103,13 @@ def test_rows_that_do_not_vary_but_by_rounding_have_deviation_one():
     assert torch.equal(streamed(rows).std(), torch.ones(F, dtype=torch.float64))
 
 
+def test_nor_where_their_mean_is_below_zero_and_rounded_chunk_by_chunk():
+    rows = torch.full((34, F), -0.1, dtype=torch.float64)
+    moments = streamed(*rows.split([3, 7, 11, 13]))
+    assert (moments.m2_F > 0).all()  # which is rounding
+    assert torch.equal(moments.std(), torch.ones(F, dtype=torch.float64))
+
+
 def test_an_offset_of_a_million():
     rows = rows_of(300) + 1e6
     expected = (rows - 1e6).std(0, unbiased=False)  # this difference is exact
