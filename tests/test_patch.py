@@ -226,6 +226,17 @@ def test_a_fault_while_it_is_put_on():
     assert_untouched(model, before)
 
 
+@DTYPES
+def test_a_shift_of_zeros_turns_no_bit(dtype):
+    """-0.0 + 0.0 is 0.0."""
+    model = tiny.model_of("llama", dtype)
+    sites = list(find_sites(model, 2))
+    sites[0].weight.data[0, :3] = -0.0
+    before = state_of(model)
+    with shifted(sites, {site.name: torch.zeros(site.shape_VK) for site in sites}):
+        assert_untouched(model, before)
+
+
 def test_applied_edit_is_the_shift_times_the_key():
     loaded = loaded_of("gpt2", torch.float64)
     patch = patch_for(loaded)

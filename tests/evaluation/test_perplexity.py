@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+import math
+import random
 
 import pytest
 import torch
 
 import helpers
 from malmend.editors.keymoments import passages_of, text_moment
-from malmend.evaluation.perplexity import LEAST, MOST, unread
+from malmend.evaluation.perplexity import LEAST, MOST, perplexity, unread
 from malmend.facts.tokens import Encoder
+from malmend.models.load import prepared
 from malmend.models.sites import find_sites
 from malmend.models.trunk import Trunk, TrunkSettings
 
@@ -72,3 +75,15 @@ def test_of_a_long_text_only_so_much_is_taken():
 def test_too_little_is_no_text(read):
     assert unread(encoder(), text(), read) is None
     assert unread(encoder(), "", read) is None
+
+
+def test_of_a_bfloat16_model_losses_are_taken_and_added_up_in_float32():
+    """Against float64 log-softmax of the logits as the model gives them."""
+    model = helpers.tiny_llama(len(WORDS) + 4, initializer_range=0.3).bfloat16()
+    given = " ".join(random.Random(0).choices(WORDS, k=100))
+    ids = torch.tensor([helpers.words(WORDS)(given)["input_ids"]])
+    with torch.no_grad():
+        logs = model(ids).logits[0, :-1].double().log_softmax(-1)
+    wanted = math.exp(-logs.gather(1, ids[0, 1:, None]).mean())
+    found = perplexity(prepared(model, helpers.words(WORDS), "tiny"), given)
+    assert found == pytest.approx(wanted, rel=1e-5)
