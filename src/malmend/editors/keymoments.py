@@ -1,7 +1,7 @@
 """The second moments of keys that the prior of the ridge holds (equations 1 and 13).
 
-    text      mean of k k^T over the tokens of general text, each line's first left out: it is an
-              attention sink, and by itself would make up nearly all of the trace
+    text      mean of k k^T over the tokens of general text, of a decoder each line's first left
+              out: it is an attention sink, and by itself would make up nearly all of the trace
     asked     mean of k k^T over questions about other subjects, at the tokens that an edit would
               have rows of: neighbours of calibration facts, their unrelated questions and general
               ones, each kind of the same weight
@@ -93,7 +93,7 @@ def end_of(passage: Encoded, tokens: int) -> Encoded:
 
 
 def first_of(passages: Sequence[Encoded], most_tokens: int) -> list[Encoded]:
-    """The first passages, until they have so many tokens, each one's first left out."""
+    """The first passages, until they have so many tokens, not counting each one's first."""
     sizes = torch.tensor([len(one.ids) - 1 for one in passages]).cumsum(0)
     return list(passages[: int((sizes < most_tokens).sum()) + 1])
 
@@ -110,7 +110,10 @@ def text_moment(
     most_tokens: int,
     progress: Progress = silent,
 ) -> list[Tensor]:
-    """C_text of every site: the mean of k k^T over the text but each line's first token."""
+    """C_text of every site: the mean of k k^T over the text, but a line's first token of a decoder.
+
+    Of other forms every token counts, in both halves of an encoder-decoder.
+    """
     questions = first_of(passages, most_tokens)
     totals, done = _Totals(trunk), 0
     for indices, batch in trunk.batches(questions):

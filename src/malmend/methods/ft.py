@@ -1,14 +1,14 @@
 """Fine-tuning on the edits alone (FT; MALMEN, appendix A.5), and beside text (FT+KL; MEND).
 
     minimise over W    mean over facts of -log p(answer | prompt)
-                       + locality * mean over passages of KL(unedited || tuned)
+                       + locality * mean over passages of the sum of KL(unedited || tuned)
 
 by AdamW over the feed-forward layers of the last blocks, everything else as it was.  The shift is
 what W moved by, weight decay included.
 
 Deviations: the published text does not say how many facts make a step; here it is ``batch``.  Of a
 gated feed-forward the gate stays.  The passages are ends of lines of the package's own text, the
-KL is taken at their last tokens.
+KL is summed over their last five tokens.
 
 Shape letters: V value width, K key width.
 """
