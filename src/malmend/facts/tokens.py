@@ -9,7 +9,6 @@ that it was trained with.
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -19,9 +18,9 @@ from jinja2 import TemplateError
 from malmend.errors import MalmendError, nearest
 from malmend.facts.encoded import Encoded, Form
 from malmend.facts.fact import Fact, Question
+from malmend.facts.tokenizer import EndOfAnswer, check_survives, end_ids, special_ids, tokenized
 
 TRIED = "What is it?"  # what a chat template is tried with
-EndOfAnswer = Literal["eos", "newline", "none"]
 Part = Literal["prompt", "answer"]
 # Where a part of a question stands that is in another field than the question.
 ELSEWHERE = {
@@ -93,10 +92,8 @@ class Encoder:
         self.chat = chat
         self.reading = reading
         self.end_of_answer: EndOfAnswer = "none" if reading.form == "classes" else end_of_answer
-        self._end_ids = self._end_token(self.end_of_answer)
-        added = tokenizer.added_tokens_decoder.items()  # many of which no role is known
-        self._special = {*tokenizer.all_special_ids, *(id for id, one in added if one.special)}
-        self._special.discard(tokenizer.unk_token_id)
+        self._end_ids = end_ids(tokenizer, self.end_of_answer)
+        self._special = special_ids(tokenizer)
         self.prefix = self._decoder_prefix() if reading.form == "seq2seq" else ()
 
     def encode(self, question: Question) -> Encoded:
@@ -187,7 +184,8 @@ class Encoder:
         """
         ids, prefix = self.passage_ids(text), self.prefix
         if self.reading.form == "classes":
-            ids = self._embedded(self._whole(text)[0])  # with the marks that every prompt has
+            # With the marks that every prompt has.
+            ids = self._embedded(tokenized(self.tokenizer, text)[0])
             ids = ids if len(ids) <= self.max_tokens else self.passage_ids(text)
         cut = len(ids) if self.reading.form != "seq2seq" else (len(ids) + 1) // 2
         return Encoded(ids, cut, len(ids), self.reading.form, prefix)
@@ -196,7 +194,7 @@ class Encoder:
         """The ids that the answer follows, or that an encoder reads."""
         if self.reading.form == "causal":
             return self._embedded(self.ids_of(self.framed(prompt))[0])
-        return self._embedded(self._whole(self.framed(prompt))[0])
+        return self._embedded(tokenized(self.tokenizer, self.framed(prompt))[0])
 
     def said(self, ids: Sequence[int]) -> str:
         """What ids of an answer say, end tokens and the like by their names."""
@@ -240,7 +238,7 @@ class Encoder:
         """An answer that is not read with its prompt: its class, or what a decoder says."""
         if self.reading.form == "seq2seq":
             ids = self.ids_of(answer.strip())[0][len(self.prefix) - 1 :]
-            self._check_survives(answer, ids)
+            check_survives(self.tokenizer, self._special, answer, ids)
             return ids
         names = [name.casefold() for name in self.reading.classes]
         if answer.strip().casefold() not in names:
@@ -258,7 +256,7 @@ class Encoder:
                 "The configuration of this encoder-decoder names no decoder_start_token_id, which "
                 "its answers begin with; set it in config.json."
             )
-        ids, _, marks = self._whole("a")
+        ids, _, marks = tokenized(self.tokenizer, "a")
         first = next((i for i, mark in enumerate(marks) if not mark), 0)
         return (self.reading.start, *ids[:first])
 
@@ -267,25 +265,12 @@ class Encoder:
         blank = "" if self.chat or prompt[-1:].isspace() else " "
         ids, spans = self.ids_of(prompt + blank + (answer if self.chat else answer.lstrip()))
         start = next((i for i, (_, end) in enumerate(spans) if end > len(prompt)), len(ids))
-        self._check_survives(answer, ids[start:])
+        check_survives(self.tokenizer, self._special, answer, ids[start:])
         return Encoded(ids + self._end_ids, start, len(ids))
-
-    def _check_survives(self, answer: str, ids: tuple[int, ...]) -> None:
-        if marks := [one for one in ids if one in self._special]:
-            raise MalmendError(
-                f"the answer {answer!r} holds {self.tokenizer.decode(marks[:1])!r}, a special "
-                "token, which is no text of an answer; leave it out"
-            )
-        kept = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        if not answer.strip() or self.tokenizer.unk_token_id in ids or not _same(kept, answer):
-            raise MalmendError(
-                f"the answer {answer!r} does not survive tokenisation, it reads back as {kept!r}; "
-                "write it with characters that the tokenizer knows"
-            )
 
     def ids_of(self, text: str) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
         """Ids and character spans, leading special tokens kept, trailing ones dropped."""
-        ids, spans, marks = self._whole(text)
+        ids, spans, marks = tokenized(self.tokenizer, text)
         count = len(ids)
         while count and marks[count - 1] and spans[count - 1] == (0, 0):
             count -= 1
@@ -294,45 +279,3 @@ class Encoder:
         if self.chat and count > 1 and ids[0] == ids[1] and ids[0] in special.values():
             first = 1  # the template wrote the token that BOS added again
         return ids[first:count], spans[first:count]
-
-    def _whole(self, text: str) -> tuple[tuple[int, ...], list[tuple[int, int]], list[int]]:
-        """Ids, character spans and which are special, as the tokenizer frames a text."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise MalmendError(
-                f"the text {text[:40]!a} is not UTF-8 (it holds {text[error.start]!a}); "
-                "save or type it as UTF-8"
-            ) from None
-        out = self.tokenizer(
-            text, return_offsets_mapping=True, return_special_tokens_mask=True, truncation=False
-        )
-        spans = [tuple(span) for span in out["offset_mapping"]]
-        return tuple(out["input_ids"]), spans, out["special_tokens_mask"]
-
-    def _end_token(self, end_of_answer: EndOfAnswer) -> tuple[int, ...]:
-        if end_of_answer == "none":
-            return ()
-        if end_of_answer == "newline":
-            ids = tuple(self.tokenizer("\n", add_special_tokens=False)["input_ids"][-1:])
-            if "\n" not in self.tokenizer.decode(ids):
-                raise MalmendError(
-                    "The tokenizer has no token for a line break; set end_of_answer to 'eos' or "
-                    "'none'."
-                )
-            return ids
-        if self.tokenizer.eos_token_id is None:
-            raise MalmendError(
-                "The tokenizer has no end token; set end_of_answer to 'newline' or 'none', or make "
-                "an encoder a classifier with malmend finetune first."
-            )
-        return (self.tokenizer.eos_token_id,)
-
-
-def _same(kept: str, answer: str) -> bool:
-    """Whether a decoded answer is the answer, up to outer blanks and Unicode composition."""
-    return _plain(kept) == _plain(answer)
-
-
-def _plain(text: str) -> str:
-    return unicodedata.normalize("NFKC", text).strip().casefold()
