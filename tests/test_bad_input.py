@@ -17,8 +17,8 @@ import command_support
 from command_support import CALIBRATION, Tiny, malmend, save_model
 from malmend import edit as edit_facts
 from malmend import train as train_editor
-from malmend.commands import choice as choice_module
 from malmend.commands import edit as edit_module
+from malmend.commands import edits as edits_module
 from malmend.commands import train as train_module
 from malmend.editors import checkpoint
 from malmend.editors.halfway import EVERY
@@ -683,7 +683,7 @@ def interrupted(*_arguments: object, **_keywords: object) -> None:
 
 @pytest.mark.parametrize("at", ["find_by_editor", "opened", "save_patch", "writable"])
 def test_stopped_while_editing(at, place, capsys, monkeypatch):
-    home = choice_module if at == "find_by_editor" else edit_module
+    home = edits_module if at == "find_by_editor" else edit_module
     monkeypatch.setattr(home, at, interrupted)
     before = contents(place.folder)
     assert malmend(*place.edit()) == 130

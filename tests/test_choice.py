@@ -12,7 +12,7 @@ import command_support
 import malmend
 from command_support import CALIBRATION, make_facts
 from malmend import workbench
-from malmend.commands import choice
+from malmend.commands import choice, edits
 from malmend.commands.choice import choose
 from malmend.commands.learn import learn
 from malmend.editors.checkpoint import load_editor, save_editor, seen_in_training
@@ -206,18 +206,21 @@ def test_the_seconds_of_an_edit_are_without_what_is_done_once_for_a_model(tiny, 
     """By a clock that only what is made once moves."""
     clock, asked = [0.0], list[str]()
 
-    def slow(name, own):
+    def slow(module, name):
+        own = getattr(module, name)
+
         def slowed(*given, **named):
             clock[0] += 100.0
             asked.append(name)
             return own(*given, **named)
 
-        monkeypatch.setattr(choice, name, slowed)
+        monkeypatch.setattr(module, name, slowed)
 
-    slow("known_facts", choice.known_facts)
-    slow("calibrated", choice.calibrated)
+    slow(edits, "known_facts")
+    slow(edits, "around_sites")
+    slow(choice, "calibrated")
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     data = {"calibrate": tiny.calibrate, "text": tiny.text, "calibration": CALIBRATION}
     settled = RefineSettings(rounds=0.01, steps=1)
     assert malmend.edit(tiny.loaded, FEW, refine=settled, **data).seconds == 0.0
-    assert asked == ["calibrated", "known_facts"]
+    assert asked == ["calibrated", "around_sites", "known_facts"]

@@ -14,9 +14,10 @@ import torch
 import command_support
 import malmend
 from command_support import CALIBRATION, make_facts
-from malmend import show, workbench
-from malmend.commands import choice
-from malmend.commands.choice import ByEditor, choose
+from malmend import material, show, workbench
+from malmend.commands import edits
+from malmend.commands.choice import choose
+from malmend.commands.edits import ByEditor
 from malmend.editors import draws, halfway, restore, settle
 from malmend.editors import refine as refine_module
 from malmend.editors.borrowing import Borrowing
@@ -95,7 +96,7 @@ def test_a_framed_edit_keeps_the_rank_of_all_its_rows(tiny, monkeypatch):
 @pytest.fixture
 def briefly(monkeypatch):
     """Four steps on two held lines each; a random model knows no facts."""
-    monkeypatch.setattr(choice, "known_facts", lambda _bench, _facts: [])
+    monkeypatch.setattr(edits, "known_facts", lambda _bench, _facts: [])
     monkeypatch.setattr(draws, "FEWEST", 4)
     monkeypatch.setattr(draws, "HELD", 2)
 
@@ -127,7 +128,7 @@ def test_an_edit_is_settled_from_its_last_kept_solve_in_every_frame(tiny, monkey
         return {name: factor * shift for name, shift in shifts.items()}
 
     known = [encoder_for(tiny.model).encode(one.question) for one in make_facts(5, seed=4)]
-    monkeypatch.setattr(choice, "known_facts", lambda _bench, facts: known if facts else None)
+    monkeypatch.setattr(edits, "known_facts", lambda _bench, facts: known if facts else None)
     monkeypatch.setattr(by_editor, "settle", noted)
     counting(monkeypatch, 0.0, 0.5, 0.0, 0.01)  # the second solve is let go, a hundredth is not
     refine = replace(SETTLED, passes=2, restore=0.0, wordings=3, rounds=900.0)
@@ -297,11 +298,45 @@ def test_another_settling_does_not_go_on_from_it(tiny, monkeypatch, other):
 
 def test_a_bound_that_does_not_bind_goes_on_from_the_same_settling(tiny, monkeypatch, briefly):
     places = []
-    monkeypatch.setattr(by_editor, "settle", lambda *given: places.append(given[-1].path) or {})
+
+    def stopped(*given):
+        places.append(given[-1].path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(by_editor, "settle", stopped)
     for steps in (400, 500, 3):
-        with pytest.raises(KeyError):
+        with pytest.raises(KeyboardInterrupt):
             malmend.edit(tiny.loaded, FEW, refine=replace(SETTLED, steps=steps), **own(tiny))
     assert places[0] == places[1] != places[2]
+
+
+def test_an_edit_settles_around_the_editors_layers_too(tiny, briefly):
+    """What was measured with the shift on is what an evaluation of the patch finds."""
+    own_names = {site.name for site in find_sites(tiny.loaded.model)}
+    done = malmend.edit(tiny.loaded, FEW, refine=SETTLED, **own(tiny))
+    beside = done.patch.factors.keys() - own_names
+    assert {name.split(".", 3)[3] for name in beside} == {"self_attn.o_proj", "mlp.up_proj"}
+    assert all(done.patch.shift(name).any() for name in done.patch.factors)
+    report = malmend.eval(tiny.loaded, FEW, done.patch, decode_facts=0, text=None)
+    assert report.edited["ES"].token_ratio == pytest.approx(done.edited)
+
+
+@pytest.mark.parametrize(
+    ("refine", "settings"),
+    [
+        (replace(SETTLED, around=False), training_free()),
+        (SETTLED, replace(training_free(), sites="model.layers.*.mlp.down_proj")),
+    ],
+)
+def test_it_keeps_to_the_editors_layers_where_that_is_said(tiny, briefly, refine, settings):
+    done = malmend.edit(tiny.loaded, FEW, refine=refine, settings=settings, **own(tiny))
+    assert {name.rsplit(".", 1)[1] for name in done.patch.factors} == {"down_proj"}
+
+
+def test_what_is_known_of_the_layers_around_is_kept(tiny, monkeypatch, briefly):
+    first = malmend.edit(tiny.loaded, FEW, refine=SETTLED, **own(tiny)).patch
+    monkeypatch.setattr(material, "key_moments", None)  # is not asked again
+    assert same(first, malmend.edit(tiny.loaded, FEW, refine=SETTLED, **own(tiny)).patch)
 
 
 def test_a_budget_is_planned_with_the_lines_that_are_held(tiny, briefly):
@@ -373,14 +408,15 @@ def test_what_is_solved_does_not_depend_on_what_settles_it(tiny, monkeypatch, br
 
     kept = []
 
-    def spoilt(_editor, _trunk, shifts, *rest):
+    def spoilt(_trunk, _priors, shifts, *rest):
         kept.append(rest[-1].path)
         rest[-1].keep(halfway.EVERY, lambda: {"one": torch.ones(2)})
         assert kept[0].exists()
         return {name: shift * (math.nan if broken else 0.0) for name, shift in shifts.items()}
 
     monkeypatch.setattr(by_editor, "settle", spoilt)
-    refine = replace(plain, rounds=1.0)
+    # Around them the model is cut below, which rounds otherwise.
+    refine = replace(plain, rounds=1.0, around=False)
     found = malmend.edit(tiny.loaded, FEW, refine=refine, **own(tiny)).patch
     assert found.provenance["restore"] == 1.0
     assert found.provenance["rounds"] == 0.0
@@ -428,7 +464,8 @@ def test_an_edit_settles_in_no_more_steps_than_are_given(tiny, monkeypatch, brie
 def test_a_settled_edit_that_misses_more_is_taken_back(tiny, monkeypatch, briefly):
     once = malmend.edit(tiny.loaded, FEW, refine=ONCE, **own(tiny)).patch
     counting(monkeypatch, 0.2, 0.21)
-    found = malmend.edit(tiny.loaded, FEW, refine=SETTLED, **own(tiny)).patch
+    refine = replace(SETTLED, around=False)
+    found = malmend.edit(tiny.loaded, FEW, refine=refine, **own(tiny)).patch
     assert same(found, once)
     said = found.provenance
     assert (said["rounds"], said["steps"], said["wordings"], said["hold"]) == (0.0, 4, 0, 0.0)

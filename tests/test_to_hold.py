@@ -8,7 +8,8 @@ import pytest
 
 import command_support
 import malmend
-from malmend.commands.choice import ByEditor, choose
+from malmend.commands.choice import choose
+from malmend.commands.edits import ByEditor
 from malmend.editors import draws
 from malmend.editors.refine import RefineSettings
 from malmend.editors.settings import training_free
@@ -121,7 +122,7 @@ def test_an_editor_that_solves_once_restores_nothing(smollm2, settings):
 def test_lines_of_wikipedia_are_held_while_an_edit_settles(tiny, monkeypatch, rounds):
     asked = []
     monkeypatch.setattr(
-        "malmend.commands.choice.to_hold", lambda *_given, more=False: asked.append(more) or []
+        "malmend.commands.edits.to_hold", lambda *_given, more=False: asked.append(more) or []
     )
     own = {
         "calibrate": tiny.calibrate,
@@ -146,7 +147,7 @@ def test_nothing_is_read_where_nothing_will_be_restored(tiny, monkeypatch, refin
     def no(*_args):
         raise AssertionError("held without need")
 
-    monkeypatch.setattr("malmend.commands.choice.to_hold", no)
+    monkeypatch.setattr("malmend.commands.edits.to_hold", no)
     monkeypatch.setattr(draws, "FEWEST", 3)
     own = {
         "calibrate": tiny.calibrate,

@@ -18,13 +18,14 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from malmend.editors.around import Around, load_around, save_around
 from malmend.editors.calibration import Calibration, CalibrationSettings, calibrate
 from malmend.editors.calibration_file import (
     calibration_key,
     load_calibration,
     save_calibration,
 )
-from malmend.editors.keymoments import first_of, passages_of, text_moment
+from malmend.editors.keymoments import first_of, key_moments, passages_of, text_moment
 from malmend.editors.settings import EditorSettings
 from malmend.errors import MalmendError
 from malmend.facts.apart import apart
@@ -76,6 +77,49 @@ def calibrated(
             bench.trunk, bench.encoder, editor_settings, known, words, settings, progress, general
         ),
         save_calibration,
+        MOST_KEPT,
+    )
+
+
+def around_sites(
+    bench: Workbench,
+    editor_settings: EditorSettings,
+    facts: str | Path | Sequence[Fact] | None = None,
+    text: str | Path | None = None,
+    settings: CalibrationSettings = CalibrationSettings(),
+    progress: Progress = silent,
+) -> Around:
+    """The moments of the bench's sites, for such an editor's terms, from the cache or made now.
+
+    Of what :func:`calibrated` reads, and its arguments.
+    """
+    known, words, general = _calibration_data(bench, facts, text, settings)
+    digests = (bench.loaded.digest, tokenizer_digest(bench.encoder.tokenizer))
+    given = (*digests, bench.trunk, editor_settings, settings)
+    key = calibration_key(*given, known, words, general)
+    names, terms = [site.name for site in bench.trunk.sites], editor_settings.terms
+
+    def make() -> Around:
+        usable = spread([fact for fact in known if fact.paraphrases], settings.prior_facts)
+        found = key_moments(
+            bench.trunk,
+            bench.encoder,
+            terms,
+            usable,
+            words,
+            settings.text_tokens,
+            general,
+            editor_settings.tokens,
+            progress,
+        )
+        rows = {name: {term: found[term][at] for term in terms} for at, name in enumerate(names)}
+        return Around(rows)
+
+    return kept(
+        cache_folder() / "calibrations" / f"around-{key}.safetensors",
+        lambda path: load_around(path, names, terms),
+        make,
+        save_around,
         MOST_KEPT,
     )
 

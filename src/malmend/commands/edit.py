@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from malmend.commands.choice import ByEditor, choose
+from malmend.commands.choice import choose
+from malmend.commands.edits import ByEditor
 from malmend.commands.evaluate import chat_encoder, evaluate
 from malmend.editors.calibration import CalibrationSettings
 from malmend.editors.editor import Editor

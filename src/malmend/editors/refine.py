@@ -92,6 +92,9 @@ class RefineSettings:
             others are as the batch asks others of the relation, or turned and in fewer words
             (wordings.py); none is there twice.
         hold: weight of other questions and of text while the edit settles.
+        around: beside the editor's layers, also settle the other feed-forward layers and the
+            attention's outputs of their blocks and of the one below; not where ``sites`` names the
+            layers.
     """
 
     passes: int | None = None
@@ -102,7 +105,8 @@ class RefineSettings:
     rounds: float | None = None
     steps: int = 400
     wordings: int = 8
-    hold: float = 60.0
+    hold: float = 150.0
+    around: bool = True
 
     def __post_init__(self) -> None:
         if self.passes is not None and not 1 <= self.passes <= MOST_PASSES:
@@ -168,7 +172,7 @@ UNSAID: list[object] = [USUAL, MOST, ENOUGH, END_NLL, *FRAMES, *WITH_CHAT, *NUMB
 UNSAID += [RefineSettings.gain, RefineSettings.chat_gain, RefineSettings.restore]
 # The same of what settles.
 SETTLING: list[object] = [RefineSettings.hold, RefineSettings.wordings, FEW, ROUNDS]
-SETTLING += [RefineSettings.steps, IN_CHAT]
+SETTLING += [RefineSettings.steps, RefineSettings.around, IN_CHAT]
 SETTLING += [LEFT_OUT, TURNED, borrowing.FORMAT, *settle.NUMBERS]
 
 

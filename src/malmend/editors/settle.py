@@ -12,6 +12,13 @@ in the metric of the prior: with P_l = L_l L_l^T of equation (1) and S_l = E_l L
 E_l, whose steps are relative to the root mean square of the E_l that it starts from and fall
 linearly to nothing.  So a step is small where text and other questions have many keys.
 
+Not only the layers that were solved for settle.  A feed-forward layer's output is edited by keys
+in which a subject is hard to tell by a straight line; what the attention gives and the first layer
+reads tells it better.  So these layers settle too, from E_l = 0, in steps of as great a part of
+W_l L_l as the solved layers' have of theirs in the mean:
+
+    rate_l = RATE * rms(W_l L_l) * mean over solved layers k of rms(E_k) / rms(W_k L_k)         (30)
+
 The facts are read as they are, in every frame and in other words (wordings.py).  With them go some
 of the held questions and lines (restore.py), and some of what the model surely says of other
 subjects (known.py); draws.py says which, in each step.  Not in the papers.
@@ -30,11 +37,9 @@ from torch import Tensor
 
 from malmend.editors import draws
 from malmend.editors.draws import Readings, in_turns
-from malmend.editors.editor import Editor
 from malmend.editors.halfway import Halfway
 from malmend.editors.restore import Held
 from malmend.facts.encoded import Encoded
-from malmend.models.capture import token_counts
 from malmend.models.output import Part, kl_from
 from malmend.models.trunk import Batch, Trunk
 from malmend.models.weightgrads import Term, saying, weight_grads
@@ -58,8 +63,8 @@ class Keeping:
 
 
 def settle(
-    editor: Editor,
     trunk: Trunk,
+    priors: Mapping[str, Prior],
     shifts: Mapping[str, Tensor],
     asked: Sequence[Sequence[Encoded]],
     steps: int,
@@ -71,9 +76,9 @@ def settle(
     """Equation (29), descended.
 
     Args:
-        editor: whose prior is the metric.
-        trunk: the cut model, unedited.
-        shifts: what is started from, by site, V x K.
+        trunk: the cut model, unedited; all of its sites settle.
+        priors: the metric, by site.
+        shifts: what is started from, V x K, by site; a site that has none starts at zero.
         asked: of each fact its prompt, and the same in other ways; of ``processes`` this one's.
         steps: how many.
         keeping: what should be said as before; of ``processes`` this one's.
@@ -85,14 +90,7 @@ def settle(
         The shifts in float64.  The same draws are made of however many processes, but for
         rounding of what is open.
     """
-    plain = [ways[0] for ways in asked]
-    counts = [token_counts(plain, editor.settings.tokens, s.in_encoder) for s in trunk.sites]
-    tokens = processes.total(*map(sum, counts))
-    device = trunk.model.device
-    metric = {
-        name: _Metric(editor.prior(site, int(count)), shifts[name].to(device, trunk.wide))
-        for site, (name, count) in enumerate(zip(editor.names, tokens, strict=True))
-    }
+    metric = _metric(trunk, priors, shifts)
     readings = Readings(asked, processes, steps)
     sizes = [int(processes.total(len(one.held.questions))[0]) for one in keeping]
     others = [in_turns(n, one.each, processes) for n, one in zip(sizes, keeping, strict=True)]
@@ -118,6 +116,23 @@ def settle(
         if halfway is not None:
             halfway.keep(step + 1, lambda: _state(parts), is_last=step + 1 == steps)
     return {name: one.shift().cpu().double() for name, one in metric.items()}
+
+
+def _metric(
+    trunk: Trunk, priors: Mapping[str, Prior], shifts: Mapping[str, Tensor]
+) -> dict[str, _Metric]:
+    """E of every site."""
+    device, found = trunk.model.device, dict[str, _Metric]()
+    for site in trunk.sites:
+        shift_VK = shifts.get(site.name, torch.zeros(site.shape_VK))
+        weight_VK = site.oriented(site.weight.detach())
+        found[site.name] = _Metric(
+            priors[site.name], shift_VK.to(device, trunk.wide), weight_VK.to(device, trunk.wide)
+        )
+    solved = [found[name].share for name in shifts]
+    for name in found.keys() - shifts.keys():
+        found[name].share = sum(solved) / len(solved)
+    return found
 
 
 def _state(parts: Mapping[str, _Metric | Readings]) -> dict[str, Tensor]:
@@ -170,17 +185,22 @@ class _Metric:
     Args:
         prior: P = L L^T.
         shift_VK: S to start from.
+        weight_VK: W.
+
+    Attributes:
+        share: rms(E) / rms(W L) at the start, or what is to stand for it: of (30).
 
     Raises:
         MalmendError: P is singular.
     """
 
-    def __init__(self, prior: Prior, shift_VK: Tensor):
+    def __init__(self, prior: Prior, shift_VK: Tensor, weight_VK: Tensor):
         eye_KK = torch.eye(shift_VK.shape[1], dtype=torch.float64)
         # Of a multiple of the identity the size does not matter: steps are relative.
         self._root_KK = (eye_KK if prior.is_identity else prior.factor_KK).to(shift_VK)
         self._free_VK = torch.nn.Parameter(shift_VK @ self._root_KK)
-        self._rate = RATE * self._free_VK.detach().square().mean().sqrt().item()
+        self._whole = (weight_VK @ self._root_KK).square().mean().sqrt().item() or 1.0
+        self.share = self._free_VK.detach().square().mean().sqrt().item() / self._whole
         self._adam = torch.optim.Adam([self._free_VK], betas=BETAS)
 
     def shift(self) -> Tensor:
@@ -196,7 +216,7 @@ class _Metric:
         group = self._adam.param_groups[0]
         if not self._adam.state:  # what is smaller than this part of the first is rounding
             group["eps"] = TINY * grad_VK.square().mean().sqrt().item() or TINY
-        self._free_VK.grad, group["lr"] = grad_VK, self._rate * share
+        self._free_VK.grad, group["lr"] = grad_VK, RATE * self.share * self._whole * share
         self._adam.step()
         self._free_VK.grad = None
 

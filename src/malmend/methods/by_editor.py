@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from malmend.editors import draws
+from malmend.editors.around import Around
 from malmend.editors.borrowing import Borrowing
 from malmend.editors.editor import Editor
 from malmend.editors.halfway import KIND, Halfway, resumable
@@ -34,8 +35,10 @@ from malmend.facts.encoded import Encoded, Form, resolved
 from malmend.facts.fact import Fact, Question
 from malmend.methods.method import Found
 from malmend.methods.solves import Solved, Solves
-from malmend.models.capture import capture, keys_of
+from malmend.models.capture import capture, keys_of, token_counts
 from malmend.models.source import cache_folder
+from malmend.models.trunk import Trunk
+from malmend.numerics.prior import Prior
 from malmend.patch import shifted
 from malmend.processes import ALONE, Processes
 from malmend.progress import Progress, counted, silent
@@ -65,6 +68,7 @@ def find_by_editor(
     facts: Sequence[Fact],
     refine: RefineSettings = RefineSettings(),
     holding: Holding | None = None,
+    around: Around | None = None,
     progress: Progress = silent,
     processes: Processes = ALONE,
 ) -> Found:
@@ -73,25 +77,30 @@ def find_by_editor(
     Of ``processes`` each captures its share of the facts; all find the same shifts.
 
     Args:
-        bench: the model.
+        bench: the model, cut at the editor's sites and those that settle beside them.
         editor: with everything it needs.
         facts: to be edited.
         refine: further passes; as :meth:`RefineSettings.of` gives it, or nothing settles.
         holding: where the model should say what it says unedited; None for nowhere.
+        around: what is known of the sites that are not the editor's; None where there are none.
         progress: called with stage and share done.
         processes: that the facts are spread over.
 
     Raises:
         EditorError: a shift holds NaN or infinity, or a frame does not suit the model.
     """
-    settings, trunk, form = editor.settings, bench.trunk, bench.encoder.reading.form
+    settings, form, whole = editor.settings, bench.encoder.reading.form, bench.trunk
+    bench = replace(bench, trunk=whole.at(editor.names))
+    trunk = bench.trunk
     everything, facts = facts, processes.share(facts)
     questions = bench.encoder.encode_all(fact.question for fact in facts)
     again = refinable(settings) and refine.goes_on(bench.encoder, 1, 1.0)
     settles = refinable(settings) and bool(refine.rounds)
     frames = _in_frames(bench, facts, refine, processes) if again or settles else {}
     worded = in_other_words(facts, refine.wordings, Borrowing(everything)) if settles else ()
-    work = _Work(bench, editor, refine, questions, frames, worded, progress, processes)
+    work = _Work(
+        bench, whole, around, editor, refine, questions, frames, worded, progress, processes
+    )
     held = work.held(holding) if holding and again else None
     keeping = work.keeping(holding) if holding and settles else []
     count = counted(progress, "keys and value gradients", len(questions))
@@ -107,7 +116,7 @@ def find_by_editor(
     solved, kept = work.solved_again(solves, solved, held) if again else (solved, 1)
     settled_one, left = work.settled(solved, keeping) if settles else (None, None)
     final = settled_one or solved
-    with shifted(trunk.sites, final.shifts):
+    with shifted(whole.at(final.shifts).sites, final.shifts):
         moved = keys_of(trunk, questions, settings.tokens)
     said = {
         **described(editor, form),
@@ -123,7 +132,9 @@ def find_by_editor(
         "hold": refine.hold if keeping and settled_one else 0.0,
         "tokens": solved.tokens,
         "mean_residual": solved.mean_residual,
-        "residual_after": solves.mean_residual(final.shifts, moved, solved.diffs),
+        "residual_after": solves.mean_residual(
+            {name: final.shifts[name] for name in editor.names}, moved, solved.diffs
+        ),
     }
     return Found(final.shifts, final.rank, said, leftover=left)
 
@@ -132,11 +143,14 @@ def find_by_editor(
 class _Work:
     """An edit in the making: the facts in every frame, and what follows the first solve.
 
+    ``bench`` is cut at the editor's sites, ``whole`` at those that settle beside them too.
     ``frames`` has by frame one question for each of ``questions``, None where it is too long;
     ``worded`` has for each those in other words.
     """
 
     bench: Workbench
+    whole: Trunk
+    around: Around | None
     editor: Editor
     refine: RefineSettings
     questions: Sequence[Encoded]
@@ -161,7 +175,7 @@ class _Work:
 
     def keeping(self, holding: Holding) -> list[Keeping]:
         """What is held while the edit settles: as much as is read a few times."""
-        trunk, processes, hold = self.bench.trunk, self.processes, self.refine.hold
+        trunk, processes, hold = self.whole, self.processes, self.refine.hold
         lines, found = holding.settling[: draws.lines_for(self.steps)], list[Keeping]()
         parts = ((lines, draws.HELD, hold), (holding.known, draws.FEW_KNOWN, KNOWN * hold))
         for number, (questions, each, weight) in enumerate(parts):
@@ -226,6 +240,17 @@ class _Work:
             least = min(least, plain)
         return solved, kept
 
+    def priors(self) -> dict[str, Prior]:
+        """Of every site that settles."""
+        counts = token_counts(self.questions, self.editor.settings.tokens, False)
+        tokens = int(self.processes.total(sum(counts))[0])
+        names, device = self.editor.names, self.editor.device
+        found = {name: self.editor.prior(site, tokens) for site, name in enumerate(names)}
+        if self.around is not None:
+            for name in self.around.moments:
+                found[name] = self.around.prior(name, tokens, device)
+        return found
+
     def halfway(
         self,
         shifts: Mapping[str, Tensor],
@@ -233,7 +258,8 @@ class _Work:
     ) -> Halfway:
         """Where settling is kept: of the model, where it starts, what it reads, and its numbers."""
         kept = [(one.held.questions, one.each, one.weight) for one in keeping]
-        said = (self.bench.loaded.digest, self.readings, kept, self.steps, NUMBERS, *shifts)
+        sites = [site.name for site in self.whole.sites]
+        said = (self.bench.loaded.digest, self.readings, kept, self.steps, NUMBERS, *sites)
         return Halfway.of(cache_folder() / KIND, (*said, *shifts.values()), self.processes)
 
     def settled(self, solved: Solved, keeping: Sequence[Keeping]) -> tuple[Solved | None, Path]:
@@ -246,12 +272,12 @@ class _Work:
         halfway = self.halfway(solved.shifts, keeping)
         asked = (self.readings, self.steps, keeping, count, self.processes, halfway)
         with resumable(halfway.path):
-            shifts = settle(self.editor, self.bench.trunk, solved.shifts, *asked)
+            shifts = settle(self.whole, self.priors(), solved.shifts, *asked)
             found = replace(solved, shifts=shifts, rank=FULL)
             if found.broken:
                 return None, halfway.path
             before, after = (
-                missed(self.bench.trunk, self.questions, one.shifts, self.processes)
+                missed(self.whole.at(one.shifts), self.questions, one.shifts, self.processes)
                 for one in (solved, found)
             )
         return (found if after <= max(before, ENOUGH) else None), halfway.path

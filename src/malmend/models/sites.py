@@ -9,6 +9,8 @@ Shape letters: V value width (output), K key width (input).
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -127,6 +129,49 @@ def feed_forward_sites(model: PreTrainedModel, layers: int | None) -> tuple[Site
         return find_sites(model, layers, linear="both")
     except ModelError:
         return seconds
+
+
+def around(model: PreTrainedModel, sites: Sequence[Site]) -> tuple[Site, ...]:
+    """These sites, and of their blocks and the one below them what else feeds or follows attention.
+
+    That is, of each block, the attention's output (of the layers that give the model's width the
+    last before the feed-forward part) and both feed-forward layers; those of them that can be
+    edited.  In the order in which they are run.  Of a decoder.
+    """
+    stack = stack_of(model, sites[0].name)
+    runs = run_matrices(model, [stack])
+    blocks = [int(site.name[len(stack.prefix) + 1 :].split(".")[0]) for site in sites]
+    found = {site.name: site for site in sites}
+    for index in range(max(min(blocks) - 1, 0), max(blocks) + 1):
+        block = f"{stack.prefix}.{index}"
+        for name in _attention_and_feed_forward(model, block, list(runs)):
+            with suppress(ModelError):
+                site = _checked_site(model, name, stack)
+                check_runs(model, name, stack, runs)
+                found.setdefault(name, site)
+    order = list(runs)
+    return tuple(found[name] for name in sorted(found, key=order.index))
+
+
+def _attention_and_feed_forward(
+    model: PreTrainedModel, block: str, order: list[str]
+) -> Iterator[str]:
+    """Names of a block's attention output and feed-forward layers, those that can be told."""
+    mine = [name for name in order if name.startswith(f"{block}.")]
+    ends = len(mine)
+    with suppress(ModelError):
+        second = _second(model, block, mine)
+        ends = mine.index(second)
+        yield second
+        first = _first(model, block, mine[:ends], second)
+        ends = mine.index(first)
+        yield first
+    width = _width(model)
+    for name in reversed(mine[:ends]):
+        module = model.get_submodule(name)
+        if is_linear(module) and Site("", module).shape_VK[0] == width:
+            yield name
+            return
 
 
 def _side(model: PreTrainedModel, stack: Stack) -> str:

@@ -10,7 +10,7 @@ width.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -93,6 +93,12 @@ class Trunk:
         """The same cut and stores, with other micro-batches and another room."""
         other = copy.copy(self)
         other.settings, other.room = settings, room
+        return other
+
+    def at(self, names: Collection[str]) -> Trunk:
+        """The same cut and stores, of those of its sites that have these names."""
+        other = copy.copy(self)
+        other.sites = tuple(site for site in self.sites if site.name in names)
         return other
 
     @cached_property

@@ -1,0 +1,61 @@
+"""The prior of layers that settle beside an editor's own, of which no editor knows (equation 30).
+
+It has the terms of the editor's (equation 1), at the weights that an editor without a network
+starts from.
+
+Shape letters: K key width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from malmend.editors.calibration import CalibrationSettings
+from malmend.files import written_beside
+from malmend.numerics.prior import Prior
+
+
+@dataclass(frozen=True, eq=False)
+class Around:
+    """What the prior of these layers is made of: by site, C_t (K x K, float64) of each term."""
+
+    moments: Mapping[str, Mapping[str, Tensor]]
+
+    def prior(self, name: str, tokens: int, device: torch.device) -> Prior:
+        """P of one site, for an edit of so many tokens (N of equation 13)."""
+        known, settings = self.moments[name], CalibrationSettings()
+        weights = settings.weights(list(known), settings.alphas[0])
+        text_KK = known.get("text")
+        ridge = 1.0 if text_KK is None else weights[0] * text_KK.diagonal().mean().item()
+        return Prior(
+            ridge=settings.ridge * ridge,
+            weights=tuple(
+                weight * (tokens if term == "wording" else 1)
+                for weight, term in zip(weights, known, strict=True)
+            ),
+            matrices_KK=tuple(known.values()),
+            device=device,
+        )
+
+
+def save_around(around: Around, path: Path) -> None:
+    """Writes the moments to one safetensors file."""
+    tensors = {
+        f"{term} {name}": moment_KK.contiguous()
+        for name, known in around.moments.items()
+        for term, moment_KK in known.items()
+    }
+    with written_beside(path) as beside:
+        save_file(tensors, beside)
+
+
+def load_around(path: Path, names: list[str], terms: tuple[str, ...]) -> Around:
+    """What :func:`save_around` wrote."""
+    tensors = load_file(path)
+    return Around({name: {term: tensors[f"{term} {name}"] for term in terms} for name in names})
