@@ -49,6 +49,22 @@ def test_suffixes_say_what_whole_questions_do(family):
     )
 
 
+def test_a_model_that_cannot_run_longer_answers_behind_prompts_is_run_whole(monkeypatch):
+    """The trial's questions are short: of longer ones a mask may be of another length."""
+    trunk = cut("llama")
+    wanted = capture(cut("llama"), QUESTIONS, "answer", Descent(steps=2))
+    assert trunk._splits  # the trial passes
+
+    def broken(_suffix):
+        raise RuntimeError("The size of tensor a (3) must match the size of tensor b (5)")
+
+    monkeypatch.setattr(Suffix, "logits", broken)
+    for found, other in zip(
+        capture(trunk, QUESTIONS, "answer", Descent(steps=2)), wanted, strict=True
+    ):
+        torch.testing.assert_close(found.value_grads_NV, other.value_grads_NV, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gemma2"])
 def test_behind_prompts_of_the_edited_model(family):
     trunk = cut(family)

@@ -23,6 +23,7 @@ from malmend.errors import MalmendError
 from malmend.facts.encoded import Encoded, TokenBatch, collate
 from malmend.memory import Room
 from malmend.models.cut import Cut
+from malmend.models.forms import UNRUN
 from malmend.models.sites import Site
 from malmend.models.store import ActivationStore
 from malmend.models.suffix import Suffix, splits
@@ -117,7 +118,11 @@ class Trunk:
     @torch.no_grad()
     def agrees(self, suffix: Suffix, batch: Batch) -> bool:
         """Whether it says what the whole questions do, which may be longer than a trial's."""
-        return self.cut.agree(suffix.logits(), self.logits(batch))
+        try:
+            said_AW = suffix.logits()
+        except UNRUN:  # as a mask of other length
+            return False
+        return self.cut.agree(said_AW, self.logits(batch))
 
     @property
     def wide(self) -> torch.dtype:
