@@ -103,6 +103,7 @@ OPTIONS = {
         "--refine.steps",
         "--refine.wordings",
         "--refine.hold",
+        "--refine.around",
         "--memory",
         "--device",
     },
