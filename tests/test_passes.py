@@ -321,6 +321,20 @@ def test_an_edit_settles_around_the_editors_layers_too(tiny, briefly):
     assert report.edited["ES"].token_ratio == pytest.approx(done.edited)
 
 
+def test_what_a_settled_edit_misses_is_asked_with_all_its_shifts_on(tiny, monkeypatch, briefly):
+    asked = []
+
+    def missed(trunk, _questions, shifts, _processes):
+        asked.append(([site.name for site in trunk.sites], list(shifts)))
+        return 0.0
+
+    monkeypatch.setattr(by_editor, "missed", missed)
+    found = malmend.edit(tiny.loaded, FEW, refine=SETTLED, **own(tiny)).patch
+    (sites, shifts), (all_sites, all_shifts) = asked
+    assert sites == shifts == [site.name for site in find_sites(tiny.loaded.model)]
+    assert set(all_sites) == set(all_shifts) == found.factors.keys() > set(sites)
+
+
 @pytest.mark.parametrize(
     ("refine", "settings"),
     [
@@ -350,6 +364,16 @@ def test_a_budget_is_planned_with_the_lines_that_are_held(tiny, briefly):
     tokens, width = sum(len(one.sources) for one in held), tiny.loaded.model.config.hidden_size
     assert tokens > 0
     assert edits.beside(bench, few) - none.beside(bench, few) == tokens * width * 4
+
+
+def test_a_budget_is_planned_with_all_layers_that_settle(tiny, briefly):
+    chosen = choose("none", training_free("malmen"))
+    edits = ByEditor(chosen, text=tiny.text, refine=replace(SETTLED, hold=0.0))
+    sites = edits.sites_in(tiny.loaded.model)
+    assert len(sites) > len(find_sites(tiny.loaded.model))
+    planned = edits.beside(lay_out(tiny.loaded, sites, "eos"), [*FEW])
+    sizes = [site.shape_VK for site in sites]
+    assert planned == 4 * sum(7 * v * k + k * k for v, k in sizes)  # float32
 
 
 @pytest.mark.parametrize("tokens", ["answer", "all"])

@@ -66,12 +66,8 @@ def calibrated(
     """
     known, words, general = _calibration_data(bench, facts, text, settings)
     general = [*general, *questions]
-    digests = (bench.loaded.digest, tokenizer_digest(bench.encoder.tokenizer))
-    given = (*digests, bench.trunk, editor_settings, settings)
-    key = calibration_key(*given, known, words, general)
-    path = cache_folder() / "calibrations" / f"{key}.safetensors"
     return kept(
-        path,
+        _kept_at(bench, editor_settings, settings, known, words, general),
         load_calibration,
         lambda: calibrate(
             bench.trunk, bench.encoder, editor_settings, known, words, settings, progress, general
@@ -94,9 +90,7 @@ def around_sites(
     Of what :func:`calibrated` reads, and its arguments.
     """
     known, words, general = _calibration_data(bench, facts, text, settings)
-    digests = (bench.loaded.digest, tokenizer_digest(bench.encoder.tokenizer))
-    given = (*digests, bench.trunk, editor_settings, settings)
-    key = calibration_key(*given, known, words, general)
+    path = _kept_at(bench, editor_settings, settings, known, words, general)
     names, terms = [site.name for site in bench.trunk.sites], editor_settings.terms
 
     def make() -> Around:
@@ -113,15 +107,30 @@ def around_sites(
             progress,
         )
         rows = {name: {term: found[term][at] for term in terms} for at, name in enumerate(names)}
-        return Around(rows)
+        return Around(rows, settings)
 
     return kept(
-        cache_folder() / "calibrations" / f"around-{key}.safetensors",
-        lambda path: load_around(path, names, terms),
+        path.with_name(f"around-{path.name}"),
+        lambda path: load_around(path, names, terms, settings),
         make,
         save_around,
         MOST_KEPT,
     )
+
+
+def _kept_at(
+    bench: Workbench,
+    editor_settings: EditorSettings,
+    settings: CalibrationSettings,
+    facts: Sequence[Fact],
+    words: str,
+    general: Sequence[Question],
+) -> Path:
+    """Where what is found of a model's sites by these is kept."""
+    digests = (bench.loaded.digest, tokenizer_digest(bench.encoder.tokenizer))
+    given = (*digests, bench.trunk, editor_settings, settings)
+    key = calibration_key(*given, facts, words, general)
+    return cache_folder() / "calibrations" / f"{key}.safetensors"
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

@@ -23,13 +23,17 @@ from malmend.numerics.prior import Prior
 
 @dataclass(frozen=True, eq=False)
 class Around:
-    """What the prior of these layers is made of: by site, C_t (K x K, float64) of each term."""
+    """What the prior of these layers is made of: by site, C_t (K x K, float64) of each term.
+
+    ``settings`` has the weights.
+    """
 
     moments: Mapping[str, Mapping[str, Tensor]]
+    settings: CalibrationSettings = CalibrationSettings()
 
     def prior(self, name: str, tokens: int, device: torch.device) -> Prior:
         """P of one site, for an edit of so many tokens (N of equation 13)."""
-        known, settings = self.moments[name], CalibrationSettings()
+        known, settings = self.moments[name], self.settings
         weights = settings.weights(list(known), settings.alphas[0])
         text_KK = known.get("text")
         ridge = 1.0 if text_KK is None else weights[0] * text_KK.diagonal().mean().item()
@@ -55,7 +59,10 @@ def save_around(around: Around, path: Path) -> None:
         save_file(tensors, beside)
 
 
-def load_around(path: Path, names: list[str], terms: tuple[str, ...]) -> Around:
-    """What :func:`save_around` wrote."""
+def load_around(
+    path: Path, names: list[str], terms: tuple[str, ...], settings: CalibrationSettings
+) -> Around:
+    """What :func:`save_around` wrote, of these sites and terms."""
     tensors = load_file(path)
-    return Around({name: {term: tensors[f"{term} {name}"] for term in terms} for name in names})
+    rows = {name: {term: tensors[f"{term} {name}"] for term in terms} for name in names}
+    return Around(rows, settings)

@@ -120,16 +120,9 @@ def find_by_editor(
         moved = keys_of(trunk, questions, settings.tokens)
     said = {
         **described(editor, form),
-        "passes": kept,
-        "frames": list(frames) if kept > 1 or settled_one else [],
-        "gain": refine.gain,
-        "chat_gain": refine.chat_gain,
-        "restore": refine.restore if held and kept > 1 else 0.0,
-        "rounds": refine.rounds if settled_one else 0.0,
+        **work.said(kept, bool(held), settled_one is not None, bool(keeping)),
         "steps": work.steps if settles else 0,
         "readings": work.count if settles else 0,
-        "wordings": refine.wordings if settled_one else 0,
-        "hold": refine.hold if keeping and settled_one else 0.0,
         "tokens": solved.tokens,
         "mean_residual": solved.mean_residual,
         "residual_after": solves.mean_residual(
@@ -158,6 +151,20 @@ class _Work:
     worded: Sequence[Sequence[Question]]
     progress: Progress
     processes: Processes
+
+    def said(self, kept: int, restores: bool, settled: bool, holds: bool) -> dict[str, Any]:
+        """Of the settings what became of the patch, of which solve ``kept`` stayed."""
+        refine = self.refine
+        return {
+            "passes": kept,
+            "frames": list(self.frames) if kept > 1 or settled else [],
+            "gain": refine.gain,
+            "chat_gain": refine.chat_gain,
+            "restore": refine.restore if restores and kept > 1 else 0.0,
+            "rounds": refine.rounds if settled else 0.0,
+            "wordings": refine.wordings if settled else 0,
+            "hold": refine.hold if holds and settled else 0.0,
+        }
 
     def inside(self, frame: str) -> list[Encoded]:
         """The questions in a frame that fit."""
