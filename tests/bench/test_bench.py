@@ -487,6 +487,20 @@ def test_figures_are_drawn_and_hold_the_points(tmp_path):
     assert list(lines["one"].get_ydata()) == pytest.approx([1.0, 0.8])
 
 
+def test_of_a_single_size_the_unedited_level_is_seen():
+    """A line through one point is none."""
+    from malmend.bench.plot import _drawn
+    from malmend.bench.table import groups
+
+    seen = {}
+    for rows in (ROWS, [row for row in ROWS if row["m"] == ROWS[0]["m"]]):
+        drawn = _drawn({key[2:]: some for key, some in groups(rows).items()}, "t")
+        panel = next(axis for axis in drawn.axes if "dotted" in axis.get_title())
+        line = next(one for one in panel.get_lines() if one.get_label() == "_unedited")
+        seen[len(line.get_xdata())] = line.get_marker()
+    assert seen == {2: "None", 1: "_"}
+
+
 def test_an_empty_folder_has_no_table(tmp_path):
     with pytest.raises(MalmendError, match=r"no cells\.jsonl with a finished cell in"):
         bench_table(tmp_path)
