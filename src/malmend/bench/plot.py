@@ -101,8 +101,8 @@ def _panel(axis: Any, heading: str, of: Any, mine: dict[Any, list[Row]], names: 
                 by_size.setdefault(size, []).extend([] if value is None else [value])
         sizes = [size for size in sorted(by_size) if by_size[size]]
         levels = [statistics.fmean(by_size[size]) for size in sizes]
-        marker = "_" if len(sizes) == 1 else None  # of a single size there is no line to see
-        axis.plot(sizes, levels, ":", marker=marker, markersize=20, color="0.4", label="_unedited")
+        shown = "_" if len(sizes) == 1 else "None"  # of a single size there is no line to see
+        axis.plot(sizes, levels, ":", marker=shown, markersize=20, color="0.4", label="_unedited")
     axis.set_xscale("log", base=2)
     sizes = sorted({size for size, _ in mine})
     axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
