@@ -80,7 +80,7 @@ class Judge:
         before = examiner.examine(facts, decode_facts=0, remember=True)
         with shifted(list(bench.trunk.sites), shifts):
             after = examiner.examine(facts, decode_facts=self.decode)
-            surprise = perplexity(bench.loaded, self.text)
+            surprise = perplexity(bench.loaded, bench.trunk, self.text)
         left = stayed(before, after, "LS")
         return {
             **success(after),
@@ -251,7 +251,7 @@ def main() -> None:
         with reading(folder) as held:
             weight_norm = held.about.weight_norm
         judge = Judge(bench, batches, text, weight_norm, given.decode)
-        print(f"unedited: perplexity {perplexity(loaded, text):.2f}", flush=True)
+        print(f"unedited: perplexity {perplexity(loaded, bench.trunk, text):.2f}", flush=True)
         ways = {
             "ledger": lambda: by_ledger(bench, folder, batches),
             "naive": lambda: by_naive(bench, editor, batches),

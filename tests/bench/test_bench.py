@@ -634,10 +634,10 @@ def test_text_is_read_once_unedited_and_not_for_facts_alone(tiny, tmp_path, monk
     read = list[bool]()
     own = asking_module.perplexity
 
-    def noted(loaded, words):
+    def noted(loaded, trunk, words):
         weight = find_sites(loaded.model)[-1].weight
         read.append(torch.equal(weight, plain))
-        return own(loaded, words)
+        return own(loaded, trunk, words)
 
     plain = find_sites(tiny.loaded.model)[-1].weight.detach().clone()
     monkeypatch.setattr(asking_module, "perplexity", noted)

@@ -85,5 +85,32 @@ def test_of_a_bfloat16_model_losses_are_taken_and_added_up_in_float32():
     with torch.no_grad():
         logs = model(ids).logits[0, :-1].double().log_softmax(-1)
     wanted = math.exp(-logs.gather(1, ids[0, 1:, None]).mean())
-    found = perplexity(prepared(model, helpers.words(WORDS), "tiny"), given)
+    loaded = prepared(model, helpers.words(WORDS), "tiny")
+    found = perplexity(loaded, Trunk(model, find_sites(model)), given)
     assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_edited_layers_alone_read_a_text_again(tmp_path):
+    """And the text is then as surprising as to the whole model, whose logits another way gives."""
+    model = helpers.tiny_llama(len(WORDS) + 4, initializer_range=0.3)
+    loaded = prepared(model, helpers.words(WORDS), "tiny")
+    trunk = Trunk(model, find_sites(model, 1), TrunkSettings(64), tmp_path)
+    given = " ".join(random.Random(1).choices(WORDS, k=100))
+    ran: list[int] = []
+    unedited = perplexity(loaded, trunk, given, window=16)
+    hooks = [
+        block.mlp.down_proj.register_forward_hook(lambda *_, at=at: ran.append(at))
+        for at, block in enumerate(model.model.layers)
+    ]
+    site = trunk.sites[0]
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        shift = torch.randn(site.weight.shape, generator=generator, dtype=site.weight.dtype)
+        site.weight.add_(3 * shift)
+    edited = perplexity(loaded, trunk, given, window=16)
+    assert set(ran) == {len(model.model.layers) - 1}
+    for hook in hooks:
+        hook.remove()
+    whole = perplexity(loaded, Trunk(model, []), given, window=16)
+    assert edited == pytest.approx(whole, rel=1e-9)
+    assert abs(edited / unedited - 1) > 1e-3

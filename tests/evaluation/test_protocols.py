@@ -19,6 +19,8 @@ from malmend.evaluation.protocols import scores, stayed
 from malmend.evaluation.replies import Asked, Replies, questions_of
 from malmend.facts.fact import Fact, Question
 from malmend.facts.tokens import Encoder
+from malmend.models.sites import find_sites
+from malmend.models.trunk import Trunk, TrunkSettings
 from malmend.patch import Patch, applied
 
 
@@ -277,8 +279,9 @@ def test_progress_counts_every_question_once():
     assert sum(counted) == one.count(facts(), 5)
 
 
+@pytest.mark.parametrize("cut", [True, False])
 @pytest.mark.parametrize("window", [4, 7, 256])
-def test_perplexity_is_that_of_plain_windows(window):
+def test_perplexity_is_that_of_plain_windows(window, cut):
     generator = random.Random(8)
     text = " ".join(generator.choices(WORDS[6:], k=29))
     ids = ids_of(text)
@@ -288,9 +291,13 @@ def test_perplexity_is_that_of_plain_windows(window):
         with torch.no_grad():
             rows = model().model(input_ids=torch.tensor([piece])).logits[0].log_softmax(1)
         losses += [-rows[at, piece[at + 1]].item() for at in range(len(piece) - 1)]
-    assert perplexity(model(), text, window) == pytest.approx(math.exp(fmean(losses)), rel=1e-5)
-    cut = perplexity(model(), text, window, most_tokens=9)
-    assert cut == pytest.approx(perplexity(model(), " ".join(text.split()[:9]), window), rel=1e-9)
+    sites = find_sites(model().model, 1) if cut else []
+    trunk = Trunk(model().model, sites, TrunkSettings(batch_tokens=10))
+    found = perplexity(model(), trunk, text, window)
+    assert found == pytest.approx(math.exp(fmean(losses)), rel=1e-5)
+    first = perplexity(model(), trunk, text, window, most_tokens=9)
+    only = perplexity(model(), trunk, " ".join(text.split()[:9]), window)
+    assert first == pytest.approx(only, rel=1e-9)
 
 
 def half_width(asked: Sequence[tuple[int, object, float]]) -> float:

@@ -18,6 +18,7 @@ from malmend.facts.readers import read_text
 from malmend.facts.tokens import Encoder, EndOfAnswer
 from malmend.models.load import LoadedModel
 from malmend.models.sites import Site, find_sites
+from malmend.models.trunk import Trunk
 from malmend.patch import Patch, applied, sites_of
 from malmend.workbench import aimed, checked_facts, encoder_for, lay_out
 
@@ -48,7 +49,7 @@ class Asking:
     @cached_property
     def _plain(self) -> float | None:
         """Perplexity of the unedited model, which no draw of facts changes."""
-        return self._surprise()
+        return self._surprise(lay_out(self.loaded, find_sites(self.loaded.model)).trunk)
 
     def patched(
         self, facts: Sequence[Fact], patch: Patch, decode: int, reads: bool = True
@@ -61,7 +62,7 @@ class Asking:
         examiner.measures_against(first)
         with applied(self.loaded, patch):
             after = examiner.examine(self._known, decode)
-            said = self._surprise() if reads else None
+            said = self._surprise(examiner.trunk) if reads else None
         both = {} if plain is None or said is None else {"unedited": plain, "edited": said}
         return Asked(rows_of(self._known, before, after), both)
 
@@ -101,5 +102,5 @@ class Asking:
         bench = lay_out(self.loaded, sites, ends)
         return Examiner(self.loaded, bench.trunk, bench.encoder)
 
-    def _surprise(self) -> float | None:
-        return None if self.words is None else perplexity(self.loaded, self.words)
+    def _surprise(self, trunk: Trunk) -> float | None:
+        return None if self.words is None else perplexity(self.loaded, trunk, self.words)

@@ -26,6 +26,7 @@ from malmend.patch import Patch, applied, check_base, sites_of
 from malmend.progress import Progress, counted, silent
 from malmend.shipping.adapter import based_on, read_patch
 from malmend.workbench import (
+    Workbench,
     aimed,
     checked_facts,
     encoder_for,
@@ -101,12 +102,12 @@ def evaluate(
     questions = examiner.count(known, decode_facts) * (2 if patch else 1)
     examiner.progress = counted(progress, "asking", questions)
     before = examiner.examine(known, decode_facts, remember=True)
-    surprise = _perplexity("unedited", loaded, plain, progress)
+    surprise = _perplexity("unedited", bench, plain, progress)
     after = None
     if patch is not None:
         with applied(loaded, patch, force):
             after = examiner.examine(known, decode_facts)
-            surprise |= _perplexity("edited", loaded, plain, progress)
+            surprise |= _perplexity("edited", bench, plain, progress)
     progress("asking", 1.0)
     asked = {
         "alternative": alternative,
@@ -162,14 +163,14 @@ def _plain_text(given: str | Path | None, encoder: Encoder) -> PlainText | None:
 
 
 def _perplexity(
-    name: str, loaded: LoadedModel, plain: PlainText | None, progress: Progress
+    name: str, bench: Workbench, plain: PlainText | None, progress: Progress
 ) -> dict[str, float]:
     """By the name of the model, as its weights now are; empty without a text."""
     if plain is None:
         return {}
     stage = f"perplexity, {name}"
     progress(stage, 0.0)
-    found = perplexity(loaded, plain.words)
+    found = perplexity(bench.loaded, bench.trunk, plain.words)
     progress(stage, 1.0)
     return {name: found}
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from malmend.errors import MalmendError
+from malmend.facts.encoded import Encoded
 from malmend.facts.tokens import Encoder
 from malmend.models.load import LoadedModel
+from malmend.models.trunk import Trunk
+from malmend.models.weightgrads import Term, saying, weight_grads
+from malmend.numerics.chunks import chunks
 
 LEAST, MOST = 1_000, 4_000  # tokens of the lines that the prior has not read
 
@@ -49,9 +50,8 @@ def unread(encoder: Encoder, text: str, read: int) -> PlainText | None:
     return PlainText("\n".join(lines[first:last]), source)
 
 
-@torch.no_grad()
 def perplexity(
-    loaded: LoadedModel, text: str, window: int = 256, most_tokens: int = 20_000
+    loaded: LoadedModel, trunk: Trunk, text: str, window: int = 256, most_tokens: int = 20_000
 ) -> float:
     """exp of the mean negative log-likelihood per token of plain text.
 
@@ -59,24 +59,24 @@ def perplexity(
     overlap; the first token of each is not predicted.  At most ``most_tokens`` are read, from the
     start.
 
+    Args:
+        loaded: the model, as its weights now are.
+        trunk: of the same model, which keeps what no edit of its sites changes: a text is run
+            through the blocks below them once.
+
     Raises:
         MalmendError: the text has fewer than two tokens, or the logits are NaN.
     """
     ids = loaded.tokenizer(text, add_special_tokens=False)["input_ids"][:most_tokens]
-    total, count = 0.0, 0
-    for piece in _pieces(ids, min(window, loaded.positions or window)):
-        row = torch.tensor([piece], device=loaded.model.device)
-        logits = loaded.model(input_ids=row, use_cache=False).logits[0, :-1].float()
-        total += torch.nn.functional.cross_entropy(logits, row[0, 1:], reduction="sum").item()
-        count += len(piece) - 1
-    if count == 0:
+    windows = [
+        Encoded(tuple(ids[rows]), 1, rows.stop - rows.start)
+        for rows in chunks(len(ids), min(window, loaded.positions or window))
+        if rows.stop - rows.start > 1
+    ]
+    if not windows:
         raise MalmendError("The text for perplexity has fewer than two tokens; give more text.")
-    if math.isnan(total):
+    losses_Q = weight_grads(trunk, [Term(windows, saying(trunk), 1.0)], grads=False)[0][0]
+    mean = losses_Q.sum().item() / sum(one.counted for one in windows)
+    if math.isnan(mean):
         raise MalmendError("The model's logits are NaN on the text; load it in float32.")
-    return math.exp(min(total / count, 700.0))  # beyond that a float cannot say it
-
-
-def _pieces(ids: Sequence[int], size: int) -> Iterable[Sequence[int]]:
-    for start in range(0, len(ids), size):
-        if len(ids[start : start + size]) > 1:
-            yield ids[start : start + size]
+    return math.exp(min(mean, 700.0))  # beyond that a float cannot say it
