@@ -116,7 +116,10 @@ def _run(arguments: list[str]) -> int:
         "cache": _cache,
         "demo": _demo,
     }
-    return runners[name](arguments[1:]) or 0
+    from malmend.show import notes
+
+    with notes():
+        return runners[name](arguments[1:]) or 0
 
 
 def _edit(arguments: list[str]) -> None:

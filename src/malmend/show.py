@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -76,6 +77,21 @@ def silence() -> None:
 def status(line: str) -> None:
     """What comes next; on standard error, where the bars are."""
     ERR.print(escape(line), highlight=False)
+
+
+@contextmanager
+def notes() -> Iterator[None]:
+    """What malmend logs, such as a file that takes long to read, is said as a status."""
+    log, handler = logging.getLogger("malmend"), logging.Handler(logging.INFO)
+    handler.emit = lambda record: status(record.getMessage())  # type: ignore[method-assign]
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 def edited(result: EditResult) -> None:

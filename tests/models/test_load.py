@@ -30,6 +30,7 @@ from transformers import (
 
 import tiny
 from helpers import words
+from malmend.cli import main
 from malmend.errors import ModelError
 from malmend.models import load, source
 from malmend.models.identity import digest, fingerprint
@@ -426,6 +427,17 @@ def test_a_gguf_file_is_copied_once(gguf, monkeypatch):
     monkeypatch.setattr(source, "part_of", None)  # a second copy would need a name
     assert load_model(str(gguf)).fingerprint == first.fingerprint
     assert load.positions_of(load.load_config(str(gguf))) == first.positions == 64
+
+
+def test_the_terminal_is_told_before_a_gguf_file_is_read_for_the_first_time(gguf, capsys):
+    """It takes up to a minute, in which nothing else is said; of the copy nothing is."""
+    said = []
+    for _ in range(2):
+        assert main(["inspect", str(gguf)]) == 0
+        said.append(capsys.readouterr().err)
+    assert "Reading model.gguf, which takes up to a minute the first time" in said[0]
+    assert "Reading" not in said[1]
+    assert logging.getLogger("malmend").handlers == []
 
 
 def test_a_copy_that_nothing_reads_any_more_is_stale(gguf, monkeypatch):

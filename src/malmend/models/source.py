@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import logging
 import os
 import shutil
 from collections.abc import Collection, Iterator
@@ -128,6 +129,9 @@ def float_copy(folder: str, gguf: str) -> Path:
     if (target / "complete.json").is_file():
         _say_whose(target / "complete.json", about)
         return target
+    logging.getLogger(__name__).info(
+        "Reading %s, which takes up to a minute the first time: a float32 copy is kept.", gguf
+    )
     beside = part_of(target)
     try:
         with _blaming_the_cache():  # before the file is read, which takes long
