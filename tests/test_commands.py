@@ -27,6 +27,7 @@ from malmend.errors import FactsError, MalmendError, PatchError
 from malmend.facts.fact import Fact
 from malmend.facts.readers import given_facts
 from malmend.models.load import prepared
+from malmend.models.sites import around, find_sites
 from malmend.patch import Patch
 
 tiny = command_support.tiny
@@ -572,6 +573,15 @@ def test_inspection_of_every_kind(tiny, tmp_path):
     model = malmend.inspect(tiny.model, layers=2)
     assert (model.kind, model.entries["fingerprint"]) == ("model", tiny.loaded.fingerprint)
     assert list(model.entries["sites"].values()) == ["32 x 128"] * 2
+    beside = model.entries["sites that settle too (--refine.around)"]
+    assert beside and not beside.keys() & model.entries["sites"].keys()
+    both = {*beside, *model.entries["sites"]}
+    found = around(tiny.loaded.model, find_sites(tiny.loaded.model, 2))
+    assert both == {site.name for site in found}
+    named = malmend.inspect(
+        tiny.model, sites=next(iter(beside))
+    ).entries  # then nothing but these settles
+    assert "sites that settle too (--refine.around)" not in named
     trained(tiny, tmp_path / "editor")
     editor = malmend.inspect(tmp_path / "editor")
     assert (editor.kind, editor.entries["last step"]["step"]) == ("editor", 5)

@@ -18,7 +18,7 @@ from malmend.facts.readers import beside, read_facts
 from malmend.methods.trained import TRAINED, method_in, trained_method
 from malmend.models.cut import Cut
 from malmend.models.load import LoadedModel, load_model
-from malmend.models.sites import Linear, Side, Site, find_sites
+from malmend.models.sites import Linear, Side, Site, around, find_sites
 from malmend.models.source import BUILT_IN
 from malmend.shipping.adapter import is_adapter, read_patch
 from malmend.shipping.ledger_table import FILE as LEDGER
@@ -68,7 +68,9 @@ def inspect(
 
     def model() -> Inspection:
         loaded = load_model(str(thing), dtype)
-        return _model(loaded, find_sites(loaded.model, layers, sites, linear, side))
+        found = find_sites(loaded.model, layers, sites, linear, side)
+        settle = loaded.reading.form == "causal" and sites is None
+        return _model(loaded, found, around(loaded.model, found) if settle else ())
 
     if str(thing) in BUILT_IN or path.suffix == ".gguf":
         return model()
@@ -114,8 +116,9 @@ def _reader(path: Path) -> tuple[str, Callable[[Path], Inspection]] | None:
     return None
 
 
-def _model(loaded: LoadedModel, found: Sequence[Site]) -> Inspection:
+def _model(loaded: LoadedModel, found: Sequence[Site], around: Sequence[Site]) -> Inspection:
     Cut(loaded.model, found)  # what an edit would refuse is refused here
+    beside = [site for site in around if site not in found]
     reading = loaded.reading
     entries = {
         "class": type(loaded.model).__name__,
@@ -124,9 +127,14 @@ def _model(loaded: LoadedModel, found: Sequence[Site]) -> Inspection:
         "parameters": sum(p.numel() for p in loaded.model.parameters()),
         "dtype": loaded.dtype,
         "fingerprint": loaded.fingerprint,
-        "sites": {site.name: "{} x {}".format(*site.shape_VK) for site in found},
+        "sites": _shapes(found),
+        **({"sites that settle too (--refine.around)": _shapes(beside)} if beside else {}),
     }
     return Inspection("model", loaded.name, entries)
+
+
+def _shapes(sites: Sequence[Site]) -> dict[str, str]:
+    return {site.name: "{} x {}".format(*site.shape_VK) for site in sites}
 
 
 def _editor(path: Path) -> Inspection:
