@@ -574,7 +574,8 @@ def test_inspection_of_every_kind(tiny, tmp_path):
     assert (model.kind, model.entries["fingerprint"]) == ("model", tiny.loaded.fingerprint)
     assert list(model.entries["sites"].values()) == ["32 x 128"] * 2
     beside = model.entries["sites that settle too (--refine.around)"]
-    assert beside and not beside.keys() & model.entries["sites"].keys()
+    assert beside
+    assert not beside.keys() & model.entries["sites"].keys()
     both = {*beside, *model.entries["sites"]}
     found = around(tiny.loaded.model, find_sites(tiny.loaded.model, 2))
     assert both == {site.name for site in found}
