@@ -497,6 +497,16 @@ def test_a_switch_before_the_positionals_does_not_swallow_them(reached):
     assert (given["model"], given["facts"], given["chat"], given["force"]) == ("m", "f", True, True)
 
 
+@pytest.mark.parametrize("prompt", ["A chat", "a force", "  chat"])
+def test_a_prompt_that_ends_like_a_switch_is_asked_as_it_stands(reached, prompt):
+    assert reached("ask", "m", prompt)["prompt"] == prompt
+
+
+def test_a_value_that_ends_like_a_switch_stays(reached):
+    assert reached("eval", "./strict", "f", "--text", "a chat")["text"] == "a chat"
+    assert reached("eval", "./strict", "f")["model"] == "./strict"
+
+
 @pytest.mark.parametrize("name", ["--facts-per-step", "--facts_per_step"])
 @pytest.mark.parametrize("joined", [True, False])
 def test_hyphens_and_underscores_are_the_same(reached, name, joined):

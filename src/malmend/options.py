@@ -150,8 +150,9 @@ def parse(parser: Any, arguments: list[str]) -> dict[str, Any]:
     ]
     defaults = parser.get_defaults().as_dict()
     for index, (one, following) in enumerate(zip(spelt, [*spelt, ""][1:], strict=True)):
-        # A switch may stand alone: --strict is --strict=true.
-        if isinstance(defaults.get(one[2:]), bool) and following not in ("true", "false"):
+        # A switch may stand alone: --strict is --strict=true; "A strict" is a prompt.
+        switch = one.startswith("--") and isinstance(defaults.get(one[2:]), bool)
+        if switch and following not in ("true", "false"):
             spelt[index] = f"{one}=true"
     try:
         given = parser.parse_args(spelt).as_dict()
