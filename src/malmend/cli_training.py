@@ -140,7 +140,7 @@ def finetune(arguments: list[str], what: str) -> None:
     from malmend.models.finetune import FinetuneSettings
 
     parser = parser_of("finetune", what)
-    parser.add_argument("model", type=str, help="name or folder")
+    parser.add_argument("model", type=str, help="name, folder or GGUF file")
     parser.add_argument("facts", type=str, nargs="+", help="facts files; of claims for an encoder")
     parser.add_argument("--out", type=str, required=True, help="the fine-tuned model's folder")
     derive(parser, finetune, {"model", "facts", "out", "settings", "stepped", "told"})

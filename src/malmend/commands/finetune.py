@@ -66,7 +66,7 @@ def finetune(
     or an encoder-decoder learns to say the answers.
 
     Args:
-        model: a name or a folder.
+        model: a name, a folder or a GGUF file.
         facts: facts files, of claims for an encoder.
         out: the fine-tuned model's folder.
         settings: how to train.
