@@ -95,10 +95,14 @@ def test_a_framed_edit_keeps_the_rank_of_all_its_rows(tiny, monkeypatch):
 
 @pytest.fixture
 def briefly(monkeypatch):
-    """Four steps on two held lines each; a random model knows no facts."""
+    """Four steps on two held lines each, from the whole solve: they are too few from half of it.
+
+    A random model knows no facts.
+    """
     monkeypatch.setattr(edits, "known_facts", lambda _bench, _facts: [])
     monkeypatch.setattr(draws, "FEWEST", 4)
     monkeypatch.setattr(draws, "HELD", 2)
+    monkeypatch.setattr(settle, "START", 1.0)
 
 
 SETTLED = RefineSettings(passes=1, frames=FRAMES, rounds=1.0, hold=4.0)
@@ -109,6 +113,8 @@ def test_a_settled_edit_is_of_full_rank_and_says_so(tiny, briefly):
     found = malmend.edit(tiny.loaded, FEW, refine=SETTLED, **own(tiny)).patch
     said = found.provenance
     assert (said["passes"], said["rounds"], said["hold"]) == (1, 1.0, 4.0)
+    assert said["around"] is True
+    assert once.provenance["around"] is False
     ways = in_other_words(FEW, 8, Borrowing(FEW))
     assert said["steps"] == 4
     assert said["readings"] == sum(len(("prompt", *FRAMES, *some)) for some in ways) > 3 * len(FEW)

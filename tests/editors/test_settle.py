@@ -61,7 +61,8 @@ def said_by(model, weights, one):
 def reference(case: Case, hold: float, steps: int, enough: float, known: Held | None = None):
     """E by torch's Adam on (29) written out, every fact and every held question in each step.
 
-    A site without a shift starts at zero, in steps by (30).
+    It starts from half the shift, in steps by the whole one; a site without one starts at zero, in
+    steps by (30).
     """
     readings = [one for rows in ROWS for one in rows]
     sites = list(case.trunk.sites)
@@ -81,6 +82,8 @@ def reference(case: Case, hold: float, steps: int, enough: float, known: Held | 
     rates = [
         rate or whole * sum(parts) / len(parts) for rate, whole in zip(rates, wholes, strict=True)
     ]
+    for one in free:
+        one.data.mul_(0.5)
     adam = torch.optim.Adam(
         [{"params": [one], "lr": lr} for one, lr in zip(free, rates, strict=True)],
         betas=(0.9, 0.98),
@@ -177,7 +180,7 @@ def test_what_it_holds_beside_micro_batches_is_planned():
 
 def test_the_numbers_are_those_of_the_docs():
     read, kept = (112, 80, 7, 0.02, 3.0, 0.5, 1.5), (48, 2, 16, 0.25, 0.05)
-    assert (*read, *kept, 0.06, 0.9, 0.98, 1e-6) == module.NUMBERS
+    assert (*read, *kept, 0.5, 0.06, 0.9, 0.98, 1e-6) == module.NUMBERS
     assert (RefineSettings.hold, RefineSettings.wordings, LEFT_OUT) == (150.0, 8, 0.3)
     assert [150.0, 8, 256, 3.0, 400, True, 2, 0.3, 1, 5, *module.NUMBERS] == SETTLING
 
@@ -197,12 +200,12 @@ def test_what_is_asked_is_said_and_what_is_held_stays():
 
 
 def test_what_is_said_surely_enough_pulls_no_more(monkeypatch):
-    """Without anything held nothing is left to ask: the shift stays as it is."""
+    """Without anything held nothing is left to ask: the shift stays as it starts, which is half."""
     monkeypatch.setattr(module, "SAID", 1e9)
     case = Case()
     found = case.settled(40, hold=0.0)
     for name, shift_VK in found.items():
-        torch.testing.assert_close(shift_VK, case.shifts[name], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(shift_VK, case.shifts[name] / 2, rtol=1e-9, atol=1e-12)
 
 
 def test_an_identity_for_prior_is_plain_adam():
@@ -217,7 +220,7 @@ def test_an_identity_for_prior_is_plain_adam():
     found = case.settled(1, hold=0.0)
     for name, shift_VK in found.items():
         size = case.shifts[name].square().mean().sqrt()
-        step = (shift_VK - case.shifts[name]).abs()
+        step = (shift_VK - case.shifts[name] / 2).abs()
         torch.testing.assert_close(step.max(), 0.06 * size, rtol=1e-4, atol=0.0)
 
 
@@ -265,7 +268,8 @@ def test_what_is_open_in_each_reading_is_told_to_what_ranks_them(monkeypatch):
     monkeypatch.setattr(Readings, "draw", noted)
     monkeypatch.setattr(Readings, "read", lambda _self, losses_Q: told.append(losses_Q))
     case.settled(1)
-    model, wanted = edited(case.model, case.trunk, case.shifts), []
+    half = {name: shift_VK / 2 for name, shift_VK in case.shifts.items()}
+    model, wanted = edited(case.model, case.trunk, half), []
     assert len(read) == sum(map(len, ROWS))
     for one in read:
         said_A = said_by(model, {}, one).gather(1, torch.tensor(one.labels)[:, None])

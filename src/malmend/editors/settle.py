@@ -9,13 +9,17 @@ descended by what counts,
          + KNOWN * hold * the same over what the model surely says of other subjects,           (29)
 
 in the metric of the prior: with P_l = L_l L_l^T of equation (1) and S_l = E_l L_l^-1, by Adam on
-E_l, whose steps are relative to the root mean square of the E_l that it starts from and fall
-linearly to nothing.  So a step is small where text and other questions have many keys.
+E_l, whose steps are relative to the root mean square of what the solves found and fall linearly to
+nothing.  So a step is small where text and other questions have many keys.
+
+It starts from :data:`START` times what the solves found.  What they move besides is undone only
+where something is held, and what is not held of it stays: half a shift moves a quarter as much, and
+the facts are soon said again.
 
 Not only the layers that were solved for settle.  A feed-forward layer's output is edited by keys
 in which a subject is hard to tell by a straight line; what the attention gives and the first layer
 reads tells it better.  So these layers settle too, from E_l = 0, in steps of as great a part of
-W_l L_l as the solved layers' have of theirs in the mean:
+W_l L_l as the solved layers' have of theirs in the mean, E_k what the solves found:
 
     rate_l = RATE * rms(W_l L_l) * mean over solved layers k of rms(E_k) / rms(W_k L_k)         (30)
 
@@ -49,8 +53,9 @@ from malmend.processes import ALONE, Processes
 
 KNOWN = 0.25  # what is surely said of others weighs, beside ``hold``
 SAID = 0.05  # nats below which an answer token is said surely enough
+START = 0.5  # of the solved shift is started from
 RATE, BETAS, TINY = 0.06, (0.9, 0.98), 1e-6
-NUMBERS = (*draws.NUMBERS, KNOWN, SAID, RATE, *BETAS, TINY)
+NUMBERS = (*draws.NUMBERS, KNOWN, SAID, START, RATE, *BETAS, TINY)
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ def settle(
     Args:
         trunk: the cut model, unedited; all of its sites settle.
         priors: the metric, by site.
-        shifts: what is started from, V x K, by site; a site that has none starts at zero.
+        shifts: what the solves found, V x K, by site; a site that has none starts at zero.
         asked: of each fact its prompt, and the same in other ways; of ``processes`` this one's.
         steps: how many.
         keeping: what should be said as before; of ``processes`` this one's.
@@ -184,11 +189,11 @@ class _Metric:
 
     Args:
         prior: P = L L^T.
-        shift_VK: S to start from.
+        shift_VK: S that the solves found.
         weight_VK: W.
 
     Attributes:
-        share: rms(E) / rms(W L) at the start, or what is to stand for it: of (30).
+        share: rms(E) / rms(W L) of what they found, or what is to stand for it: of (30).
 
     Raises:
         MalmendError: P is singular.
@@ -198,9 +203,10 @@ class _Metric:
         eye_KK = torch.eye(shift_VK.shape[1], dtype=torch.float64)
         # Of a multiple of the identity the size does not matter: steps are relative.
         self._root_KK = (eye_KK if prior.is_identity else prior.factor_KK).to(shift_VK)
-        self._free_VK = torch.nn.Parameter(shift_VK @ self._root_KK)
+        solved_VK = shift_VK @ self._root_KK
+        self._free_VK = torch.nn.Parameter(START * solved_VK)
         self._whole = (weight_VK @ self._root_KK).square().mean().sqrt().item() or 1.0
-        self.share = self._free_VK.detach().square().mean().sqrt().item() / self._whole
+        self.share = solved_VK.square().mean().sqrt().item() / self._whole
         self._adam = torch.optim.Adam([self._free_VK], betas=BETAS)
 
     def shift(self) -> Tensor:

@@ -164,6 +164,7 @@ class _Work:
             "rounds": refine.rounds if settled else 0.0,
             "wordings": refine.wordings if settled else 0,
             "hold": refine.hold if holds and settled else 0.0,
+            "around": settled and self.around is not None,
         }
 
     def inside(self, frame: str) -> list[Encoded]:
