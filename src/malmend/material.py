@@ -28,6 +28,7 @@ from malmend.editors.calibration_file import (
 from malmend.editors.keymoments import first_of, key_moments, passages_of, text_moment
 from malmend.editors.settings import EditorSettings
 from malmend.errors import MalmendError
+from malmend.facts.alternatives import same_answer
 from malmend.facts.apart import apart
 from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact, FactSet, Question, spread
@@ -264,7 +265,8 @@ def _calibration_data(
     if says_classes:
         known = [_with_another(fact, encoder.reading.classes) for fact in known]
         known = list(aimed(bench, FactSet("calibration facts", tuple(known)), away=True))
-    asked = [q for q in read_questions(shipped("questions.jsonl"))[: 2 * count] if q.answer]
+    questions = read_questions(shipped("questions.jsonl"))[:-KEPT_BACK]
+    asked = [question for question in questions[: 2 * count] if question.answer]
     if says_classes:
         asked = [Question(_stated(question.prompt, question.answer)) for question in asked]
     general = [question for question in asked if can_be_asked(encoder, question)]
@@ -288,8 +290,8 @@ def _statement(fact: Fact, classes: Sequence[str]) -> Fact:
 
 def _with_another(fact: Fact, classes: Sequence[str]) -> Fact:
     """The fact with another class to be moved to, whether its file names one or not."""
-    known = fact.alternative is not None and fact.alternative in classes
-    others = [name for name in classes if name.casefold() != fact.answer.strip().casefold()]
+    others = [name for name in classes if not same_answer(name, fact.answer)]
+    known = any(same_answer(name, fact.alternative or "") for name in others)
     return fact if known else replace(fact, alternative=others[0])
 
 

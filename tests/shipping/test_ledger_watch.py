@@ -73,9 +73,10 @@ def test_no_questions_no_figure(tiny, tmp_path):
 
 
 @pytest.mark.usefixtures("whole")
-def test_general_questions_are_not_those_of_the_prior(tiny):
+@pytest.mark.parametrize("facts", [256, 5_000])  # the prior of a training reads all it may
+def test_general_questions_are_not_those_of_the_prior(tiny, facts):
     bench = lay_out(tiny.loaded, find_sites(tiny.loaded.model))
-    _, _, read = _calibration_data(bench, None, None, CalibrationSettings())
+    _, _, read = _calibration_data(bench, None, None, CalibrationSettings(prior_facts=facts))
     asked = held_out_questions(bench.encoder, StopRule().questions)
     assert len(asked) == StopRule().questions
     assert not set(asked) & set(read)

@@ -1,7 +1,6 @@
 """The prior of layers that settle beside an editor's own, of which no editor knows (equation 30).
 
-It has the terms of the editor's (equation 1), at the weights that an editor without a network
-starts from.
+It has the terms of the editor's (equation 1), at the first weights that a calibration tries.
 
 Shape letters: K key width.
 """

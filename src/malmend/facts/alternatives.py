@@ -55,10 +55,10 @@ def away_from(facts: FactSet, said: Sequence[str], classes: Sequence[str]) -> Fa
     turned, lacking = [], []
     for fact, label in zip(facts, said, strict=True):
         target = fact.answer
-        if _same(label, target):
-            others = [name for name in classes if not _same(name, label)]
+        if same_answer(label, target):
+            others = [name for name in classes if not same_answer(name, label)]
             target = fact.alternative or (others[0] if len(others) == 1 else "")
-        if not target or _same(label, target):
+        if not target or same_answer(label, target):
             lacking.append(fact.place)
         turned.append(replace(fact, answer=target, alternative=None, reversed=None))
     if lacking:
@@ -83,5 +83,6 @@ def _lacking(facts: FactSet, places: Sequence[str], what: str, otherwise: str) -
     return error
 
 
-def _same(one: str, other: str) -> bool:
+def same_answer(one: str, other: str) -> bool:
+    """Whether two answers, or names of classes, are one but for case and outer blanks."""
     return one.strip().casefold() == other.strip().casefold()
