@@ -20,7 +20,7 @@ from malmend import train as train_editor
 from malmend.commands import edit as edit_module
 from malmend.commands import edits as edits_module
 from malmend.commands import train as train_module
-from malmend.editors import checkpoint
+from malmend.editors import checkpoint, resuming
 from malmend.editors.halfway import EVERY
 from malmend.editors.network import NetworkSettings
 from malmend.editors.settings import EditorSettings
@@ -612,7 +612,7 @@ def test_fewer_steps_than_were_taken(place, capsys):
     assert malmend(*place.train("--steps", 3, out=out)) == 0
     messages(capsys)
     said = refused(place.train("--steps", 2, out=out), place.folder, capsys)
-    assert "has taken 3 steps, --steps 2 asks for fewer" in said
+    assert "was trained for 3 steps, 2 are asked for" in said
 
 
 def test_too_few_facts_are_noticed_before_the_model_is_loaded(place, capsys, monkeypatch):
@@ -648,7 +648,8 @@ def test_a_full_disk_while_a_patch_is_written(place, capsys, monkeypatch):
 
 @pytest.mark.parametrize("existing", [False, True])
 def test_a_full_disk_while_an_editor_is_written(existing, place, capsys, monkeypatch):
-    monkeypatch.setattr(checkpoint, "save_file", half_written)
+    for module in (resuming, checkpoint):
+        monkeypatch.setattr(module, "save_file", half_written)
     out = place.copied("good") if existing else place.folder / "editor"
     said = refused(place.train(out=out), place.folder, capsys, lines=None)
     assert "cannot be written (No space left on device)" in said

@@ -17,6 +17,7 @@ from command_support import CALIBRATION, EAGER, Tiny, as_lines, files_in, make_f
 from malmend.commands import edit as edit_module
 from malmend.commands import train as train_module
 from malmend.commands.demo import weights_digest
+from malmend.commands.learn import learn
 from malmend.editors.calibration_file import load_calibration
 from malmend.editors.network import NetworkSettings
 from malmend.editors.refine import RefineSettings
@@ -26,6 +27,7 @@ from malmend.editors.training import StepRecord
 from malmend.errors import FactsError, MalmendError, PatchError
 from malmend.facts.fact import Fact
 from malmend.facts.readers import given_facts
+from malmend.methods.ke import KeSettings
 from malmend.models.load import prepared
 from malmend.models.sites import around, find_sites
 from malmend.patch import Patch
@@ -497,6 +499,33 @@ def test_a_run_stopped_between_its_two_files_goes_on(tiny, tmp_path, monkeypatch
     parts = trained(tiny, tmp_path / "parts", training=replace(TRAINING, save_every=5))
     assert same_editor(parts, trained(tiny, tmp_path / "whole"))
     assert parts.saved.about["step"] == 5
+
+
+def test_a_run_killed_before_the_last_of_its_two_files_is_whole_again(tiny, tmp_path):
+    wanted = trained(tiny, tmp_path / "editor")
+    (tmp_path / "editor" / "editor.json").unlink()
+    again = trained(tiny, tmp_path / "editor")
+    assert same_editor(again, wanted)
+    assert again.saved.about["step"] == 5
+
+
+def test_a_finished_editor_without_what_resuming_needs_is_not_written_over(tiny, tmp_path):
+    trained(tiny, tmp_path / "editor")
+    (tmp_path / "editor" / "training.safetensors").unlink()
+    before = {path: path.read_bytes() for path in (tmp_path / "editor").iterdir()}
+    with pytest.raises(MalmendError, match="holds an editor without what resuming needs"):
+        trained(tiny, tmp_path / "editor")
+    assert {path: path.read_bytes() for path in (tmp_path / "editor").iterdir()} == before
+
+
+def test_an_editor_is_not_trained_where_another_method_was(tiny, tmp_path):
+    ke = KeSettings(steps=1, layers=1, hidden=4, facts_per_step=2)
+    learn(tiny.loaded, tiny.facts, tmp_path / "ke", "ke", ke)
+    with pytest.raises(MalmendError, match="holds a trained ke, not an editor"):
+        trained(tiny, tmp_path / "ke")
+    trained(tiny, tmp_path / "editor")
+    with pytest.raises(MalmendError, match="holds an editor, not ke"):
+        learn(tiny.loaded, tiny.facts, tmp_path / "editor", "ke", ke)
 
 
 def test_a_finished_run_may_be_lengthened_and_starting_it_again_changes_nothing(tiny, tmp_path):

@@ -7,11 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from malmend.commands.training_folder import (
+    check_folder,
+    check_steps,
+    is_begun,
+    is_due,
+)
 from malmend.errors import MalmendError
 from malmend.facts.fact import Fact, Question
-from malmend.facts.readers import read_questions
-from malmend.files import writable_folder
-from malmend.methods.trained import TRAINED, Trainer, method_in
+from malmend.facts.readers import given_questions
+from malmend.methods.trained import TRAINED
 from malmend.models.load import LoadedModel
 from malmend.models.trunk import TrunkSettings
 from malmend.one_writer import only_writer
@@ -72,44 +77,22 @@ def learn(
     settings = kind.settings() if settings is None else settings
     encoder = encoder_for(model, settings.end_of_answer)
     known = checked_facts(facts, encoder, limit, strict, alternative, away)
-    others = read_questions(locality) if isinstance(locality, str | Path) else tuple(locality or ())
-    if (folder / "config.json").is_file():
-        raise MalmendError(f"{folder} is a model's folder, expected one for the {method}.")
-    writable_folder(folder)
+    others = given_questions(locality)
+    check_folder(folder)
     with only_writer(folder, "--out"):
         loaded = opened(model, dtype, device)
         sites = settings.sites_in(loaded.model)
         bench = lay_out(loaded, sites, settings.end_of_answer, trunk=trunk)
         trainer = kind.trainer(settings, bench, list(aimed(bench, known, away)), others)
-        _resume(trainer, folder, method, settings.steps)
+        if is_begun(folder, method):
+            trainer.resume(folder)
+        check_steps(folder, trainer.step, settings.steps)
         records = []
         for record in trainer.run():
             records.append(record)
             stepped(record)
-            if record.step % settings.save_every == 0 or record.step == settings.steps:
+            if is_due(record.step, settings.save_every, settings.steps):
                 trainer.save(folder)
         if not records:  # killed between the files of the last step, it may lack some
             trainer.save(folder)
         return LearnResult(folder, tuple(records))
-
-
-def _resume(trainer: Trainer, folder: Path, method: str, steps: int) -> None:
-    """Goes on with what the folder holds, if anything.
-
-    Raises:
-        MalmendError: it holds something else, or a run that is further already.
-    """
-    other = method_in(folder)
-    if other not in (None, method):
-        raise MalmendError(f"{folder} holds a trained {other}, not {method}; give another --out.")
-    if (folder / "training.safetensors").is_file():
-        trainer.resume(folder)
-    elif (folder / "editor.json").is_file():
-        raise MalmendError(
-            f"{folder} holds an editor without what resuming needs; give another --out."
-        )
-    if trainer.step > steps:
-        raise MalmendError(
-            f"{folder} was trained for {trainer.step} steps, {steps} are asked for; ask for more, "
-            "or give another --out."
-        )

@@ -13,18 +13,25 @@ from typing import Any
 
 import torch
 
+from malmend.commands.training_folder import (
+    check_folder,
+    check_steps,
+    is_begun,
+    is_due,
+    is_whole,
+)
 from malmend.editors.calibration import CalibrationSettings
 from malmend.editors.checkpoint import SavedEditor, load_editor, save_editor
 from malmend.editors.drawing import check_trainable
 from malmend.editors.settings import EditorSettings
 from malmend.editors.train_settings import TrainSettings
 from malmend.editors.training import StepRecord, Trainer, estimate_seconds, rehearse, step_bytes
-from malmend.errors import EditorError, MalmendError
+from malmend.errors import EditorError
 from malmend.facts.encoded import resolved
 from malmend.facts.fact import Fact, FactSet, Question, subject_hashes
 from malmend.facts.lint import leaks, unseen, unseen_said
-from malmend.facts.readers import read_questions
-from malmend.files import reason, writable_folder
+from malmend.facts.readers import given_questions
+from malmend.files import reason
 from malmend.material import calibrated
 from malmend.memory import size_of
 from malmend.models.budget import Work, watched
@@ -126,10 +133,9 @@ def train(
     folder = Path(out)
     encoder = encoder_for(model, settings.end_of_answer)
     known = checked_facts(facts, encoder, limit, strict, alternative, away)
-    others = read_questions(locality) if isinstance(locality, str | Path) else tuple(locality or ())
+    others = given_questions(locality)
     check_trainable(known.facts, others, training.facts_per_step, "--facts-per-step")
-    _check(folder)
-    writable_folder(folder)  # before the model is loaded, but only once the facts are good
+    check_folder(folder)  # before the model is loaded, but only once the facts are good
     with only_writer(folder, "--out") if processes.is_first else nullcontext():
         loaded = opened(model, dtype, device)
         # What "auto" stands for is said in the editor's folder, and may be given when resuming.
@@ -165,33 +171,30 @@ def train(
             for record in trainer.run():
                 records.append(record)
                 stepped(record)
-                due = record.step % training.save_every == 0 or record.step == training.steps
+                due = is_due(record.step, training.save_every, training.steps)
                 if due and processes.is_first:
-                    _save(trainer, {**about, "curve": [asdict(one) for one in records]}, folder)
+                    _save(trainer, about, records, folder)
+        if processes.is_first and not is_whole(folder, trainer.step):  # killed at the last step
+            _save(trainer, about, records, folder)
         with processes.first_then_others():  # once it is written
             saved = load_editor(folder)
         return TrainResult(saved, folder, tuple(records), tuple(leaks(known, others)), peak())
 
 
-def _save(trainer: Trainer, about: dict[str, Any], folder: Path) -> None:
-    """Both of a folder's files; the editor first: without the other, its steps are taken again."""
-    save_editor(trainer.editor, {**about, "step": trainer.step}, folder)
+def _save(
+    trainer: Trainer, about: dict[str, Any], records: Sequence[StepRecord], folder: Path
+) -> None:
+    """Both of a folder's files; what resuming needs first."""
+    about = {**about, "curve": [asdict(one) for one in records]}
     trainer.save(folder, about)
-
-
-def _check(folder: Path) -> None:
-    """Raises MalmendError where the folder is a model's."""
-    if (folder / "config.json").is_file():
-        raise MalmendError(
-            f"{folder} is a model's folder, expected one for the editor; give another --out."
-        )
+    save_editor(trainer.editor, {**about, "step": trainer.step}, folder)
 
 
 def _resumed(
     trainer: Trainer, folder: Path, about: dict[str, Any], told: Callable[[str], None]
 ) -> list[StepRecord]:
     """Goes on from the folder's checkpoint, if it has one of the same model and facts."""
-    if not (folder / "training.safetensors").is_file():
+    if not is_begun(folder):
         return []
     said: dict[str, Any] = dict(trainer.resume(folder))
     parts = (
@@ -207,11 +210,7 @@ def _resumed(
                 f"{folder} holds an editor in training on other {what}; give the same {what} "
                 "to go on with it, or another --out."
             )
-    if trainer.step > trainer.settings.steps:
-        raise EditorError(
-            f"The editor in {folder} has taken {trainer.step} steps, --steps "
-            f"{trainer.settings.steps} asks for fewer; give as many or more, or another --out."
-        )
+    check_steps(folder, trainer.step, trainer.settings.steps)
     threads = torch.get_num_threads()
     if said.get("threads", threads) != threads:
         told(
@@ -227,8 +226,8 @@ def _resumed(
         return _curve(said["curve"], trainer.step)
     except (TypeError, KeyError, ValueError) as error:
         raise EditorError(
-            f"{folder} holds a damaged training.safetensors ({reason(error)}); remove it to train "
-            "from the start."
+            f"{folder} holds a damaged training.safetensors ({reason(error)}); give another --out "
+            "to train from the start."
         ) from error
 
 

@@ -87,7 +87,7 @@ def resume_run(
         raise
     except Exception as error:
         raise EditorError(
-            f"{path} is damaged ({reason(error)}); remove it to train from the start."
+            f"{path} is damaged ({reason(error)}); give another --out to train from the start."
         ) from error
     return about
 

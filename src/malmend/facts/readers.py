@@ -103,6 +103,13 @@ def read_questions(path: str | Path) -> tuple[Question, ...]:
     return tuple(question for question in questions if question is not None)
 
 
+def given_questions(questions: str | Path | Sequence[Question] | None) -> tuple[Question, ...]:
+    """Those of a file, as :func:`read_questions`, or those in hand; of None none."""
+    if isinstance(questions, str | Path):
+        return read_questions(questions)
+    return tuple(questions or ())
+
+
 def read_text(path: str | Path) -> str:
     """Read plain UTF-8 text, with line ends as ``\\n`` and without a byte order mark.
 

@@ -202,7 +202,7 @@ class EnnTrainer:
             EditorError: the file is damaged, or of another run; nothing has changed.
         """
         path, mine = Path(folder) / "training.safetensors", self._about()
-        with whole(path, "remove it to train from the start"):
+        with whole(path, "give another --out to train from the start"):
             about, found = read_training(path)
             told, asked = ({**one["settings"], **one} for one in (about, mine))
             for name in {**mine["settings"], **mine}:

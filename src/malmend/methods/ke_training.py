@@ -180,6 +180,6 @@ class KeTrainer:
             raise
         except Exception as error:
             raise EditorError(
-                f"{path} is damaged or missing ({reason(error)}); train from the start."
+                f"{path} is damaged ({reason(error)}); give another --out to train from the start."
             ) from error
         self.step, self.multiplier = step, multiplier

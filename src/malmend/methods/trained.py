@@ -72,9 +72,14 @@ def trained_method(folder: object) -> Method | None:
 
 def method_in(folder: str | Path) -> str | None:
     """The name that a folder's ``editor.json`` says; None of an editor, or where there is none."""
+    name = said_in(folder).get("method")
+    return name if isinstance(name, str) else None
+
+
+def said_in(folder: str | Path) -> dict[str, Any]:
+    """What a folder's ``editor.json`` says; nothing where it is missing or damaged."""
     try:
         about = json.loads((Path(folder) / "editor.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return None  # whoever reads it next says what is wrong
-    name = about.get("method") if isinstance(about, dict) else None
-    return name if isinstance(name, str) else None
+        return {}  # whoever reads it next says what is wrong
+    return about if isinstance(about, dict) else {}
