@@ -131,13 +131,15 @@ def test_weights_outside_or_missing_tell_nothing(tmp_path, weights):
 
 @pytest.mark.parametrize("count", [2, 12])
 def test_general_questions_are_the_first_that_can_be_said(tiny, tmp_path, monkeypatch, count):
-    """As many as facts; ones without an answer, or too long, are left out."""
+    """As many as facts; ones without an answer, or too long, and the last are left out."""
+    last = {"prompt": "Who is kept back?", "answer": "The last"}
     lines = [
         {"prompt": f"Who is number {index}?", "answer": f"Number {index}"} for index in range(5)
     ]
     lines.insert(1, {"prompt": "Who has no answer?"})
     lines.insert(2, {"prompt": "long " * 600, "answer": "yes"})
-    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, [*lines, last])))
+    monkeypatch.setattr(material, "KEPT_BACK", 1)
     real, given_to = material.shipped, []
     monkeypatch.setattr(
         material,
@@ -161,6 +163,7 @@ def test_general_questions_are_the_first_that_can_be_said(tiny, tmp_path, monkey
     # Kept under a name that the questions are a part of.
     calibrated(bench, free, tiny.calibrate, tiny.text, sizes)
     assert len(given_to) == 1
-    (tmp_path / "questions.jsonl").write_text(json.dumps(lines[0] | {"answer": "Another"}))
+    lines = [lines[0] | {"answer": "Another"}, last]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
     calibrated(bench, free, tiny.calibrate, tiny.text, sizes)
     assert given_to[1:] == [[Question("Who is number 0?", "Another")]]
