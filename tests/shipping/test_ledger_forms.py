@@ -37,4 +37,8 @@ def test_added_in_parts_and_revoked(family, tmp_path, monkeypatch):
         summed = set(held.sums())
     # An encoder's sites see every token, a decoder's the answers: too few for sums here.
     assert summed == {name for name in wanted.factors if family == "bert" or "encoder" in name}
-    assert len(malmend.ledger.verify(ledger, loaded).rows) == len(rest)
+    rows = malmend.ledger.verify(ledger, loaded).rows
+    assert len(rows) == len(rest)
+    for row in rows:  # what the model gives, in its own words or by its class
+        said = row.reply.text if family == "t5" else row.reply.top
+        assert said in classes if classes else said is not None

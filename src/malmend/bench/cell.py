@@ -23,7 +23,6 @@ from malmend.evaluation.replies import Asked as Reply
 from malmend.evaluation.replies import FactRow, Replies
 from malmend.facts.fact import Fact
 from malmend.memory import peak_memory
-from malmend.models.load import LoadedModel
 from malmend.patch import Patch
 from malmend.progress import Progress, silent
 from malmend.workbench import encoder_for
@@ -78,7 +77,7 @@ def run_cell(
         "edit_seconds": done.edit_seconds,
         "edit_bytes": done.memory,
         "seconds": time.perf_counter() - start,
-        "failures": _failures(asking.loaded, rows),
+        "failures": _failures(rows),
         # One patch's header; of facts alone the first one's.
         "patch": {key: value for key, value in said.items() if key != "losses"},
     }
@@ -129,7 +128,7 @@ def _of(fact: int, row: FactRow) -> FactRow:
     return replace(row, unedited=unedited, edited=edited)
 
 
-def _failures(loaded: LoadedModel, rows: Sequence[FactRow]) -> list[dict[str, str]]:
+def _failures(rows: Sequence[FactRow]) -> list[dict[str, str]]:
     """What edited models say instead, as in MALMEN's Tables 4 and 5: the first of each kind.
 
     Edit prompts and paraphrases that are not answered, teacher forced where nothing was decoded,
@@ -145,8 +144,8 @@ def _failures(loaded: LoadedModel, rows: Sequence[FactRow]) -> list[dict[str, st
                         "kind": after.kind,
                         "prompt": after.question.prompt,
                         "wanted": after.question.answer or "",
-                        "unedited": _said(loaded, before),
-                        "edited": _said(loaded, after),
+                        "unedited": _said(before),
+                        "edited": _said(after),
                     }
                 )
     return [one for some in found.values() for one in some]
@@ -158,9 +157,5 @@ def _fails(after: Reply) -> bool:
     return (after.exact if after.generated is None else after.generated) == 0.0
 
 
-def _said(loaded: LoadedModel, asked: Reply) -> str:
-    if asked.text is not None:
-        return asked.text
-    if loaded.reading.form == "classes":
-        return ", ".join(loaded.reading.classes[index] for index in asked.predicted)
-    return str(loaded.tokenizer.decode(list(asked.predicted))).strip()
+def _said(asked: Reply) -> str:
+    return (asked.top if asked.text is None else asked.text) or ""

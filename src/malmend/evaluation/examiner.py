@@ -135,7 +135,7 @@ class Examiner:
             generated_chat=None if in_chat is None else float(matches(in_chat.text, gold)),
             text_chat=None if in_chat is None else in_chat.text,
             cut_chat=None if in_chat is None else in_chat.cut,
-            top=self.encoder.said(known.predicted) if held else None,
+            top=self.encoder.said(known.predicted) if said is None else None,
             moved=None if before is None else before[0] != known.predicted,
         )
 

@@ -34,7 +34,7 @@ class Asked:
             longer be the gold answer, or at its limit of tokens.
         generated_chat, text_chat, cut_chat: the same, asked through the chat template.
         predicted: ids of the top predictions at the gold answer's tokens, or at the next token.
-        top: what those ids say; NS and LS.
+        top: what those ids say, where there is no ``text``.
         kl: KL(unedited || edited) per counted token, nats; NS and LS of an edited model.
         moved: whether any of those predictions is another one than the unedited model's; likewise.
     """
