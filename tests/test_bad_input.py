@@ -20,7 +20,7 @@ from malmend import train as train_editor
 from malmend.commands import edit as edit_module
 from malmend.commands import edits as edits_module
 from malmend.commands import train as train_module
-from malmend.editors import checkpoint, resuming
+from malmend.editors import checkpoint
 from malmend.editors.halfway import EVERY
 from malmend.editors.network import NetworkSettings
 from malmend.editors.settings import EditorSettings
@@ -648,11 +648,19 @@ def test_a_full_disk_while_a_patch_is_written(place, capsys, monkeypatch):
 
 @pytest.mark.parametrize("existing", [False, True])
 def test_a_full_disk_while_an_editor_is_written(existing, place, capsys, monkeypatch):
-    for module in (resuming, checkpoint):
-        monkeypatch.setattr(module, "save_file", half_written)
     out = place.copied("good") if existing else place.folder / "editor"
-    said = refused(place.train(out=out), place.folder, capsys, lines=None)
-    assert "cannot be written (No space left on device)" in said
+    before = contents(place.folder)
+    with monkeypatch.context() as full:
+        full.setattr(checkpoint, "save_file", half_written)
+        assert malmend(*place.train(out=out)) == 2
+    assert "cannot be written (No space left on device)" in "".join(messages(capsys))
+    # What resuming needs is there by then, and nothing else has changed.
+    left = contents(place.folder)
+    state = str((out / "training.safetensors").relative_to(place.folder))
+    assert left.pop(state) != before.pop(state, b"")
+    assert left == before
+    assert malmend(*place.train(out=out)) == 0
+    assert malmend(*place.edit("--editor", out)) == 0
 
 
 def test_a_full_disk_while_a_report_is_written(place, capsys, monkeypatch):

@@ -412,7 +412,7 @@ def test_training_that_diverges(monkeypatch):
     trainer = trainer_of("llama")
     before = [one.clone() for one in trainer.network.parameters()]
     monkeypatch.setattr(trainer, "backward", lambda drawn: (float("nan"), 0.0))
-    with pytest.raises(EditorError, match=r"diverged at step 1 .* lower ke\.rate"):
+    with pytest.raises(EditorError, match=r"diverged at step 1 .* lower ke\.rate.* another --out"):
         trainer.take_step()
     assert trainer.step == 0
     assert all(map(torch.equal, before, trainer.network.parameters()))
@@ -477,7 +477,7 @@ def test_a_multiplier_that_is_none(written, tmp_path):
     said = re.sub(r'"multiplier": [^,}]+', f'"multiplier": {written}', said)
     save_file(tensors, path, {"training": said})
     fresh = trainer_of("llama")
-    with pytest.raises(EditorError, match=r"is damaged or missing \(its multiplier is"):
+    with pytest.raises(EditorError, match=r"is damaged \(its multiplier is"):
         fresh.resume(tmp_path)
     assert fresh.step == 0
 

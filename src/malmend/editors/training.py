@@ -198,7 +198,7 @@ class Trainer:
         if not math.isfinite(value):
             raise MalmendError(
                 f"Training diverged at step {self.step + 1} ({name} is {value}); "
-                "lower --network-rate or --scalar-rate and resume."
+                "lower --network-rate or --scalar-rate and start again in another --out."
             )
 
     def save(self, folder: Path, about: Mapping[str, object]) -> None:

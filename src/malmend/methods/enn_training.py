@@ -112,7 +112,8 @@ class EnnTrainer:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise MalmendError(
                 f"Training diverged at step {self.step + 1} (the loss is {loss}, its gradient's "
-                f"norm {norm}); lower enn.rate, enn.scalar_rate or enn.inner_rate."
+                f"norm {norm}); lower enn.rate, enn.scalar_rate or enn.inner_rate and "
+                "start again in another --out."
             )
         self.optimiser.step()
         self.step += 1

@@ -84,7 +84,7 @@ class KeTrainer:
         if not math.isfinite(loss + norm):
             raise EditorError(
                 f"Training diverged at step {self.step + 1} (loss {loss}, gradient {norm}); "
-                "lower ke.rate or ke.start and resume."
+                "lower ke.rate or ke.start and start again in another --out."
             )
         self.optimiser.step()
         self.multiplier = max(0.0, multiplier + settings.multiplier_rate * (loc - margin))
