@@ -28,7 +28,7 @@ from malmend.errors import EditorError, MalmendError, Resumable
 from malmend.facts.fact import Question
 from malmend.facts.tokens import Encoder, Reading
 from malmend.material import to_hold
-from malmend.methods import by_editor
+from malmend.methods import by_editor, settling
 from malmend.methods.ultraedit import UltraEdit
 from malmend.models import budget
 from malmend.models.budget import MemoryPlan
@@ -53,7 +53,8 @@ def own(tiny) -> dict:
 def counting(monkeypatch, *counts: float) -> None:
     """Lets the solves miss such a share of the tokens, in turn."""
     left = list(counts)
-    monkeypatch.setattr(by_editor, "missed", lambda *_args: left.pop(0))
+    for module in (by_editor, settling):
+        monkeypatch.setattr(module, "missed", lambda *_args: left.pop(0))
 
 
 def same(one, other) -> bool:
@@ -135,7 +136,7 @@ def test_an_edit_is_settled_from_its_last_kept_solve_in_every_frame(tiny, monkey
 
     known = [encoder_for(tiny.model).encode(one.question) for one in make_facts(5, seed=4)]
     monkeypatch.setattr(edits, "known_facts", lambda _bench, facts: known if facts else None)
-    monkeypatch.setattr(by_editor, "settle", noted)
+    monkeypatch.setattr(settling, "settle", noted)
     counting(monkeypatch, 0.0, 0.5, 0.0, 0.01)  # the second solve is let go, a hundredth is not
     refine = replace(SETTLED, passes=2, restore=0.0, wordings=3, rounds=900.0)
     found = malmend.edit(tiny.loaded, FEW, refine=refine, **own(tiny)).patch
@@ -274,7 +275,7 @@ def test_a_fact_is_read_as_any_other_of_the_batch_is_asked(tiny, monkeypatch):
         read.extend(asked)
         return shifts
 
-    monkeypatch.setattr(by_editor, "settle", noted)
+    monkeypatch.setattr(settling, "settle", noted)
     monkeypatch.setattr(Processes, "share", lambda _self, things: list(things[:2]))
     refine = replace(SETTLED, frames=(), wordings=3)
     malmend.edit(tiny.loaded, facts, refine=refine, **own(tiny))
@@ -292,7 +293,7 @@ def test_another_settling_does_not_go_on_from_it(tiny, monkeypatch, other):
         given[-1].keep(halfway.EVERY, dict)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(by_editor, "settle", stopped)
+    monkeypatch.setattr(settling, "settle", stopped)
     for refine in (SETTLED, replace(SETTLED, **other), SETTLED):
         with pytest.raises(Resumable):
             malmend.edit(tiny.loaded, FEW, refine=refine, **own(tiny))
@@ -309,7 +310,7 @@ def test_a_bound_that_does_not_bind_goes_on_from_the_same_settling(tiny, monkeyp
         places.append(given[-1].path)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(by_editor, "settle", stopped)
+    monkeypatch.setattr(settling, "settle", stopped)
     for steps in (400, 500, 3):
         with pytest.raises(KeyboardInterrupt):
             malmend.edit(tiny.loaded, FEW, refine=replace(SETTLED, steps=steps), **own(tiny))
@@ -334,7 +335,7 @@ def test_what_a_settled_edit_misses_is_asked_with_all_its_shifts_on(tiny, monkey
         asked.append(([site.name for site in trunk.sites], list(shifts)))
         return 0.0
 
-    monkeypatch.setattr(by_editor, "missed", missed)
+    monkeypatch.setattr(settling, "missed", missed)
     found = malmend.edit(tiny.loaded, FEW, refine=SETTLED, **own(tiny)).patch
     (sites, shifts), (all_sites, all_shifts) = asked
     assert sites == shifts == [site.name for site in find_sites(tiny.loaded.model)]
@@ -444,7 +445,7 @@ def test_what_is_solved_does_not_depend_on_what_settles_it(tiny, monkeypatch, br
         assert kept[0].exists()
         return {name: shift * (math.nan if broken else 0.0) for name, shift in shifts.items()}
 
-    monkeypatch.setattr(by_editor, "settle", spoilt)
+    monkeypatch.setattr(settling, "settle", spoilt)
     # Around them the model is cut below, which rounds otherwise.
     refine = replace(plain, rounds=1.0, around=False)
     found = malmend.edit(tiny.loaded, FEW, refine=refine, **own(tiny)).patch
@@ -477,13 +478,13 @@ def test_no_steps_are_refused():
 def test_an_edit_settles_in_no_more_steps_than_are_given(tiny, monkeypatch, briefly):
     """However many its rounds would be; and as many lines are held as these steps read."""
     taken, held = [], []
-    steps, keeping = settle.weight_grads, by_editor.Keeping
+    steps, keeping = settle.weight_grads, settling.Keeping
 
     def kept(one, each, weight):
         held.append(len(one.questions))
         return keeping(one, each, weight)
 
-    monkeypatch.setattr(by_editor, "Keeping", kept)
+    monkeypatch.setattr(settling, "Keeping", kept)
     monkeypatch.setattr(settle, "weight_grads", lambda *a: taken.append(1) or steps(*a))
     refine = replace(SETTLED, rounds=600.0, steps=3)
     said = malmend.edit(tiny.loaded, FEW, refine=refine, **own(tiny)).patch.provenance
@@ -576,7 +577,7 @@ def test_an_edit_that_settles_is_read_in_chat_twice_as_often(tiny, monkeypatch, 
         given["asked"] = asked
         return dict(shifts)
 
-    monkeypatch.setattr(by_editor, "settle", noted)
+    monkeypatch.setattr(settling, "settle", noted)
     refine = RefineSettings(passes=1, rounds=1.0, wordings=0)
     malmend.edit(tiny.loaded, FEW, refine=refine, **own(tiny))
     encoder = encoder_for(tiny.loaded)

@@ -22,8 +22,9 @@ from malmend.facts.fact import Fact
 from malmend.facts.tokens import Encoder, EndOfAnswer
 from malmend.known import known_facts
 from malmend.material import around_sites, to_hold
-from malmend.methods.by_editor import Holding, find_by_editor, refinable
+from malmend.methods.by_editor import find_by_editor, refinable
 from malmend.methods.method import Found
+from malmend.methods.settling import Holding
 from malmend.models.budget import MemoryPlan, Work, rows_of
 from malmend.models.load import LoadedModel
 from malmend.models.sites import Site, around

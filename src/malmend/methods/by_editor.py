@@ -1,26 +1,17 @@
-"""Editors as a method: Algorithm 1 (capture, transform, aggregate), then further passes."""
+"""Editors as a method: Algorithm 1 (capture, transform, aggregate), then solves or settling."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from malmend.editors import draws
 from malmend.editors.around import Around
 from malmend.editors.borrowing import Borrowing
 from malmend.editors.editor import Editor
-from malmend.editors.halfway import KIND, Halfway, resumable
 from malmend.editors.refine import (
     CHAT,
     ENOUGH,
-    IN_CHAT,
-    PROMPT,
     RefineSettings,
     framed,
     further,
@@ -28,38 +19,19 @@ from malmend.editors.refine import (
 )
 from malmend.editors.restore import Held
 from malmend.editors.settings import EditorSettings
-from malmend.editors.settle import KNOWN, NUMBERS, Keeping, settle
 from malmend.editors.wordings import in_other_words
 from malmend.errors import EditorError
 from malmend.facts.encoded import Encoded, Form, resolved
-from malmend.facts.fact import Fact, Question
+from malmend.facts.fact import Fact
 from malmend.methods.method import Found
+from malmend.methods.settling import Holding, Settling
 from malmend.methods.solves import Solved, Solves
 from malmend.models.capture import capture, keys_of, token_counts
-from malmend.models.source import cache_folder
-from malmend.models.trunk import Trunk
 from malmend.numerics.prior import Prior
 from malmend.patch import shifted
 from malmend.processes import ALONE, Processes
 from malmend.progress import Progress, counted, silent
 from malmend.workbench import Workbench
-
-FULL = sys.maxsize  # no bound of a shift's rank
-
-
-@dataclass(frozen=True)
-class Holding:
-    """Questions and text at which a model should say what it says unedited.
-
-    Attributes:
-        solves: of the later solves.
-        settling: of the descent after them.
-        known: what the model surely says of other subjects, of that descent too.
-    """
-
-    solves: Sequence[Encoded] = ()
-    settling: Sequence[Encoded] = ()
-    known: Sequence[Encoded] = ()
 
 
 def find_by_editor(
@@ -98,11 +70,10 @@ def find_by_editor(
     settles = refinable(settings) and bool(refine.rounds)
     frames = _in_frames(bench, facts, refine, processes) if again or settles else {}
     worded = in_other_words(facts, refine.wordings, Borrowing(everything)) if settles else ()
-    work = _Work(
-        bench, whole, around, editor, refine, questions, frames, worded, progress, processes
-    )
+    work = _Work(bench, editor, refine, questions, frames, progress, processes)
+    settling = Settling(bench, whole, refine, questions, frames, worded, progress, processes)
     held = work.held(holding) if holding and again else None
-    keeping = work.keeping(holding) if holding and settles else []
+    keeping = settling.keeping(holding) if holding and settles else []
     count = counted(progress, "keys and value gradients", len(questions))
     captured = capture(trunk, questions, settings.tokens, settings.descent, count)
     solves = Solves(editor, [len(pair.keys_NK) for pair in captured], progress, processes)
@@ -114,15 +85,18 @@ def find_by_editor(
             f"--eta and that the weights of {bench.loaded.name} are whole."
         )
     solved, kept = work.solved_again(solves, solved, held) if again else (solved, 1)
-    settled_one, left = work.settled(solved, keeping) if settles else (None, None)
+    settled_one = left = None
+    if settles:
+        settled_one, left = settling.settled(solved, work.priors(around), keeping)
     final = settled_one or solved
     with shifted(whole.at(final.shifts).sites, final.shifts):
         moved = keys_of(trunk, questions, settings.tokens)
     said = {
         **described(editor, form),
         **work.said(kept, bool(held), settled_one is not None, bool(keeping)),
-        "steps": work.steps if settles else 0,
-        "readings": work.count if settles else 0,
+        "around": settled_one is not None and around is not None,
+        "steps": settling.steps if settles else 0,
+        "readings": settling.count if settles else 0,
         "tokens": solved.tokens,
         "mean_residual": solved.mean_residual,
         "residual_after": solves.mean_residual(
@@ -134,21 +108,16 @@ def find_by_editor(
 
 @dataclass(frozen=True, eq=False)
 class _Work:
-    """An edit in the making: the facts in every frame, and what follows the first solve.
+    """The solves that follow an edit's first, of the facts in every frame.
 
-    ``bench`` is cut at the editor's sites, ``whole`` at those that settle beside them too.
-    ``frames`` has by frame one question for each of ``questions``, None where it is too long;
-    ``worded`` has for each those in other words.
+    ``frames`` has by frame one question for each of ``questions``, None where it is too long.
     """
 
     bench: Workbench
-    whole: Trunk
-    around: Around | None
     editor: Editor
     refine: RefineSettings
     questions: Sequence[Encoded]
     frames: Mapping[str, Sequence[Encoded | None]]
-    worded: Sequence[Sequence[Question]]
     progress: Progress
     processes: Processes
 
@@ -164,7 +133,6 @@ class _Work:
             "rounds": refine.rounds if settled else 0.0,
             "wordings": refine.wordings if settled else 0,
             "hold": refine.hold if holds and settled else 0.0,
-            "around": settled and self.around is not None,
         }
 
     def inside(self, frame: str) -> list[Encoded]:
@@ -180,42 +148,6 @@ class _Work:
         found = Held.of(self.bench.trunk, holding.solves, int(edited), self.processes)
         self.progress("what should stay as it is", 1.0)
         return found
-
-    def keeping(self, holding: Holding) -> list[Keeping]:
-        """What is held while the edit settles: as much as is read a few times."""
-        trunk, processes, hold = self.whole, self.processes, self.refine.hold
-        lines, found = holding.settling[: draws.lines_for(self.steps)], list[Keeping]()
-        parts = ((lines, draws.HELD, hold), (holding.known, draws.FEW_KNOWN, KNOWN * hold))
-        for number, (questions, each, weight) in enumerate(parts):
-            self.progress("what should stay as it is", number / len(parts))
-            if questions:
-                found.append(Keeping(Held.of_all(trunk, questions, processes), each, weight))
-        self.progress("what should stay as it is", 1.0)
-        return found
-
-    @cached_property
-    def readings(self) -> list[list[Encoded]]:
-        """Of each fact every way in which it is read while the edit settles, the prompt first.
-
-        That in chat is there :data:`IN_CHAT` times.
-        """
-        in_chat = [self.frames[CHAT]] * (IN_CHAT - 1) if CHAT in self.frames else []
-        asked = zip(self.questions, *self.frames.values(), *in_chat, strict=True)
-        otherwise = [framed(self.bench.encoder, ones, PROMPT) for ones in self.worded]
-        return [
-            [one for one in (*ones, *others) if one]
-            for ones, others in zip(asked, otherwise, strict=True)
-        ]
-
-    @cached_property
-    def count(self) -> int:
-        """Of the readings of all processes."""
-        return int(self.processes.total(sum(map(len, self.readings)))[0])
-
-    @cached_property
-    def steps(self) -> int:
-        """Of settling."""
-        return draws.steps_for(self.count, self.refine.rounds or 0, self.refine.steps)
 
     def missed_by(self, one: Solved) -> tuple[float, float]:
         """Of the plain prompts' tokens, and of theirs or of those in chat if these are worse."""
@@ -248,47 +180,16 @@ class _Work:
             least = min(least, plain)
         return solved, kept
 
-    def priors(self) -> dict[str, Prior]:
-        """Of every site that settles."""
+    def priors(self, around: Around | None) -> dict[str, Prior]:
+        """Of every site that settles, those ``around`` the editor's own too."""
         counts = token_counts(self.questions, self.editor.settings.tokens, False)
         tokens = int(self.processes.total(sum(counts))[0])
         names, device = self.editor.names, self.editor.device
         found = {name: self.editor.prior(site, tokens) for site, name in enumerate(names)}
-        if self.around is not None:
-            for name in self.around.moments:
-                found[name] = self.around.prior(name, tokens, device)
+        if around is not None:
+            for name in around.moments:
+                found[name] = around.prior(name, tokens, device)
         return found
-
-    def halfway(
-        self,
-        shifts: Mapping[str, Tensor],
-        keeping: Sequence[Keeping],
-    ) -> Halfway:
-        """Where settling is kept: of the model, where it starts, what it reads, and its numbers."""
-        kept = [(one.held.questions, one.each, one.weight) for one in keeping]
-        sites = [site.name for site in self.whole.sites]
-        said = (self.bench.loaded.digest, self.readings, kept, self.steps, NUMBERS, *sites)
-        return Halfway.of(cache_folder() / KIND, (*said, *shifts.values()), self.processes)
-
-    def settled(self, solved: Solved, keeping: Sequence[Keeping]) -> tuple[Solved | None, Path]:
-        """Equation (29) from a solve on, of the facts and their other wordings.
-
-        What was found, None where the plain prompts would miss more by it, and the file that has it
-        until it is written.
-        """
-        count = counted(self.progress, "settling", self.steps)
-        halfway = self.halfway(solved.shifts, keeping)
-        asked = (self.readings, self.steps, keeping, count, self.processes, halfway)
-        with resumable(halfway.path):
-            shifts = settle(self.whole, self.priors(), solved.shifts, *asked)
-            found = replace(solved, shifts=shifts, rank=FULL)
-            if found.broken:
-                return None, halfway.path
-            before, after = (
-                missed(self.whole.at(one.shifts), self.questions, one.shifts, self.processes)
-                for one in (solved, found)
-            )
-        return (found if after <= max(before, ENOUGH) else None), halfway.path
 
 
 def _in_frames(
