@@ -5,6 +5,7 @@
     words()         one token per known word, the rest is unknown; ``template`` puts specials about
     tiny_llama()    two blocks of nn.Linear, in float64
     tiny_gpt2()     two blocks of Conv1D, in float64
+    mixture()       two blocks of experts, none of which an editor edits, in float32
 
 Every tokenizer takes further keywords of ``PreTrainedTokenizerFast`` (``padding_side``,
 ``pad_token``, ``chat_template`` ...).
@@ -32,6 +33,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -152,3 +155,12 @@ def tiny_gpt2(vocabulary: int, seed: int = 0, **keywords: Any) -> PreTrainedMode
     torch.manual_seed(seed)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, **(sizes | keywords)))
     return model.to(torch.float64).eval()
+
+
+def mixture(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """A random mixture of experts of two blocks, for this tokenizer."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "bos_token_id": 0}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4}
+    sizes |= {"vocab_size": len(tokenizer), "eos_token_id": 0, "initializer_range": 0.3}
+    torch.manual_seed(0)
+    return MixtralForCausalLM(MixtralConfig(**sizes)).eval()

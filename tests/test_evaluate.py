@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import MixtralConfig, MixtralForCausalLM
 
 import command_support
 import helpers
@@ -132,11 +131,7 @@ def test_perplexity_is_that_of_the_model_alone_too(tiny):
 def test_an_unedited_mixture_of_experts_needs_no_layer_that_could_be_edited(tmp_path, capsys):
     # "Block model.layers.0 ends in ..., choose layers by name with --sites", which eval has not.
     tokenizer, facts = helpers.byte_level(), tmp_path / "facts.jsonl"
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "bos_token_id": 0}
-    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4}
-    sizes |= {"vocab_size": len(tokenizer), "eos_token_id": 0, "initializer_range": 0.3}
-    torch.manual_seed(0)
-    model = MixtralForCausalLM(MixtralConfig(**sizes)).eval()
+    model = helpers.mixture(tokenizer)
     with pytest.raises(ModelError, match="--sites"):
         find_sites(model)
     model.save_pretrained(tmp_path / "mixture")

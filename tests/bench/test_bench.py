@@ -13,6 +13,7 @@ import torch
 import yaml
 
 import command_support
+import helpers
 import malmend
 from command_support import malmend as command
 from malmend.bench import asking as asking_module
@@ -463,6 +464,20 @@ def test_failures_are_of_every_kind_and_are_what_eval_says(plan, tiny, tmp_path)
     assert {kind for kind, _ in wanted} >= {"GS", "LS"}
     moved = [one for one in row["failures"] if one["kind"] == "LS"]
     assert all(one["unedited"] != one["edited"] for one in moved)
+
+
+def test_a_mixture_of_experts_is_compared_by_methods_that_need_no_usual_layer(plan, tmp_path):
+    tokenizer = helpers.byte_level()
+    for part in (helpers.mixture(tokenizer), tokenizer):
+        part.save_pretrained(tmp_path / "mixture")
+    text = tmp_path / "text.txt"
+    text.write_text("Nothing of note happened. " * 5)
+    methods = {"lora": {"sites": "*.self_attn.o_proj", "epochs": 1}, "context": {}}
+    given = {"models": (str(tmp_path / "mixture"),), "methods": methods, "text": str(text)}
+    rows = bench(replace(plan, **given, sizes=(2,), seeds=(0,)), tmp_path / "out").rows
+    assert [row["name"] for row in rows] == ["lora", "context"]
+    assert set(rows[0]["perplexity"]) == {"unedited", "edited"}
+    assert rows[0]["unedited"] == rows[1]["unedited"]
 
 
 def test_figures_are_drawn_and_hold_the_points(tmp_path):

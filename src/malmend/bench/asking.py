@@ -17,7 +17,7 @@ from malmend.facts.fact import Fact, FactSet
 from malmend.facts.readers import read_text
 from malmend.facts.tokens import Encoder, EndOfAnswer
 from malmend.models.load import LoadedModel
-from malmend.models.sites import Site, find_sites
+from malmend.models.sites import Site, usual_sites
 from malmend.models.trunk import Trunk
 from malmend.patch import Patch, applied, sites_of
 from malmend.workbench import aimed, checked_facts, encoder_for, lay_out
@@ -49,7 +49,7 @@ class Asking:
     @cached_property
     def _plain(self) -> float | None:
         """Perplexity of the unedited model, which no draw of facts changes."""
-        return self._surprise(lay_out(self.loaded, find_sites(self.loaded.model)).trunk)
+        return self._surprise(lay_out(self.loaded, usual_sites(self.loaded.model)).trunk)
 
     def patched(
         self, facts: Sequence[Fact], patch: Patch, decode: int, reads: bool = True
@@ -69,7 +69,7 @@ class Asking:
     def read_by(self, facts: Sequence[Fact], encoder: Encoder, decode: int) -> Asked:
         """The unedited model, its prompts as another encoder reads them."""
         first, before = self._before(facts, encoder.end_of_answer, decode)
-        examiner = self._examiner(find_sites(self.loaded.model), encoder.end_of_answer)
+        examiner = self._examiner(usual_sites(self.loaded.model), encoder.end_of_answer)
         examiner.measures_against(first)
         examiner.encoder = encoder
         return Asked(rows_of(self._known, before, examiner.examine(self._known, decode)), {})
@@ -84,7 +84,7 @@ class Asking:
         some = checked_facts(facts, encoder, alternative=plan.alternative, away=plan.away)
         if not plan.away:
             return some
-        return aimed(lay_out(self.loaded, find_sites(self.loaded.model)), some, True)
+        return aimed(lay_out(self.loaded, usual_sites(self.loaded.model)), some, True)
 
     def _before(
         self, facts: Sequence[Fact], ends: EndOfAnswer, decode: int
@@ -92,7 +92,7 @@ class Asking:
         if self._of != (tuple(facts), ends, decode):
             self._of = None
             self._known = self.known(facts)
-            first = self._examiner(find_sites(self.loaded.model), ends)
+            first = self._examiner(usual_sites(self.loaded.model), ends)
             replies = first.examine(self._known, decode, remember=True)
             self._unedited = (first, replies)
             self._of = (tuple(facts), ends, decode)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from malmend.editors.calibration import CalibrationSettings
-from malmend.errors import FactsError, MalmendError, ModelError
+from malmend.errors import FactsError, MalmendError
 from malmend.evaluation.examiner import Examiner
 from malmend.evaluation.page import page_folder, write_page
 from malmend.evaluation.perplexity import PlainText, perplexity, unread
@@ -20,7 +20,7 @@ from malmend.facts.readers import read_text
 from malmend.facts.tokens import Encoder
 from malmend.models.device import places_of
 from malmend.models.load import LoadedModel
-from malmend.models.sites import Site, find_sites
+from malmend.models.sites import Site, usual_sites
 from malmend.models.trunk import TrunkSettings
 from malmend.patch import Patch, applied, check_base, sites_of
 from malmend.progress import Progress, counted, silent
@@ -175,15 +175,12 @@ def _perplexity(
     return {name: found}
 
 
-def _sites(loaded: LoadedModel, patch: Patch | None, force: bool) -> list[Site]:
-    """Where the model is cut: where the patch shifts it, else as editors do, if they can."""
-    if patch is not None:
-        check_base(loaded, patch, force)
-        return sites_of(loaded.model, patch)
-    try:
-        return list(find_sites(loaded.model))
-    except ModelError:  # which no editing is needed for, as of a mixture of experts
-        return []
+def _sites(loaded: LoadedModel, patch: Patch | None, force: bool) -> Sequence[Site]:
+    """Where the model is cut: where the patch shifts it, else as :func:`usual_sites`."""
+    if patch is None:
+        return usual_sites(loaded.model)
+    check_base(loaded, patch, force)
+    return sites_of(loaded.model, patch)
 
 
 def _about(loaded: LoadedModel, facts: FactSet, patch: Patch | None) -> dict[str, Any]:

@@ -118,6 +118,14 @@ def find_sites(
     return tuple(sites)
 
 
+def usual_sites(model: PreTrainedModel) -> tuple[Site, ...]:
+    """Where a model that is only asked is cut: as editors do, or nowhere, as of experts."""
+    try:
+        return find_sites(model)
+    except ModelError:
+        return ()
+
+
 def feed_forward_sites(model: PreTrainedModel, layers: int | None) -> tuple[Site, ...]:
     """Both layers of each of the last blocks, or the second of one whose first is fused.
 
