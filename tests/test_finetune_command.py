@@ -273,6 +273,25 @@ def test_a_checkpoint_cut_short(made, tmp_path):
         finetune(model, facts, tmp_path / "out", ALL)
 
 
+@pytest.mark.parametrize(
+    "harmed", ["optimiser.", "optimiser.2.exp_avg_sq", "optimiser.1.exp_avg", "model.a weight"]
+)
+def test_a_checkpoint_without_moments_or_of_other_weights(harmed, made, tmp_path):
+    model, facts = made("bert")
+    with pytest.raises(KeyboardInterrupt):
+        finetune(model, facts, tmp_path / "out", ALL, stepped=stopping_after("all", 1))
+    path = tmp_path / "out" / CHECKPOINT
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    tensors = {n: t for n, t in load_file(path).items() if not n.startswith(harmed)}
+    if harmed == "model.a weight":
+        name = next(one for one in tensors if one.startswith("model.") and tensors[one].ndim == 2)
+        tensors[name] = tensors[name][:1].clone()
+    save_file(tensors, path, header)
+    with pytest.raises(MalmendError, match=r"is damaged \(.*\); remove it to start again"):
+        finetune(model, facts, tmp_path / "out", ALL)
+
+
 def test_a_resumed_run_holds_no_more_than_another(made, tmp_path):
     """Once its checkpoint, weights and both moments, stayed in memory to the end."""
     model, facts = made("llama")

@@ -482,6 +482,20 @@ def test_a_multiplier_that_is_none(written, tmp_path):
     assert fresh.step == 0
 
 
+@pytest.mark.parametrize("lost", ["optimiser.", "optimiser.1.", "optimiser.2.exp_avg_sq"])
+def test_a_run_without_its_moments_does_not_begin_them_anew(lost, tmp_path):
+    saved(trainer_of("llama"), tmp_path, 1)
+    path = tmp_path / "training.safetensors"
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        about = file.metadata()
+    save_file({n: t for n, t in tensors.items() if not n.startswith(lost)}, path, about)
+    fresh = trainer_of("llama")
+    with pytest.raises(EditorError, match=r"is damaged \(.*optimiser's.*\); give another --out"):
+        fresh.resume(tmp_path)
+    assert fresh.step == 0
+
+
 def test_a_file_of_another_network_changes_nothing(tmp_path):
     saved(trainer_of("llama"), tmp_path, 1)
     path = tmp_path / "training.safetensors"

@@ -18,8 +18,8 @@ from typing import Any, Literal
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
+from malmend.editors.resuming import moments_of, state_with
 from malmend.errors import MalmendError
 from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact, FactSet, Question, subject_hash
@@ -189,8 +189,7 @@ class _Run:
 
     def _save(self, trainer: Finetuner) -> None:
         tensors = {f"model.{name}": t for name, t in trainer.model.state_dict().items()}
-        for index, state in trainer.optimiser.state_dict()["state"].items():
-            tensors |= {f"optimiser.{index}.{name}": value for name, value in state.items()}
+        tensors |= moments_of(trainer.optimiser)
         # Tied weights are one tensor under two names, which the format refuses.
         tensors = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
         what = {**self.about, "records": [asdict(record) for record in self.records]}
@@ -216,17 +215,13 @@ class _Run:
     def _restore(self, trainer: Finetuner, epoch: int) -> None:
         try:
             tensors = load_file(self.path)
+            # A parameter that no gradient reaches has no moments; the file does not say which.
+            state = state_with(trainer.optimiser, tensors, None)
+            weights = {name.removeprefix("model."): one for name, one in tensors.items()}
+            trainer.model.load_state_dict(weights)
+            trainer.optimiser.load_state_dict(state)
         except Exception as error:
             raise self._damaged(error) from error
-        cut = {key.partition(".")[::2]: tensor for key, tensor in tensors.items()}
-        trainer.model.load_state_dict({name: t for (of, name), t in cut.items() if of == "model"})
-        state: dict[int, dict[str, Tensor]] = {}
-        for (of, rest), tensor in cut.items():
-            if of == "optimiser":
-                index, _, name = rest.partition(".")
-                state.setdefault(int(index), {})[name] = tensor
-        groups = trainer.optimiser.state_dict()["param_groups"]
-        trainer.optimiser.load_state_dict({"state": state, "param_groups": groups})
         trainer.epoch = epoch
 
 

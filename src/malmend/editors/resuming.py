@@ -44,11 +44,9 @@ def save_run(
     """Writes an editor in training and its optimiser, with all that ``about`` says of the run."""
     editor, optimiser = parts
     tensors = {f"editor.{name}": tensor for name, tensor in editor.state_dict().items()}
-    moments = optimiser.state_dict()["state"]
-    for index, state in moments.items():
-        tensors |= {f"optimiser.{index}.{name}": value for name, value in state.items()}
-    said = {"step": step, "threads": torch.get_num_threads(), "moments": sorted(moments)}
-    save_training(tensors, {**said, **about}, folder)
+    moments = sorted(optimiser.state_dict()["state"])
+    said = {"step": step, "threads": torch.get_num_threads(), "moments": moments}
+    save_training(tensors | moments_of(optimiser), {**said, **about}, folder)
 
 
 def resume_run(
@@ -71,18 +69,13 @@ def resume_run(
     try:
         about, tensors = read_training(path)
         _check_same(about, mine, path)
-        step, state = about["step"], dict[int, dict[str, Tensor]]()
+        step = about["step"]
         if type(step) is not int or step < 1:
             raise ValueError(f"it stands at step {step!r}")
         check_finite(tensors)
-        for key in [key for key in tensors if key.startswith("optimiser.")]:
-            _, index, name = key.split(".")
-            state.setdefault(int(index), {})[name] = tensors.pop(key)
-        groups = optimiser.state_dict()["param_groups"]
-        every = [one for group in optimiser.param_groups for one in group["params"]]
-        _check_moments(state, every, about.get("moments", sorted(state)))
+        state = state_with(optimiser, tensors, about.get("moments"))
         _take_weights(editor, {k.removeprefix("editor."): t for k, t in tensors.items()}, path)
-        optimiser.load_state_dict({"state": state, "param_groups": groups})
+        optimiser.load_state_dict(state)
     except EditorError:
         raise
     except Exception as error:
@@ -90,6 +83,39 @@ def resume_run(
             f"{path} is damaged ({reason(error)}); give another --out to train from the start."
         ) from error
     return about
+
+
+def moments_of(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Adam's state as tensors, named ``optimiser.INDEX.NAME`` by parameter and kind."""
+    found = optimiser.state_dict()["state"].items()
+    return {
+        f"optimiser.{index}.{name}": tensor
+        for index, state in found
+        for name, tensor in state.items()
+    }
+
+
+def state_with(
+    optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor], wanted: Sequence[int] | None
+) -> dict[str, Any]:
+    """What the optimiser loads to go on with the moments among the tensors, which are taken out.
+
+    Args:
+        optimiser: of the same parameters; stays as it is.
+        tensors: with those of :func:`moments_of`.
+        wanted: the parameters that have moments; None where a file does not say, but some do.
+
+    Raises:
+        ValueError: a part is missing, of another shape, or no moment's; without this check Adam
+            would begin anew in silence.
+    """
+    state = dict[int, dict[str, Tensor]]()
+    for key in [key for key in tensors if key.startswith("optimiser.")]:
+        _, index, name = key.split(".")
+        state.setdefault(int(index), {})[name] = tensors.pop(key)
+    every = [one for group in optimiser.param_groups for one in group["params"]]
+    _check_moments(state, every, wanted)
+    return {"state": state, "param_groups": optimiser.state_dict()["param_groups"]}
 
 
 def _check_same(
@@ -106,10 +132,10 @@ def _check_same(
 
 
 def _check_moments(
-    state: Mapping[int, Mapping[str, Tensor]], every: Sequence[Tensor], wanted: Sequence[int]
+    state: Mapping[int, Mapping[str, Tensor]], every: Sequence[Tensor], wanted: Sequence[int] | None
 ) -> None:
     """Raises ValueError unless Adam's state is one of these parameters, and all of it."""
-    if sorted(state) != wanted or not state:
+    if not state if wanted is None else sorted(state) != list(wanted):
         raise ValueError("it lacks a part of the optimiser's state")
     for index, found in state.items():
         if set(found) != {"step", "exp_avg", "exp_avg_sq"}:
@@ -118,8 +144,8 @@ def _check_moments(
             shape = torch.Size() if name == "step" else every[index].shape
             if tensor.shape != shape or not tensor.is_floating_point():
                 raise ValueError(f"the optimiser's {name} {index} is of another shape")
-            if name != "exp_avg" and (tensor < 0).any():
-                raise ValueError(f"the optimiser's {name} {index} is negative")
+            if not tensor.isfinite().all() or (name != "exp_avg" and (tensor < 0).any()):
+                raise ValueError(f"the optimiser's {name} {index} is negative, NaN or infinite")
 
 
 def _take_weights(editor: Editor, weights: Mapping[str, Tensor], path: Path) -> None:

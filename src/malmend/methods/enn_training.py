@@ -18,7 +18,7 @@ from torch import nn
 
 from malmend.editors.checkpoint import identity_of
 from malmend.editors.drawing import check_trainable, drawn
-from malmend.editors.resuming import FREE, read_training, save_training
+from malmend.editors.resuming import FILE, FREE, read_training, save_training, state_with
 from malmend.errors import EditorError, MalmendError
 from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact, Question, subject_hashes
@@ -202,7 +202,7 @@ class EnnTrainer:
         Raises:
             EditorError: the file is damaged, or of another run; nothing has changed.
         """
-        path, mine = Path(folder) / "training.safetensors", self._about()
+        path, mine = Path(folder) / FILE, self._about()
         with whole(path, "give another --out to train from the start"):
             about, found = read_training(path)
             told, asked = ({**one["settings"], **one} for one in (about, mine))
@@ -216,11 +216,11 @@ class EnnTrainer:
             each = list(enumerate(self.parameters))
             names = ("value", *moments)
             checked(found, {f"{i}.{name}": [*one.shape] for i, one in each for name in names})
-        state = {i: {name: found[f"{i}.{name}"] for name in moments} for i, _ in each if moments}
+            kept = {f"optimiser.{i}.{m}": found[f"{i}.{m}"] for i, _ in each for m in moments}
+            if moments:  # the file has their step once
+                kept |= {f"optimiser.{i}.step": torch.tensor(step) for i, _ in each}
+            state = state_with(self.optimiser, kept, range(len(each) if moments else 0))
         for i, one in each:
             one.data.copy_(found[f"{i}.value"])
-            if moments:
-                state[i]["step"] = torch.tensor(step)
-        groups = self.optimiser.state_dict()["param_groups"]
-        self.optimiser.load_state_dict({"state": state, "param_groups": groups})
+        self.optimiser.load_state_dict(state)
         self.step = int(step)

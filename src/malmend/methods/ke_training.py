@@ -13,12 +13,19 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from malmend.editors.checkpoint import identity_of
 from malmend.editors.drawing import check_trainable, drawn
 from malmend.editors.metaloss import Judged, meta_loss
-from malmend.editors.resuming import FREE, read_training, save_training
+from malmend.editors.resuming import (
+    FILE,
+    FREE,
+    moments_of,
+    read_training,
+    save_training,
+    state_with,
+)
 from malmend.errors import EditorError
 from malmend.facts.fact import Fact, Question, subject_hashes
 from malmend.files import reason, written_beside
@@ -132,8 +139,7 @@ class KeTrainer:
             "subjects": subject_hashes(self.facts),
         }
         state = {f"network.{name}": one for name, one in tensors.items()}
-        for index, kept in self.optimiser.state_dict()["state"].items():
-            state |= {f"optimiser.{index}.{name}": value for name, value in kept.items()}
+        state |= moments_of(self.optimiser)
         save_training(state, {**about, "multiplier": self.multiplier}, folder)
         with written_beside(folder / WEIGHTS) as beside:
             save_file({name: one.float() for name, one in tensors.items()}, beside)
@@ -151,8 +157,7 @@ class KeTrainer:
         Raises:
             EditorError: it is damaged, for another base, or of other settings.
         """
-        path, state = Path(folder) / "training.safetensors", dict[int, dict[str, Tensor]]()
-        groups = self.optimiser.state_dict()["param_groups"]
+        path = Path(folder) / FILE
         try:
             about, tensors = read_training(path)
             check_base(folder, about, self.bench)
@@ -167,15 +172,14 @@ class KeTrainer:
                         f"{path} was trained with {name} = {was!r}, now {value!r} is asked for; "
                         "give the same settings, or another folder."
                     )
-            for key in [key for key in tensors if key.startswith("optimiser.")]:
-                _, index, name = key.split(".")
-                state.setdefault(int(index), {})[name] = tensors.pop(key)
             step, multiplier = int(about["step"]), float(about["multiplier"])
+            count = len(list(self.network.parameters()))  # all have moments from the first step on
+            state = state_with(self.optimiser, tensors, range(count if step else 0))
             if not 0 <= multiplier < math.inf:
                 raise ValueError(f"its multiplier is {multiplier}")
             weights = {key.removeprefix("network."): one for key, one in tensors.items()}
             fill(self.network, weights)
-            self.optimiser.load_state_dict({"state": state, "param_groups": groups})
+            self.optimiser.load_state_dict(state)
         except EditorError:
             raise
         except Exception as error:
