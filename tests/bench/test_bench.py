@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -284,6 +285,21 @@ def test_other_facts_settings_or_questions_are_other_cells(plan, tiny, tmp_path,
     # A bound on sizes changes no figure.
     bench(replace(small, methods={"ft": METHODS["ft"] | {"most": 8}}), out)
     assert len(ran) == 6
+
+
+def test_facts_that_only_stand_elsewhere_are_the_same_cell(plan):
+    (cell,) = replace(plan, methods={"ft": {}}, sizes=(2,), seeds=(0,)).cells()
+    facts = command_support.make_facts(4)
+    key = bench_module._key(cell, facts, plan)
+    moved = [replace(one, line=one.line + 1, id=f"new {one.id}", tags=("a",)) for one in facts]
+    assert bench_module._key(cell, moved, plan) == key
+    other = [replace(one, reversed=one.question) for one in facts]  # which is asked
+    assert bench_module._key(cell, other, plan) != key
+    # A row that was named by the facts' places too is found again.
+    chosen = hashlib.sha256(repr(drawn(facts, 2, 0)).encode()).hexdigest()
+    rest = (["", "", "", bench_module._weights(cell.model)], bench_module._asked(plan))
+    older = cell.key(chosen, *rest, malmend.__version__, bench_module._unsaid(cell))
+    assert bench_module._key(cell, facts, plan, {older}) == older
 
 
 def test_another_editor_in_the_same_folder_is_another_cell(plan, tmp_path):

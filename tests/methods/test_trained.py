@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import command_support
 import malmend
@@ -123,10 +127,28 @@ def test_a_run_that_lost_its_last_file_is_whole_again(name, tiny, tmp_path):
 
 
 @ALL
+def test_where_facts_stand_in_their_file_keeps_no_run_from_going_on(name, tiny, tmp_path):
+    settings = TRAINED[name].settings(**QUICK[name])
+    learn(tiny.loaded, tiny.facts, tmp_path / "e", name, settings)
+    moved = tmp_path / "facts.jsonl"
+    moved.write_text("\n" + Path(tiny.facts).read_text())
+    longer = replace(settings, steps=settings.steps + 1)
+    done = learn(tiny.loaded, moved, tmp_path / "e", name, longer)
+    assert [record.step for record in done.records] == [longer.steps]
+    path = tmp_path / "e" / "training.safetensors"
+    with safe_open(path, framework="pt") as file:
+        about = json.loads(file.metadata()["training"])
+    del about["facts_sha256"]  # as earlier versions wrote it
+    save_file(load_file(path), path, {"training": json.dumps(about)})
+    with pytest.raises(MalmendError, match=r"by an earlier version, .* give another --out"):
+        learn(tiny.loaded, moved, tmp_path / "e", name, longer)
+
+
+@ALL
 def test_other_facts_fewer_steps_and_another_method_are_refused(name, tiny, tmp_path):
     settings = TRAINED[name].settings(**QUICK[name])
     learn(tiny.loaded, tiny.facts, tmp_path / "e", name, settings)
-    with pytest.raises(MalmendError, match=r"trained on other facts|data_sha256"):
+    with pytest.raises(MalmendError, match="trained on other facts"):
         learn(tiny.loaded, tiny.calibrate, tmp_path / "e", name, settings)
     fewer = TRAINED[name].settings(**(QUICK[name] | {"steps": 2}))
     with pytest.raises(MalmendError, match="was trained for 3 steps, 2 are asked for"):

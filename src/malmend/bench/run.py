@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -77,7 +77,7 @@ def bench(
         )
     folder = writable_folder(out)
     results = Results(folder)
-    keyed = {_key(cell, facts, plan): cell for cell in cells}
+    keyed = {_key(cell, facts, plan, results.rows): cell for cell in cells}
     left = {key: cell for key, cell in keyed.items() if key not in results.rows}
     told(cost(list(left.values()), len(keyed), results))
     for place in sorted(
@@ -186,14 +186,18 @@ def _rows(folder: str | Path) -> list[Row]:
     return rows
 
 
-def _key(cell: Cell, facts: Sequence[Fact], plan: Plan) -> str:
+def _key(cell: Cell, facts: Sequence[Fact], plan: Plan, done: Collection[str] = frozenset()) -> str:
     """By the cell, what is asked of which facts, and the editor's own files."""
-    chosen = hashlib.sha256(repr(drawn(facts, cell.size, cell.seed)).encode()).hexdigest()
+    draw = drawn(facts, cell.size, cell.seed)
     editor = Path(str(cell.given.get("editor", "")))
     known: list[object] = [_digest(editor / name) for name in ("editor.json", "editor.safetensors")]
     source = source_of(cell.given["class"]) if "class" in cell.given else None
     known += ["" if source is None else _digest(source), _weights(cell.model)]
-    return cell.key(chosen, known, _asked(plan), version("malmend"), _unsaid(cell))
+    rest = (known, _asked(plan), version("malmend"), _unsaid(cell))
+    # Rows of before are named by their facts' places too, and may have taken hours.
+    texts = [repr([fact.unplaced for fact in draw]), repr(draw)]
+    keys = [cell.key(hashlib.sha256(text.encode()).hexdigest(), *rest) for text in texts]
+    return next((key for key in keys if key in done), keys[0])
 
 
 def _unsaid(cell: Cell) -> list[object]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from malmend.editors.checkpoint import load_editor
 from malmend.errors import MalmendError
 from malmend.evaluation.page import FIGURES, PAGE
 from malmend.facts.entry import short
+from malmend.facts.fact import training_digests
 from malmend.facts.lint import leaks, unseen
 from malmend.facts.readers import beside, read_facts
 from malmend.methods.trained import TRAINED, method_in, trained_method
@@ -29,7 +29,7 @@ FORMS = {
     "seq2seq": "encoder-decoder",
 }
 FILES = (".json", ".safe", ".txt")  # how the suffix of a file starts that is no model's name
-NO_LOCALITY = hashlib.sha256(repr([]).encode()).hexdigest()  # what train says of no questions
+NO_LOCALITY = training_digests([], [])["locality_sha256"]  # what train says of no questions
 
 
 @dataclass(frozen=True)

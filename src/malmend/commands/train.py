@@ -28,7 +28,7 @@ from malmend.editors.train_settings import TrainSettings
 from malmend.editors.training import StepRecord, Trainer, estimate_seconds, rehearse, step_bytes
 from malmend.errors import EditorError
 from malmend.facts.encoded import resolved
-from malmend.facts.fact import Fact, FactSet, Question, subject_hashes
+from malmend.facts.fact import Fact, FactSet, Question, subject_hashes, training_digests
 from malmend.facts.lint import leaks, unseen, unseen_said
 from malmend.facts.readers import given_questions
 from malmend.files import reason
@@ -259,11 +259,6 @@ def _seconds_left(trainer: Trainer, records: Sequence[StepRecord]) -> float:
 def _about(
     bench: Workbench, facts: FactSet, others: Sequence[Question], training: TrainSettings
 ) -> dict[str, Any]:
-    # Neighbours only where there are some, so that checkpoints older than they are still fit.
-    learned = [
-        (f.prompt, f.answer, f.paraphrases, f.unrelated, *([f.neighbours] if f.neighbours else []))
-        for f in facts
-    ]
     return {
         "malmend": version("malmend"),
         "torch": version("torch"),
@@ -273,8 +268,7 @@ def _about(
         "device": places_of(bench.loaded.model),
         "facts": len(facts),
         "facts_source": facts.source,
-        "facts_sha256": hashlib.sha256(repr(learned).encode()).hexdigest(),
-        "locality_sha256": hashlib.sha256(repr(list(others)).encode()).hexdigest(),
+        **training_digests(facts, others),
         "subjects": subject_hashes(facts),
         "training": asdict(training),
     }

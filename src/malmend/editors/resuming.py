@@ -15,6 +15,7 @@ from torch import Tensor
 from malmend.editors.checkpoint import check_finite
 from malmend.editors.editor import Editor
 from malmend.errors import EditorError
+from malmend.facts.fact import Fact, Question, training_digests
 from malmend.files import reason, written_beside
 
 FILE = "training.safetensors"
@@ -116,6 +117,22 @@ def state_with(
     every = [one for group in optimiser.param_groups for one in group["params"]]
     _check_moments(state, every, wanted)
     return {"state": state, "param_groups": optimiser.state_dict()["param_groups"]}
+
+
+def check_data(
+    about: Mapping[str, Any], facts: Sequence[Fact], locality: Sequence[Question], path: Path
+) -> None:
+    """Raises EditorError where a run was on other facts or questions, or does not say on which."""
+    wanted = training_digests(facts, locality)
+    if not wanted.keys() <= about.keys():
+        raise EditorError(
+            f"{path} was written by an earlier version, which cannot say whether the facts and "
+            "questions are the same; give another --out to train from the start."
+        )
+    if any(about[name] != value for name, value in wanted.items()):
+        raise EditorError(
+            f"{path} was trained on other facts or questions; give the same, or another --out."
+        )
 
 
 def _check_same(

@@ -67,6 +67,11 @@ class Fact:
         return replace(self, paraphrases=(), unrelated=(), neighbours=(), reversed=None)
 
     @property
+    def unplaced(self) -> Fact:
+        """The fact without what only says where it stands and what a file calls it."""
+        return replace(self, id="", tags=(), line=0)
+
+    @property
     def equivalents(self) -> tuple[Question, ...]:
         """The paraphrases with the fact's answer."""
         return tuple(Question(prompt, self.answer) for prompt in self.paraphrases)
@@ -130,6 +135,22 @@ def facts_digest(facts: Iterable[Fact]) -> str:
     for fact in facts:
         digest.update(f"{fact.prompt}\x1f{fact.answer}\x1e".encode())
     return digest.hexdigest()
+
+
+def training_digests(facts: Iterable[Fact], locality: Iterable[Question]) -> dict[str, str]:
+    """SHA-256 over all that training reads of facts, and of questions about others, in order.
+
+    Not over where they stand in a file, nor what a file calls them, which changes no training.
+    """
+    # Neighbours only where there are some, so that checkpoints older than they are still fit.
+    learned = [
+        (f.prompt, f.answer, f.paraphrases, f.unrelated, *([f.neighbours] if f.neighbours else []))
+        for f in facts
+    ]
+    return {
+        "facts_sha256": hashlib.sha256(repr(learned).encode()).hexdigest(),
+        "locality_sha256": hashlib.sha256(repr(list(locality)).encode()).hexdigest(),
+    }
 
 
 def spread(facts: Sequence[Fact], count: int) -> list[Fact]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import random
@@ -18,10 +17,17 @@ from torch import nn
 
 from malmend.editors.checkpoint import identity_of
 from malmend.editors.drawing import check_trainable, drawn
-from malmend.editors.resuming import FILE, FREE, read_training, save_training, state_with
+from malmend.editors.resuming import (
+    FILE,
+    FREE,
+    check_data,
+    read_training,
+    save_training,
+    state_with,
+)
 from malmend.errors import EditorError, MalmendError
 from malmend.facts.encoded import Encoded
-from malmend.facts.fact import Fact, Question, subject_hashes
+from malmend.facts.fact import Fact, Question, subject_hashes, training_digests
 from malmend.files import writable_folder, written_beside
 from malmend.methods.enn import (
     WEIGHTS,
@@ -171,6 +177,7 @@ class EnnTrainer:
             save_file({name: one.cpu().contiguous() for name, one in tensors.items()}, beside)
         about = {
             **self._about(),
+            **training_digests(self.facts, self.locality),
             "seed": self.settings.seed,
             "step": self.step,
             "weights": WEIGHTS,
@@ -187,13 +194,11 @@ class EnnTrainer:
             beside.write_text(json.dumps(about, indent=2), encoding="utf-8")
 
     def _about(self) -> dict[str, Any]:
-        data = repr((self.facts, self.locality)).encode()
         return {
             "method": "enn",
             "settings": asdict(self.settings),
             "base": self.bench.loaded.fingerprint,
             "sites": shapes_of(self.trunk),
-            "data_sha256": hashlib.sha256(data).hexdigest(),
         }
 
     def resume(self, folder: str | Path) -> None:
@@ -210,8 +215,9 @@ class EnnTrainer:
                 if name not in ("settings", *FREE) and told[name] != asked[name]:
                     raise EditorError(
                         f"{path} was trained with {name} = {told[name]!r}, now {asked[name]!r} is "
-                        "asked for; give the same settings, model and questions, or another folder."
+                        "asked for; give the same settings and model, or another folder."
                     )
+            check_data(about, self.facts, self.locality, path)
             step, moments = float(about["step"]), MOMENTS if about["step"] else ()
             each = list(enumerate(self.parameters))
             names = ("value", *moments)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import random
@@ -21,13 +20,14 @@ from malmend.editors.metaloss import Judged, meta_loss
 from malmend.editors.resuming import (
     FILE,
     FREE,
+    check_data,
     moments_of,
     read_training,
     save_training,
     state_with,
 )
 from malmend.errors import EditorError
-from malmend.facts.fact import Fact, Question, subject_hashes
+from malmend.facts.fact import Fact, Question, subject_hashes, training_digests
 from malmend.files import reason, written_beside
 from malmend.methods.ke import WEIGHTS, KeSettings, Network, check_base, fill, heard, shifts_of
 from malmend.patch import shifted
@@ -134,7 +134,7 @@ class KeTrainer:
             "base": self.bench.loaded.fingerprint,
             "step": self.step,
             "sites": self.network.sites,
-            "data_sha256": self._data(),
+            **training_digests(self.facts, self.locality),
             "facts": len(self.facts),
             "subjects": subject_hashes(self.facts),
         }
@@ -147,10 +147,6 @@ class KeTrainer:
         with written_beside(folder / "editor.json") as beside:
             beside.write_text(json.dumps(about, indent=2, allow_nan=False))
 
-    def _data(self) -> str:
-        """Of what is trained on."""
-        return hashlib.sha256(repr((self.facts, self.locality)).encode()).hexdigest()
-
     def resume(self, folder: str | Path) -> None:
         """Goes on from what :meth:`save` wrote.
 
@@ -161,11 +157,7 @@ class KeTrainer:
         try:
             about, tensors = read_training(path)
             check_base(folder, about, self.bench)
-            if about.get("data_sha256") != self._data():
-                raise EditorError(
-                    f"{path} was trained on other facts or questions; give the same, or another "
-                    "folder."
-                )
+            check_data(about, self.facts, self.locality, path)
             for name, value in asdict(self.settings).items():
                 if (was := about["settings"][name]) != value and name not in FREE:
                     raise EditorError(
