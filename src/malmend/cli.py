@@ -1,4 +1,4 @@
-"""The command line: ``malmend COMMAND ...``.  With show.py the only place that prints or exits.
+"""The command line: ``malmend COMMAND ...``.  Only the cli*.py and show*.py print and exit.
 
 Options are derived by jsonargparse from the functions in ``malmend.commands`` and the frozen
 settings dataclasses that they take; nothing is declared twice.  ``train --config FILE`` reads the

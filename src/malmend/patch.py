@@ -157,7 +157,7 @@ def applied(loaded: LoadedModel, patch: Patch, force: bool = False) -> Iterator[
 def check_bare(loaded: LoadedModel) -> None:
     """Raises PatchError while a patch is on the model.
 
-    What is found of a model is kept under the fingerprint of its unedited weights.
+    What is found of a model is kept under the digest of it unedited.
     """
     if _ON.get(loaded.model):
         raise PatchError(

@@ -21,9 +21,8 @@ from torch import Tensor, distributed
 from malmend.errors import MalmendError
 
 T = TypeVar("T")
-# In the order of a run's environment as torchrun sets it.
 PATIENCE = timedelta(days=2)  # a calibration may take long; who has ended is noticed at once
-VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # as torchrun sets them
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Tables and progress for the terminal: the only file beside cli.py that knows how things look."""
+"""Tables and progress for the terminal: with the show_*.py, how things look."""
 
 from __future__ import annotations
 

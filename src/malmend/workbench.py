@@ -1,7 +1,7 @@
 """A model on the bench: cut at the layers to be edited, with an encoder that fits.
 
-What is found of a model (trunk activations, calibrations) is kept in the cache folder by the
-fingerprint of its weights.
+What is found of a model (trunk activations, calibrations) is kept in the cache folder by the digest
+of its configuration and weights.
 """
 
 from __future__ import annotations

@@ -120,6 +120,7 @@ def test_verify_asks_every_fact_as_a_user_would(tiny, knowing, tmp_path):
     malmend.ledger.init(ledger, knowing, rule=StopRule(questions=0), **own(tiny))
     done = malmend.ledger.add(ledger, [*KNOWN, FACTS[0]], model=knowing)
     found = malmend.ledger.verify(ledger, knowing)
+    assert type(found) is malmend.ledger.Verification
     encoder = encoder_for(knowing)
     ends = {knowing.tokenizer.eos_token_id}
     with malmend.applied(knowing, malmend.ledger.patch(ledger)):

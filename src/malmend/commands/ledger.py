@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 from malmend.commands.ledger_facts import LedgerChange as LedgerChange
+from malmend.commands.ledger_facts import Verification as Verification
 from malmend.commands.ledger_facts import Verified as Verified
 from malmend.commands.ledger_facts import add as add
 from malmend.commands.ledger_facts import replace as replace
@@ -21,7 +21,7 @@ from malmend.errors import LedgerError
 from malmend.facts.fact import facts_digest
 from malmend.files import writable
 from malmend.methods.by_editor import described
-from malmend.patch import Patch, load_patch, make_patch, save_patch
+from malmend.patch import Patch, load_patch, make_patch, save_patch, versions
 from malmend.progress import Progress, silent
 from malmend.shipping.ledger import Ledger, Moved
 from malmend.shipping.ledger_access import WAIT, reading, writing
@@ -152,7 +152,7 @@ def patch_of(ledger: Ledger, moved: Moved) -> Patch:
     sites = range(len(ledger.editor.names))
     tokens = max(sum(entry.tokens[site] for entry in moved.entries) for site in sites)
     header = {
-        **{name: version(name) for name in ("malmend", "torch", "transformers")},
+        **versions(),
         "model": about.model,
         "base": about.base,
         "dtype": about.dtype,

@@ -23,7 +23,7 @@ FORMAT = 10
 
 
 def calibration_key(
-    fingerprint: str,
+    digest: str,
     tokenizer: str,
     trunk: Trunk,
     editor_settings: EditorSettings,
@@ -45,7 +45,7 @@ def calibration_key(
     ]
     what = {
         "format": FORMAT,
-        "model": [fingerprint, tokenizer, str(trunk.model.dtype)],
+        "model": [digest, tokenizer, str(trunk.model.dtype)],
         "sites": [site.name for site in trunk.sites],
         # Of the network what the statistics are read by, not its size.
         "editor": {**asdict(editor_settings), "network": editor_settings.network.normalise},
