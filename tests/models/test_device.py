@@ -15,7 +15,7 @@ from command_support import malmend
 from devices_support import CPU, KIND, device, devices
 from malmend import evaluate
 from malmend.commands.finetune import finetune
-from malmend.errors import ModelError
+from malmend.errors import MalmendError, ModelError
 from malmend.models import load
 from malmend.models.device import device_of, wide_device
 from malmend.models.finetune import FinetuneSettings
@@ -86,6 +86,12 @@ def test_processes_that_have_no_device_of_their_own(two, monkeypatch):
     with pytest.raises(ModelError, match=r"number 2 .*start fewer processes"):
         device_of(KIND)
     with pytest.raises(ModelError, match=f"several processes.*--device {KIND}"):
+        device_of("auto")
+
+
+def test_a_number_of_processes_that_is_none(two, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(MalmendError, match="WORLD_SIZE is 'two', expected a number of processes"):
         device_of("auto")
 
 

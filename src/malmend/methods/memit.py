@@ -238,7 +238,7 @@ def _seen(trunk: Trunk, site: Site, asked: Sequence[Asked]) -> Pair:
     rows = [(fact, one) for fact, (prompts, _) in enumerate(asked) for one in prompts]
     highest, outputs = trunk.sites[-1], list[Any]()
     stack = stack_of(trunk.model, highest.name)
-    block = stack.blocks[int(highest.name[len(stack.prefix) + 1 :].split(".")[0])]
+    block = stack.blocks[stack.number_of(highest.name)]
     totals = [torch.zeros(len(asked), site.shape_VK[1], dtype=torch.float64)]
     totals += [torch.zeros(len(asked), highest.shape_VK[0], dtype=torch.float64)]
     handle = block.register_forward_hook(lambda _module, _args, out: outputs.append(out))

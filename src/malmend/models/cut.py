@@ -34,7 +34,7 @@ from transformers import PreTrainedModel
 
 from malmend.errors import ModelError
 from malmend.facts.encoded import TokenBatch
-from malmend.models.ending import WIDE, Ending, replaced, trial
+from malmend.models.ending import WIDE, Ending, replaced, rounding, trial
 from malmend.models.forms import (
     UNRUN,
     cannot_run,
@@ -79,11 +79,11 @@ class Cut:
         owners = [stack_of(model, site.name).prefix for site in sites]
         # The encoder runs first, so where it is edited, the decoder is in the head.
         at = next((i for i, stack in enumerate(stacks) if stack.prefix in owners), 0)
-        self._lane, prefix = self._lanes[at], stacks[at].prefix
+        self._lane, stack = self._lanes[at], stacks[at]
         blocks = {
-            site: int(site.name[len(prefix) + 1 :].split(".")[0])
+            site: stack.number_of(site.name)
             for site, owner in zip(sites, owners, strict=True)
-            if owner == prefix
+            if owner == stack.prefix
         }
         self.index = min(blocks.values(), default=0)
         self._inside = [site for site, index in blocks.items() if index == self.index]
@@ -286,7 +286,7 @@ class Cut:
 
         NaN, which some models give beside padding, agrees with nothing.
         """
-        share = 1e-3 if self.model.dtype in WIDE else 2e-2
+        share = rounding(self.model.dtype)
         most = whole.abs().max().item()
         return math.isfinite(most) and torch.allclose(found, whole, rtol=0, atol=share * most)
 

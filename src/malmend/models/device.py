@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from malmend.errors import ModelError, nearest
+from malmend.processes import started
 
 CPU, SPREAD = "cpu", "auto"
 
@@ -26,6 +27,7 @@ def device_of(name: str) -> torch.device | None:
 
     Raises:
         ModelError: there is no such device.
+        MalmendError: as :func:`malmend.processes.started`.
     """
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if name == CPU:
@@ -40,7 +42,7 @@ def device_of(name: str) -> torch.device | None:
             f"{found.type}:0 to {found.type}:{count - 1}, or auto for all of them."
         )
     if kind == SPREAD:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if started() > 1:
             raise ModelError(
                 "--device auto spreads one model over all devices, and there are several "
                 f"processes; start one without torchrun, or give --device {found.type}."

@@ -55,6 +55,11 @@ class Ending:
             yield
 
 
+def rounding(dtype: torch.dtype) -> float:
+    """How far two ways to the same numbers may lie apart, as a share of these."""
+    return 1e-3 if dtype in WIDE else 2e-2
+
+
 def trial() -> TokenBatch:
     """Two questions of unlike length, with more tokens before their answers than in them."""
     return collate([Encoded((0, 1, 2) * 4, 10, 12), Encoded((2, 1, 0, 1, 2), 4, 5)])
@@ -115,7 +120,7 @@ def _last_run(model: PreTrainedModel, block: nn.Module) -> nn.Module | None:
     part, seen = ended[-1] if ended else (block, [])
     if len(seen) < 2 or len({one.shape[:-1] for one in seen}) > 1 or _has_experts(part):
         return None
-    share = 1e-3 if seen[-1].dtype in WIDE else 2e-2
+    share = rounding(seen[-1].dtype)
     try:
         for at in range(seen[-1].shape[-2]):
             *states, out = (one[..., [at], :] for one in seen)

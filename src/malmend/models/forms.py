@@ -42,6 +42,10 @@ class Stack:
     blocks: nn.ModuleList
     in_encoder: bool = False
 
+    def number_of(self, name: str) -> int:
+        """Of the block that a layer of this name lies in."""
+        return int(name.removeprefix(f"{self.prefix}.").partition(".")[0])
+
 
 def reading_of(config: Any, kind: str) -> Reading:
     """How a model is asked.

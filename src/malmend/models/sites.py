@@ -148,7 +148,7 @@ def around(model: PreTrainedModel, sites: Sequence[Site]) -> tuple[Site, ...]:
     """
     stack = stack_of(model, sites[0].name)
     runs = run_matrices(model, [stack])
-    blocks = [int(site.name[len(stack.prefix) + 1 :].split(".")[0]) for site in sites]
+    blocks = [stack.number_of(site.name) for site in sites]
     found = {site.name: site for site in sites}
     for index in range(max(min(blocks) - 1, 0), max(blocks) + 1):
         block = f"{stack.prefix}.{index}"
