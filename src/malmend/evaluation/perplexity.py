@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from malmend.editors.keymoments import first_of
 from malmend.errors import MalmendError
 from malmend.facts.encoded import Encoded
 from malmend.facts.tokens import Encoder
@@ -27,19 +28,16 @@ class PlainText:
 def unread(encoder: Encoder, text: str, read: int) -> PlainText | None:
     """The lines of the project's own text that follow those of which the prior is taken.
 
-    The prior is taken over lines up to the one that brings the sum of (tokens - 1) to ``read``; of
-    the next lines so many are given that they have ``MOST`` tokens.  None where they have fewer
-    than ``LEAST``: how many are left depends on the tokenizer.
+    The prior is taken over the lines that :func:`first_of` gives for ``read``; of the next lines so
+    many are given that they have ``MOST`` tokens.  None where they have fewer than ``LEAST``: how
+    many are left depends on the tokenizer.
     """
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    sizes = [len(encoder.passage_ids(line)) for line in lines]
-    total, first = 0, 0
-    while first < len(lines) and total < read:
-        total += max(0, sizes[first] - 1)
-        first += 1
-    tokens, last = 0, first
+    passages = [encoder.passage(line) for line in lines]
+    first = last = len(first_of(passages, read))
+    tokens = 0
     while last < len(lines) and tokens < MOST:
-        tokens += sizes[last]
+        tokens += len(passages[last].ids)
         last += 1
     if tokens < LEAST:
         return None
