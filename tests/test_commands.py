@@ -16,7 +16,6 @@ import malmend
 from command_support import CALIBRATION, EAGER, Tiny, as_lines, files_in, make_facts, make_model
 from malmend.commands import edit as edit_module
 from malmend.commands import train as train_module
-from malmend.commands.demo import weights_digest
 from malmend.commands.learn import learn
 from malmend.editors.calibration_file import load_calibration
 from malmend.editors.network import NetworkSettings
@@ -28,6 +27,7 @@ from malmend.errors import FactsError, MalmendError, PatchError
 from malmend.facts.fact import Fact
 from malmend.facts.readers import given_facts
 from malmend.methods.ke import KeSettings
+from malmend.models.identity import bits
 from malmend.models.load import prepared
 from malmend.models.sites import around, find_sites
 from malmend.patch import Patch
@@ -68,13 +68,13 @@ def test_a_patch_says_when_it_was_made_and_towards_what(tiny, tmp_path):
 
 
 def test_edit_to_evaluation_to_answer(tiny, tmp_path):
-    before = weights_digest(tiny.loaded)
+    before = bits(tiny.loaded.model)
     path = tmp_path / "patch.safetensors"
     done = malmend.edit(tiny.loaded, FEW, path, settings=LAST, **eager(tiny))
     assert done.path == path
     assert (done.unedited, done.edited) == (0.0, 1.0)
     assert files_in(tmp_path) == {"patch.safetensors"}
-    assert weights_digest(tiny.loaded) == before
+    assert bits(tiny.loaded.model) == before
 
     patch = malmend.load_patch(path)
     assert patch.provenance == done.patch.provenance
@@ -92,13 +92,13 @@ def test_edit_to_evaluation_to_answer(tiny, tmp_path):
     assert report.edited["ES"].token_ratio == report.edited["ES"].generated == 1.0
     assert report.unedited["ES"].exact == 0.0
     assert report.rows[0].edited[0].text == FEW[0].answer
-    assert weights_digest(tiny.loaded) == before
+    assert bits(tiny.loaded.model) == before
 
     said = malmend.ask(tiny.loaded, FEW[0].prompt, path)
     assert said.edited == FEW[0].answer != said.unedited
     assert said == malmend.ask(tiny.loaded, FEW[0].prompt, patch)
     assert malmend.ask(tiny.loaded, FEW[0].prompt) == replace(said, edited=None, edited_cut=False)
-    assert weights_digest(tiny.loaded) == before
+    assert bits(tiny.loaded.model) == before
 
     shown = malmend.inspect(path)
     assert shown.kind == "patch"
@@ -444,9 +444,9 @@ def test_a_patch_of_another_model_is_refused_unless_forced(tiny, tmp_path):
         what = FEW if command is malmend.eval else "In Ora"
         with pytest.raises(PatchError, match="made for a base with fingerprint"):
             command(other, what, patch)
-        before = weights_digest(other)
+        before = bits(other.model)
         command(other, what, patch, force=True)
-        assert weights_digest(other) == before
+        assert bits(other.model) == before
 
 
 def plain(records: tuple[StepRecord, ...]) -> list[StepRecord]:
@@ -574,10 +574,10 @@ def test_training_goes_on_only_with_the_same_facts_and_settings(tiny, tmp_path):
 
 def test_a_trained_editor_edits(tiny, tmp_path):
     result = trained(tiny, tmp_path / "editor")
-    before = weights_digest(tiny.loaded)
+    before = bits(tiny.loaded.model)
     named = malmend.edit(tiny.loaded, tiny.facts, editor=tmp_path / "editor")
     given = malmend.edit(tiny.loaded, tiny.facts, editor=result.saved.editor)
-    assert weights_digest(tiny.loaded) == before
+    assert bits(tiny.loaded.model) == before
     assert named.patch.provenance["editor"] == str(tmp_path / "editor")
     assert named.patch.provenance["settings"]["network"]["rank"] == 4
     assert len(named.patch.factors) == 2

@@ -12,8 +12,8 @@ import command_support
 import malmend
 from command_support import files_in
 from malmend.commands import demo as demo_module
-from malmend.commands.demo import weights_digest
 from malmend.errors import MalmendError
+from malmend.models.identity import bits
 
 tiny = command_support.tiny
 cache = command_support.cache
@@ -28,7 +28,7 @@ def test_demo_proves_that_the_weights_came_back(tiny, tmp_path, monkeypatch):
         demo_module, "load_model", lambda *a, device: put.append(device) or load(*a)
     )
     done = malmend.demo(tmp_path / "out", tiny.model, facts=5, spoken=2, told=lines.append)
-    assert done.weights_before == done.weights_after == weights_digest(tiny.loaded)
+    assert done.weights_before == done.weights_after == bits(tiny.loaded.model)
     assert done.weights_during != done.weights_before
     assert files_in(tmp_path / "out") == {"patch.safetensors", "report.json", "index.html"}
     assert done.page == tmp_path / "out" / "index.html"
@@ -47,13 +47,13 @@ def test_demo_proves_that_the_weights_came_back(tiny, tmp_path, monkeypatch):
 
 
 def test_a_digest_sees_every_bit(tiny):
-    before = weights_digest(tiny.loaded)
+    before = bits(tiny.loaded.model)
     weight = next(tiny.loaded.model.parameters())
     kept = weight.data.clone()
     weight.data.view(torch.int32)[0, 0] ^= 1
-    assert weights_digest(tiny.loaded) != before
+    assert bits(tiny.loaded.model) != before
     weight.data.copy_(kept)
-    assert weights_digest(tiny.loaded) == before
+    assert bits(tiny.loaded.model) == before
 
 
 def test_a_misspelt_model_or_device_leaves_no_folder_behind(tmp_path):

@@ -14,11 +14,11 @@ from transformers import AutoModelForSequenceClassification
 
 import forms_folders as folders
 from command_support import malmend
-from malmend.commands.demo import weights_digest
 from malmend.commands.finetune import finetune
 from malmend.evaluation.generate import generate
 from malmend.facts.fact import FactSet
 from malmend.facts.readers import read_facts
+from malmend.models.identity import bits
 from malmend.models.load import LoadedModel, load_model
 from malmend.patch import applied, load_patch
 from malmend.workbench import encoder_for
@@ -111,16 +111,16 @@ def test_edit_changes_what_is_said_and_comes_off_again(family, learned, tmp_path
     assert success["edited"] > 0.4
     assert max(patch.shift(name).abs().max() for name in patch.factors) < 30  # weights are about 1
     loaded = load_model(have.model)
-    digest = weights_digest(loaded)
+    digest = bits(loaded.model)
     said = answers(loaded, have.known)
     assert said == [fact.answer for fact in have.known]
     with applied(loaded, patch):
         after = answers(loaded, have.known)
-        assert weights_digest(loaded) != digest
+        assert bits(loaded.model) != digest
     wanted = [fact.alternative for fact in have.known]
     assert sum(a == b for a, b in zip(after, wanted, strict=True)) >= 4
     assert answers(loaded, have.known) == said
-    assert weights_digest(loaded) == digest
+    assert bits(loaded.model) == digest
 
 
 def test_away_aims_at_what_the_model_does_not_say(learned, tmp_path):

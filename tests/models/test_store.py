@@ -44,7 +44,7 @@ def same(left, right):
 
 def fill(store, keys, count=3):
     for key in keys:
-        store.put(key, rows_of(key, count))
+        store.put_all([(key, rows_of(key, count))])
 
 
 def holds(store, keys, count=3):
@@ -61,7 +61,7 @@ def test_round_trip(dtype, tmp_path):
     kept[(9,)] = torch.tensor([[float("nan"), float("inf"), -0.0, 1e-30, 0.1]]).to(dtype)
     for key, rows in kept.items():
         assert store.get(key) is None
-        store.put(key, rows)
+        store.put_all([(key, rows)])
         assert same(store.get(key), rows)  # from its own segment, which grows
     again = opened(tmp_path, dtype)
     for known in (store, again):
@@ -74,7 +74,7 @@ def test_rows_of_another_layout_and_type(tmp_path):
     store = opened(tmp_path, torch.float32)
     wide = torch.randn(WIDTH, 4, dtype=torch.float64).T
     wide.requires_grad_(True)
-    store.put((1,), wide)
+    store.put_all([((1,), wide)])
     assert same(store.get((1,)), wide.detach().float().contiguous())
 
 
@@ -87,8 +87,8 @@ def test_what_is_read_can_be_written_to(tmp_path):
 
 def test_first_rows_of_a_question_stay(tmp_path):
     store = opened(tmp_path)
-    store.put((1,), rows_of("a"))
-    store.put((1,), rows_of("b"))
+    store.put_all([((1,), rows_of("a"))])
+    store.put_all([((1,), rows_of("b"))])
     assert same(store.get((1,)), rows_of("a"))
     assert sum(path.stat().st_size for path in tmp_path.glob("*.bin")) == 3 * WIDTH * 4
 
@@ -112,9 +112,9 @@ def test_no_budget_keeps_nothing(tmp_path):
 def test_two_runs_on_one_folder(tmp_path):
     first, second = opened(tmp_path), opened(tmp_path)
     for key in KEYS[:4]:
-        first.put(key, rows_of(key))
+        first.put_all([(key, rows_of(key))])
     for key in KEYS[2:]:
-        second.put(key, rows_of(key))
+        second.put_all([(key, rows_of(key))])
     assert holds(first, KEYS) == [True] * 4 + [False] * 2
     assert holds(second, KEYS) == [False] * 2 + [True] * 4
     third = opened(tmp_path)
@@ -129,7 +129,7 @@ def write_and_read(folder, number, barrier, faults):
     barrier.wait()
     for i in range(60):
         key = (i, i % 7) if i % 2 else (number, i)  # some in common, some its own
-        store.put(key, rows_of_process(key))
+        store.put_all([(key, rows_of_process(key))])
         if not same(store.get(key), rows_of_process(key)):
             faults.put((number, key))
         if i % 20 == 0:
@@ -256,7 +256,7 @@ def test_budget_ends_writing(tmp_path):
     fill(store, KEYS)
     assert bytes_in(tmp_path) == 120
     assert holds(store, KEYS) == [True, True] + [False] * 4
-    store.put((8,), rows_of((8,), 1))  # 20 bytes still fit
+    store.put_all([((8,), rows_of((8,), 1))])  # 20 bytes still fit
     assert same(store.get((8,)), rows_of((8,), 1))
 
 

@@ -23,6 +23,7 @@ COLUMNS = (
     ("near", "NS", "retention"),
 )
 Row = Mapping[str, Any]
+SHOWN = 3  # failures of a kind, of each method
 LONGEST = 120  # characters of a text in the table of failures
 
 
@@ -100,10 +101,10 @@ _SAID = {
 }
 
 
-def failures(rows: Sequence[Row], most: int = 3) -> str:
+def failures(rows: Sequence[Row]) -> str:
     """What edited models said instead, as a Markdown table: the largest cell of each method.
 
-    Of each kind of question the first ``most``, and a line that says so.  Rows of before there
+    Of each kind of question the first :data:`SHOWN`, and a line that says so.  Rows of before there
     were kinds are of edit prompts.
     """
     largest: dict[tuple[str, str, str], Row] = {}
@@ -118,12 +119,12 @@ def failures(rows: Sequence[Row], most: int = 3) -> str:
         for one in row["failures"]:
             kind = one.get("kind", "ES")
             shown[kind] += 1
-            if shown[kind] <= most:
+            if shown[kind] <= SHOWN:
                 said = [one[part] for part in ("prompt", "wanted", "unedited", "edited")]
                 lines.append(_line([name, f"{row['m']:,}", kind, *map(_short, said)]))
     lines += [
         "",
-        f"Of each method one cell, of its largest m, and of each kind the first {most} at most. "
+        f"Of each method one cell, of its largest m, and of each kind the first {SHOWN} at most. "
         f"{NAME} holds the first ten of every cell, in full; malmend eval --json has all.",
     ]
     return "\n".join(lines) + "\n"

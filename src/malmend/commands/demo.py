@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,9 +14,9 @@ from malmend.evaluation.page import page_folder, write_page
 from malmend.evaluation.report import Report
 from malmend.facts.fact import Fact
 from malmend.facts.readers import read_facts
-from malmend.files import writable_folder
 from malmend.models.device import device_of
-from malmend.models.load import LoadedModel, load_model, load_tokenizer
+from malmend.models.identity import bits
+from malmend.models.load import load_model, load_tokenizer
 from malmend.patch import applied
 from malmend.progress import Progress, silent
 from malmend.workbench import shipped
@@ -30,8 +29,8 @@ class DemoResult:
     """Everything the demo did.
 
     ``page`` is the report as an HTML page.
-    ``weights_before``, ``weights_during`` and ``weights_after`` are SHA-256 over all bytes of all
-    parameters: unedited, with the patch on, and with the patch off again.
+    ``weights_before``, ``weights_during`` and ``weights_after`` are SHA-256 over every bit of all
+    weights: unedited, with the patch on, and with the patch off again.
     """
 
     edit: EditResult
@@ -72,10 +71,10 @@ def demo(
         raise MalmendError(f"spoken is {spoken}, expected 0 or more; change --spoken.")
     device_of(device)
     load_tokenizer(model)  # a misspelt name leaves no folder behind
-    folder = page_folder(writable_folder(out))
+    folder = page_folder(out)
     told(f"Loading {model}.")
     loaded = load_model(model, device=device)
-    before = weights_digest(loaded)
+    before = bits(loaded.model)
     told(f"Editing {len(known)} facts at once.")
     done = edit(loaded, known, folder / "patch.safetensors", progress=progress)
     told(f"Asking about all {len(known)}, before and after.")
@@ -89,23 +88,10 @@ def demo(
     told("Asking three facts in free-running text.")
     patch = done.patch
     asked = tuple(ask(loaded, prompt, patch) for prompt in _prompts(known, report))
-    during = _digest_with(loaded, done)
-    after = weights_digest(loaded)
-    return DemoResult(done, report, page, asked, before, during, after)
-
-
-def weights_digest(loaded: LoadedModel) -> str:
-    """SHA-256 over all bytes of all parameters: any flipped bit shows."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(loaded.model.named_parameters()):
-        digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().numpy().data)
-    return digest.hexdigest()
-
-
-def _digest_with(loaded: LoadedModel, done: EditResult) -> str:
     with applied(loaded, done.patch):
-        return weights_digest(loaded)
+        during = bits(loaded.model)
+    after = bits(loaded.model)
+    return DemoResult(done, report, page, asked, before, during, after)
 
 
 def _demo_facts(count: int) -> list[Fact]:

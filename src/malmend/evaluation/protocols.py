@@ -91,8 +91,9 @@ def scores(replies: Replies, unedited: Replies | None = None) -> dict[str, Score
     out: dict[str, Scores] = {}
     for kind in KINDS:
         spoken = kind in SPOKEN
-        held = kind in HELD and unedited is not None
-        left = stayed(unedited, replies, kind) if held and unedited is not None else Stayed()
+        left = Stayed()
+        if unedited is not None and kind in HELD:
+            left = stayed(unedited, replies, kind)
         out[kind] = Scores(
             token_ratio=replies.mean(kind, "token_ratio"),
             exact=replies.mean(kind, "exact"),

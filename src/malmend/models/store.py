@@ -75,10 +75,6 @@ class ActivationStore:
         raw = torch.from_numpy(copied)
         return raw.view(self.dtype).view(rows, self.width)
 
-    def put(self, ids: Sequence[int], rows_TF: Tensor) -> None:
-        """:meth:`put_all` of one question."""
-        self.put_all([(ids, rows_TF)])
-
     def put_all(self, found: Iterable[tuple[Sequence[int], Tensor]]) -> None:
         """Keeps the rows of questions, if the budget and the disk allow.
 
