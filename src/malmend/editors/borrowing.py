@@ -22,12 +22,12 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable
 
+from malmend.facts.apart import WORD, is_number, names
 from malmend.facts.fact import Fact
 
 FORMAT = 5  # of what is read; raised with every change of it
 MOST_TEMPLATES = 64  # of a relation: those in which most of its subjects are asked
 LEAST_SUBJECTS = 2  # that are asked so
-WORD = re.compile(r"\w+")
 OPENERS = frozenset(  # words that open a sentence with a capital and name nothing
     WORD.findall(
         "the a an in on at by to for of from its it this that "
@@ -118,13 +118,8 @@ class Borrowing:
         return self._apart[pair]
 
     def _named(self, template: Template) -> frozenset[str]:
-        """Words with a digit or a capital, but for a first word that elsewhere has none."""
-        return frozenset(
-            word
-            for index, word in enumerate(WORD.findall(" ".join(template[:2])))
-            if _is_number(word)
-            or (word != word.lower() and (index or word.lower() not in self._small))
-        )
+        """The names in it; a first word that elsewhere has no capital is none."""
+        return frozenset(names(WORD.findall(" ".join(template[:2])), self._small))
 
 
 def plain(text: str) -> tuple[str, ...]:
@@ -148,16 +143,12 @@ def _holds(words: tuple[str, ...], part: tuple[str, ...]) -> bool:
 
 def _alike(names: frozenset[str], others: frozenset[str]) -> bool:
     """Whether two templates may ask the same, by what they name."""
-    return (names <= others or others <= names) and not any(map(_is_number, names ^ others))
+    return (names <= others or others <= names) and not any(map(is_number, names ^ others))
 
 
 def _nearly(words: tuple[str, ...], others: tuple[str, ...]) -> bool:
     """Whether all but one of the words are the same."""
     return len(words) == len(others) and sum(map(str.__ne__, words, others)) <= 1
-
-
-def _is_number(word: str) -> bool:
-    return any(map(str.isdigit, word))
 
 
 def _template(fact: Fact) -> tuple[Template, str] | None:

@@ -12,7 +12,7 @@ import re
 import unicodedata
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from malmend.facts.fact import Fact
 
@@ -76,14 +76,26 @@ def _about(fact: Fact, small: set[str]) -> tuple[frozenset[str], bool]:
     named = _words(fact.subject or "")
     if not named:
         prompt = _words(fact.prompt)
-        named = [
-            word
-            for index, word in enumerate(prompt)
-            if any(map(str.isdigit, word))
-            or (word != word.lower() and (index or word.lower() not in small))
-        ]
+        named = names(prompt, small)
         return _folded(named or prompt), bool(named)
     return _folded(named), True
+
+
+def names(words: Iterable[str], small: Collection[str]) -> list[str]:
+    """Of a text's words the numbers and those with a capital.
+
+    A capital of the first one tells nothing where ``small`` has it, as it is elsewhere.
+    """
+    return [
+        word
+        for index, word in enumerate(words)
+        if is_number(word) or (word != word.lower() and (index or word.lower() not in small))
+    ]
+
+
+def is_number(word: str) -> bool:
+    """Whether a word has a digit."""
+    return any(map(str.isdigit, word))
 
 
 def _folded(words: Iterable[str]) -> frozenset[str]:
