@@ -435,7 +435,7 @@ def test_another_model_or_other_settings(tmp_path):
     wrong = json.loads(about.read_text()) | {"method": "malmen"}
     about.write_text(json.dumps(wrong))
     with pytest.raises(EditorError, match="of the method 'malmen'"):
-        _ = method.end_of_answer
+        _ = Ke(str(tmp_path)).end_of_answer
 
 
 @pytest.mark.parametrize("name", ["editor.json", "editor.safetensors", "training.safetensors"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -79,6 +80,16 @@ def test_a_stopped_training_goes_on_bit_for_bit(name, tiny, tmp_path):
     ]
     for site in patches[0].factors:
         assert torch.equal(patches[0].shift(site), patches[1].shift(site))
+
+
+@ALL
+def test_its_folder_is_read_once(name, tiny, tmp_path, monkeypatch):
+    learn(tiny.loaded, tiny.facts, tmp_path, name, TRAINED[name].settings(**QUICK[name]))
+    read, module = [], importlib.import_module(f"malmend.methods.{name}")
+    load = module.load_file
+    monkeypatch.setattr(module, "load_file", lambda path: read.append(path) or load(path))
+    malmend.edit(tiny.loaded, tiny.facts, editor=tmp_path)
+    assert len(read) == 1
 
 
 def test_which_folders_hold_one(tmp_path):

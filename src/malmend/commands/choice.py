@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from malmend.editors.calibration import CalibrationSettings
-from malmend.editors.checkpoint import SavedEditor, load_editor
+from malmend.editors.checkpoint import SavedEditor, check_trained_for, load_editor
 from malmend.editors.editor import Editor
 from malmend.editors.settings import EditorSettings, training_free
-from malmend.errors import EditorError, MalmendError
+from malmend.errors import MalmendError
 from malmend.material import calibrated
 from malmend.methods.trained import check_trained
 from malmend.models.device import wide_device
@@ -54,12 +54,8 @@ class Choice:
         if folder is not None:
             saved = load_editor(folder)
             return Choice(f"{SHIPPED}{folder.name}", saved.editor.settings, saved)
-        if self.saved is not None and self.saved.base != loaded.fingerprint:
-            raise EditorError(
-                f"The editor {self.name} was trained for a base with fingerprint "
-                f"{self.saved.base[:12]}, the model {loaded.name} has {loaded.fingerprint[:12]}; "
-                "train one for this model."
-            )
+        if self.saved is not None:
+            check_trained_for(loaded, self.name, self.saved.base)
         return self
 
     def said(self) -> str:

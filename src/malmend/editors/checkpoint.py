@@ -27,6 +27,7 @@ from malmend.errors import EditorError, nearest
 from malmend.facts.fact import Fact, subject_hash
 from malmend.files import reason, written_beside
 from malmend.models.descent import Descent
+from malmend.models.load import LoadedModel
 from malmend.numerics.lowrank import compressed, restored
 from malmend.numerics.moments import RunningMoments
 
@@ -80,6 +81,15 @@ def _weights(folder: Path, about: Mapping[str, Any]) -> Path:
     if name.name != str(name):
         raise EditorError(f"{folder} names weights outside its folder; it is damaged.")
     return folder / name
+
+
+def check_trained_for(loaded: LoadedModel, name: str, base: str) -> None:
+    """Raises EditorError unless the editor of this name was trained for a model of its weights."""
+    if base != loaded.fingerprint:
+        raise EditorError(
+            f"The editor {name} was trained for a base with fingerprint {base[:12]}, the model "
+            f"{loaded.name} has {loaded.fingerprint[:12]}; train one for this model."
+        )
 
 
 def identity_of(weights: Path) -> str:

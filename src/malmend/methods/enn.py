@@ -34,6 +34,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,7 +45,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
-from malmend.editors.checkpoint import identity_of
+from malmend.editors.checkpoint import check_trained_for, identity_of
 from malmend.errors import EditorError
 from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact
@@ -127,11 +128,11 @@ class Enn:
     @property
     def end_of_answer(self) -> EndOfAnswer:
         """As the base was trained."""
-        return _read(self.folder)[1].end_of_answer
+        return self._loaded[1].end_of_answer
 
     def sites_in(self, model: PreTrainedModel) -> tuple[Site, ...]:
         """As :meth:`EnnSettings.sites_in`."""
-        return _read(self.folder)[1].sites_in(model)
+        return self._loaded[1].sites_in(model)
 
     def find(self, bench: Workbench, facts: Sequence[Fact], progress: Progress) -> Found:
         """The trained base, and from there the inner steps on all facts at once.
@@ -139,14 +140,8 @@ class Enn:
         Raises:
             EditorError: the folder is damaged, or was trained for another base or other layers.
         """
-        about, settings, tensors = _read(self.folder)
-        trunk, loaded = bench.trunk, bench.loaded
-        if about["base"] != loaded.fingerprint:
-            raise EditorError(
-                f"The editor {self.folder} was trained for a base with fingerprint "
-                f"{about['base'][:12]}, the model {loaded.name} has {loaded.fingerprint[:12]}; "
-                "train one for this model."
-            )
+        (about, settings, tensors), trunk = self._loaded, bench.trunk
+        check_trained_for(bench.loaded, self.folder, about["base"])
         if shapes_of(trunk) != about["sites"]:
             raise EditorError(
                 f"The editor {self.folder} is for other layers than the model is cut at; cut it at "
@@ -169,6 +164,10 @@ class Enn:
             "losses": losses,
         }
         return Found(shifts, max(min(site.shape_VK) for site in sites), said)
+
+    @cached_property
+    def _loaded(self) -> tuple[dict[str, Any], EnnSettings, dict[str, Tensor]]:
+        return _read(self.folder)
 
 
 def _read(folder: str) -> tuple[dict[str, Any], EnnSettings, dict[str, Tensor]]:

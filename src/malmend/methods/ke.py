@@ -31,6 +31,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -40,6 +41,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 from transformers import PreTrainedModel
 
+from malmend.editors.checkpoint import check_trained_for
 from malmend.editors.metaloss import Judged, meta_loss
 from malmend.errors import EditorError
 from malmend.facts.encoded import Encoded
@@ -191,16 +193,6 @@ def fill(network: Network, weights: Mapping[str, Tensor]) -> None:
     network.load_state_dict(weights)
 
 
-def check_base(folder: str | Path, about: Mapping[str, Any], bench: Workbench) -> None:
-    """Raises EditorError unless the folder's network is of the model on the bench."""
-    loaded = bench.loaded
-    if about["base"] != loaded.fingerprint:
-        raise EditorError(
-            f"The editor {folder} was trained for a base with fingerprint {about['base'][:12]}, "
-            f"the model {loaded.name} has {loaded.fingerprint[:12]}; train one for this model."
-        )
-
-
 @dataclass(frozen=True)
 class Ke:
     """KE by a network that :class:`KeTrainer` saved in ``folder``."""
@@ -236,7 +228,7 @@ class Ke:
             EditorError: no network there, a damaged one, or one for another base.
         """
         settings, about, network = self._loaded
-        check_base(self.folder, about, bench)
+        check_trained_for(bench.loaded, self.folder, about["base"])
         sites = bench.trunk.sites
         totals = {site.name: torch.zeros(site.shape_VK, dtype=torch.float64) for site in sites}
         count = counted(progress, "shifts", len(facts))
@@ -250,7 +242,7 @@ class Ke:
             said["editor_id"] = about["identity"]
         return Found(totals, max(min(site.shape_VK) for site in sites), said)
 
-    @property
+    @cached_property
     def _loaded(self) -> tuple[KeSettings, dict[str, Any], Network]:
         folder = Path(self.folder)
         try:
@@ -261,7 +253,8 @@ class Ke:
             settings = KeSettings(**about["settings"])
             network = Network(settings, tensors["marks_2H"].shape[1], about["sites"])
             fill(network, tensors)
-            about["base"][:12]
+            if not isinstance(about["base"], str):
+                raise ValueError("it names no base")
         except Exception as error:
             raise EditorError(
                 f"The editor in {folder} is missing or damaged ({reason(error)}); train it again."

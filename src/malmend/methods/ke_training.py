@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from malmend.editors.checkpoint import identity_of
+from malmend.editors.checkpoint import check_trained_for, identity_of
 from malmend.editors.drawing import check_trainable, drawn
 from malmend.editors.metaloss import Judged, meta_loss
 from malmend.editors.resuming import (
@@ -29,7 +29,7 @@ from malmend.editors.resuming import (
 from malmend.errors import EditorError
 from malmend.facts.fact import Fact, Question, subject_hashes, training_digests
 from malmend.files import reason, written_beside
-from malmend.methods.ke import WEIGHTS, KeSettings, Network, check_base, fill, heard, shifts_of
+from malmend.methods.ke import WEIGHTS, KeSettings, Network, fill, heard, shifts_of
 from malmend.patch import shifted
 from malmend.workbench import Workbench
 
@@ -156,7 +156,7 @@ class KeTrainer:
         path = Path(folder) / FILE
         try:
             about, tensors = read_training(path)
-            check_base(folder, about, self.bench)
+            check_trained_for(self.bench.loaded, str(folder), about["base"])
             check_data(about, self.facts, self.locality, path)
             for name, value in asdict(self.settings).items():
                 if (was := about["settings"][name]) != value and name not in FREE:
