@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -494,6 +495,13 @@ def test_a_mixture_of_experts_is_compared_by_methods_that_need_no_usual_layer(pl
     assert [row["name"] for row in rows] == ["lora", "context"]
     assert set(rows[0]["perplexity"]) == {"unedited", "edited"}
     assert rows[0]["unedited"] == rows[1]["unedited"]
+
+
+def test_without_matplotlib_it_is_said_how_to_have_it(monkeypatch, tmp_path):
+    Results(tmp_path).add("0", ROWS[0])
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MalmendError, match="run pip install matplotlib"):
+        bench_plot(tmp_path)
 
 
 def test_figures_are_drawn_and_hold_the_points(tmp_path):

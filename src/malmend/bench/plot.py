@@ -41,7 +41,7 @@ def plot(rows: Sequence[Row], folder: Path) -> list[Path]:
         import matplotlib
     except ImportError as error:
         raise MalmendError(
-            'Figures need matplotlib, which is not installed: pip install "malmend[plot]".'
+            "Figures need matplotlib, which is not installed; run pip install matplotlib."
         ) from error
     matplotlib.use("Agg")
     found, written = groups(rows), []
