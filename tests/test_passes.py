@@ -422,7 +422,7 @@ def test_a_budget_is_planned_with_all_rows_that_a_solve_has(tokens, refine, tiny
         ),
         (
             {"steps": 80, "rounds": 0.0, "readings": 40},
-            "Settling missed more of the prompts and was let go: the edit is its last solve.",
+            "Settling brought less than its last solve, which is the edit: it was let go.",
         ),
     ],
 )

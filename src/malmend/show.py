@@ -121,7 +121,7 @@ def settled(said: Mapping[str, Any]) -> None:
     if not steps:
         return
     if not rounds:
-        OUT.print("Settling missed more of the prompts and was let go: the edit is its last solve.")
+        OUT.print("Settling brought less than its last solve, which is the edit: it was let go.")
         return
     line, taken = f"Settled in {steps:,} steps.", steps * min(READINGS, readings) / readings
     if taken < rounds:
