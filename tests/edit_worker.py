@@ -21,7 +21,7 @@ import tiny
 from malmend import material
 from malmend.commands import edit as edit_module
 from malmend.commands.edit import EditResult
-from malmend.editors import draws
+from malmend.editors import draws, settle
 from malmend.editors.refine import RefineSettings
 from malmend.editors.settings import training_free
 from malmend.models.load import prepared
@@ -36,7 +36,8 @@ def edited(method: str, folder: Path, processes: Processes = ALONE) -> EditResul
     text = " ".join(command_support.name_of(random.Random(2)) for _ in range(400))
     (folder / f"text-{processes.rank}.txt").write_text(text)
     few = mock.patch.multiple(draws, READINGS=5, HELD=3, FEWEST=2)  # steps by all readings
-    with few:
+    whole = mock.patch.object(settle, "START", 1.0)  # so few do not bring back the other half
+    with few, whole:
         return _edited(prepared(model, tokenizer, "tiny"), method, folder, processes)
 
 

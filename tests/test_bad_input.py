@@ -712,7 +712,7 @@ def test_stopped_while_an_edit_settles(kept, place, capsys, monkeypatch, tmp_pat
             given[-1].keep(EVERY, lambda: {"one": torch.ones(2)})
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("malmend.methods.by_editor.settle", stopped)
+    monkeypatch.setattr("malmend.methods.settling.settle", stopped)
     before = contents(place.folder)
     assert malmend(*place.edit(), "--refine.rounds", 1) == 130
     *nothing, said = messages(capsys)
