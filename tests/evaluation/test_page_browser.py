@@ -192,6 +192,20 @@ def test_an_answer_that_was_cut_ends_in_a_mark(opened):
     assert "in chat: ✗I am …" in page.one("tr.more").text.replace("✗\n", "✗")
 
 
+def test_what_nobody_decoded_is_said_to_be_teacher_forced(opened):
+    """Else it would be taken for what a user of the model sees."""
+    forced = [pair("ES", 0, 0.0, 1.0, "In Mars is", top="Lima")]
+    spoken = [
+        pair("ES", 1, 0.0, 1.0, "Ora", text="Lima", generated_before=0.0, generated_after=1.0)
+    ]
+    rows = [row("forced", forced), row("spoken", spoken)]
+    page = opened(replace(report(), rows=rows))
+    said = page.one("[data-id=forced]").text
+    assert "Lima" in said
+    assert said.count("2 of 2 tokens, teacher forced") == 1
+    assert "teacher forced" not in page.one("[data-id=spoken]").text
+
+
 @pytest.mark.parametrize("text", ['say </script> "it" 🦊 ' * 100, "שלום " * 400, "🦊" * 2000])
 def test_a_long_answer_is_short_in_the_list_and_whole_beside_its_fact(opened, text):
     asked = [

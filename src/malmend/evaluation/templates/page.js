@@ -75,7 +75,7 @@
     if (one.tokens !== undefined) {
       const tokens = `${one.right} of ${one.tokens} token${one.tokens === 1 ? "" : "s"}`;
       if (text === undefined) shown.append(make("span", "", tokens));
-      else if (whole || right !== one.exact) shown.append(make("small", "", `${tokens}, teacher forced`));
+      else if (whole || one.text === undefined || right !== one.exact) shown.append(make("small", "", `${tokens}, teacher forced`));
     }
     if (one.chat !== undefined && whole) {
       const chat = make("small", "", "in chat: ");
