@@ -118,11 +118,24 @@ def started() -> int:
     Raises:
         MalmendError: WORLD_SIZE is no number of processes.
     """
-    said = os.environ.get("WORLD_SIZE", "1")
-    if not said.isdecimal() or len(said) > 9 or int(said) < 1:
+    return _whole("WORLD_SIZE", 1, "a number of processes")
+
+
+def local_rank() -> int:
+    """Which of its machine's processes this one is, from 0.
+
+    Raises:
+        MalmendError: LOCAL_RANK is no number.
+    """
+    return _whole("LOCAL_RANK", 0, "this process's number on its machine")
+
+
+def _whole(name: str, least: int, what: str) -> int:
+    said = os.environ.get(name, str(least))
+    if not said.isdecimal() or len(said) > 9 or int(said) < least:
         raise MalmendError(
-            f"WORLD_SIZE is {said!r:.40}, expected a number of processes; unset it, or start them "
-            "by torchrun."
+            f"{name} is {said!r:.40}, expected {what}; unset it, or start the "
+            "processes by torchrun."
         )
     return int(said)
 

@@ -441,6 +441,9 @@ def test_a_folder_that_is_damaged(tmp_path):
     for text in ("", "{", "[]", "null", json.dumps({**good, "settings": {"odd": 1}})):
         about.write_text(text)
         refused("is damaged")
+    for base in ({}, {"base": None}):
+        about.write_text(json.dumps({n: o for n, o in good.items() if n != "base"} | base))
+        refused("is damaged .*base")
     about.write_text(json.dumps({**good, "method": "malmen"}))
     refused("is none of ENN")
     about.write_text(json.dumps({**good, "settings": {**good["settings"], "layers": 0}}))

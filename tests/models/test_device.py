@@ -93,6 +93,9 @@ def test_a_number_of_processes_that_is_none(two, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(MalmendError, match="WORLD_SIZE is 'two', expected a number of processes"):
         device_of("auto")
+    monkeypatch.setenv("LOCAL_RANK", "first")
+    with pytest.raises(MalmendError, match="LOCAL_RANK is 'first', expected this process's number"):
+        device_of(KIND)
 
 
 def test_a_model_is_put_there_and_is_the_same(two, tiny):

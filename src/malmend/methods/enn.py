@@ -186,6 +186,8 @@ def _read(folder: str) -> tuple[dict[str, Any], EnnSettings, dict[str, Tensor]]:
         if identity_of(path / WEIGHTS) != about["identity"]:
             raise ValueError("its weights are not those that it names")
         checked(tensors, {**sites, "log_rates": [len(sites)]})
+        if not isinstance(about["base"], str):
+            raise ValueError("its base is no digest")
         return about, EnnSettings(**about["settings"]), tensors
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 
 import torch
@@ -10,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from malmend.errors import ModelError, nearest
-from malmend.processes import started
+from malmend.processes import local_rank, started
 
 CPU, SPREAD = "cpu", "auto"
 
@@ -27,7 +26,7 @@ def device_of(name: str) -> torch.device | None:
 
     Raises:
         ModelError: there is no such device.
-        MalmendError: as :func:`malmend.processes.started`.
+        MalmendError: as :func:`malmend.processes.started` and :func:`malmend.processes.local_rank`.
     """
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if name == CPU:
@@ -48,7 +47,7 @@ def device_of(name: str) -> torch.device | None:
                 f"processes; start one without torchrun, or give --device {found.type}."
             )
         return None
-    at = int(number or os.environ.get("LOCAL_RANK", "0"))
+    at = int(number) if number else local_rank()
     if at >= count:
         raise ModelError(
             f"--device is {name!r}, which would be number {at} for this process, and torch finds "
