@@ -62,6 +62,24 @@ def test_the_patch_is_found_twice_alike_and_nothing_else_changes(name, tiny):
     assert not any(parameter.requires_grad for parameter in tiny.loaded.model.parameters())
 
 
+@pytest.mark.parametrize("name", [*METHODS, "ultraedit, fact by fact"])
+def test_the_patch_holds_all_of_what_was_found(name, tiny, monkeypatch):
+    """A rank that is said too small would cut a shift in silence."""
+    method = METHODS["ultraedit"](0.01, batch=1) if "," in name else quick(name)
+    find, found = type(method).find, []
+    monkeypatch.setattr(
+        type(method), "find", lambda *given: found.append(find(*given)) or found[-1]
+    )
+    patch = malmend.edit(tiny.loaded, FEW, method=method).patch
+    (done,) = found
+    assert patch.factors.keys() == done.shifts.keys()
+    for site, wanted in done.shifts.items():
+        assert torch.linalg.matrix_rank(wanted) > 1
+        # The factors are float32, each rounded once: some 1e-7 of the largest entry.
+        least = 1e-6 * wanted.abs().max().item()
+        torch.testing.assert_close(patch.shift(site).double(), wanted, rtol=1e-5, atol=least)
+
+
 @ALL
 def test_an_edit_reads_prompts_answers_and_subjects_only(name, tiny):
     bare = [Fact(f.id, f.prompt, f.answer, f.subject, line=f.line) for f in FEW]
