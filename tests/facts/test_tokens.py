@@ -354,6 +354,8 @@ def test_chat_frames_the_prompt_and_puts_no_blank_before_the_answer(last):
     assert decode(encoded.ids[encoded.answer_start :]) == "two moons<|end|>"
     assert encoder.prompt_ids("Mars has") == encoded.ids[: encoded.answer_start]
     assert encoder.encode(Question("Mars has")).ids == encoder.prompt_ids("Mars has")
+    # Blanks around an answer are no part of it.
+    assert encoder.encode(Question("Mars has", " two moons ")) == encoded
 
 
 def test_without_chat_the_template_is_not_used():
@@ -364,9 +366,9 @@ def test_without_chat_the_template_is_not_used():
 
 @pytest.mark.parametrize("template", ["<s> $A", "<s> $A </s>", None])
 def test_bos_of_the_chat_template_is_not_doubled(template):
-    tokenizer = words(MARS, template, chat_template="<s>{{ messages[0]['content'] }} has")
+    tokenizer = words(MARS, template, chat_template="<s>{{ messages[0]['content'] }} has ")
     encoder = Encoder(tokenizer, chat=True)
-    encoded = encoder.encode(Question("mars", " two moons"))
+    encoded = encoder.encode(Question("mars", "two moons"))
     assert encoded == Encoded((1, 4, 5, 6, 7, 2), 3, 5)
     assert encoder.prompt_ids("mars") == (1, 4, 5)
 

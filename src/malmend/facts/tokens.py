@@ -105,7 +105,7 @@ class Encoder:
         """
         answer = question.answer
         if answer is not None and self.reading.form == "causal":
-            encoded = self._encode_joined(self.framed(question.prompt), answer.rstrip())
+            encoded = self._encode_joined(self.framed(question.prompt), answer.strip())
         else:
             ids = self.prompt_ids(question.prompt)
             said = () if answer is None else self._answer_ids(answer)
@@ -263,7 +263,7 @@ class Encoder:
     def _encode_joined(self, prompt: str, answer: str) -> Encoded:
         # A chat template ends where the reply begins, with whatever blank belongs there.
         blank = "" if self.chat or prompt[-1:].isspace() else " "
-        ids, spans = self.ids_of(prompt + blank + (answer if self.chat else answer.lstrip()))
+        ids, spans = self.ids_of(prompt + blank + answer)
         start = next((i for i, (_, end) in enumerate(spans) if end > len(prompt)), len(ids))
         check_survives(self.tokenizer, self._special, answer, ids[start:])
         return Encoded(ids + self._end_ids, start, len(ids))
