@@ -13,6 +13,7 @@ import torch
 import command_support
 import helpers
 import malmend
+import malmend.patch as patch_module
 from command_support import CALIBRATION, EAGER, Tiny, as_lines, files_in, make_facts, make_model
 from malmend.commands import edit as edit_module
 from malmend.commands import train as train_module
@@ -30,7 +31,6 @@ from malmend.methods.ke import KeSettings
 from malmend.models.identity import bits
 from malmend.models.load import prepared
 from malmend.models.sites import around, find_sites
-from malmend.patch import Patch
 
 tiny = command_support.tiny
 cache = command_support.cache
@@ -166,16 +166,16 @@ def test_the_order_of_the_facts_does_not_matter(tiny):
 
 
 def test_a_patch_that_is_read_back_otherwise_is_not_what_was_measured(tiny, tmp_path, monkeypatch):
-    load = edit_module.load_patch
+    write, path = patch_module.save_file, tmp_path / "p"
+    path.write_text("an earlier one")
 
-    def damaged(path):
-        patch = load(path)
-        factors = {n: tuple(2 * one for one in some) for n, some in patch.factors.items()}
-        return Patch(factors, patch.provenance)
+    def doubled(tensors, beside, metadata):
+        write({name: 2 * one for name, one in tensors.items()}, beside, metadata)
 
-    monkeypatch.setattr(edit_module, "load_patch", damaged)
+    monkeypatch.setattr(patch_module, "save_file", doubled)
     with pytest.raises(PatchError, match="read back as other numbers"):
-        malmend.edit(tiny.loaded, tiny.facts, tmp_path / "p", **own(tiny))
+        malmend.edit(tiny.loaded, tiny.facts, path, **own(tiny))
+    assert path.read_text() == "an earlier one"
 
 
 def test_without_a_path_nothing_is_written(tiny, tmp_path, monkeypatch):

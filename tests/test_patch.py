@@ -356,8 +356,9 @@ def path(patch, tmp_path):
 @pytest.mark.parametrize("kind", [str, Path])
 def test_round_trip(patch, tmp_path, kind):
     path = tmp_path / "p.safetensors"
-    save_patch(patch, kind(path))
+    written = save_patch(patch, kind(path))
     again = load_patch(kind(path))
+    assert equal(written, again)
     assert equal(again, patch)
     assert again.provenance == patch.provenance
     for name in patch.factors:
@@ -705,6 +706,29 @@ def test_a_failed_write_leaves_the_old_patch(error, step, patch, path, monkeypat
     else:
         monkeypatch.setattr(os, "replace", refuse)
     unwritable(Patch({"other": (MATRIX,)}), path)
+    assert path.read_bytes() == old
+    assert everything(path.parent) == [str(path)]
+
+
+def test_what_is_read_back_otherwise_leaves_the_old_patch(patch, path, monkeypatch):
+    old, write = path.read_bytes(), patch_module.save_file
+
+    def doubled(tensors, beside, metadata):
+        write({name: 2 * one for name, one in tensors.items()}, beside, metadata)
+
+    monkeypatch.setattr(patch_module, "save_file", doubled)
+    with pytest.raises(PatchError, match="read back as other numbers") as caught:
+        save_patch(Patch({"other": (MATRIX,)}), path)
+    assert str(caught.value).startswith(f"{path} ")
+    assert path.read_bytes() == old
+    assert everything(path.parent) == [str(path)]
+
+
+def test_a_shift_that_no_patch_holds_leaves_the_old_one(path):
+    old = path.read_bytes()
+    with pytest.raises(PatchError, match="NaN") as caught:
+        save_patch(Patch({"other": (MATRIX / 0,)}), path)
+    assert str(caught.value).startswith(f"{path} ")
     assert path.read_bytes() == old
     assert everything(path.parent) == [str(path)]
 

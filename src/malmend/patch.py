@@ -226,10 +226,15 @@ def sites_of(model: PreTrainedModel, patch: Patch) -> list[Site]:
     return sites
 
 
-def save_patch(patch: Patch, path: str | Path) -> None:
-    """Writes the file beside and renames it, so that no half-written patch is ever found.
+def save_patch(patch: Patch, path: str | Path) -> Patch:
+    """Writes the file beside, reads it back and renames it; returns what was read.
 
-    Tensors are written as float32, whatever they are.
+    So no half-written patch is ever found, and one that cannot be used replaces none.  Tensors are
+    written as float32, whatever they are.
+
+    Raises:
+        PatchError: what is read is not what was to be written.
+        MalmendError: the file cannot be written.
     """
     tensors: dict[str, Tensor] = {}
     for name, factors in patch.factors.items():
@@ -240,6 +245,15 @@ def save_patch(patch: Patch, path: str | Path) -> None:
     header = {"malmend": json.dumps({"format": FORMAT, **patch.provenance}, allow_nan=False)}
     with written_beside(path) as beside:
         save_file(tensors, beside, metadata=header)
+        back = _read(beside, Path(path))
+        read = [one for name in patch.factors for one in back.factors.get(name, ())]
+        written = list(tensors.values())
+        if len(read) != len(written) or not all(map(torch.equal, read, written)):
+            raise PatchError(
+                f"{path} was read back as other numbers than were written, so it was let go; the "
+                "disk is at fault, write elsewhere."
+            )
+    return back
 
 
 def load_patch(path: str | Path) -> Patch:
@@ -251,8 +265,13 @@ def load_patch(path: str | Path) -> Patch:
     path = Path(path)
     if not path.is_file():
         raise PatchError(f"There is no patch file {path}; give the path that `malmend edit` wrote.")
+    return _read(path, path)
+
+
+def _read(place: Path, path: Path) -> Patch:
+    """The patch that lies at a place, by the path that a person knows."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(place, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("malmend", "null"))
             # Copies, because a tensor of the file changes when somebody overwrites the file.
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118

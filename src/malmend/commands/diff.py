@@ -10,7 +10,7 @@ from malmend.files import writable
 from malmend.models.identity import settings_of, unlike_settings
 from malmend.models.load import LoadedModel
 from malmend.models.sites import Site
-from malmend.patch import Patch, check_bare, load_patch, now, save_patch, versions
+from malmend.patch import Patch, check_bare, now, save_patch, versions
 from malmend.progress import Progress, silent
 from malmend.shipping.compare import Comparison, compared
 from malmend.shipping.layers import not_plain
@@ -65,9 +65,8 @@ def diff(
     found = compared(mine.model, theirs.model, progress)
     if out is None:
         return DiffResult(mine.name, theirs.name, found)
-    patch = _patch(mine, theirs, found)
-    save_patch(patch, out)
-    return DiffResult(mine.name, theirs.name, found, load_patch(out), Path(out))
+    patch = save_patch(_patch(mine, theirs, found), out)
+    return DiffResult(mine.name, theirs.name, found, patch, Path(out))
 
 
 def _check_settings(mine: LoadedModel, theirs: LoadedModel) -> None:

@@ -21,7 +21,7 @@ from malmend.errors import LedgerError
 from malmend.facts.fact import facts_digest
 from malmend.files import writable
 from malmend.methods.by_editor import described
-from malmend.patch import Patch, load_patch, make_patch, save_patch, versions
+from malmend.patch import Patch, make_patch, save_patch, versions
 from malmend.progress import Progress, silent
 from malmend.shipping.ledger import Ledger, Moved
 from malmend.shipping.ledger_access import WAIT, reading, writing
@@ -118,10 +118,7 @@ def patch(ledger: str | Path, out: str | Path | None = None, progress: Progress 
     with reading(ledger) as open_ledger:
         moved = open_ledger.move(open_ledger.active, progress)
         made = patch_of(open_ledger, moved)
-    if out is None:
-        return made
-    save_patch(made, out)
-    return load_patch(out)
+    return made if out is None else save_patch(made, out)
 
 
 def list_facts(ledger: str | Path, former: bool = False) -> list[Entry]:
