@@ -68,6 +68,20 @@ def test_room_for_less_than_one_question_forth_and_back_is_refused(monkeypatch):
         plan_memory(trunk_of(), "1.2GB", Work(QUESTIONS))  # some of which is left
 
 
+def test_micro_batches_on_an_accelerator_stay_as_they_are(monkeypatch):
+    """What they take there is no memory of the system's: near nothing would be measured."""
+    trunk = trunk_of(batch_tokens=300)
+    monkeypatch.setattr(type(trunk.model), "device", torch.device("meta"))
+    monkeypatch.setattr(budget, "held", lambda: 1_000_000_000)
+    monkeypatch.setattr(budget, "_taken", lambda run: 1)
+    plan = plan_memory(trunk, "1.2GB", Work(QUESTIONS, extra=10_000_000))
+    sums = sums_of(trunk.sites, rows_of(trunk, QUESTIONS, "auto"), solved_here=False)
+    assert plan.positions == 300
+    assert plan.rows == int((0.9 * 1.2e9 - 1e9 - 1e7 - sums) / 2)
+    with pytest.raises(MalmendError, match="expected at least"):
+        plan_memory(trunk, "1.1GB", Work(QUESTIONS))  # of which nothing is left
+
+
 def test_a_system_without_accounting_is_told_so(monkeypatch):
     monkeypatch.setattr(budget, "held", lambda: None)
     with pytest.raises(MalmendError, match="Linux"):

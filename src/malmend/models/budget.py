@@ -3,7 +3,8 @@
 What one position of a micro-batch takes is measured: the longest questions run forward and backward
 once more, after a first run that loads what is loaded once.  Of what the budget leaves beyond what
 is held already and the sums of the least squares, half is for micro-batches, half for captured
-tensors, which go to disk beyond it (:class:`malmend.memory.Room`).
+tensors, which go to disk beyond it (:class:`malmend.memory.Room`).  What an accelerator holds is
+not in the budget, which is of the system's memory: there micro-batches stay as they are.
 
 Shape letters: K key width, V value width.
 """
@@ -94,15 +95,8 @@ def plan_memory(trunk: Trunk, memory: str, work: Work) -> MemoryPlan:
         )
     questions, tokens = work.questions, work.tokens
     width = max(len(one.ids) for one in questions)
-    each = 0.0
-    # Only the answer's tokens may be run again and again, so a short prompt may cost more a token.
-    for rank in (lambda one: -len(one.ids), lambda one: -len(one.sources) / len(one.ids)):
-        some = sorted(questions, key=rank)[: max(1, REHEARSED // width)]
-        done: list[Callable[[], object]] = [partial(capture, trunk, some, tokens)]
-        if work.also is not None:
-            done.append(partial(work.also, some))
-        positions = len(some) * max(len(one.ids) for one in some)
-        each = max(each, max(map(_taken, done)) / positions)
+    here = trunk.model.device.type == "cpu"
+    each = _each(trunk, work, width) if here else 0.0
     solved_here = wide_device(trunk.model).type == "cpu"
     rows = work.rows or rows_of(trunk, questions, tokens)
     left = SPARED * budget - now - work.extra - sums_of(trunk.sites, rows, solved_here)
@@ -113,8 +107,9 @@ def plan_memory(trunk: Trunk, memory: str, work: Work) -> MemoryPlan:
             f"--memory is {memory}, expected at least {enough:.1f}GB: {now / 1e9:.1f} GB is "
             "held before the work begins; give more, or edit fewer layers."
         )
-    # A power of two, so that what else the machine does seldom makes other micro-batches of it.
-    positions = min(MOST_POSITIONS, 2 ** int(math.log2(max(1.0, left / 2 / each))))
+    positions = trunk.settings.batch_tokens
+    if here:  # a power of two, so that what else the machine does seldom makes other ones of it
+        positions = min(MOST_POSITIONS, 2 ** int(math.log2(max(1.0, left / 2 / each))))
     return MemoryPlan(budget, now, positions, int(left / 2))
 
 
@@ -159,6 +154,20 @@ def sums_of(sites: Sequence[Site], rows: int, solved_here: bool = True) -> int:
         kept += 2 * key_width * key_width + 2 * value_width * key_width
         made = max(made, key_width * key_width + 2 * min(rows, ROWS) * (key_width + value_width))
     return 8 * (kept + made)
+
+
+def _each(trunk: Trunk, work: Work, width: int) -> float:
+    """Bytes that a position of a micro-batch takes of the longest questions, ``width`` at most."""
+    each = 0.0
+    # Only the answer's tokens may be run again and again, so a short prompt may cost more a token.
+    for rank in (lambda one: -len(one.ids), lambda one: -len(one.sources) / len(one.ids)):
+        some = sorted(work.questions, key=rank)[: max(1, REHEARSED // width)]
+        done: list[Callable[[], object]] = [partial(capture, trunk, some, work.tokens)]
+        if work.also is not None:
+            done.append(partial(work.also, some))
+        positions = len(some) * max(len(one.ids) for one in some)
+        each = max(each, max(map(_taken, done)) / positions)
+    return each
 
 
 def _taken(run: Callable[[], object]) -> int:
