@@ -501,6 +501,34 @@ def test_a_settled_edit_that_misses_more_is_taken_back(tiny, monkeypatch, briefl
     said = found.provenance
     assert (said["rounds"], said["steps"], said["wordings"], said["hold"]) == (0.0, 4, 0, 0.0)
     assert said["frames"] == []
+    counting(monkeypatch, 0.2, 0.21)
+    said = malmend.edit(tiny.loaded, FEW, refine=SETTLED, **own(tiny)).patch.provenance
+    assert (said["rounds"], said["around"]) == (0.0, False)
+
+
+def test_an_edit_of_every_token_settles_in_the_metric_of_so_many(tiny, monkeypatch, briefly):
+    given = {}
+    find = edits.find_by_editor
+
+    def finding(bench, editor, *rest):
+        given["editor"] = editor
+        return find(bench, editor, *rest)
+
+    def noted(_trunk, priors, shifts, *_rest):
+        given["priors"] = priors
+        return dict(shifts)
+
+    monkeypatch.setattr(edits, "find_by_editor", finding)
+    monkeypatch.setattr(settling, "settle", noted)
+    settings = replace(training_free(), tokens="all")
+    refine = replace(SETTLED, around=False)
+    done = malmend.edit(tiny.loaded, FEW, refine=refine, settings=settings, **own(tiny))
+    tokens, editor = done.patch.provenance["tokens"], given["editor"]
+    encoded = encoder_for(tiny.model).encode_all(fact.question for fact in FEW)
+    assert tokens > sum(len(one.sources) for one in encoded)
+    assert len(given["priors"]) == len(editor.names)
+    for site, name in enumerate(editor.names):
+        assert given["priors"][name].weights == editor.prior(site, tokens).weights
 
 
 def test_what_is_held_while_an_edit_settles_needs_no_weight_in_later_solves(
