@@ -159,3 +159,15 @@ def test_relative_errors_by_their_definition():
     assert relative_error(shift, kept) == pytest.approx(plain.item())
     assert relative_error(torch.zeros(2, 2), torch.zeros(2, 2)) == 0
     assert rounding_floor(0.0, (2, 2), FLOAT32) == 0
+
+
+def test_rounding_where_no_key_sees_a_shift_makes_no_nan():
+    """Its mean square on the keys is rounding then, and of either sign."""
+    signs, nothing = set(), torch.zeros(ROWS, COLUMNS, dtype=torch.float64)
+    for seed in range(20):
+        basis_KK = torch.linalg.qr(random(COLUMNS, COLUMNS, seed=seed))[0]
+        keys, others = basis_KK[:, :3], basis_KK[:, 3:5]
+        shift, metric = random(ROWS, 2, seed=seed) @ others.T, keys @ keys.T
+        signs.add(((shift @ metric) * shift).sum().item() < 0)
+        assert relative_error(shift, nothing, metric) in (0.0, 1.0)
+    assert signs == {True, False}
