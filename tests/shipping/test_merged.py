@@ -119,6 +119,23 @@ def test_what_rounding_took_by_its_definition(family):
     assert (found.lost, found.unmoved) == (0.0, 0.0)
 
 
+def test_a_weight_that_no_shift_asks_for_is_not_one_that_stayed():
+    loaded = loaded_of("llama")
+    plain = patch_for(loaded)
+    (name, *_), half = plain.factors, {}
+    half[name] = (plain.shift(name).clone(),)
+    half[name][0][::2] = 0.0  # every second row of the layer is to stay
+    patch = Patch(half, plain.provenance)
+    site = exportable(loaded, patch)[0]
+    whole = merged(loaded, patch, "float32")
+    assert rounding(loaded, whole, patch, site).unmoved == 0.0
+    # One weight that should have moved is put back.
+    weight, base = (one.model.get_submodule(name).weight for one in (whole, loaded))
+    weight.data[1, 0] = base[1, 0]
+    asked = int((half[name][0] != 0).sum())
+    assert rounding(loaded, whole, patch, site).unmoved == 1 / asked
+
+
 def test_the_dtype_of_a_base(tmp_path):
     assert base_dtype(loaded_of("llama", torch.bfloat16)) == "bfloat16"
     assert base_dtype(loaded_of("llama", torch.float64)) == "float32"  # is none that is written
