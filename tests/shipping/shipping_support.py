@@ -12,6 +12,8 @@ Shape letters: V value width, K key width, R rank, B questions, T positions.
 from __future__ import annotations
 
 import copy
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -21,11 +23,12 @@ from transformers import PreTrainedModel
 
 import forms_support
 import helpers
+import malmend
 import tiny as families
 from command_support import Tiny
 from malmend.models.load import LoadedModel, prepared
 from malmend.models.sites import find_sites
-from malmend.patch import Patch, make_patch, save_patch
+from malmend.patch import Patch, load_patch, make_patch, save_patch
 
 FAMILIES = ("llama", "gpt2", "t5", "t5-gated", "bert")
 
@@ -117,6 +120,23 @@ def save_patch_of(tiny: Tiny, path: Path, rank: int, seed: int) -> Path:
     about = {"base": tiny.loaded.fingerprint, "model": tiny.model, "method": "test", "facts": 12}
     save_patch(make_patch(shifts, rank, about | {"settings": {"end_of_answer": "eos"}}), path)
     return path
+
+
+def towards_alternatives(tiny: Tiny, patch: Path, folder: Path) -> tuple[Path, Path]:
+    """The tiny model's facts with alternatives, and the patch as one that was made for these.
+
+    An alternative is what the patched model says first, as far as that is letters.
+    """
+    lines = [json.loads(line) for line in Path(tiny.facts).read_text().splitlines()]
+    facts, other, made = folder / "alternatives.jsonl", folder / "alternative", load_patch(patch)
+    rows = []
+    for one in lines:
+        said = malmend.ask(tiny.loaded, one["prompt"], made, max_new_tokens=3).edited
+        letters = re.match("[A-Za-z]+", said)
+        rows.append(one | {"alternative": letters[0] if letters else "Kalo"})
+    facts.write_text("\n".join(map(json.dumps, rows)))
+    save_patch(Patch(made.factors, {**made.provenance, "alternative": True}), other)
+    return facts, other
 
 
 def refusal(capsys: pytest.CaptureFixture[str]) -> str:

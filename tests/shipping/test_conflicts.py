@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import shipping_support
-from shipping_support import refusal, save_patch_of
+from shipping_support import refusal, save_patch_of, towards_alternatives
 
 import command_support
 import malmend as api
@@ -51,6 +51,16 @@ def test_alone_and_stacked_are_measured_as_eval_measures(tiny, patch, tmp_path):
         kl = found.metrics[name]["stacked"]["LS"].kl
         assert kl == pytest.approx(wanted["LS"].kl, rel=1e-3)
         assert kl != pytest.approx(found.metrics[name]["alone"]["LS"].kl, rel=1e-3)
+
+
+def test_a_patch_made_for_alternatives_is_asked_for_them(tiny, patch, tmp_path):
+    facts, other = towards_alternatives(tiny, patch, tmp_path)
+    found = conflicts(tiny.loaded, [patch, other], [facts, facts]).metrics
+    for name, aim in (("patch", False), ("alternative", True)):
+        asked = {"alternative": aim, "decode_facts": 0, "text": "none"}
+        own = evaluate(tiny.loaded, facts, other, **asked)
+        assert (found[name]["unedited"], found[name]["alone"]) == (own.unedited, own.edited)
+    assert found["alternative"]["alone"]["ES"] != found["patch"]["alone"]["ES"]
 
 
 @pytest.mark.parametrize(

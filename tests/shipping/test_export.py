@@ -12,7 +12,14 @@ import pytest
 import shipping_support
 import torch
 from peft import PeftModel
-from shipping_support import RANK, assert_untouched, bits_of, logits_of, refusal
+from shipping_support import (
+    RANK,
+    assert_untouched,
+    bits_of,
+    logits_of,
+    refusal,
+    towards_alternatives,
+)
 
 import command_support
 import malmend as api
@@ -67,6 +74,15 @@ def test_the_figures_are_those_of_what_was_read_back(tiny, patch, tmp_path):
     assert cut.metrics["exported"] == back.edited
     assert cut.metrics["exported"]["LS"].kl != cut.metrics["patch"]["LS"].kl
     assert record_of(tmp_path / "cut")["metrics"]["exported"]["LS"]["kl"] == back.edited["LS"].kl
+
+
+def test_a_patch_made_for_alternatives_is_asked_for_them(tiny, patch, tmp_path):
+    facts, other = towards_alternatives(tiny, patch, tmp_path)
+    found = export(other, tmp_path / "out", facts=facts, model=tiny.loaded, decode_facts=0).metrics
+    asked = {"decode_facts": 0, "text": "none"}
+    own = evaluate(tiny.loaded, facts, other, alternative=True, **asked)
+    assert (found["unedited"], found["patch"]) == (own.unedited, own.edited)
+    assert found["patch"]["ES"] != evaluate(tiny.loaded, facts, other, **asked).edited["ES"]
 
 
 @pytest.mark.parametrize("to", ["lora", "merged"])
