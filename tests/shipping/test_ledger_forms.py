@@ -32,7 +32,9 @@ def test_added_in_parts_and_revoked(family, tmp_path, monkeypatch):
     malmend.ledger.revoke(ledger, [facts[2].id])
     rest = [fact for fact in facts if fact is not facts[2]]
     wanted = malmend.edit(loaded, rest, refine=RefineSettings(passes=1), **aim, **own).patch
-    assert_same(malmend.ledger.patch(ledger), wanted)
+    found = malmend.ledger.patch(ledger)
+    assert_same(found, wanted)
+    assert found.provenance["tokens"] == wanted.provenance["tokens"]
     with reading(ledger) as held:
         summed = set(held.sums())
     # An encoder's sites see every token, a decoder's the answers: too few for sums here.
@@ -42,3 +44,11 @@ def test_added_in_parts_and_revoked(family, tmp_path, monkeypatch):
     for row in rows:  # what the model gives, in its own words or by its class
         said = row.reply.text if family == "t5" else row.reply.top
         assert said in classes if classes else said is not None
+    # One short fact has fewer tokens than its layers are wide, so that its patch is of their rank.
+    (ids, one) = [fact.id for fact in rest[1:]], rest[:1]
+    malmend.ledger.revoke(ledger, ids)
+    found = malmend.ledger.patch(ledger)
+    wanted = malmend.edit(loaded, one, refine=RefineSettings(passes=1), **aim, **own).patch
+    assert all(len(factors) == 2 for factors in wanted.factors.values())
+    assert found.provenance["tokens"] == wanted.provenance["tokens"]
+    assert_same(found, wanted)
