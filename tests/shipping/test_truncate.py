@@ -8,14 +8,14 @@ from types import SimpleNamespace
 import pytest
 import shipping_support
 import torch
-from shipping_support import loaded_of
+from shipping_support import loaded_of, low_rank
 
 import command_support
 from malmend.errors import MalmendError
 from malmend.facts.readers import read_facts, read_text
-from malmend.models.sites import Site
+from malmend.models.sites import Site, find_sites
 from malmend.models.trunk import TrunkSettings
-from malmend.patch import load_patch
+from malmend.patch import load_patch, make_patch
 from malmend.shipping.export import Cutting, export_adapter
 from malmend.shipping.measure import bench_for
 from malmend.shipping.truncate import FLOOR, key_metric
@@ -62,6 +62,21 @@ def test_the_cut_is_the_best_for_the_keys_of_the_text_and_of_the_edit_prompts(
         sizes = torch.linalg.svdvals(shift @ root)
         assert lost.item() == pytest.approx((sizes[8:].norm() / sizes.norm()).item(), rel=1e-3)
         assert said["sites"][name]["error_on_keys"] == pytest.approx(lost.item(), rel=1e-3)
+
+
+def test_one_layer_of_too_large_a_rank_is_enough_to_cut(tiny, tmp_path):
+    sites, ranks = find_sites(tiny.loaded.model, 2), (9, 3)
+    shifts = {
+        site.name: low_rank(rank, site.shape_VK, seed=rank)
+        for rank, site in zip(ranks, sites, strict=True)
+    }
+    whole = make_patch(shifts, max(ranks), {"base": tiny.loaded.fingerprint})
+    bench = bench_for(tiny.loaded, [whole], "eos", TrunkSettings())
+    said, back = export_adapter(bench, whole, tmp_path, Cutting(8, read_text(tiny.text)))
+    assert (said["exact"], said["rank"]) == (False, 8)
+    assert tuple(one["rank"] for one in said["sites"].values()) == ranks
+    kept = [int(torch.linalg.matrix_rank(back.shift(name), rtol=1e-5)) for name in shifts]
+    assert kept == [8, 3]
 
 
 def test_a_layer_that_reads_another_halfs_tokens_has_no_keys_to_cut_by():
