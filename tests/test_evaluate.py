@@ -120,6 +120,26 @@ def test_a_prompt_that_only_the_template_makes_too_long_is_refused(tiny):
     assert malmend.eval(loaded, FEW, decode_facts=0).facts == 3
 
 
+def test_a_chat_prompt_must_leave_room_for_an_answer(tiny):
+    """One of exactly as many tokens as are read at most leaves none."""
+    template = "<|user|>" * 50 + "{{ messages[0]['content'] }}"
+    prompts = [one.prompt for fact in FEW for one in (fact.question, *fact.equivalents)]
+
+    def answered(longest: int) -> malmend.Report:
+        tokenizer = helpers.byte_level(chat_template=template, model_max_length=longest)
+        loaded = prepared(make_model(tokenizer, layers=2), tokenizer)
+        return malmend.eval(loaded, FEW, decode_facts=64)
+
+    chat = Encoder(helpers.byte_level(chat_template=template), chat=True)
+    longest = max(len(chat.prompt_ids(prompt)) for prompt in prompts)
+    with pytest.raises(FactsError) as caught:
+        answered(longest)
+    assert f"has {longest} tokens in the chat template" in caught.value.faults[0]
+    report = answered(longest + 1)
+    assert report.unedited["ES"].generated_chat is not None
+    assert report.about["decoded_facts"] == len(FEW)  # there are no more
+
+
 def test_perplexity_is_that_of_the_model_alone_too(tiny):
     alone = malmend.eval(tiny.loaded, FEW, decode_facts=0, text=tiny.text)
     patch = malmend.edit(tiny.loaded, FEW, **own(tiny)).patch
