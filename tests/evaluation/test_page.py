@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from page_support import HOSTILE, KEPT, many, report
+from page_support import HOSTILE, KEPT, many, pair, report, row
 
 from command_support import files_in
 from malmend.errors import MalmendError
@@ -95,6 +95,17 @@ def test_the_facts_stand_in_the_page_as_they_are():
     assert hostile["asked"][2]["kl"] == 0.5
     assert hostile["asked"][2]["after"]["top"] == HOSTILE
     assert "kl" not in hostile["asked"][0]
+
+
+@pytest.mark.parametrize("protocol", ["exact", "generated", "generated_chat"])
+def test_an_answer_that_is_lost_under_any_protocol_is_a_regression(protocol):
+    before, after = pair("ES", 0, 1.0, 1.0, "In Mars is")
+    right, wrong = (
+        [replace(one, **{protocol: value}) for one in (before, after)] for value in (1.0, 0.0)
+    )
+    assert "regression" in view.flags(row("lost", [(right[0], wrong[1])]))
+    for first, last in ((wrong[0], right[1]), (right[0], right[1]), (wrong[0], wrong[1])):
+        assert "regression" not in view.flags(row("not lost", [(first, last)]))
 
 
 def test_an_answer_that_was_cut_is_marked_and_the_mark_explained():
