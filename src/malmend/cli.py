@@ -172,6 +172,7 @@ def _edit(arguments: list[str]) -> None:
 def _eval(arguments: list[str]) -> None:
     from malmend import show, show_report
     from malmend.commands.evaluate import evaluate
+    from malmend.evaluation.page import check_apart
     from malmend.files import writable
 
     parser = parser_of("eval", COMMANDS["eval"])
@@ -186,6 +187,8 @@ def _eval(arguments: list[str]) -> None:
     path = given.pop("json")
     if path is not None:
         writable(path, given["facts"], given["patch"], given["text"], given["model"])
+        if given["report"] is not None:
+            check_apart(path, given["report"])
     with show.bars() as bars:
         result = evaluate(**given, progress=bars)
     if path is not None:

@@ -16,13 +16,14 @@ from typing import Any
 from torch import nn
 
 from malmend.editors.checkpoint import seen_in_training
-from malmend.errors import FactsError, MalmendError
+from malmend.errors import FactsError, MalmendError, ModelError
 from malmend.evaluation.classes import away as away_from_said
 from malmend.facts.alternatives import towards_alternatives
 from malmend.facts.fact import Fact, FactSet
 from malmend.facts.readers import given_facts, read_facts
 from malmend.facts.tokens import Encoder, EndOfAnswer
 from malmend.models.budget import MemoryPlan, Work, plan_memory, within
+from malmend.models.device import CPU, SPREAD, places_of
 from malmend.models.load import (
     LoadedModel,
     load_config,
@@ -37,6 +38,8 @@ from malmend.models.trunk import Trunk, TrunkSettings
 from malmend.patch import check_bare
 
 LONGEST = 512  # tokens of a question, answer and end token included
+
+DTYPE = "float32"  # models are loaded in where nothing is said
 
 SHIPPED = "shipped:"  # in front of the name of an editor that the package carries
 
@@ -160,9 +163,23 @@ def aimed(bench: Workbench, facts: FactSet, away: bool) -> FactSet:
     return away_from_said(bench.trunk, bench.encoder, facts) if away else facts
 
 
-def opened(model: str | LoadedModel, dtype: str = "float32", device: str = "cpu") -> LoadedModel:
-    """A model by name, or one that is loaded already."""
-    return model if isinstance(model, LoadedModel) else load_model(model, dtype, device)
+def opened(model: str | LoadedModel, dtype: str = DTYPE, device: str = CPU) -> LoadedModel:
+    """A model by name, or one that is loaded already.
+
+    Raises:
+        ModelError: of a loaded one another dtype or device is asked for.
+    """
+    if not isinstance(model, LoadedModel):
+        return load_model(model, dtype, device)
+    places = places_of(model.model)
+    on_it = all(f"{one}:".startswith(f"{device}:") for one in places.split(", "))
+    is_there = device == CPU or on_it or (device == SPREAD and places != CPU)
+    if dtype not in (DTYPE, model.dtype) or not is_there:  # the defaults say nothing
+        raise ModelError(
+            f"dtype {dtype!r} and device {device!r} were asked for of {model.name}, which is "
+            f"loaded already, in {model.dtype} on {places}; load it so, or leave them out."
+        )
+    return model
 
 
 def tokenizer_of(model: str | LoadedModel) -> object:

@@ -19,7 +19,7 @@ from malmend.editors.refine import RefineSettings
 from malmend.editors.settings import EditorSettings
 from malmend.errors import EditorError, MalmendError
 from malmend.evaluation.examiner import Examiner
-from malmend.evaluation.page import PAGE, page_folder
+from malmend.evaluation.page import PAGE, check_apart, page_folder
 from malmend.facts.fact import Fact, FactSet, facts_digest
 from malmend.facts.lint import unseen, unseen_said
 from malmend.files import writable
@@ -139,6 +139,8 @@ def edit(
     if out is not None:
         place = model if isinstance(model, str) else model.name
         writable(out, facts, calibrate, text, place, editor)
+        if report is not None:
+            check_apart(out, report)
     found = trained_method(editor) if method is None and settings is None else None
     method, editor = (found, "auto") if found is not None else (method, editor)
     own_data = (calibrate, text, calibration) != (None, None, CalibrationSettings())
@@ -216,7 +218,13 @@ def _edited(
     """Makes the patch, measures the edit prompts with it on, writes it, and reads it back."""
     start = time.perf_counter()
     found = method.find(bench, facts, progress)
+    own = {site.name for site in bench.trunk.sites}
     for name, shift_VK in found.shifts.items():
+        if name not in own:
+            raise EditorError(
+                f"The method {method.name} shifts {name}, which is none of the layers that its "
+                "sites_in names, so nothing was written; name every layer there."
+            )
         if not shift_VK.isfinite().all():
             raise EditorError(
                 f"The shift of {name} holds NaN or infinity, so nothing was written; lower "

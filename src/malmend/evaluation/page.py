@@ -17,6 +17,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from malmend.errors import MalmendError
 from malmend.evaluation import figures, view
 from malmend.evaluation.report import Report
 from malmend.files import writable, writable_folder, written_beside
@@ -46,6 +47,15 @@ def page_folder(folder: str | Path, *inputs: object) -> Path:
     for name in (PAGE, FIGURES):
         writable(folder / name, *inputs)
     return folder
+
+
+def check_apart(path: str | Path, folder: str | Path) -> None:
+    """Raises MalmendError where a file to be written and a report would lie at one place."""
+    folder = Path(folder)
+    if Path(path).resolve() in [one.resolve() for one in (folder, folder / PAGE, folder / FIGURES)]:
+        raise MalmendError(
+            f"{path} is where the report in {folder} would be written too; write elsewhere."
+        )
 
 
 def page(report: Report) -> str:
