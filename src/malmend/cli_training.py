@@ -126,6 +126,7 @@ def _learn(given: dict[str, Any], usual: dict[str, Any]) -> None:
         method=name,
         settings=settings,
         stepped=lambda record: show_training.learning(record, settings.steps),
+        told=show.status,
     )
     said = f"Trained {show.counted(len(result.records), 'step')} of {name}."
     if not result.records:

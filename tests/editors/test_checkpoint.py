@@ -20,6 +20,7 @@ from support import (
 )
 
 from malmend.editors import checkpoint
+from malmend.editors import folder as editor_folder
 from malmend.editors.checkpoint import load_editor, save_editor
 from malmend.editors.editor import Editor
 from malmend.editors.network import NetworkSettings
@@ -156,7 +157,7 @@ def test_an_interrupted_save_leaves_the_previous_editor(folder, monkeypatch, err
         raise error
 
     if part == "weights":
-        monkeypatch.setattr(checkpoint, "save_file", fails)
+        monkeypatch.setattr(editor_folder, "save_file", fails)
     else:
         monkeypatch.setattr(Path, "write_text", fails)
     with pytest.raises((MalmendError, KeyboardInterrupt)):
@@ -181,6 +182,23 @@ def test_no_editor(tmp_path):
     assert one_sentence(found.value)
     with pytest.raises(EditorError, match="There is no editor in"):
         load_editor(tmp_path)
+
+
+def test_an_editor_that_is_written_anew_while_it_is_read(folder, monkeypatch):
+    load, other = editor_folder.load_file, an_editor(seed=1)[0]
+
+    def late(path):
+        if not writing:
+            writing.append(path)
+            save_editor(other, {"base": "def"}, folder)
+        return load(path)
+
+    writing = []
+    monkeypatch.setattr(editor_folder, "load_file", late)
+    saved = load_editor(folder)
+    assert len(writing) == 1
+    assert saved.base == "def"
+    assert same(saved.editor.state_dict(), other.state_dict())
 
 
 def _drop(name: str) -> Callable[[dict], None]:
@@ -256,6 +274,13 @@ def test_damaged_weights_are_refused(folder, damage):
     assert "\n" not in str(found.value)
 
 
+def test_weights_of_another_writing_are_refused(folder, tmp_path):
+    save_editor(an_editor(seed=1)[0], {"base": "abc"}, tmp_path / "other")
+    weights_of(folder).write_bytes(weights_of(tmp_path / "other").read_bytes())
+    with pytest.raises(EditorError, match="its weights are not those that it names"):
+        load_editor(folder)
+
+
 @pytest.mark.parametrize("change", ["lost", "lost prior", "added", "reshaped"])
 def test_weights_with_other_tensors_are_refused(folder, change):
     path = weights_of(folder)
@@ -269,6 +294,7 @@ def test_weights_with_other_tensors_are_refused(folder, change):
     else:
         tensors["log_eta_S"] = torch.zeros(5)
     save_file(tensors, path)
+    rewrite(folder, _drop("identity"))
     with pytest.raises(EditorError, match=r"is damaged \(.+\); train it again") as found:
         load_editor(folder)
     assert "\n" not in str(found.value)
@@ -283,6 +309,7 @@ def test_weights_that_are_not_finite_are_refused(folder, value, name):
     tensors = load_file(path)
     tensors[name].view(-1)[-1] = value
     save_file(tensors, path)
+    rewrite(folder, _drop("identity"))  # as earlier versions wrote it
     with pytest.raises(EditorError, match=r"is damaged .*NaN or infinity"):
         load_editor(folder)
 

@@ -17,7 +17,7 @@ from torch.func import functional_call
 import malmend.methods.enn as enn
 import tiny
 from command_support import make_facts
-from malmend.editors.checkpoint import identity_of
+from malmend.editors.folder import identity_of
 from malmend.errors import EditorError, MalmendError
 from malmend.facts.fact import Question
 from malmend.methods.enn import Enn, EnnSettings
@@ -236,7 +236,7 @@ def test_an_edit_is_trained_minus_original_and_the_inner_steps(family, tmp_path)
     trainer.save(tmp_path / "enn")
     bench, method = trainer.bench, Enn(str(tmp_path / "enn"))
     found = method.find(bench, FACTS, silent)
-    base = load_file(tmp_path / "enn" / "editor.safetensors")
+    base = load_file(weights_of(tmp_path / "enn"))
     rates = base.pop("log_rates").exp()
     assert all(one.dtype == torch.float32 for one in base.values())
     for site, weight in zip(bench.trunk.sites, trainer.weights, strict=True):
@@ -269,7 +269,7 @@ def test_the_folder_says_what_it_is(tmp_path):
     assert about["base"] == trainer.bench.loaded.fingerprint
     assert EnnSettings(**about["settings"]) == SETTINGS
     assert about["sites"] == {one.name: list(one.shape_VK) for one in trainer.trunk.sites}
-    files = {"editor.json", "editor.safetensors", "training.safetensors"}
+    files = {"editor.json", about["weights"], "training.safetensors"}
     assert {one.name for one in (tmp_path / "enn").iterdir()} == files
 
 
@@ -291,8 +291,9 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path):
         assert torch.equal(one, other)
     whole.save(tmp_path / "whole")
     third.save(tmp_path / "parts")
-    for name in ("editor.safetensors", "training.safetensors", "editor.json"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+    folders = [tmp_path / "whole", tmp_path / "parts"]
+    files = [(one / "training.safetensors", weights_of(one)) for one in folders]
+    assert len({tuple(path.read_bytes() for path in one) for one in files}) == 1
     start = trainer_of()
     start.save(tmp_path / "start")
     third.resume(tmp_path / "start")
@@ -419,6 +420,11 @@ def test_an_edit_of_another_base_is_refused(tmp_path):
         Enn(str(tmp_path)).find(Workbench(bench.loaded, cut, bench.encoder), FACTS, silent)
 
 
+def weights_of(folder):
+    (path,) = folder.glob("editor-*.safetensors")
+    return path
+
+
 def _saved(tmp_path):
     trainer = trainer_of()
     trainer.take_step()
@@ -427,10 +433,11 @@ def _saved(tmp_path):
 
 
 def test_a_folder_that_is_damaged(tmp_path):
-    about, weights = tmp_path / "editor.json", tmp_path / "editor.safetensors"
+    about = tmp_path / "editor.json"
     with pytest.raises(EditorError, match=r"There is no editor in .* \(no editor.json\)"):
         _ = Enn(str(tmp_path)).end_of_answer
     bench = _saved(tmp_path).bench
+    weights = weights_of(tmp_path)
     good, raw = json.loads(about.read_text()), weights.read_bytes()
 
     def refused(match):
@@ -479,8 +486,8 @@ def test_a_run_that_cannot_be_resumed(tmp_path):
 
     changed = trainer_of(settings=replace(SETTINGS, rate=0.5))
     refused(changed, "with rate = 0.01, now 0.5")
-    refused(trainer_of("gpt2"), "with base = ")
-    refused(trainer_of(facts=make_facts(5, seed=8)), "trained on other facts")
+    refused(trainer_of("gpt2"), "on other model; give the same model")
+    refused(trainer_of(facts=make_facts(5, seed=8)), "on other facts")
     path.write_bytes(raw[:-40])
     refused(trainer_of(), "is damaged")
     path.write_bytes(b"no such thing")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,8 @@ import command_support
 import malmend
 from command_support import malmend as command
 from malmend.commands.learn import learn
+from malmend.editors import folder as editor_folder
+from malmend.editors.folder import identity_of
 from malmend.errors import MalmendError
 from malmend.methods.lora import Lora
 from malmend.methods.trained import TRAINED, trained_method
@@ -29,6 +30,11 @@ QUICK = {
     "ke": {"steps": 3, "layers": 1, "hidden": 4, "facts_per_step": 2, "save_every": 2},
 }
 ALL = pytest.mark.parametrize("name", TRAINED)
+
+
+def weights_of(folder: Path) -> Path:
+    (path,) = folder.glob("editor-*.safetensors")
+    return path
 
 
 def options(name: str, **changes: object) -> list[object]:
@@ -85,9 +91,8 @@ def test_a_stopped_training_goes_on_bit_for_bit(name, tiny, tmp_path):
 @ALL
 def test_its_folder_is_read_once(name, tiny, tmp_path, monkeypatch):
     learn(tiny.loaded, tiny.facts, tmp_path, name, TRAINED[name].settings(**QUICK[name]))
-    read, module = [], importlib.import_module(f"malmend.methods.{name}")
-    load = module.load_file
-    monkeypatch.setattr(module, "load_file", lambda path: read.append(path) or load(path))
+    read, load = [], editor_folder.load_file
+    monkeypatch.setattr(editor_folder, "load_file", lambda path: read.append(path) or load(path))
     malmend.edit(tiny.loaded, tiny.facts, editor=tmp_path)
     assert len(read) == 1
 
@@ -138,6 +143,67 @@ def test_a_run_that_lost_its_last_file_is_whole_again(name, tiny, tmp_path):
 
 
 @ALL
+def test_a_run_killed_between_its_files_leaves_the_editor_of_before(
+    name, tiny, tmp_path, monkeypatch
+):
+    settings = TRAINED[name].settings(**QUICK[name])
+    learn(tiny.loaded, tiny.facts, tmp_path, name, settings)
+    wanted = malmend.edit(tiny.loaded, tiny.facts, editor=tmp_path).patch
+    write = Path.write_text
+
+    def killed(path: Path, *given: object, **more: object) -> int:
+        if path.name.startswith(".editor.json"):
+            raise KeyboardInterrupt
+        return write(path, *given, **more)
+
+    monkeypatch.setattr(Path, "write_text", killed)
+    longer = replace(settings, steps=settings.steps + 1)
+    with pytest.raises(KeyboardInterrupt):
+        learn(tiny.loaded, tiny.facts, tmp_path, name, longer)
+    monkeypatch.undo()
+    found = malmend.edit(tiny.loaded, tiny.facts, editor=tmp_path).patch
+    assert found.provenance["editor_id"] == wanted.provenance["editor_id"]
+    assert all(torch.equal(found.shift(site), wanted.shift(site)) for site in wanted.factors)
+    learn(tiny.loaded, tiny.facts, tmp_path, name, longer)
+    assert malmend.edit(tiny.loaded, tiny.facts, editor=tmp_path).patch.provenance[
+        "editor_id"
+    ] == identity_of(weights_of(tmp_path))
+
+
+@ALL
+def test_weights_of_another_writing_are_refused(name, tiny, tmp_path):
+    """Also under the name of earlier versions, which was always the same."""
+    settings = TRAINED[name].settings(**QUICK[name])
+    learn(tiny.loaded, tiny.facts, tmp_path / "e", name, settings)
+    wanted = malmend.edit(tiny.loaded, tiny.facts, editor=tmp_path / "e").patch
+    about, older = tmp_path / "e" / "editor.json", tmp_path / "e" / "editor.safetensors"
+    weights_of(tmp_path / "e").rename(older)
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"weights": older.name}))
+    found = malmend.edit(tiny.loaded, tiny.facts, editor=tmp_path / "e").patch
+    assert all(torch.equal(found.shift(site), wanted.shift(site)) for site in wanted.factors)
+    learn(tiny.loaded, tiny.facts, tmp_path / "f", name, replace(settings, seed=1))
+    older.write_bytes(weights_of(tmp_path / "f").read_bytes())
+    with pytest.raises(MalmendError, match="its weights are not those that it names"):
+        malmend.edit(tiny.loaded, tiny.facts, editor=tmp_path / "e")
+
+
+@ALL
+def test_a_run_goes_on_in_the_numbers_that_it_was_on(name, tiny, tmp_path):
+    settings = TRAINED[name].settings(**QUICK[name])
+    learn(tiny.loaded, tiny.facts, tmp_path, name, settings)
+    longer, told = replace(settings, steps=settings.steps + 1), list[str]()
+    with pytest.raises(MalmendError, match=r"on other numbers \(dtype\); give the same"):
+        learn(str(tiny.model), tiny.facts, tmp_path, name, longer, dtype="bfloat16")
+    path = tmp_path / "training.safetensors"
+    with safe_open(path, framework="pt") as file:
+        about = json.loads(file.metadata()["training"])
+    about |= {"threads": 99, "device": "cuda:0"}
+    save_file(load_file(path), path, {"training": json.dumps(about)})
+    learn(tiny.loaded, tiny.facts, tmp_path, name, longer, told=told.append)
+    assert ["on 99 threads" in told[0], "on cuda:0" in told[1], len(told)] == [True, True, 2]
+
+
+@ALL
 def test_where_facts_stand_in_their_file_keeps_no_run_from_going_on(name, tiny, tmp_path):
     settings = TRAINED[name].settings(**QUICK[name])
     learn(tiny.loaded, tiny.facts, tmp_path / "e", name, settings)
@@ -151,7 +217,7 @@ def test_where_facts_stand_in_their_file_keeps_no_run_from_going_on(name, tiny, 
         about = json.loads(file.metadata()["training"])
     del about["facts_sha256"]  # as earlier versions wrote it
     save_file(load_file(path), path, {"training": json.dumps(about)})
-    with pytest.raises(MalmendError, match=r"by an earlier version, .* give another --out"):
+    with pytest.raises(MalmendError, match=r"on other facts; .* or another --out"):
         learn(tiny.loaded, moved, tmp_path / "e", name, longer)
 
 
@@ -159,7 +225,7 @@ def test_where_facts_stand_in_their_file_keeps_no_run_from_going_on(name, tiny, 
 def test_other_facts_fewer_steps_and_another_method_are_refused(name, tiny, tmp_path):
     settings = TRAINED[name].settings(**QUICK[name])
     learn(tiny.loaded, tiny.facts, tmp_path / "e", name, settings)
-    with pytest.raises(MalmendError, match="trained on other facts"):
+    with pytest.raises(MalmendError, match="in training on other facts"):
         learn(tiny.loaded, tiny.calibrate, tmp_path / "e", name, settings)
     fewer = TRAINED[name].settings(**(QUICK[name] | {"steps": 2}))
     with pytest.raises(MalmendError, match="was trained for 3 steps, 2 are asked for"):
@@ -174,7 +240,7 @@ def test_inspect_knows_them(name, tiny, tmp_path, capsys):
     learn(tiny.loaded, tiny.facts, tmp_path, name, TRAINED[name].settings(**QUICK[name]))
     assert command("inspect", tmp_path) == 0
     assert f"method: {name}" in capsys.readouterr().out
-    (tmp_path / "editor.safetensors").write_bytes(b"half")
+    weights_of(tmp_path).write_bytes(b"half")
     assert command("inspect", tmp_path) == 2
     assert "damaged" in capsys.readouterr().err
 

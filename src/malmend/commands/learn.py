@@ -13,10 +13,12 @@ from malmend.commands.training_folder import (
     is_begun,
     is_due,
 )
+from malmend.editors.resuming import rounds_otherwise
 from malmend.errors import MalmendError
 from malmend.facts.fact import Fact, Question
 from malmend.facts.readers import given_questions
 from malmend.methods.trained import TRAINED
+from malmend.models.device import places_of
 from malmend.models.load import LoadedModel
 from malmend.models.trunk import TrunkSettings
 from malmend.one_writer import only_writer
@@ -46,6 +48,7 @@ def learn(
     dtype: str = "float32",
     device: str = "cpu",
     stepped: Callable[[Any], None] = lambda record: None,
+    told: Callable[[str], None] = lambda line: None,
 ) -> LearnResult:
     """Trains a method on facts, or goes on with what ``out`` holds.
 
@@ -65,6 +68,7 @@ def learn(
         device: it is put on: "cpu", "cuda" or another accelerator that torch finds, one of several
             as "cuda:1", or "auto" for spread over all.
         stepped: called after every step.
+        told: called with a line about what makes a resumed run's numbers differ.
 
     Raises:
         MalmendError: any bad input, in one sentence.
@@ -85,7 +89,9 @@ def learn(
         bench = lay_out(loaded, sites, settings.end_of_answer, trunk=trunk)
         trainer = kind.trainer(settings, bench, list(aimed(bench, known, away)), others)
         if is_begun(folder, method):
-            trainer.resume(folder)
+            said = trainer.resume(folder)
+            for line in rounds_otherwise(said, places_of(loaded.model)):
+                told(line)
         check_steps(folder, trainer.step, settings.steps)
         records = []
         for record in trainer.run():

@@ -11,8 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from malmend.commands.training_folder import (
     check_folder,
     check_steps,
@@ -23,19 +21,19 @@ from malmend.commands.training_folder import (
 from malmend.editors.calibration import CalibrationSettings
 from malmend.editors.checkpoint import SavedEditor, load_editor, save_editor
 from malmend.editors.drawing import check_trainable
+from malmend.editors.resuming import check_run, rounds_otherwise, run_of
 from malmend.editors.settings import EditorSettings
 from malmend.editors.train_settings import TrainSettings
 from malmend.editors.training import StepRecord, Trainer, estimate_seconds, rehearse, step_bytes
 from malmend.errors import EditorError
 from malmend.facts.encoded import resolved
-from malmend.facts.fact import Fact, FactSet, Question, subject_hashes, training_digests
+from malmend.facts.fact import Fact, FactSet, Question
 from malmend.facts.lint import leaks, unseen, unseen_said
 from malmend.facts.readers import given_questions
 from malmend.files import reason
 from malmend.material import calibrated
 from malmend.memory import size_of
 from malmend.models.budget import Work, watched
-from malmend.models.device import places_of
 from malmend.models.load import LoadedModel
 from malmend.models.store import ActivationStore
 from malmend.models.trunk import TrunkSettings
@@ -197,31 +195,10 @@ def _resumed(
     if not is_begun(folder):
         return []
     said: dict[str, Any] = dict(trainer.resume(folder))
-    parts = (
-        ("base", "model"),
-        ("dtype", "numbers (dtype)"),
-        ("facts_sha256", "facts"),
-        ("locality_sha256", "locality questions"),
-    )
-    for name, what in parts:
-        # Checkpoints older than the entry do not say their dtype.
-        if said.get(name, about[name] if name == "dtype" else None) != about[name]:
-            raise EditorError(
-                f"{folder} holds an editor in training on other {what}; give the same {what} "
-                "to go on with it, or another --out."
-            )
+    check_run(said, about, folder)
     check_steps(folder, trainer.step, trainer.settings.steps)
-    threads = torch.get_num_threads()
-    if said.get("threads", threads) != threads:
-        told(
-            f"This run was on {said['threads']} threads and is gone on with on {threads}: its "
-            f"numbers will differ by rounding; set OMP_NUM_THREADS={said['threads']} for the same."
-        )
-    if said.get("device", about["device"]) != about["device"]:
-        told(
-            f"This run was on {said['device']} and is gone on with on {about['device']}: its "
-            "numbers will differ by rounding."
-        )
+    for line in rounds_otherwise(said, about["device"]):
+        told(line)
     try:
         return _curve(said["curve"], trainer.step)
     except (TypeError, KeyError, ValueError) as error:
@@ -262,14 +239,8 @@ def _about(
     return {
         "malmend": version("malmend"),
         "torch": version("torch"),
-        "model": bench.loaded.name,
-        "base": bench.loaded.fingerprint,
-        "dtype": bench.loaded.dtype,
-        "device": places_of(bench.loaded.model),
-        "facts": len(facts),
+        **run_of(bench.loaded, facts, others),
         "facts_source": facts.source,
-        **training_digests(facts, others),
-        "subjects": subject_hashes(facts),
         "training": asdict(training),
     }
 

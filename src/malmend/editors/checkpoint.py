@@ -7,25 +7,23 @@ holds what resuming needs and may be deleted.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from malmend.editors.editor import Editor, SiteStatistics
+from malmend.editors.folder import identity_of, read_folder, weights_in, write_folder
 from malmend.editors.network import NetworkSettings
 from malmend.editors.settings import EditorSettings
 from malmend.errors import EditorError, nearest
 from malmend.facts.fact import Fact, subject_hash
-from malmend.files import reason, written_beside
+from malmend.files import reason
 from malmend.models.descent import Descent
 from malmend.models.load import LoadedModel
 from malmend.numerics.lowrank import compressed, restored
@@ -70,17 +68,9 @@ def seen_in_training(folder: Path, identity: str, facts: Sequence[Fact]) -> int 
     """
     try:
         about = json.loads((folder / "editor.json").read_text(encoding="utf-8"))
-        return _seen(about, facts) if identity_of(_weights(folder, about)) == identity else None
+        return _seen(about, facts) if identity_of(weights_in(folder, about)) == identity else None
     except (OSError, EditorError, *_MALFORMED):
         return None
-
-
-def _weights(folder: Path, about: Mapping[str, Any]) -> Path:
-    """The weights' file, which must lie in the editor's own folder."""
-    name = Path(about["weights"])
-    if name.name != str(name):
-        raise EditorError(f"{folder} names weights outside its folder; it is damaged.")
-    return folder / name
 
 
 def check_trained_for(loaded: LoadedModel, name: str, base: str) -> None:
@@ -92,12 +82,6 @@ def check_trained_for(loaded: LoadedModel, name: str, base: str) -> None:
         )
 
 
-def identity_of(weights: Path) -> str:
-    """The first 24 hexadecimal digits of the SHA-256 of the weights' file."""
-    with open(weights, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:24]
-
-
 def _seen(about: Mapping[str, Any], facts: Sequence[Fact]) -> int | None:
     if "subjects" not in about:
         return None
@@ -107,34 +91,19 @@ def _seen(about: Mapping[str, Any], facts: Sequence[Fact]) -> int | None:
 
 
 def save_editor(editor: Editor, about: Mapping[str, Any], folder: Path, slim: bool = False) -> None:
-    """Writes the two files of an editor's folder, each beside and renamed.
+    """Writes the two files of an editor's folder.
 
     ``slim`` is for an editor that is shipped: its networks in float16, and the moments of its prior
     as in equation (16), of the ranks in :data:`RANKS`.
-
-    The weights' file has a new name each time, which the JSON gives, so that files of two writings
-    never mix.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    tag = uuid.uuid4().hex
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in editor.state_dict().items()}
-    if slim:
-        tensors = _slim(tensors)
-    with written_beside(folder / f"editor-{tag[:8]}.safetensors") as beside:
-        save_file(tensors, beside)
     what = {
-        **about,  # may come from a loaded editor, and then names that one's weights
+        **about,
         "format": FORMAT,
-        "weights": f"editor-{tag[:8]}.safetensors",
         "settings": asdict(editor.settings),
         "sites": {name: list(shape) for name, shape in editor.shapes.items()},
     }
-    with written_beside(folder / "editor.json") as beside:
-        beside.write_text(json.dumps(what, indent=2, allow_nan=False))
-    for old in folder.glob("editor-*.safetensors"):
-        is_ours = re.fullmatch(r"editor-[0-9a-f]{8}\.safetensors", old.name)
-        if is_ours and old.name != what["weights"]:
-            old.unlink(missing_ok=True)
+    tensors = editor.state_dict()
+    write_folder(_slim(tensors) if slim else tensors, what, folder)
 
 
 def _slim(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -171,23 +140,23 @@ def load_editor(folder: str | Path) -> SavedEditor:
             "wrote, or `none` for the editor without a network."
         )
     try:
-        about = json.loads((folder / "editor.json").read_text(encoding="utf-8"))
-        if about["format"] != FORMAT:
-            raise EditorError(
-                f"{folder} has editor format {about['format']!r}, this version reads {FORMAT}; "
-                "use the malmend version that wrote it."
-            )
-        weights = _weights(folder, about)
-        tensors = _whole(load_file(weights))
-        settings = _settings(about["settings"])
-        editor = _rebuilt(settings, about["sites"], tensors)
-        return SavedEditor(editor, about, identity_of(weights))
+        about, tensors, identity = read_folder(folder, partial(_check_format, folder))
+        editor = _rebuilt(_settings(about["settings"]), about["sites"], _whole(tensors))
+        return SavedEditor(editor, about, identity)
     except EditorError:
         raise
     except (OSError, SafetensorError, *_MALFORMED) as error:
         raise EditorError(
             f"The editor in {folder} is damaged ({reason(error)}); train it again."
         ) from error
+
+
+def _check_format(folder: Path, about: Mapping[str, Any]) -> None:
+    if about["format"] != FORMAT:
+        raise EditorError(
+            f"{folder} has editor format {about['format']!r}, this version reads {FORMAT}; "
+            "use the malmend version that wrote it."
+        )
 
 
 def _rebuilt(

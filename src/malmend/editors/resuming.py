@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ from torch import Tensor
 from malmend.editors.checkpoint import check_finite
 from malmend.editors.editor import Editor
 from malmend.errors import EditorError
-from malmend.facts.fact import Fact, Question, training_digests
+from malmend.facts.fact import Fact, Question, subject_hashes, training_digests
 from malmend.files import reason, written_beside
+from malmend.models.device import places_of
+from malmend.models.load import LoadedModel
 
 FILE = "training.safetensors"
 FREE = ("steps", "save_every")  # settings that a run may be resumed under others of
@@ -25,7 +27,8 @@ FREE = ("steps", "save_every")  # settings that a run may be resumed under other
 def save_training(state: Mapping[str, Tensor], about: Mapping[str, Any], folder: Path) -> None:
     """Writes what resuming needs: optimiser state as tensors, the rest as JSON in the header."""
     folder.mkdir(parents=True, exist_ok=True)
-    header = {"training": json.dumps(about, allow_nan=False)}
+    said = {"threads": torch.get_num_threads(), **about}
+    header = {"training": json.dumps(said, allow_nan=False)}
     with written_beside(folder / FILE) as beside:
         save_file(
             {name: tensor.cpu().contiguous() for name, tensor in state.items()}, beside, header
@@ -46,7 +49,7 @@ def save_run(
     editor, optimiser = parts
     tensors = {f"editor.{name}": tensor for name, tensor in editor.state_dict().items()}
     moments = sorted(optimiser.state_dict()["state"])
-    said = {"step": step, "threads": torch.get_num_threads(), "moments": moments}
+    said = {"step": step, "moments": moments}
     save_training(tensors | moments_of(optimiser), {**said, **about}, folder)
 
 
@@ -69,7 +72,7 @@ def resume_run(
     path = folder / FILE
     try:
         about, tensors = read_training(path)
-        _check_same(about, mine, path)
+        check_same(about, mine, path)
         step = about["step"]
         if type(step) is not int or step < 1:
             raise ValueError(f"it stands at step {step!r}")
@@ -119,25 +122,54 @@ def state_with(
     return {"state": state, "param_groups": optimiser.state_dict()["param_groups"]}
 
 
-def check_data(
-    about: Mapping[str, Any], facts: Sequence[Fact], locality: Sequence[Question], path: Path
-) -> None:
-    """Raises EditorError where a run was on other facts or questions, or does not say on which."""
-    wanted = training_digests(facts, locality)
-    if not wanted.keys() <= about.keys():
-        raise EditorError(
-            f"{path} was written by an earlier version, which cannot say whether the facts and "
-            "questions are the same; give another --out to train from the start."
+def run_of(
+    loaded: LoadedModel, facts: Sequence[Fact], locality: Sequence[Question]
+) -> dict[str, Any]:
+    """What is said of a run: its model, where that is, and what it is trained on."""
+    return {
+        "model": loaded.name,
+        "base": loaded.fingerprint,
+        "dtype": loaded.dtype,
+        "device": places_of(loaded.model),
+        "facts": len(facts),
+        **training_digests(facts, locality),
+        "subjects": subject_hashes(facts),
+    }
+
+
+def check_run(said: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
+    """Raises EditorError where a run was of another model or on other facts than :func:`run_of`."""
+    parts = (
+        ("base", "model"),
+        ("dtype", "numbers (dtype)"),
+        ("facts_sha256", "facts"),
+        ("locality_sha256", "locality questions"),
+    )
+    for name, what in parts:
+        # Checkpoints older than the entry do not say their dtype.
+        if said.get(name, now[name] if name == "dtype" else None) != now[name]:
+            raise EditorError(
+                f"{folder} holds an editor in training on other {what}; give the same {what} "
+                "to go on with it, or another --out."
+            )
+
+
+def rounds_otherwise(said: Mapping[str, Any], device: str) -> Iterator[str]:
+    """Sentences on what makes the numbers differ, where a run goes on elsewhere."""
+    threads = torch.get_num_threads()
+    if said.get("threads", threads) != threads:
+        yield (
+            f"This run was on {said['threads']} threads and is gone on with on {threads}: its "
+            f"numbers will differ by rounding; set OMP_NUM_THREADS={said['threads']} for the same."
         )
-    if any(about[name] != value for name, value in wanted.items()):
-        raise EditorError(
-            f"{path} was trained on other facts or questions; give the same, or another --out."
+    if said.get("device", device) != device:
+        yield (
+            f"This run was on {said['device']} and is gone on with on {device}: its "
+            "numbers will differ by rounding."
         )
 
 
-def _check_same(
-    about: Mapping[str, Any], mine: Mapping[str, Mapping[str, Any]], path: Path
-) -> None:
+def check_same(about: Mapping[str, Any], mine: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """Raises EditorError where a run was of other settings than this."""
     for part, wanted in json.loads(json.dumps(mine)).items():
         for name, value in wanted.items():

@@ -29,23 +29,22 @@ Shape letters: A answer tokens, H hidden width, V value width, K key width, S si
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
-from malmend.editors.checkpoint import check_trained_for, identity_of
+from malmend.editors.checkpoint import check_trained_for
+from malmend.editors.folder import read_folder
 from malmend.errors import EditorError
 from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact
@@ -58,7 +57,6 @@ from malmend.numerics.losses import answer_nll
 from malmend.progress import Progress, counted
 from malmend.workbench import Workbench
 
-WEIGHTS = "editor.safetensors"
 COUNTS = ("layers", "inner_steps", "steps", "facts_per_step", "save_every")
 _MALFORMED = (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError)
 
@@ -179,16 +177,17 @@ def _read(folder: str) -> tuple[dict[str, Any], EnnSettings, dict[str, Tensor]]:
             "wrote."
         )
     with whole(path, "train it again"):
-        about = json.loads((path / "editor.json").read_text(encoding="utf-8"))
-        if about.get("method") != "enn":
-            raise EditorError(f"The editor in {folder} is none of ENN; give one that is.")
-        tensors, sites = load_file(path / WEIGHTS), about["sites"]
-        if identity_of(path / WEIGHTS) != about["identity"]:
-            raise ValueError("its weights are not those that it names")
+        about, tensors, identity = read_folder(path, partial(_check_method, folder))
+        sites = about["sites"]
         checked(tensors, {**sites, "log_rates": [len(sites)]})
         if not isinstance(about["base"], str):
             raise ValueError("its base is no digest")
-        return about, EnnSettings(**about["settings"]), tensors
+        return {**about, "identity": identity}, EnnSettings(**about["settings"]), tensors
+
+
+def _check_method(folder: str, about: Mapping[str, Any]) -> None:
+    if about.get("method") != "enn":
+        raise EditorError(f"The editor in {folder} is none of ENN; give one that is.")
 
 
 @contextmanager

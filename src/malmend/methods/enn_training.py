@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import time
@@ -12,25 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
-from malmend.editors.checkpoint import identity_of
 from malmend.editors.drawing import check_trainable, drawn
+from malmend.editors.folder import write_folder
 from malmend.editors.resuming import (
     FILE,
-    FREE,
-    check_data,
+    check_run,
+    check_same,
     read_training,
+    run_of,
     save_training,
     state_with,
 )
-from malmend.errors import EditorError, MalmendError
+from malmend.errors import MalmendError
 from malmend.facts.encoded import Encoded
-from malmend.facts.fact import Fact, Question, subject_hashes, training_digests
-from malmend.files import writable_folder, written_beside
+from malmend.facts.fact import Fact, Question
+from malmend.files import writable_folder
 from malmend.methods.enn import (
-    WEIGHTS,
     EnnSettings,
     Weights,
     checked,
@@ -173,51 +171,31 @@ class EnnTrainer:
         moved = zip(self.trunk.sites, self.weights, copies(self.trunk), strict=True)
         tensors = {s.name: s.oriented(one.detach() - before).float() for s, one, before in moved}
         tensors["log_rates"] = self.log_rates_S.detach()
-        with written_beside(folder / WEIGHTS) as beside:
-            save_file({name: one.cpu().contiguous() for name, one in tensors.items()}, beside)
         about = {
-            **self._about(),
-            **training_digests(self.facts, self.locality),
-            "seed": self.settings.seed,
-            "step": self.step,
-            "weights": WEIGHTS,
-            "identity": identity_of(folder / WEIGHTS),
-            "model": self.bench.loaded.name,
-            "facts": len(self.facts),
-            "subjects": subject_hashes(self.facts),
-        }
-        state = {f"{i}.value": one.detach().cpu() for i, one in enumerate(self.parameters)}
-        for index, kept in self.optimiser.state_dict()["state"].items():
-            state |= {f"{index}.{name}": kept[name].cpu() for name in MOMENTS}
-        save_training(state, about, folder)
-        with written_beside(folder / "editor.json") as beside:
-            beside.write_text(json.dumps(about, indent=2), encoding="utf-8")
-
-    def _about(self) -> dict[str, Any]:
-        return {
             "method": "enn",
             "settings": asdict(self.settings),
-            "base": self.bench.loaded.fingerprint,
             "sites": shapes_of(self.trunk),
+            "seed": self.settings.seed,
+            "step": self.step,
+            **self._run,
         }
+        state = {f"{i}.value": one.detach() for i, one in enumerate(self.parameters)}
+        for index, kept in self.optimiser.state_dict()["state"].items():
+            state |= {f"{index}.{name}": kept[name] for name in MOMENTS}
+        save_training(state, about, folder)
+        write_folder(tensors, about, folder)
 
-    def resume(self, folder: str | Path) -> None:
-        """Goes on from what :meth:`save` wrote, bit for bit on a CPU.
+    def resume(self, folder: str | Path) -> dict[str, Any]:
+        """Goes on from what :meth:`save` wrote, bit for bit on a CPU; returns what it said.
 
         Raises:
             EditorError: the file is damaged, or of another run; nothing has changed.
         """
-        path, mine = Path(folder) / FILE, self._about()
+        path = Path(folder) / FILE
         with whole(path, "give another --out to train from the start"):
             about, found = read_training(path)
-            told, asked = ({**one["settings"], **one} for one in (about, mine))
-            for name in {**mine["settings"], **mine}:
-                if name not in ("settings", *FREE) and told[name] != asked[name]:
-                    raise EditorError(
-                        f"{path} was trained with {name} = {told[name]!r}, now {asked[name]!r} is "
-                        "asked for; give the same settings and model, or another folder."
-                    )
-            check_data(about, self.facts, self.locality, path)
+            check_run(about, self._run, Path(folder))
+            check_same(about, {"settings": asdict(self.settings)}, path)
             step, moments = float(about["step"]), MOMENTS if about["step"] else ()
             each = list(enumerate(self.parameters))
             names = ("value", *moments)
@@ -230,3 +208,8 @@ class EnnTrainer:
             one.data.copy_(found[f"{i}.value"])
         self.optimiser.load_state_dict(state)
         self.step = int(step)
+        return about
+
+    @property
+    def _run(self) -> dict[str, Any]:
+        return run_of(self.bench.loaded, self.facts, self.locality)

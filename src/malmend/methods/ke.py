@@ -27,7 +27,6 @@ Shape letters: H embedding width, V value width, K key width.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -36,12 +35,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 from transformers import PreTrainedModel
 
 from malmend.editors.checkpoint import check_trained_for
+from malmend.editors.folder import read_folder
 from malmend.editors.metaloss import Judged, meta_loss
 from malmend.errors import EditorError
 from malmend.facts.encoded import Encoded
@@ -53,7 +52,6 @@ from malmend.models.sites import Site, find_sites
 from malmend.progress import Progress, counted
 from malmend.workbench import Workbench
 
-WEIGHTS = "editor.safetensors"
 SCALE = 1e-3  # of every shift, as published
 
 
@@ -211,7 +209,7 @@ class Ke:
 
     def sites_in(self, model: PreTrainedModel) -> tuple[Site, ...]:
         """The sites of the folder; raises EditorError where the model's are others."""
-        settings, _, network = self._loaded
+        settings, _, _, network = self._loaded
         sites = settings.sites_in(model)
         found = {site.name: list(site.shape_VK) for site in sites}
         if found != network.sites:
@@ -227,7 +225,7 @@ class Ke:
         Raises:
             EditorError: no network there, a damaged one, or one for another base.
         """
-        settings, about, network = self._loaded
+        settings, about, identity, network = self._loaded
         check_trained_for(bench.loaded, self.folder, about["base"])
         sites = bench.trunk.sites
         totals = {site.name: torch.zeros(site.shape_VK, dtype=torch.float64) for site in sites}
@@ -237,19 +235,14 @@ class Ke:
             for name, shift_VK in shifts.items():
                 totals[name] += shift_VK.detach()
             count(1)
-        said = {"settings": asdict(settings), "editor": self.folder}
-        if "identity" in about:  # folders of earlier versions have none
-            said["editor_id"] = about["identity"]
+        said = {"settings": asdict(settings), "editor": self.folder, "editor_id": identity}
         return Found(totals, max(min(site.shape_VK) for site in sites), said)
 
     @cached_property
-    def _loaded(self) -> tuple[KeSettings, dict[str, Any], Network]:
+    def _loaded(self) -> tuple[KeSettings, dict[str, Any], str, Network]:
         folder = Path(self.folder)
         try:
-            about = json.loads((folder / "editor.json").read_text(encoding="utf-8"))
-            if about["method"] != "ke":
-                raise ValueError(f"it is of the method {about['method']!r}")
-            tensors = load_file(folder / WEIGHTS)
+            about, tensors, identity = read_folder(folder, _check_method)
             settings = KeSettings(**about["settings"])
             network = Network(settings, tensors["marks_2H"].shape[1], about["sites"])
             fill(network, tensors)
@@ -259,4 +252,9 @@ class Ke:
             raise EditorError(
                 f"The editor in {folder} is missing or damaged ({reason(error)}); train it again."
             ) from error
-        return settings, about, network.requires_grad_(False)
+        return settings, about, identity, network.requires_grad_(False)
+
+
+def _check_method(about: Mapping[str, Any]) -> None:
+    if about["method"] != "ke":
+        raise ValueError(f"it is of the method {about['method']!r}")

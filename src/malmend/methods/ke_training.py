@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
-from malmend.editors.checkpoint import check_trained_for, identity_of
 from malmend.editors.drawing import check_trainable, drawn
+from malmend.editors.folder import write_folder
 from malmend.editors.metaloss import Judged, meta_loss
 from malmend.editors.resuming import (
     FILE,
-    FREE,
-    check_data,
+    check_run,
+    check_same,
     moments_of,
     read_training,
+    run_of,
     save_training,
     state_with,
 )
 from malmend.errors import EditorError
-from malmend.facts.fact import Fact, Question, subject_hashes, training_digests
-from malmend.files import reason, written_beside
-from malmend.methods.ke import WEIGHTS, KeSettings, Network, fill, heard, shifts_of
+from malmend.facts.fact import Fact, Question
+from malmend.files import reason
+from malmend.methods.ke import KeSettings, Network, fill, heard, shifts_of
 from malmend.patch import shifted
 from malmend.workbench import Workbench
 
@@ -131,39 +131,26 @@ class KeTrainer:
         about = {
             "method": "ke",
             "settings": asdict(self.settings),
-            "base": self.bench.loaded.fingerprint,
             "step": self.step,
             "sites": self.network.sites,
-            **training_digests(self.facts, self.locality),
-            "facts": len(self.facts),
-            "subjects": subject_hashes(self.facts),
+            **self._run,
         }
         state = {f"network.{name}": one for name, one in tensors.items()}
         state |= moments_of(self.optimiser)
         save_training(state, {**about, "multiplier": self.multiplier}, folder)
-        with written_beside(folder / WEIGHTS) as beside:
-            save_file({name: one.float() for name, one in tensors.items()}, beside)
-        about |= {"weights": WEIGHTS, "identity": identity_of(folder / WEIGHTS)}
-        with written_beside(folder / "editor.json") as beside:
-            beside.write_text(json.dumps(about, indent=2, allow_nan=False))
+        write_folder({name: one.float() for name, one in tensors.items()}, about, folder)
 
-    def resume(self, folder: str | Path) -> None:
-        """Goes on from what :meth:`save` wrote.
+    def resume(self, folder: str | Path) -> dict[str, Any]:
+        """Goes on from what :meth:`save` wrote; returns what it said about the run.
 
         Raises:
-            EditorError: it is damaged, for another base, or of other settings.
+            EditorError: it is damaged, or of another run.
         """
         path = Path(folder) / FILE
         try:
             about, tensors = read_training(path)
-            check_trained_for(self.bench.loaded, str(folder), about["base"])
-            check_data(about, self.facts, self.locality, path)
-            for name, value in asdict(self.settings).items():
-                if (was := about["settings"][name]) != value and name not in FREE:
-                    raise EditorError(
-                        f"{path} was trained with {name} = {was!r}, now {value!r} is asked for; "
-                        "give the same settings, or another folder."
-                    )
+            check_run(about, self._run, Path(folder))
+            check_same(about, {"settings": asdict(self.settings)}, path)
             step, multiplier = int(about["step"]), float(about["multiplier"])
             count = len(list(self.network.parameters()))  # all have moments from the first step on
             state = state_with(self.optimiser, tensors, range(count if step else 0))
@@ -179,3 +166,8 @@ class KeTrainer:
                 f"{path} is damaged ({reason(error)}); give another --out to train from the start."
             ) from error
         self.step, self.multiplier = step, multiplier
+        return about
+
+    @property
+    def _run(self) -> dict[str, Any]:
+        return run_of(self.bench.loaded, self.facts, self.locality)

@@ -31,8 +31,8 @@ class Trainer(Protocol):
     def save(self, folder: str | Path) -> None:
         """Writes the folder, and in it what resuming needs."""
 
-    def resume(self, folder: str | Path) -> None:
-        """Goes on from what :meth:`save` wrote."""
+    def resume(self, folder: str | Path) -> dict[str, Any]:
+        """Goes on from what :meth:`save` wrote; returns what it said about the run."""
 
 
 @dataclass(frozen=True)
