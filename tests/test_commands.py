@@ -31,6 +31,8 @@ from malmend.methods.ke import KeSettings
 from malmend.models.identity import bits
 from malmend.models.load import prepared
 from malmend.models.sites import around, find_sites
+from malmend.models.trunk import TrunkSettings
+from malmend.workbench import lay_out
 
 tiny = command_support.tiny
 cache = command_support.cache
@@ -461,6 +463,20 @@ def trained(tiny: Tiny, folder: Path, **more) -> malmend.TrainResult:
 def same_editor(one: malmend.TrainResult, other: malmend.TrainResult) -> bool:
     left, right = one.saved.editor.state_dict(), other.saved.editor.state_dict()
     return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
+
+
+def test_captured_pairs_are_kept_apart_by_all_that_they_depend_on(tiny, monkeypatch):
+    """What another editor left in the cache is not what this one would capture."""
+    monkeypatch.setattr(train_module, "ActivationStore", lambda folder, *_: folder)
+
+    def place(**chosen: object) -> Path:
+        settings = replace(SMALL, **{"tokens": "answer", **chosen})
+        bench = lay_out(tiny.loaded, settings.sites_in(tiny.loaded.model), settings.end_of_answer)
+        return train_module._pairs_store(bench, settings, TrunkSettings())
+
+    apart = [{}, {"descent": None}, {"tokens": "all"}, {"end_of_answer": "none"}, {"layers": 1}]
+    assert len({place(**one) for one in apart}) == len(apart)
+    assert place() == place()
 
 
 @pytest.mark.parametrize("stop", [1, 3, 5])
