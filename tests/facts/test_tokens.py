@@ -331,6 +331,9 @@ def test_passages_are_cut_and_not_framed():
     encoder = Encoder(words(MARS, "<s> $A </s>", chat_template=CHAT), chat=True)
     assert encoder.passage_ids("mars has two moons") == (1, 4, 5, 6, 7)
     assert encoder.passage_ids("mars has two moons", most=3) == (1, 4, 5)
+    short = Encoder(words(MARS, "<s> $A </s>"), max_tokens=3)  # which is all that its model reads
+    assert short.passage_ids("mars has two moons") == (1, 4, 5)
+    assert short.passage_ids("mars has two moons", most=2) == (1, 4)
 
 
 # --- chat
