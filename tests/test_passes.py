@@ -13,7 +13,7 @@ import torch
 
 import command_support
 import malmend
-from command_support import CALIBRATION, make_facts
+from command_support import CALIBRATION, make_facts, make_model
 from malmend import material, show, workbench
 from malmend.commands import edits
 from malmend.commands.choice import choose
@@ -32,6 +32,7 @@ from malmend.methods import by_editor, settling
 from malmend.methods.ultraedit import UltraEdit
 from malmend.models import budget
 from malmend.models.budget import MemoryPlan
+from malmend.models.load import prepared
 from malmend.models.sites import find_sites
 from malmend.numerics.ridge import RidgeFactor
 from malmend.processes import Processes
@@ -301,6 +302,29 @@ def test_another_settling_does_not_go_on_from_it(tiny, monkeypatch, other):
         malmend.edit(tiny.loaded, FEW[:2], refine=SETTLED, **own(tiny))
     assert places[0] == places[2]
     assert len(set(places)) == 3
+
+
+def test_a_settling_of_anything_else_is_kept_elsewhere(tiny, monkeypatch, briefly):
+    places = []
+
+    def stopped(*given) -> None:
+        places.append(given[-1].path)
+        raise KeyboardInterrupt
+
+    def place(loaded=tiny.loaded, facts=FEW, hold=4.0, eta=1.0):
+        asked = {"refine": replace(SETTLED, hold=hold), **own(tiny)}
+        with pytest.raises(KeyboardInterrupt):
+            malmend.edit(loaded, facts, settings=replace(training_free(), eta=eta), **asked)
+        return places.pop()
+
+    monkeypatch.setattr(settling, "settle", stopped)
+    twin = replace(tiny.loaded)
+    vars(twin)["digest"] = "f" * 64  # another model, though it starts where this one does
+    tokenizer = tiny.loaded.tokenizer
+    third = prepared(make_model(tokenizer, seed=3), tokenizer, tiny.model)
+    others = [place(twin), place(third), place(facts=FEW[:2]), place(hold=5.0), place(eta=2.0)]
+    assert place() == place()
+    assert len({place(), *others}) == 1 + len(others)
 
 
 def test_a_bound_that_does_not_bind_goes_on_from_the_same_settling(tiny, monkeypatch, briefly):
