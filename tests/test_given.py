@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -11,8 +12,14 @@ import command_support
 import malmend
 from command_support import files_in, make_facts
 from malmend import workbench
-from malmend.errors import EditorError, MalmendError, ModelError
+from malmend.editors.network import NetworkSettings
+from malmend.editors.settings import EditorSettings
+from malmend.errors import EditorError, FactsError, MalmendError, ModelError, PatchError
+from malmend.facts.fact import Question
+from malmend.facts.readers import given_facts
+from malmend.methods.memit import Memit
 from malmend.methods.method import Found
+from malmend.models.descent import Descent
 from malmend.models.sites import find_sites
 
 tiny = command_support.tiny
@@ -76,3 +83,96 @@ def test_a_loaded_model_is_of_its_own_dtype_and_place(tiny, monkeypatch):
         assert workbench.opened(tiny.loaded, device=device) is tiny.loaded
     with pytest.raises(ModelError, match="on cuda:0, cuda:1"):
         workbench.opened(tiny.loaded, device="cuda:0")
+
+
+ROW = {"prompt": "The capital of Kalo is", "answer": "Miru"}
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ([ROW], r"entry 1 is \{'prompt'"),
+        (["The capital of Kalo is"], "entry 1 is 'The capital"),
+        ([*FEW, None], "entry 4 is None"),
+        (ROW, "entry 1 is 'prompt'"),
+        (3, "facts is 3, expected"),
+        ([replace(FEW[0], answer=3)], "fact 'f0': answer is 3, expected a text"),
+        ([replace(FEW[0], prompt=None)], "fact 'f0': prompt is None"),
+        ([replace(FEW[0], paraphrases="abc")], "fact 'f0': paraphrases is 'abc'"),
+        ([replace(FEW[0], unrelated=(Question(3),))], "fact 'f0': unrelated is "),
+        ([replace(FEW[0], neighbours=("Lake",))], "fact 'f0': neighbours is "),
+        ([FEW[0], replace(FEW[1], id="f0")], "fact 'f0': its id is taken by 'The capital of"),
+    ],
+)
+def test_facts_that_are_none_are_refused_in_a_sentence(facts, said, tiny):
+    for command in (malmend.edit, malmend.eval):
+        with pytest.raises(FactsError, match=said):
+            command(tiny.loaded, facts)
+
+
+def test_a_fact_given_twice_is_still_a_repeat_and_lists_are_still_taken():
+    known = given_facts([*FEW, FEW[0], replace(FEW[1], id="other")])
+    assert (known.facts, len(known.skipped)) == (tuple(FEW), 2)
+    listed = replace(FEW[0], paraphrases=["One"], unrelated=[Question("Two")])
+    assert given_facts([listed]).facts == (listed,)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"method": "memit"}, "method is 'memit', expected"),
+        ({"method": Memit}, "expected a method"),
+        ({"editor": None}, "editor is None, expected"),
+        ({"editor": 3}, "editor is 3, expected"),
+    ],
+)
+def test_a_way_to_edit_that_is_none_is_refused(given, said, tiny):
+    with pytest.raises(MalmendError, match=said):
+        malmend.edit(tiny.loaded, FEW, **given)
+
+
+def test_a_patch_that_is_none_is_refused(tiny, tmp_path):
+    for what in (3, [], {"a": torch.ones(2)}):
+        with pytest.raises(PatchError, match="expected a patch"):
+            malmend.eval(tiny.loaded, FEW, what)
+        with pytest.raises(PatchError, match="expected a patch"):
+            malmend.ask(tiny.loaded, "The capital of", what)
+        with pytest.raises(PatchError, match="expected a patch"):
+            malmend.export(what, tmp_path / "out", "lora")
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "said"),
+    [
+        (EditorSettings, {"linear": "Second"}, "linear is 'Second'; did you mean 'second'"),
+        (EditorSettings, {"end_of_answer": "EOS"}, "end_of_answer is 'EOS', expected 'eos'"),
+        (EditorSettings, {"form": "Residual"}, "form is 'Residual'"),
+        (EditorSettings, {"prior": "words"}, "prior is 'words'"),
+        (EditorSettings, {"method": "ridge"}, "method is 'ridge'"),
+        (EditorSettings, {"side": None}, "side is None"),
+        (EditorSettings, {"tokens": ["all"]}, r"tokens is \['all'\]"),
+        (EditorSettings, {"layers": "1"}, "layers is '1', expected a whole number or None"),
+        (EditorSettings, {"layers": True}, "layers is True"),
+        (EditorSettings, {"eta": "1"}, "eta is '1', expected a number or None"),
+        (EditorSettings, {"sites": 3}, "sites is 3, expected a text or None"),
+        (EditorSettings, {"descent": {"steps": 1}}, "descent is .*, expected Descent or None"),
+        (EditorSettings, {"network": None}, "network is None, expected NetworkSettings"),
+        (NetworkSettings, {"placement": "Before"}, "placement is 'Before'"),
+        (NetworkSettings, {"start": "zero"}, "start is 'zero'"),
+        (NetworkSettings, {"rank": 1.5}, "rank is 1.5, expected a whole number"),
+        (Descent, {"answer_nll": math.nan}, "descent.answer_nll is nan"),
+        (Descent, {"end_nll": -5}, "descent.end_nll -5"),
+        (Descent, {"rate": math.inf}, "descent.rate inf"),
+        (Descent, {"steps": "3"}, "steps is '3'"),
+    ],
+)
+def test_settings_that_no_editor_has_are_refused(kind, given, said):
+    """Most of them once ran as other ones."""
+    with pytest.raises(MalmendError, match=said):
+        kind(**given)
+
+
+@pytest.mark.parametrize("given", [{"linear": "Second"}, {"side": "both "}, {"layers": "1"}])
+def test_sites_that_are_misspelt_are_refused(given, tiny):
+    with pytest.raises(ModelError, match=f"{next(iter(given))} is "):
+        find_sites(tiny.loaded.model, **given)

@@ -116,8 +116,11 @@ def take_editor_settings(given: dict[str, Any], network: bool) -> Any:
     """Takes the fields of EditorSettings out of the parsed options."""
     from malmend.editors.network import NetworkSettings
     from malmend.editors.settings import EditorSettings
+    from malmend.methods.trained import check_trained
     from malmend.models.descent import Descent
 
+    if not network:
+        check_trained(given["method"])  # of which some are no editor's, whose settings refuse them
     names = [name for name in EditorSettings.__dataclass_fields__ if name != "network" or network]
     values = {name: given.pop(name) for name in names}
     if isinstance(values["descent"], dict):

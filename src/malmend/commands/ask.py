@@ -58,8 +58,7 @@ def ask(
         raise MalmendError("The prompt is empty, expected a question or the start of a sentence.")
     if max_new_tokens < 1:
         raise MalmendError(f"max_new_tokens is {max_new_tokens}, expected 1 or more.")
-    if isinstance(patch, str | Path):
-        patch = read_patch(patch)
+    patch = None if patch is None else read_patch(patch)
     loaded = opened(model, dtype, device)
     patch = None if patch is None else based_on(patch, loaded)
     encoder = encoder_for(loaded, "none", chat)

@@ -119,6 +119,10 @@ def choose(
         if own_data and not ruled_out:
             ruled_out = "the calibration data or settings given"
         return replace(free, may_ship=not ruled_out, ruled_out=ruled_out)
+    if not isinstance(editor, str | Path | Editor):
+        raise MalmendError(
+            f'editor is {editor!r:.80}, expected a folder, an editor, "none" or "auto".'
+        )
     if settings is not None:
         raise MalmendError(
             "An editor brings its own settings; give an editor or settings, not both."

@@ -192,7 +192,12 @@ def edit(
 
 
 def _check_method(method: Method, of_editors: bool, processes: Processes) -> None:
-    """What a method that is no editor does not take."""
+    """What a method that is no editor does not take, and whether it is a method."""
+    if isinstance(method, type) or not hasattr(method, "sites_in"):
+        raise MalmendError(
+            f"method is {method!r:.80}, expected a method with its settings, such as Memit() of "
+            "malmend.methods.memit; the editor's own is settings=EditorSettings(method=...)."
+        )
     if of_editors:
         raise MalmendError(
             f"The method {method.name} takes neither an editor, nor settings of one, nor "

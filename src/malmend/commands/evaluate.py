@@ -85,8 +85,7 @@ def evaluate(
     if decode_facts is not None and decode_facts < 0:
         raise MalmendError(f"decode_facts is {decode_facts}, expected 0 or more.")
     inputs = (facts, patch, text, model)
-    if isinstance(patch, str | Path):
-        patch = read_patch(patch)
+    patch = None if patch is None else read_patch(patch)
     # As the patch was made, so that its facts are read as they were edited.
     encoder = encoder_for(model, patch.end_of_answer if patch else None, chat)
     known = checked_facts(facts, encoder, limit, strict, alternative, away)

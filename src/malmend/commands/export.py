@@ -88,7 +88,7 @@ def export(
     if facts is None and limit is not None:
         raise MalmendError("--limit is of the facts that are asked; give --facts, or leave it out.")
     folder = new_folder(folder)
-    patch = read_patch(patch) if isinstance(patch, str | Path) else patch
+    patch = read_patch(patch)
     base = model if model is not None else _named(patch)
     end, aims = patch.end_of_answer, patch.aims
     known = None

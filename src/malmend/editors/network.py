@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from malmend.errors import EditorError
+from malmend.given import check_fields
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class NetworkSettings:
     normalise: bool = True
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.rank < 1 or self.blocks < 0:
             raise EditorError(
                 f"rank {self.rank} and blocks {self.blocks} were given, expected a rank of at "

@@ -12,6 +12,7 @@ from malmend.editors.network import NetworkSettings
 from malmend.errors import EditorError
 from malmend.facts.encoded import Tokens
 from malmend.facts.tokens import EndOfAnswer
+from malmend.given import check_fields
 from malmend.models.descent import Descent
 from malmend.models.sites import Linear, Side, Site, find_sites
 
@@ -78,6 +79,7 @@ class EditorSettings:
         return find_sites(model, self.layers, self.sites, self.linear, self.side)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.eta is not None and not 0 < self.eta < math.inf:
             raise EditorError(
                 f"eta is {self.eta:g}, expected a number above 0; leave --eta out to search it."

@@ -9,16 +9,17 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NoReturn
 
 from malmend.errors import FactsError, MalmendError, nearest
 from malmend.facts import lint
-from malmend.facts.entry import Entry, Faults, broken, described, encodes, once, short
+from malmend.facts.entry import EXPECTED, Entry, Faults, broken, described, encodes, once, short
 from malmend.facts.fact import Fact, FactSet, Question
 from malmend.facts.formats import CLAIMS, OWN, READERS, likely, telling, told
+from malmend.given import faults_of
 
 RECOGNISED = (
     "give JSON Lines with 'prompt' and 'answer', a MEND / zsRE JSON list with 'src' and 'answers', "
@@ -61,24 +62,48 @@ def given_facts(facts: Sequence[Fact], limit: int | None = None, strict: bool = 
     """
     if limit is not None and limit < 1:
         raise MalmendError(f"limit is {limit}; give 1 or more, or leave it out to take all facts")
+    if not isinstance(facts, Iterable):
+        raise FactsError(f"facts is {short(facts)}, expected facts, or the path of a file of them.")
     read = facts if isinstance(facts, FactSet) else FactSet("facts", tuple(facts))
     if not read.facts:
         raise FactsError("No facts were given, expected at least one.")
+    _check_are_facts(read)
     halves = "holds half of a surrogate pair; give whole characters"
     faults = [
         (0, f"{read.source}: fact {fact.id!r} {halves}")
         for fact in read.facts
         if not encodes(json.dumps(asdict(fact), ensure_ascii=False))
     ]
+    kept, skipped = lint.skip_repeats(read.facts)
+    first: dict[str, Fact] = {}
+    for fact in kept:
+        if first.setdefault(fact.id, fact) is not fact:
+            prompt, what = short(first[fact.id].prompt), EXPECTED["id"].partition(",")[0]
+            faults.append(
+                (0, f"{read.source}: fact {fact.id!r}: its id is taken by {prompt}; {what}")
+            )
     if faults:
         _refuse(read.source, faults)
-    kept, skipped = lint.skip_repeats(read.facts)
     if strict and skipped:
         places = {id(fact): f"{read.source}: fact {fact.id!r}" for fact in read.facts}
         where = [(places[id(one.fact)], places[id(one.earlier)]) for one in skipped]
         repeats = [lint.repeat(one, *both) for one, both in zip(skipped, where, strict=True)]
         _refuse(read.source, [(0, one) for one in repeats])
     return FactSet(read.source, kept[:limit], (*read.skipped, *skipped))
+
+
+def _check_are_facts(known: FactSet) -> None:
+    """Raises FactsError with everything that is no fact, or has a field of another type."""
+    wrong: Faults = []
+    for at, one in enumerate(known.facts, start=1):
+        if isinstance(one, Fact):
+            where = f"{known.source}: fact {one.id!r}"
+            wrong += [(at, f"{where}: {said}") for said in faults_of(one)]
+        else:
+            what = f"{known.source}: entry {at} is {short(one)}, expected a malmend.Fact"
+            wrong.append((at, f"{what}; make one, or give the path of a facts file"))
+    if wrong:
+        _refuse(known.source, wrong)
 
 
 def read_questions(path: str | Path) -> tuple[Question, ...]:

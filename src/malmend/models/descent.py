@@ -18,6 +18,7 @@ Shape letters: Q chosen tokens of a site, A its answer tokens, B its questions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from malmend.errors import MalmendError
 from malmend.facts.encoded import Encoded, Tokens, collate, resolved
+from malmend.given import check_fields
 from malmend.models.suffix import Suffix
 from malmend.models.tracing import tracing
 from malmend.models.trunk import Batch, Trunk
@@ -52,10 +54,16 @@ class Descent:
     end_nll: float = 0.4
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or not self.rate > 0:
+        check_fields(self)
+        if self.steps < 1 or not 0 < self.rate < math.inf:
             raise MalmendError(
                 f"descent.steps is {self.steps} and descent.rate {self.rate}, expected 1 or more "
                 "and a number above 0; give --descent null for plain gradients."
+            )
+        if not (0 <= self.answer_nll < math.inf and 0 <= self.end_nll < math.inf):
+            raise MalmendError(
+                f"descent.answer_nll is {self.answer_nll} and descent.end_nll {self.end_nll}, "
+                "expected numbers of at least 0; leave them out for the usual ones."
             )
 
 

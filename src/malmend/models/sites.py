@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from malmend.errors import ModelError, nearest
+from malmend.given import faults
 from malmend.models.blocks import PLAIN, check_runs, is_linear, run_matrices
 from malmend.models.forms import Stack, find_stacks
 
@@ -82,6 +83,9 @@ def find_sites(
     Raises:
         ModelError: no such layer, or one that cannot be edited, with the reason.
     """
+    given = {"layers": layers, "linear": linear, "side": side}
+    for said in faults(given, {"layers": int | None, "linear": Linear, "side": Side}):
+        raise ModelError(f"{said}.")
     if pattern is not None:
         return _named_sites(model, pattern)
     stacks = [stack for stack in find_stacks(model) if side in ("both", _side(model, stack))]

@@ -99,12 +99,16 @@ def is_adapter(path: str | Path) -> bool:
     return (Path(path) / CONFIG).is_file()
 
 
-def read_patch(path: str | Path) -> Patch:
-    """A patch's file, or a LoRA adapter's folder as a patch.
+def read_patch(path: str | Path | Patch) -> Patch:
+    """A patch's file, or a LoRA adapter's folder as a patch; a patch as it is.
 
     Raises:
         PatchError: neither, or damaged.
     """
+    if isinstance(path, Patch):
+        return path
+    if not isinstance(path, str | Path):
+        raise PatchError(f"{path!r:.80} was given, expected a patch, or the path of one.")
     return read_adapter(path) if Path(path).is_dir() else load_patch(path)
 
 
