@@ -18,7 +18,8 @@ from malmend import material, show, workbench
 from malmend.commands import edits
 from malmend.commands.choice import choose
 from malmend.commands.edits import ByEditor
-from malmend.editors import draws, halfway, restore, settle
+from malmend.editors import draws, restore, settle
+from malmend.editors import halfway as halfway_module
 from malmend.editors import refine as refine_module
 from malmend.editors.borrowing import Borrowing
 from malmend.editors.refine import CHAT, WITH_CHAT, RefineSettings, framed
@@ -131,7 +132,7 @@ def test_an_edit_is_settled_from_its_last_kept_solve_in_every_frame(tiny, monkey
     """What `settle` is given, and that what it gives is the edit."""
     given = {}
 
-    def noted(_editor, _trunk, shifts, asked, steps, keeping, *_rest):
+    def noted(_trunk, _priors, shifts, asked, steps, keeping, **_more):
         given.update(shifts=shifts, asked=asked, steps=steps, keeping=keeping)
         return {name: factor * shift for name, shift in shifts.items()}
 
@@ -204,7 +205,7 @@ def test_what_settles_by_default_is_the_first_solve(tiny, briefly, monkeypatch, 
 def test_a_settling_that_was_stopped_goes_on_and_leaves_nothing(
     tiny, briefly, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(halfway, "EVERY", 1)
+    monkeypatch.setattr(halfway_module, "EVERY", 1)
     monkeypatch.setenv("MALMEND_CACHE", str(tmp_path / "whole"))  # what is kept was rounded so
     wanted = malmend.edit(tiny.loaded, FEW, refine=SETTLED, **own(tiny)).patch
     monkeypatch.setenv("MALMEND_CACHE", str(tmp_path))
@@ -272,7 +273,7 @@ def test_a_fact_is_read_as_any_other_of_the_batch_is_asked(tiny, monkeypatch):
     facts.append(replace(facts[2], id="more", prompt="go to Peru in", subject="Peru"))
     read = []
 
-    def noted(_editor, _trunk, shifts, asked, *_rest):
+    def noted(_trunk, _priors, shifts, asked, *_rest, **_more):
         read.extend(asked)
         return shifts
 
@@ -289,9 +290,9 @@ def test_a_fact_is_read_as_any_other_of_the_batch_is_asked(tiny, monkeypatch):
 def test_another_settling_does_not_go_on_from_it(tiny, monkeypatch, other):
     places = []
 
-    def stopped(*given) -> None:
-        places.append(given[-1].path)
-        given[-1].keep(halfway.EVERY, dict)
+    def stopped(*_given, halfway, **_more) -> None:
+        places.append(halfway.path)
+        halfway.keep(halfway_module.EVERY, dict)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(settling, "settle", stopped)
@@ -307,8 +308,8 @@ def test_another_settling_does_not_go_on_from_it(tiny, monkeypatch, other):
 def test_a_settling_of_anything_else_is_kept_elsewhere(tiny, monkeypatch, briefly):
     places = []
 
-    def stopped(*given) -> None:
-        places.append(given[-1].path)
+    def stopped(*_given, halfway, **_more) -> None:
+        places.append(halfway.path)
         raise KeyboardInterrupt
 
     def place(loaded=tiny.loaded, facts=FEW, hold=4.0, eta=1.0):
@@ -327,11 +328,33 @@ def test_a_settling_of_anything_else_is_kept_elsewhere(tiny, monkeypatch, briefl
     assert len({place(), *others}) == 1 + len(others)
 
 
+def test_what_the_solves_round_otherwise_goes_on_from_the_same_settling(tiny, monkeypatch, briefly):
+    """On an accelerator no two runs of them give the same bits."""
+    places = []
+
+    def stopped(*_given, halfway, **_more):
+        places.append(halfway.path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(settling, "settle", stopped)
+    solve = by_editor.Solves.solve
+    for much in (0.0, 1e-12):
+
+        def solved(self, *given, much=much):
+            found = solve(self, *given)
+            return replace(found, shifts={n: (1 + much) * one for n, one in found.shifts.items()})
+
+        monkeypatch.setattr(by_editor.Solves, "solve", solved)
+        with pytest.raises(KeyboardInterrupt):
+            malmend.edit(tiny.loaded, FEW, refine=SETTLED, **own(tiny))
+    assert places[0] == places[1]
+
+
 def test_a_bound_that_does_not_bind_goes_on_from_the_same_settling(tiny, monkeypatch, briefly):
     places = []
 
-    def stopped(*given):
-        places.append(given[-1].path)
+    def stopped(*_given, halfway, **_more):
+        places.append(halfway.path)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(settling, "settle", stopped)
@@ -463,9 +486,9 @@ def test_what_is_solved_does_not_depend_on_what_settles_it(tiny, monkeypatch, br
 
     kept = []
 
-    def spoilt(_trunk, _priors, shifts, *rest):
-        kept.append(rest[-1].path)
-        rest[-1].keep(halfway.EVERY, lambda: {"one": torch.ones(2)})
+    def spoilt(_trunk, _priors, shifts, *_rest, halfway, **_more):
+        kept.append(halfway.path)
+        halfway.keep(halfway_module.EVERY, lambda: {"one": torch.ones(2)})
         assert kept[0].exists()
         return {name: shift * (math.nan if broken else 0.0) for name, shift in shifts.items()}
 
@@ -538,7 +561,7 @@ def test_an_edit_of_every_token_settles_in_the_metric_of_so_many(tiny, monkeypat
         given["editor"] = editor
         return find(bench, editor, *rest)
 
-    def noted(_trunk, priors, shifts, *_rest):
+    def noted(_trunk, priors, shifts, *_rest, **_more):
         given["priors"] = priors
         return dict(shifts)
 
@@ -625,7 +648,7 @@ def test_an_edit_that_settles_is_read_in_chat_twice_as_often(tiny, monkeypatch, 
     monkeypatch.setattr(tiny.loaded.tokenizer, "chat_template", template, raising=False)
     given = {}
 
-    def noted(_editor, _trunk, shifts, asked, *_rest):
+    def noted(_trunk, _priors, shifts, asked, *_rest, **_more):
         given["asked"] = asked
         return dict(shifts)
 

@@ -21,7 +21,7 @@ from malmend.files import written_beside
 from malmend.kept import prune
 from malmend.processes import ALONE, Processes
 
-FORMAT = 1  # of what is kept
+FORMAT = 2  # of what is kept
 KIND = "settling"  # of what the cache folder holds
 STEPS = "steps"
 EVERY = 16  # steps from one time that it is kept to the next

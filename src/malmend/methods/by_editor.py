@@ -71,7 +71,9 @@ def find_by_editor(
     frames = _in_frames(bench, facts, refine, processes) if again or settles else {}
     worded = in_other_words(facts, refine.wordings, Borrowing(everything)) if settles else ()
     work = _Work(bench, editor, refine, questions, frames, progress, processes)
-    settling = Settling(bench, whole, refine, questions, frames, worded, progress, processes)
+    settling = Settling(
+        bench, editor, whole, refine, questions, frames, worded, progress, processes
+    )
     held = work.held(holding) if holding and again else None
     keeping = settling.keeping(holding) if holding and settles else []
     count = counted(progress, "keys and value gradients", len(questions))
@@ -87,7 +89,7 @@ def find_by_editor(
     solved, kept = work.solved_again(solves, solved, held) if again else (solved, 1)
     settled_one = left = None
     if settles:
-        settled_one, left = settling.settled(solved, work.priors(around), keeping)
+        settled_one, left = settling.settled(solved, work.priors(around), keeping, held)
     final = settled_one or solved
     with shifted(whole.at(final.shifts).sites, final.shifts):
         moved = keys_of(trunk, questions, settings.tokens)
@@ -168,10 +170,19 @@ class _Work:
         while self.refine.goes_on(encoder, done, worst):
             stage, done = f", pass {done + 1}", done + 1
             count = counted(self.progress, f"keys and value gradients{stage}", count_all)
-            asked = (self.questions, others, self.refine, held, count, self.processes)
-            latest = solves.solve(
-                *further(self.editor, self.bench.trunk, latest.shifts, *asked), stage
+            again = further(
+                self.editor,
+                self.bench.trunk,
+                latest.shifts,
+                self.questions,
+                others,
+                self.refine,
+                held=held,
+                progress=count,
+                processes=self.processes,
             )
+            latest = solves.solve(*again, stage)
+            del again  # what it captured
             if latest.broken:
                 break
             plain, worst = self.missed_by(latest)

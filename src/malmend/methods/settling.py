@@ -6,18 +6,29 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 
-from torch import Tensor
-
 from malmend.editors import draws
+from malmend.editors.editor import Editor
 from malmend.editors.halfway import KIND, Halfway, resumable
-from malmend.editors.refine import CHAT, ENOUGH, IN_CHAT, PROMPT, RefineSettings, framed, missed
+from malmend.editors.refine import (
+    CHAT,
+    ENOUGH,
+    IN_CHAT,
+    PROMPT,
+    SETTLING,
+    UNSAID,
+    RefineSettings,
+    framed,
+    missed,
+)
 from malmend.editors.restore import Held
-from malmend.editors.settle import KNOWN, NUMBERS, Keeping, settle
+from malmend.editors.settle import KNOWN, Keeping, settle
 from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Question
 from malmend.methods.solves import Solved
+from malmend.models.device import places_of
 from malmend.models.source import cache_folder
 from malmend.models.trunk import Trunk
 from malmend.numerics.prior import Prior
@@ -53,6 +64,7 @@ class Settling:
     """
 
     bench: Workbench
+    editor: Editor
     whole: Trunk
     refine: RefineSettings
     questions: Sequence[Encoded]
@@ -98,29 +110,50 @@ class Settling:
         return draws.steps_for(self.count, self.refine.rounds or 0, self.refine.steps)
 
     def halfway(
-        self,
-        shifts: Mapping[str, Tensor],
-        keeping: Sequence[Keeping],
+        self, priors: Mapping[str, Prior], keeping: Sequence[Keeping], held: Held | None = None
     ) -> Halfway:
-        """Where settling is kept: of the model, where it starts, what it reads, and its numbers."""
+        """Where settling is kept: by all that the solves and it depend on.
+
+        Not by what the solves found, which an accelerator rounds otherwise each time.
+        """
+        loaded, editor = self.bench.loaded, self.editor
+        of_model = (loaded.digest, loaded.dtype, places_of(loaded.model), version("torch"))
+        refine = replace(self.refine, steps=self.steps)  # a bound that does not bind is none
+        solves = (editor.checksum(), editor.settings, refine, UNSAID, SETTLING)
         kept = [(one.held.questions, one.each, one.weight) for one in keeping]
-        sites = [site.name for site in self.whole.sites]
-        said = (self.bench.loaded.digest, self.readings, kept, self.steps, NUMBERS, *sites)
-        return Halfway.of(cache_folder() / KIND, (*said, *shifts.values()), self.processes)
+        read = (self.readings, () if held is None else held.questions, kept)
+        metric = [(site.name, priors[site.name]) for site in self.whole.sites]
+        numbers = [(name, prior.ridge, prior.weights) for name, prior in metric]
+        # Those of its own sites the editor's checksum has.
+        moments = (one for n, prior in metric if n not in editor.names for one in prior.matrices_KK)
+        parts = (of_model, solves, read, numbers, *moments)
+        return Halfway.of(cache_folder() / KIND, parts, self.processes)
 
     def settled(
-        self, solved: Solved, priors: Mapping[str, Prior], keeping: Sequence[Keeping]
+        self,
+        solved: Solved,
+        priors: Mapping[str, Prior],
+        keeping: Sequence[Keeping],
+        held: Held | None = None,
     ) -> tuple[Solved | None, Path]:
-        """Equation (29) from a solve on, in the metric of these priors.
+        """Equation (29) from a solve on, in the metric of these priors; it ``held`` these, if any.
 
         What was found, None where the plain prompts would miss more by it, and the file that has it
         until it is written.
         """
-        count = counted(self.progress, "settling", self.steps)
-        halfway = self.halfway(solved.shifts, keeping)
-        asked = (self.readings, self.steps, keeping, count, self.processes, halfway)
+        halfway = self.halfway(priors, keeping, held)
         with resumable(halfway.path):
-            shifts = settle(self.whole, priors, solved.shifts, *asked)
+            shifts = settle(
+                self.whole,
+                priors,
+                solved.shifts,
+                self.readings,
+                self.steps,
+                keeping,
+                progress=counted(self.progress, "settling", self.steps),
+                processes=self.processes,
+                halfway=halfway,
+            )
             found = replace(solved, shifts=shifts, rank=FULL)
             if found.broken:
                 return None, halfway.path
