@@ -5,17 +5,19 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import forms_folders as folders
 from command_support import malmend
+from devices_support import device, devices
 from malmend.commands import finetune as command
 from malmend.commands.finetune import CHECKPOINT, finetune
 from malmend.errors import MalmendError
@@ -414,3 +416,58 @@ def test_as_a_command_it_says_epochs_and_where_the_model_lies(made, tmp_path, ca
     assert "Writing" not in shown.err  # a bar of transformers' own
     assert malmend("finetune", model, facts, "--out", out, *options) == 2
     assert "holds a model already" in capfd.readouterr().err
+
+
+def test_a_full_disk_while_the_model_is_written(made, tmp_path, monkeypatch):
+    """It was once a traceback at the end of the whole run."""
+    model, facts = made("bert")
+
+    def full(_loaded, folder):
+        folder.mkdir()
+        (folder / "half").write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(command, "save_model", full)
+        with pytest.raises(MalmendError, match=r"written \(.*No space.*goes on") as caught:
+            finetune(model, facts, tmp_path / "out", ALL)
+    assert "\n" not in str(caught.value)
+    assert [one.name for one in (tmp_path / "out").iterdir()] == [CHECKPOINT]
+    done = finetune(model, facts, tmp_path / "out", ALL, stepped=stopping_after("all", 1))
+    assert (done.folder / "config.json").is_file()
+
+
+@pytest.mark.parametrize("phase", ["choice", "all"])
+def test_fewer_epochs_than_were_taken_are_refused(phase, made, tmp_path, judging):
+    model, facts = made("bert")
+    settings = ALL if phase == "all" else CHOOSING
+    judging()
+    with pytest.raises(KeyboardInterrupt):
+        finetune(model, facts, tmp_path / "out", settings, stepped=stopping_after(phase, 2))
+    before = (tmp_path / "out" / CHECKPOINT).read_bytes()
+    with pytest.raises(MalmendError, match="took 2 epochs, 1 is asked for"):
+        finetune(model, facts, tmp_path / "out", replace(settings, epochs=1))
+    assert (tmp_path / "out" / CHECKPOINT).read_bytes() == before
+    done = finetune(model, facts, tmp_path / "out", replace(settings, epochs=2))
+    assert max(one.epoch for one in done.records) == 2
+
+
+def test_a_checkpoint_is_copied_off_the_device_and_not_on_it(tmp_path, monkeypatch):
+    """Model and both moments once stood there twice."""
+    places = []
+    copy = torch.Tensor.clone
+
+    def noted(self, **given):
+        places.append(self.device)
+        return copy(self, **given)
+
+    with devices():
+        layer = nn.Linear(2, 2).to(device(0))
+        trainer = Namespace(model=layer, optimiser=torch.optim.Adam(layer.parameters()))
+        run = command._Run(tmp_path, ALL, "data", lambda *_: None, lambda _: None)
+        monkeypatch.setattr(torch.Tensor, "clone", noted)
+        monkeypatch.setattr(command, "save_file", lambda tensors, *_: seen.update(tensors))
+        seen: dict[str, torch.Tensor] = {}
+        run._save(trainer)
+    assert {str(one.device) for one in seen.values()} == {"cpu"}
+    assert device(0) not in places

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from malmend.editors.resuming import moments_of, state_with
@@ -190,8 +190,8 @@ class _Run:
     def _save(self, trainer: Finetuner) -> None:
         tensors = {f"model.{name}": t for name, t in trainer.model.state_dict().items()}
         tensors |= moments_of(trainer.optimiser)
-        # Tied weights are one tensor under two names, which the format refuses.
-        tensors = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
+        # Copies, for tied weights are one tensor under two names, which the format refuses.
+        tensors = {name: one.to("cpu", copy=True).contiguous() for name, one in tensors.items()}
         what = {**self.about, "records": [asdict(record) for record in self.records]}
         with written_beside(self.path) as beside:
             save_file(tensors, beside, {"finetuning": json.dumps(what)})
@@ -208,6 +208,13 @@ class _Run:
                 raise MalmendError(
                     f"{self.path} is of other {name}; give the same, or another --out."
                 )
+        taken = max((record.epoch for record in self.records), default=0)
+        if taken > self.settings.epochs:
+            raise MalmendError(
+                f"{self.path} took {taken} epochs, {self.settings.epochs} "
+                f"{'is' if self.settings.epochs == 1 else 'are'} asked for; ask for as many or "
+                "more, or give another --out."
+            )
 
     def _damaged(self, error: Exception) -> MalmendError:
         return MalmendError(f"{self.path} is damaged ({reason(error)}); remove it to start again.")
@@ -287,7 +294,11 @@ def _digest(facts: Sequence[Fact], asked: Asked, base: LoadedModel, encoder: Enc
 
 
 def _put(loaded: LoadedModel, folder: Path, about: dict[str, Any]) -> None:
-    """The model in its folder: written beside, moved in whole, its configuration last."""
+    """The model in its folder: written beside, moved in whole, its configuration last.
+
+    Raises:
+        MalmendError: it cannot be written; the checkpoint is left.
+    """
     beside = part_of(folder / "model")
     try:
         save_model(loaded, beside)
@@ -295,6 +306,11 @@ def _put(loaded: LoadedModel, folder: Path, about: dict[str, Any]) -> None:
         synced(beside)
         for path in sorted(beside.iterdir(), key=lambda path: path.name == "config.json"):
             path.rename(folder / path.name)
+    except (OSError, SafetensorError) as error:
+        raise MalmendError(
+            f"The model in {folder} cannot be written ({reason(error)}); make room, and the same "
+            "command goes on from its last epoch."
+        ) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     (folder / CHECKPOINT).unlink(missing_ok=True)
