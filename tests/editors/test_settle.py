@@ -52,6 +52,14 @@ class Case:
         return settle(self.trunk, self.priors, self.shifts, rows, steps, keeping, **more)
 
 
+def test_no_wide_factor_outlives_what_is_made_of_it():
+    """They were kept by the priors as long as an edit settled, in no plan of its memory."""
+    case = Case()
+    priors = case.priors
+    settle(case.trunk, priors, case.shifts, ROWS, 1)
+    assert not any(one.is_identity or "factor_KK" in vars(one) for one in priors.values())
+
+
 def said_by(model, weights, one):
     """The log probabilities at a question's answer tokens."""
     logits = functional_call(model, weights, (torch.tensor([one.ids]),)).logits[0]

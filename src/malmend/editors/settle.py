@@ -202,7 +202,7 @@ class _Metric:
     def __init__(self, prior: Prior, shift_VK: Tensor, weight_VK: Tensor):
         eye_KK = torch.eye(shift_VK.shape[1], dtype=torch.float64)
         # Of a multiple of the identity the size does not matter: steps are relative.
-        self._root_KK = (eye_KK if prior.is_identity else prior.factor_KK).to(shift_VK)
+        self._root_KK = (eye_KK if prior.is_identity else prior.factor()).to(shift_VK)
         solved_VK = shift_VK @ self._root_KK
         self._free_VK = torch.nn.Parameter(START * solved_VK)
         self._whole = (weight_VK @ self._root_KK).square().mean().sqrt().item() or 1.0

@@ -50,13 +50,17 @@ class Prior:
         gram_KK.diagonal().add_(self.ridge)
         return gram_KK
 
-    @cached_property
-    def factor_KK(self) -> Tensor:
-        """The lower Cholesky factor of P, for the dual form with matrices."""
+    def factor(self) -> Tensor:
+        """The lower Cholesky factor of P, K x K; of matrices."""
         zeros_KK = self.matrices_KK[0].new_zeros(
             self.matrices_KK[0].shape, dtype=torch.float64, device=self.device
         )
         return cholesky(self.add_to(zeros_KK), self.ridge)
+
+    @cached_property
+    def factor_KK(self) -> Tensor:
+        """:meth:`factor`, kept for the dual form."""
+        return self.factor()
 
 
 @dataclass(frozen=True)
