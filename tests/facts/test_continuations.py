@@ -70,6 +70,13 @@ def test_sizes_below_one_are_refused(name):
         continuations(words(), TEXT, **{name: 0})
 
 
+@pytest.mark.parametrize("limit", [0, -2])
+def test_a_limit_below_one_is_refused(limit):
+    """Of 0 no line was long enough once, and -2 was no limit."""
+    with pytest.raises(MalmendError, match=f"limit is {limit}; give 1 or more"):
+        continuations(words(), TEXT, 3, 4, limit=limit)
+
+
 def test_the_command_writes_facts_that_are_read_back(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("malmend.commands.continuations.encoder_for", lambda *_: words())
     text, out = tmp_path / "text.txt", tmp_path / "facts.jsonl"

@@ -14,6 +14,7 @@ from command_support import malmend
 from malmend.commands.conflicts import conflicts
 from malmend.commands.evaluate import evaluate
 from malmend.commands.export import export
+from malmend.errors import MalmendError
 from malmend.patch import load_patch, make_patch, save_patch
 
 tiny = command_support.tiny
@@ -81,6 +82,22 @@ def test_a_typo_in_each_input_of_conflicts_is_one_sentence(
     known = {"PATCH": patch, "OTHER": other, "FACTS": tiny.facts}
     assert malmend("conflicts", tiny.model, *(known.get(one, one) for one in arguments)) == 2
     assert said in refusal(capsys)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"decode_facts": -1}, "decode_facts is -1, expected 0 or more"),
+        ({"limit": -3}, "limit is of the facts that are asked"),
+        ({"limit": 3}, "limit is of the facts that are asked"),
+    ],
+)
+def test_numbers_of_facts_are_checked_before_a_weight_is_read(given, said, patch, monkeypatch):
+    monkeypatch.setattr("malmend.commands.conflicts.opened", None)
+    with pytest.raises(MalmendError, match=said):
+        conflicts("none", [patch, f"{patch}2"], **given)
+    with pytest.raises(MalmendError, match="decode_facts is -1"):
+        conflicts("none", [patch, f"{patch}2"], [patch, patch], decode_facts=-1)
 
 
 def test_one_patch_by_two_paths_is_given_twice(tiny, patch, tmp_path, monkeypatch):

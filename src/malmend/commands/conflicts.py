@@ -17,7 +17,7 @@ from malmend.progress import Progress, silent
 from malmend.shipping.adapter import based_on, read_patch
 from malmend.shipping.conflict import Meeting, meetings, stacked
 from malmend.shipping.layers import exportable
-from malmend.shipping.measure import Asking, Measured, bench_for, measured
+from malmend.shipping.measure import Asking, Measured, bench_for, check_decoded, measured
 from malmend.workbench import aimed, checked_facts, encoder_for, opened
 
 
@@ -78,6 +78,9 @@ def conflicts(
             f"--facts names {len(facts)} for {len(patches)} patches, expected one facts file for "
             "each, in their order, or none."
         )
+    check_decoded(decode_facts)
+    if limit is not None and not facts:
+        raise MalmendError("--limit is of the facts that are asked; give --facts, or leave it out.")
     read = {name: read_patch(path) for name, path in _named(patches).items()}
     asked = [
         _asked(model, patch, path, limit) for patch, path in zip(read.values(), facts, strict=False)

@@ -25,6 +25,7 @@ from malmend.models.trunk import TrunkSettings
 from malmend.patch import Patch, applied, check_base, sites_of
 from malmend.progress import Progress, counted, silent
 from malmend.shipping.adapter import based_on, read_patch
+from malmend.shipping.measure import check_decoded
 from malmend.workbench import (
     Workbench,
     aimed,
@@ -82,8 +83,7 @@ def evaluate(
     Raises:
         MalmendError: any bad input, in one sentence.
     """
-    if decode_facts is not None and decode_facts < 0:
-        raise MalmendError(f"decode_facts is {decode_facts}, expected 0 or more.")
+    check_decoded(decode_facts)
     inputs = (facts, patch, text, model)
     patch = None if patch is None else read_patch(patch)
     # As the patch was made, so that its facts are read as they were edited.

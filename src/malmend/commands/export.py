@@ -21,7 +21,7 @@ from malmend.shipping.adapter import based_on, read_patch
 from malmend.shipping.card import CARD, card
 from malmend.shipping.export import Cutting, export_adapter, export_merged
 from malmend.shipping.layers import exportable
-from malmend.shipping.measure import Asking, Measured, bench_for, measured, plain
+from malmend.shipping.measure import Asking, Measured, bench_for, check_decoded, measured, plain
 from malmend.shipping.merged import base_dtype, cast_copy
 from malmend.shipping.record import write_record
 from malmend.shipping.truncate import check_rank
@@ -152,8 +152,7 @@ def _check(
             f"--dtype is {dtype!r}{nearest(dtype, DTYPES) or '.'} Expected one of "
             f"{', '.join(DTYPES)}."
         )
-    if decode_facts is not None and decode_facts < 0:
-        raise MalmendError(f"decode_facts is {decode_facts}, expected 0 or more.")
+    check_decoded(decode_facts)
     if rank is not None:
         check_rank(rank)
 

@@ -33,7 +33,7 @@ def continuations(
         limit: at most so many facts.
 
     Raises:
-        MalmendError: fewer than one token is asked for.
+        MalmendError: fewer than one token or fact is asked for.
         FactsError: no line is long enough.
     """
     for name, value in (("tokens", tokens), ("prompt_tokens", prompt_tokens)):
@@ -41,6 +41,10 @@ def continuations(
             raise MalmendError(
                 f"{name} is {value}, expected 1 or more; change --{name.replace('_', '-')}."
             )
+    if limit is not None and limit < 1:
+        raise MalmendError(
+            f"limit is {limit}; give 1 or more, or leave it out to take all passages"
+        )
     found: dict[str, Fact] = {}
     skipped = []
     for number, line in enumerate(text.split("\n"), start=1):

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from malmend.errors import MalmendError
 from malmend.evaluation.examiner import Examiner
 from malmend.evaluation.protocols import Scores, scores
 from malmend.facts.fact import FactSet
@@ -38,6 +39,12 @@ class Asking:
         """How many facts ``generated`` is of: the first so many."""
         count = len(self.facts)
         return count if self.decode_facts is None else min(self.decode_facts, count)
+
+
+def check_decoded(decode_facts: int | None) -> None:
+    """Raises MalmendError where fewer facts than none are to be answered free-running."""
+    if decode_facts is not None and decode_facts < 0:
+        raise MalmendError(f"decode_facts is {decode_facts}, expected 0 or more.")
 
 
 def of_facts(asked: int, decoded: int) -> str:
