@@ -138,7 +138,8 @@ def measured(fact: Fact, prompt: str, parts: bool = False) -> bool:
 
 
 def _holds(words: tuple[str, ...], part: tuple[str, ...]) -> bool:
-    return any(words[at : at + len(part)] == part for at in range(len(words) - len(part) + 1))
+    spots = range(len(words) - len(part) + 1)
+    return bool(part) and any(words[at : at + len(part)] == part for at in spots)
 
 
 def _alike(names: frozenset[str], others: frozenset[str]) -> bool:
