@@ -587,6 +587,16 @@ def test_the_estimate_changes_nothing_that_is_trained():
     assert estimate_seconds(trainer) == 0
 
 
+def test_the_estimate_knows_that_steps_are_halved(monkeypatch):
+    ticks = iter(range(100))
+    monkeypatch.setattr(training.time, "perf_counter", lambda: float(next(ticks)))
+    whole, halved = (
+        estimate_seconds(trainer_of(replace(SETTINGS, facts_per_step=4, halvings=one)), sample=1)
+        for one in (0, 2)
+    )
+    assert halved / whole == pytest.approx((4 + 2 + 1) / 3 / 4)
+
+
 @pytest.mark.parametrize(
     ("wrong", "named"),
     [

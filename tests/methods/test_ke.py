@@ -159,6 +159,17 @@ def test_the_network_by_hand():
             torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
 
 
+def test_the_network_begins_by_its_seed_and_leaves_every_generator_as_it_was(monkeypatch):
+    seeded, sites = [], {"a": (3, 2)}
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    before = torch.get_rng_state()
+    one, again, other = (ke.Network(replace(SMALL, seed=seed), 4, sites) for seed in (0, 0, 1))
+    assert torch.equal(one.marks_2H, again.marks_2H)
+    assert not torch.equal(one.marks_2H, other.marks_2H)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not seeded
+
+
 @FAMILIES
 def test_an_untrained_network_descends_the_gradient(family):
     trainer = trainer_of(family)

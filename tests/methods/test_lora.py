@@ -45,6 +45,16 @@ def starts(bench):
         }
 
 
+def test_an_adapter_begins_by_its_seed_and_leaves_every_generator_as_it_was(monkeypatch):
+    bench, seeded = bench_of("llama", METHOD), []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    before = torch.get_rng_state()
+    one, again = starts(bench), starts(bench)
+    assert all(torch.equal(one[name][1], again[name][1]) for name in one)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not seeded
+
+
 @FAMILIES
 def test_the_shift_is_the_adapters_product_after_adamw(family):
     bench = bench_of(family, METHOD)

@@ -241,10 +241,11 @@ def estimate_seconds(trainer: Trainer, sample: int = 24) -> float:
     with shifted(trainer.trunk.sites, trainer.editor.shifts(captured)):
         meta_loss(trainer.trunk, judged, trainer.settings.locality_weight)
     again = time.perf_counter() - start
-    size = trainer.settings.facts_per_step
+    size, halvings = trainer.settings.facts_per_step, trainer.settings.halvings
     left = trainer.settings.steps - trainer.step
     new = max(0, min(left, len(trainer.facts) // size - trainer.step))
-    return (new * first + left * again) * size / sample / trainer.processes.count
+    mean = sum(size >> one for one in range(halvings + 1)) / (halvings + 1)
+    return (new * first + left * again) * mean / sample / trainer.processes.count
 
 
 def step_bytes(

@@ -129,7 +129,7 @@ class Network(nn.Module):
         super().__init__()
         self.sites, self.start, hidden = dict(sites), settings.start, settings.hidden
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)
+            torch.default_generator.manual_seed(settings.seed)  # no accelerator's
             self.lstm = nn.LSTM(embedding, hidden, bidirectional=True)
             self.marks_2H = nn.Parameter(torch.randn(2, embedding))
             self.firsts = nn.ModuleList(nn.Linear(2 * hidden, hidden) for _ in sites)

@@ -116,7 +116,7 @@ class Lora:
         flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an old name
-            torch.manual_seed(self.seed)
+            torch.default_generator.manual_seed(self.seed)  # no accelerator's: it begins on the CPU
             adapted = get_peft_model(model, config)
         try:
             yield
