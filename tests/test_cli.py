@@ -20,6 +20,7 @@ import command_support
 from command_support import files_in, malmend
 from malmend.cli import COMMANDS
 from malmend.cli_ledger import ACTIONS
+from malmend.commands import ledger
 from malmend.editors.network import NetworkSettings
 from malmend.editors.settings import EditorSettings, published, published_mend
 from malmend.editors.train_settings import (
@@ -482,6 +483,8 @@ def test_without_options_the_commands_own_defaults_hold(reached):
         (["--strict"], True),
         (["--strict", "--limit", "2"], True),
         (["--strict", "true"], True),
+        (["--strict", "True"], True),
+        (["--strict", "False"], False),
         (["--strict=true"], True),
         (["--strict", "false"], False),
         (["--strict=false"], False),
@@ -490,6 +493,19 @@ def test_without_options_the_commands_own_defaults_hold(reached):
 )
 def test_a_switch_may_stand_alone(reached, spelt, strict):
     assert reached("eval", "m", "f", *spelt)["strict"] is strict
+
+
+@pytest.mark.parametrize("spelt", [["--rule.refuse"], ["--rule.refuse", "True"]])
+def test_a_switch_of_a_group_may_stand_alone(spelt, monkeypatch):
+    given: dict[str, Any] = {}
+
+    @functools.wraps(ledger.init)
+    def called(**said: object) -> None:
+        given.update(said)
+
+    monkeypatch.setattr(ledger, "init", called)
+    assert malmend("ledger", "init", "folder", "m", *spelt, "--rule.retention", "0.5") == 0
+    assert (given["rule"].refuse, given["rule"].retention) == (True, 0.5)
 
 
 def test_a_switch_before_the_positionals_does_not_swallow_them(reached):

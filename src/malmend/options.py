@@ -151,11 +151,11 @@ def parse(parser: Any, arguments: list[str]) -> dict[str, Any]:
         re.sub(r"^--[^=]*", lambda found: "--" + found[0][2:].replace("-", "_"), one)
         for one in arguments
     ]
-    defaults = parser.get_defaults().as_dict()
+    defaults = parser.get_defaults()  # by dotted names too
     for index, (one, following) in enumerate(zip(spelt, [*spelt, ""][1:], strict=True)):
         # A switch may stand alone: --strict is --strict=true; "A strict" is a prompt.
         switch = one.startswith("--") and isinstance(defaults.get(one[2:]), bool)
-        if switch and following not in ("true", "false"):
+        if switch and following.lower() not in ("true", "false"):
             spelt[index] = f"{one}=true"
     try:
         given = parser.parse_args(spelt).as_dict()
