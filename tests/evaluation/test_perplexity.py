@@ -11,6 +11,7 @@ import torch
 
 import helpers
 from malmend.editors.keymoments import passages_of, text_moment
+from malmend.evaluation import perplexity as perplexity_module
 from malmend.evaluation.perplexity import LEAST, MOST, perplexity, unread
 from malmend.facts.tokens import Encoder
 from malmend.models.load import prepared
@@ -65,6 +66,18 @@ def test_it_says_which_lines_and_how_many_tokens_they_have():
     assert LEAST <= tokens < MOST
 
 
+@pytest.mark.parametrize("sign", ["\u2028", "\x0c", "\x85"])
+def test_a_line_break_alone_ends_a_line(sign):
+    """As in facts files: what else Python takes for one may stand within a sentence."""
+    given = text().replace(" ", sign, 1)
+    one, plain = passages_of(encoder(), given), passages_of(encoder(), text())
+    assert [len(line.ids) for line in one] == [len(line.ids) for line in plain]
+    found, wanted = unread(encoder(), given, 2), unread(encoder(), text(), 2)
+    assert found is not None
+    assert wanted is not None
+    assert found.source == wanted.source
+
+
 def test_of_a_long_text_only_so_much_is_taken():
     found = unread(encoder(), text(2_000), 1_000)
     assert found is not None
@@ -90,14 +103,15 @@ def test_of_a_bfloat16_model_losses_are_taken_and_added_up_in_float32():
     assert found == pytest.approx(wanted, rel=1e-5)
 
 
-def test_edited_layers_alone_read_a_text_again(tmp_path):
+def test_edited_layers_alone_read_a_text_again(tmp_path, monkeypatch):
     """And the text is then as surprising as to the whole model, whose logits another way gives."""
     model = helpers.tiny_llama(len(WORDS) + 4, initializer_range=0.3)
     loaded = prepared(model, helpers.words(WORDS), "tiny")
     trunk = Trunk(model, find_sites(model, 1), TrunkSettings(64), tmp_path)
     given = " ".join(random.Random(1).choices(WORDS, k=100))
     ran: list[int] = []
-    unedited = perplexity(loaded, trunk, given, window=16)
+    monkeypatch.setattr(perplexity_module, "WINDOW", 16)
+    unedited = perplexity(loaded, trunk, given)
     hooks = [
         block.mlp.down_proj.register_forward_hook(lambda *_, at=at: ran.append(at))
         for at, block in enumerate(model.model.layers)
@@ -107,10 +121,10 @@ def test_edited_layers_alone_read_a_text_again(tmp_path):
     with torch.no_grad():
         shift = torch.randn(site.weight.shape, generator=generator, dtype=site.weight.dtype)
         site.weight.add_(3 * shift)
-    edited = perplexity(loaded, trunk, given, window=16)
+    edited = perplexity(loaded, trunk, given)
     assert set(ran) == {len(model.model.layers) - 1}
     for hook in hooks:
         hook.remove()
-    whole = perplexity(loaded, Trunk(model, []), given, window=16)
+    whole = perplexity(loaded, Trunk(model, []), given)
     assert edited == pytest.approx(whole, rel=1e-9)
     assert abs(edited / unedited - 1) > 1e-3

@@ -14,6 +14,7 @@ from asked_support import CHAT, WORDS, examiner, facts, ids_of, logits_at, model
 import helpers
 from malmend.errors import MalmendError
 from malmend.evaluation import examiner as examiner_module
+from malmend.evaluation import perplexity as perplexity_module
 from malmend.evaluation.perplexity import perplexity
 from malmend.evaluation.protocols import scores, stayed
 from malmend.evaluation.replies import Asked, Replies, questions_of
@@ -281,7 +282,7 @@ def test_progress_counts_every_question_once():
 
 @pytest.mark.parametrize("cut", [True, False])
 @pytest.mark.parametrize("window", [4, 7, 256])
-def test_perplexity_is_that_of_plain_windows(window, cut):
+def test_perplexity_is_that_of_plain_windows(window, cut, monkeypatch):
     generator = random.Random(8)
     text = " ".join(generator.choices(WORDS[6:], k=29))
     ids = ids_of(text)
@@ -293,10 +294,12 @@ def test_perplexity_is_that_of_plain_windows(window, cut):
         losses += [-rows[at, piece[at + 1]].item() for at in range(len(piece) - 1)]
     sites = find_sites(model().model, 1) if cut else []
     trunk = Trunk(model().model, sites, TrunkSettings(batch_tokens=10))
-    found = perplexity(model(), trunk, text, window)
+    monkeypatch.setattr(perplexity_module, "WINDOW", window)
+    found = perplexity(model(), trunk, text)
     assert found == pytest.approx(math.exp(fmean(losses)), rel=1e-5)
-    first = perplexity(model(), trunk, text, window, most_tokens=9)
-    only = perplexity(model(), trunk, " ".join(text.split()[:9]), window)
+    only = perplexity(model(), trunk, " ".join(text.split()[:9]))
+    monkeypatch.setattr(perplexity_module, "MOST_READ", 9)
+    first = perplexity(model(), trunk, text)
     assert first == pytest.approx(only, rel=1e-9)
 
 

@@ -116,7 +116,7 @@ def test_dropout_is_the_models_own_and_depends_on_seed_and_epoch_alone(family):
 
 
 @pytest.mark.parametrize("family", ["bert", "t5", "bart", "llama"])
-def test_share_right_counts_whole_answers(family):
+def test_share_right_counts_whole_answers(family, monkeypatch):
     model, asked = tiny_model(family)
     found = []
     for index, question in enumerate(asked):
@@ -130,7 +130,9 @@ def test_share_right_counts_whole_answers(family):
             ids = (*question.ids[:at], label, *question.ids[at + 1 :])
             question = replace(question, ids=ids)
         found.append(question)
-    assert share_right(model, found) == share_right(model, found, batch=2) == 4 / 7
+    assert share_right(model, found) == 4 / 7
+    monkeypatch.setattr(training, "TOGETHER", 2)
+    assert share_right(model, found) == 4 / 7
 
 
 def test_a_fine_tuning_that_diverges_says_so():

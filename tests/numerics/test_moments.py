@@ -45,7 +45,8 @@ def test_any_chunking_equals_all_rows_at_once(sizes, seed):
     variance = torch.var(rows, dim=0, unbiased=False)
     torch.testing.assert_close(moments.m2_F / moments.count, variance, **EXACT)
     if len(rows) > 1:
-        torch.testing.assert_close(moments.std(floor=1e-9), variance.sqrt(), **EXACT)
+        least = 1e-3 * variance.mean().sqrt()
+        torch.testing.assert_close(moments.std(), variance.sqrt().clamp(min=least), **EXACT)
 
 
 def test_chunks_of_one_row():
@@ -85,12 +86,6 @@ def test_a_constant_dimension_gets_the_floor():
     std = streamed(*rows.split(20)).std()
     torch.testing.assert_close(std[:2], spread[:2].sqrt(), **EXACT)
     torch.testing.assert_close(std[2], 1e-3 * least, **EXACT)
-    torch.testing.assert_close(streamed(rows).std(floor=0.01)[2], 0.01 * least, **EXACT)
-
-
-def test_no_floor():
-    rows = rows_of(50)
-    torch.testing.assert_close(streamed(rows).std(floor=0.0), rows.std(0, unbiased=False), **EXACT)
 
 
 def test_rows_that_do_not_vary_have_deviation_one():

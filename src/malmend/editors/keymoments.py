@@ -76,9 +76,14 @@ def key_moments(
     return found
 
 
+def lines_of(text: str) -> list[str]:
+    """The lines of a text that hold something, as facts files part them: no other sign ends one."""
+    return [line.strip() for line in text.split("\n") if line.strip()]
+
+
 def passages_of(encoder: Encoder, text: str) -> list[Encoded]:
     """The lines of a text that have two tokens or more, without an answer."""
-    lines = [encoder.passage(line.strip()) for line in text.splitlines() if line.strip()]
+    lines = map(encoder.passage, lines_of(text))
     passages = [passage for passage in lines if len(passage.ids) > 1]
     if not passages:
         raise MalmendError("The calibration text has no line of two tokens; give more text.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from malmend.editors.keymoments import first_of
+from malmend.editors.keymoments import first_of, lines_of
 from malmend.errors import MalmendError
 from malmend.facts.encoded import Encoded
 from malmend.facts.tokens import Encoder
@@ -15,6 +15,7 @@ from malmend.models.weightgrads import Term, saying, weight_grads
 from malmend.numerics.chunks import chunks
 
 LEAST, MOST = 1_000, 4_000  # tokens of the lines that the prior has not read
+WINDOW, MOST_READ = 256, 20_000  # tokens of a text: read together, and in all
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ def unread(encoder: Encoder, text: str, read: int) -> PlainText | None:
     many are given that they have ``MOST`` tokens.  None where they have fewer than ``LEAST``: how
     many are left depends on the tokenizer.
     """
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = lines_of(text)
     passages = [encoder.passage(line) for line in lines]
     first = last = len(first_of(passages, read))
     tokens = 0
@@ -48,13 +49,11 @@ def unread(encoder: Encoder, text: str, read: int) -> PlainText | None:
     return PlainText("\n".join(lines[first:last]), source)
 
 
-def perplexity(
-    loaded: LoadedModel, trunk: Trunk, text: str, window: int = 256, most_tokens: int = 20_000
-) -> float:
+def perplexity(loaded: LoadedModel, trunk: Trunk, text: str) -> float:
     """exp of the mean negative log-likelihood per token of plain text.
 
-    Read in windows of ``window`` tokens (fewer, where the model has fewer positions) without
-    overlap; the first token of each is not predicted.  At most ``most_tokens`` are read, from the
+    Read in windows of :data:`WINDOW` tokens (fewer, where the model has fewer positions) without
+    overlap; the first token of each is not predicted.  At most :data:`MOST_READ` are read, from the
     start.
 
     Args:
@@ -65,10 +64,10 @@ def perplexity(
     Raises:
         MalmendError: the text has fewer than two tokens, or the logits are NaN.
     """
-    ids = loaded.tokenizer(text, add_special_tokens=False)["input_ids"][:most_tokens]
+    ids = loaded.tokenizer(text, add_special_tokens=False)["input_ids"][:MOST_READ]
     windows = [
         Encoded(tuple(ids[rows]), 1, rows.stop - rows.start)
-        for rows in chunks(len(ids), min(window, loaded.positions or window))
+        for rows in chunks(len(ids), min(WINDOW, loaded.positions or WINDOW))
         if rows.stop - rows.start > 1
     ]
     if not windows:

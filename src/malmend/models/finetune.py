@@ -23,6 +23,8 @@ from malmend.facts.encoded import Encoded, collate
 from malmend.models.forms import answer_logits
 from malmend.numerics.losses import answer_nll
 
+TOGETHER = 128  # questions that accuracy is taken of at once
+
 
 @dataclass(frozen=True)
 class FinetuneSettings:
@@ -148,12 +150,12 @@ class Finetuner:
 
 
 @torch.no_grad()
-def share_right(model: PreTrainedModel, questions: Sequence[Encoded], batch: int = 128) -> float:
+def share_right(model: PreTrainedModel, questions: Sequence[Encoded]) -> float:
     """Share of the questions of which every label, an end token too, is the first choice."""
     order = sorted(questions, key=lambda one: len(one.ids))
     right = 0
-    for start in range(0, len(order), batch):
-        tokens = collate(order[start : start + batch])
+    for start in range(0, len(order), TOGETHER):
+        tokens = collate(order[start : start + TOGETHER])
         top_A = answer_logits(model, tokens).argmax(-1).cpu()
         hits = (top_A == tokens.labels_A).split(tokens.sources)
         right += sum(bool(one.all()) for one in hits)

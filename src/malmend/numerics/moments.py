@@ -15,6 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+FLOOR = 1e-3  # of a deviation, as a share of the root mean square of all
+
 
 class RunningMoments:
     """Streaming mean and standard deviation: the same for any chunking, right for one row."""
@@ -39,10 +41,10 @@ class RunningMoments:
         )
         self.count = total
 
-    def std(self, floor: float = 1e-3) -> Tensor:
+    def std(self) -> Tensor:
         """Standard deviation, shape F, population form (divided by the row count).
 
-        A dimension that hardly varies is given ``floor`` times the root mean square over
+        A dimension that hardly varies is given :data:`FLOOR` times the root mean square over
         all dimensions, so that dividing by it magnifies nothing.  Where none varies, or with
         fewer than two rows, the result is ones.
         """
@@ -52,6 +54,5 @@ class RunningMoments:
         varies_F = std_F > 1e-12 * self.mean_F.abs()  # below that it is rounding of the mean
         if not varies_F.any():
             return torch.ones_like(std_F)
-        least = floor * std_F.square().mean().sqrt()
-        still = least if floor > 0 else torch.ones_like(least)
-        return torch.where(varies_F, std_F.clamp(min=least.item()), still)
+        least = FLOOR * std_F.square().mean().sqrt()
+        return torch.where(varies_F, std_F.clamp(min=least.item()), least)
