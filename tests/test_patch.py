@@ -484,6 +484,17 @@ def test_sites_of_a_patch():
     assert all(site.module is loaded.model.get_submodule(site.name) for site in sites)
 
 
+def test_sites_of_a_patch_are_found_without_its_shifts(monkeypatch):
+    """Of a large layer the product of its factors takes seconds, and only its shape is asked."""
+    loaded = loaded_of("gpt2")
+    patch = patch_for(loaded)
+    name = next(iter(patch.factors))
+    patch = Patch({**patch.factors, name: (patch.shift(name),)})
+    assert {len(factors) for factors in patch.factors.values()} == {1, 2}
+    monkeypatch.setattr(Patch, "shift", None)
+    assert [site.name for site in sites_of(loaded.model, patch)] == list(patch.factors)
+
+
 # --- damaged files
 
 

@@ -211,7 +211,8 @@ def sites_of(model: PreTrainedModel, patch: Patch) -> list[Site]:
                 f"The patch shifts {name}, which this model lacks{nearest(name, modules) or '.'} "
                 "It was made for another model."
             )
-        site, wanted = Site(name, modules[name]), tuple(patch.shift(name).shape)
+        factors = patch.factors[name]
+        site, wanted = Site(name, modules[name]), (*factors[0].shape[:1], *factors[-1].shape[1:])
         if site.shape_VK != wanted:
             raise PatchError(
                 f"The patch's shift of {name} is {wanted}, this model's layer is {site.shape_VK}; "
