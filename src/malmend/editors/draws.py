@@ -2,8 +2,8 @@
 
 A reading is a fact asked in one way.  Where there are steps enough all are read once, and from then
 on the more often the less was said when they were last read: most plain prompts are soon said, and
-what is said has no gradient.  Where there are too few, every fact's own prompt is, and of the rest
-some.
+what is said has no gradient.  Where there are too few, the facts' own prompts are, as far as
+the steps go, and of the rest some.
 
 Shape letters: F facts, W ways of asking, R readings, D those of a draw, Q those of them that are
 this process's own.

@@ -40,8 +40,8 @@ class ActivationStore:
         dtype: of the rows.
         budget: bytes that all segments may take together, those in the folders beside this one
             (the same model's other stores) included, of runs beside this one too, which are
-            counted again every :data:`RECOUNTED` bytes.  Above it the oldest segments are removed
-            when a store is opened, and new rows are no longer kept.
+            counted again every :data:`RECOUNTED` bytes.  Above nine tenths of it the oldest
+            segments are removed when a store is opened; above it new rows are no longer kept.
     """
 
     def __init__(self, folder: Path | None, width: int, dtype: torch.dtype, budget: int):
