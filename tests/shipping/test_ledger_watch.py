@@ -12,6 +12,7 @@ import malmend
 from command_support import greedy, make_facts, make_model, teach
 from malmend.editors.calibration import CalibrationSettings
 from malmend.errors import LedgerError
+from malmend.evaluation.examiner import Examiner
 from malmend.facts.fact import Fact
 from malmend.material import _calibration_data, held_out_questions
 from malmend.models.load import prepared
@@ -133,6 +134,20 @@ def test_verify_asks_every_fact_as_a_user_would(tiny, knowing, tmp_path):
     assert [row.holds for row in found.rows] == [entry.held for entry in done.entered]
     assert any(row.holds for row in found.rows)
     assert found.failing == [row for row in found.rows if not row.holds]
+
+
+def test_verify_asks_the_edited_model_alone(tiny, tmp_path, monkeypatch):
+    """What the unedited one knows is asked where facts are added."""
+    ledger, asked, examine = begun(tiny, tmp_path / "ledger"), [], Examiner.examine
+    added(tiny, ledger, FACTS)
+
+    def noted(*given, **more):
+        asked.append(more.get("decode_facts"))
+        return examine(*given, **more)
+
+    monkeypatch.setattr(Examiner, "examine", noted)
+    malmend.ledger.verify(ledger, tiny.loaded)
+    assert asked == [None]
 
 
 def test_verify_of_an_empty_ledger_asks_nothing(tiny, tmp_path, monkeypatch):

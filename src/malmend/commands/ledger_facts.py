@@ -244,7 +244,7 @@ class _Work:
         """Takes in facts for old ones; what is to be said is said before the work."""
         held, rule = self.held, self.held.about.rule
         watch = Watch(self.bench, facts, rule, self.progress)
-        known = [fact for fact, is_known in zip(facts, watch.known, strict=True) if is_known]
+        known = [fact for fact, is_known in zip(facts, watch.known(), strict=True) if is_known]
         self._tell_known(known, skip_known)
         left_out = {fact.id for fact in known} if skip_known else set()
         fresh = [fact for fact in facts if fact.id not in left_out]

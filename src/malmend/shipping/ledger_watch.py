@@ -89,8 +89,6 @@ def holds(reply: Asked) -> bool:
 class Watch:
     """Asks the same of the unedited model, at once, and later of the model with a shift on.
 
-    ``known`` says which facts the unedited model answers already, every token of them.
-
     Args:
         bench: the model, unedited.
         facts: their edit prompts are asked.
@@ -101,17 +99,23 @@ class Watch:
     def __init__(
         self, bench: Workbench, facts: Sequence[Fact], rule: StopRule, progress: Progress = silent
     ):
-        self._bench, self._facts = bench, [fact.alone for fact in facts]
+        self._bench, self._facts, self._progress = bench, [fact.alone for fact in facts], progress
         self._examiner = Examiner(bench.loaded, bench.trunk, bench.encoder)
         questions = held_out_questions(bench.encoder, rule.questions)
         self._general = bench.encoder.encode_all(questions)
-        # A right answer of the unedited model is known teacher forced; nothing need be decoded.
-        total = self._examiner.count(self._facts, 0) + self._examiner.count(self._facts)
+        total = self._examiner.count(self._facts)
         self._count = counted(progress, "asking before and after", total + 2 * len(questions))
         self._examiner.progress = self._count
-        before = self._examiner.examine(self._facts, decode_facts=0)
-        self.known = [reply.exact == 1.0 for reply in before.rows]
         self._before = self._first_choices()
+
+    def known(self) -> list[bool]:
+        """Which facts the unedited model answers already, every token of them."""
+        # A right answer is known teacher forced; nothing need be decoded.
+        examiner = Examiner(self._bench.loaded, self._bench.trunk, self._bench.encoder)
+        total = examiner.count(self._facts, 0)
+        examiner.progress = counted(self._progress, "asking the unedited model", total)
+        before = examiner.examine(self._facts, decode_facts=0)
+        return [reply.exact == 1.0 for reply in before.rows]
 
     def with_shifts(self, shifts: Mapping[str, Tensor]) -> Watched:
         """What the model says with the shifts on, V x K by site."""
