@@ -1,0 +1,43 @@
+"""`kill -9` at a named moment: at the n-th step by which a process changes what is on the disk.
+
+A step is a file opened to be written, renamed or removed, a folder made, or a statement that
+changes a table.  A file is still opened, so that an empty one is left, and the others are not done
+any more.  A draw over their number thus reaches what any kill leaves, however busy the machine.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+CHANGES = ("os.rename", "os.remove", "os.mkdir")
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+READS = ("SELECT", "PRAGMA")
+
+
+def kill_at(number: int | None, folder: str | Path) -> Callable[[], int]:
+    """Kills this process at that step in a folder, or never; what it gives counts the steps."""
+    taken, inside = 0, os.path.join(folder, "")
+
+    def step(path: str = "", flags: int = 0) -> None:
+        nonlocal taken
+        taken += 1
+        if taken == number:
+            if path:
+                os.open(path, flags, 0o600)  # a step of its own, which comes too late to matter
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def heard(event: str, given: tuple[Any, ...]) -> None:
+        if event == "sqlite3.connect/handle":
+            given[0].set_trace_callback(lambda said: None if said.startswith(READS) else step())
+        elif event in CHANGES or (event == "open" and given[2] & WRITES):
+            path = "" if isinstance(given[0], int) else os.fsdecode(given[0])
+            if path.startswith(inside):
+                step(*((path, given[2]) if event == "open" else ()))
+
+    sys.addaudithook(heard)
+    return lambda: taken
