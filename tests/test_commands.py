@@ -556,7 +556,7 @@ def test_a_finished_run_may_be_lengthened_and_starting_it_again_changes_nothing(
 def test_another_device_is_said_before_a_run_goes_on(tiny, tmp_path, monkeypatch):
     said: list[str] = []
     trained(tiny, tmp_path, training=replace(TRAINING, steps=3), told=said.append)
-    monkeypatch.setattr("malmend.commands.train.places_of", lambda model: "cuda:0")
+    monkeypatch.setattr("malmend.editors.resuming.places_of", lambda model: "cuda:0")
     trained(tiny, tmp_path, training=replace(TRAINING, steps=4), told=said.append)
     (line,) = said
     assert "was on cpu and is gone on with on cuda:0" in line
