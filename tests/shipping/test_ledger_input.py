@@ -93,10 +93,10 @@ def test_an_id_that_is_taken_is_refused(tiny, ledger):
 
 def test_one_id_for_two_facts_is_refused(tiny, ledger):
     two = [FACTS[38], dataclasses.replace(FACTS[39], id="f38")]
-    with pytest.raises(FactsError, match="an earlier fact has its id"):
+    with pytest.raises(FactsError, match="2 facts have the id"):
         malmend.ledger.add(ledger, two, model=tiny.model)
     two = [dataclasses.replace(fact, id="same", answer="Nene") for fact in FACTS[:2]]
-    with pytest.raises(FactsError, match="an earlier fact has its id"):
+    with pytest.raises(FactsError, match="2 facts have the id"):
         malmend.ledger.replace(ledger, two, model=tiny.model)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import NoReturn
 
 from malmend.errors import FactsError, MalmendError, nearest
 from malmend.facts import lint
-from malmend.facts.entry import EXPECTED, Entry, Faults, broken, described, encodes, once, short
+from malmend.facts.entry import Entry, Faults, broken, described, encodes, once, short
 from malmend.facts.fact import Fact, FactSet, Question
 from malmend.facts.formats import CLAIMS, OWN, READERS, likely, telling, told
 from malmend.given import faults_of
@@ -75,13 +76,12 @@ def given_facts(facts: Sequence[Fact], limit: int | None = None, strict: bool = 
         if not encodes(json.dumps(asdict(fact), ensure_ascii=False))
     ]
     kept, skipped = lint.skip_repeats(read.facts)
-    first: dict[str, Fact] = {}
-    for fact in kept:
-        if first.setdefault(fact.id, fact) is not fact:
-            prompt, what = short(first[fact.id].prompt), EXPECTED["id"].partition(",")[0]
-            faults.append(
-                (0, f"{read.source}: fact {fact.id!r}: its id is taken by {prompt}; {what}")
-            )
+    counts = Counter(fact.id for fact in kept)
+    faults += [
+        (0, f"{read.source}: {count} facts have the id {short(name)}; give each its own")
+        for name, count in counts.items()
+        if count > 1
+    ]
     if faults:
         _refuse(read.source, faults)
     if strict and skipped:

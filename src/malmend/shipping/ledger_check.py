@@ -42,7 +42,7 @@ def unlike(active: Sequence[Entry], known: FactSet, strict: bool) -> tuple[list[
             )
         else:
             fresh.append(fact)
-    _raise(known, [*faults, *_same_ids(known, fresh)])
+    _raise(known, faults)
     return fresh, duplicates
 
 
@@ -77,19 +77,8 @@ def paired(
             )
         else:
             pairs.append((fact, other))
-    _raise(known, [*faults, *_same_ids(known, [fact for fact, _ in pairs])])
+    _raise(known, faults)
     return pairs, duplicates
-
-
-def _same_ids(known: FactSet, facts: Sequence[Fact]) -> list[str]:
-    """A fault for each fact with an earlier one's id; a file's reader has refused those already."""
-    seen: set[str] = set()
-    faults = []
-    for fact in facts:
-        if fact.id in seen:
-            faults.append(f"{_place(known, fact)}: an earlier fact has its id; give it another")
-        seen.add(fact.id)
-    return faults
 
 
 def _raise(known: FactSet, faults: Sequence[str]) -> None:
