@@ -10,10 +10,11 @@ import torch
 
 import command_support
 import malmend
-from command_support import files_in, make_facts
+from command_support import CALIBRATION, files_in, make_facts
 from malmend import workbench
+from malmend.commands.choice import choose
 from malmend.editors.network import NetworkSettings
-from malmend.editors.settings import EditorSettings
+from malmend.editors.settings import EditorSettings, training_free
 from malmend.errors import EditorError, FactsError, MalmendError, ModelError, PatchError
 from malmend.facts.fact import Question
 from malmend.facts.readers import given_facts
@@ -101,7 +102,7 @@ ROW = {"prompt": "The capital of Kalo is", "answer": "Miru"}
         ([replace(FEW[0], paraphrases="abc")], "fact 'f0': paraphrases is 'abc'"),
         ([replace(FEW[0], unrelated=(Question(3),))], "fact 'f0': unrelated is "),
         ([replace(FEW[0], neighbours=("Lake",))], "fact 'f0': neighbours is "),
-        ([FEW[0], replace(FEW[1], id="f0")], "fact 'f0': its id is taken by 'The capital of"),
+        ([FEW[0], replace(FEW[1], id="f0")], "2 facts have the id 'f0'; give each its own"),
     ],
 )
 def test_facts_that_are_none_are_refused_in_a_sentence(facts, said, tiny):
@@ -129,6 +130,16 @@ def test_a_fact_given_twice_is_still_a_repeat_and_lists_are_still_taken():
 def test_a_way_to_edit_that_is_none_is_refused(given, said, tiny):
     with pytest.raises(MalmendError, match=said):
         malmend.edit(tiny.loaded, FEW, **given)
+
+
+def test_settings_given_to_an_edit_are_of_an_editor_without_a_network(tiny):
+    """An untrained network of two blocks was once built, for an editor called none."""
+    own = {"calibrate": tiny.calibrate, "text": tiny.text, "calibration": CALIBRATION}
+    found = malmend.edit(tiny.loaded, FEW, settings=EditorSettings(layers=1), **own).patch
+    free = malmend.edit(tiny.loaded, FEW, settings=replace(training_free(), layers=1), **own).patch
+    assert found.provenance["settings"]["network"]["blocks"] == 0
+    assert found.provenance["settings"] == free.provenance["settings"]
+    assert choose("none", EditorSettings()).settings == training_free()
 
 
 def test_a_patch_that_is_none_is_refused(tiny, tmp_path):

@@ -125,7 +125,7 @@ def _run(arguments: list[str]) -> int:
 def _edit(arguments: list[str]) -> None:
     from malmend import show
     from malmend.commands.edit import edit
-    from malmend.editors.settings import training_free
+    from malmend.editors.settings import EditorSettings
     from malmend.methods.table import METHODS
     from malmend.processes import joined, refuse_several
 
@@ -146,7 +146,7 @@ def _edit(arguments: list[str]) -> None:
     given = parse(parser, arguments)
     method = take_method(given, METHODS)
     settings = take_editor_settings(given, network=False)
-    untouched = settings == training_free()
+    untouched = settings == EditorSettings()
     if given["editor"] not in ("auto", "none") and not untouched:
         raise MalmendError(
             f"The editor {given['editor']} brings its own settings; leave out --method, --layers "

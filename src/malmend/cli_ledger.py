@@ -76,7 +76,7 @@ def _with_model(action: str, function: Callable[..., Any], skip: set[str]) -> An
 
 
 def _init(arguments: list[str]) -> None:
-    from malmend.editors.settings import training_free
+    from malmend.editors.settings import EditorSettings
     from malmend.shipping.ledger_watch import StopRule
 
     parser = _parser("init")
@@ -96,7 +96,7 @@ def _init(arguments: list[str]) -> None:
     rule, method = StopRule(**given.pop("rule")), given["method"]
     settings = take_editor_settings({**given, "method": "malmen"}, network=False)
     given = {name: value for name, value in given.items() if not hasattr(settings, name)}
-    untouched = settings == training_free()
+    untouched = settings == EditorSettings()
     with show.bars() as bars:
         actions.init(
             **given,

@@ -125,9 +125,8 @@ def take_editor_settings(given: dict[str, Any], network: bool) -> Any:
     values = {name: given.pop(name) for name in names}
     if isinstance(values["descent"], dict):
         values["descent"] = Descent(**values["descent"])
-    values["network"] = (
-        NetworkSettings(**values["network"]) if network else NetworkSettings(blocks=0)
-    )
+    if network:
+        values["network"] = NetworkSettings(**values["network"])
     return EditorSettings(**values)
 
 

@@ -9,12 +9,11 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 from malmend.bench.context import InContext
-from malmend.editors.network import NetworkSettings
 from malmend.editors.refine import RefineSettings
 from malmend.editors.settings import EditorMethod, EditorSettings
 from malmend.errors import MalmendError, bad_value, nearest
@@ -105,7 +104,6 @@ def _by_editor(name: str, given: Mapping[str, Any], own: Mapping[str, Any], meth
             f"{', '.join(sorted(rest))}."
         )
     settings = _made(name, EditorSettings, {"method": method, **rest}, {"network"}, solves)
-    settings = replace(settings, network=NetworkSettings(blocks=0))
     return Way(editor="none", settings=settings, refine=refine)
 
 

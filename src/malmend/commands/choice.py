@@ -9,7 +9,8 @@ from typing import Any
 from malmend.editors.calibration import CalibrationSettings
 from malmend.editors.checkpoint import SavedEditor, check_trained_for, load_editor
 from malmend.editors.editor import Editor
-from malmend.editors.settings import EditorSettings, training_free
+from malmend.editors.network import NetworkSettings
+from malmend.editors.settings import EditorSettings
 from malmend.errors import MalmendError
 from malmend.material import calibrated
 from malmend.methods.trained import check_trained
@@ -102,7 +103,8 @@ def choose(
 
     Args:
         editor: "auto", "none", an editor's folder, or an editor.
-        settings: of an editor without a network; with them "auto" is "none".
+        settings: of an editor without a network, whatever network they name; with them "auto" is
+            "none".
         own_data: whether calibration facts, text or settings of calibration were given, which
             make "auto" "none" too.
 
@@ -111,7 +113,8 @@ def choose(
             method that has to be trained.
     """
     if isinstance(editor, str) and editor in ("auto", "none"):
-        free = Choice("none", settings or training_free())
+        given = EditorSettings() if settings is None else settings
+        free = Choice("none", replace(given, network=NetworkSettings(blocks=0)))
         check_trained(free.settings.method)
         if editor == "none":
             return free
