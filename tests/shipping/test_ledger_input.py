@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 import command_support
 import malmend
 from command_support import as_lines, files_in, save_model
-from malmend.editors.checkpoint import save_editor
+from malmend.editors.checkpoint import load_editor, save_editor
 from malmend.editors.editor import Editor, SiteStatistics
 from malmend.editors.settings import training_free
 from malmend.errors import EditorError, FactsError, MalmendError
@@ -357,10 +357,9 @@ def test_files_that_are_gone_cut_or_text(ledger, kind):
 
 
 def test_another_editor_in_the_folder(ledger):
-    [path] = (ledger / "editor").glob("*.safetensors")
-    tensors = load_file(path)
-    tensors["log_eta_S"] += torch.ones(1)
-    save_file(tensors, path)
+    saved = load_editor(ledger / "editor")
+    saved.editor.log_eta_S.data += 1
+    save_editor(saved.editor, saved.about, ledger / "editor")
     assert "not the editor" in refused(malmend.ledger.patch, ledger)
 
 
