@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,12 +33,16 @@ def kill_at(number: int | None, folder: str | Path) -> Callable[[], int]:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def heard(event: str, given: tuple[Any, ...]) -> None:
-        if event == "sqlite3.connect/handle":
-            given[0].set_trace_callback(lambda said: None if said.startswith(READS) else step())
-        elif event in CHANGES or (event == "open" and given[2] & WRITES):
+        if event in CHANGES or (event == "open" and given[2] & WRITES):
             path = "" if isinstance(given[0], int) else os.fsdecode(given[0])
             if path.startswith(inside):
                 step(*((path, given[2]) if event == "open" else ()))
 
+    def connected(*given: Any, connect: Any = sqlite3.connect, **named: Any) -> sqlite3.Connection:
+        db = connect(*given, **named)
+        db.set_trace_callback(lambda said: None if said.startswith(READS) else step())
+        return db
+
     sys.addaudithook(heard)
+    sqlite3.connect = connected
     return lambda: taken

@@ -2,8 +2,9 @@
 
     python ledger_writer.py LEDGER CACHE SEED
 
-For every line on standard input a child is forked, and its process id printed.  The child changes
-the ledger over and over, and prints every generation that was committed, with its number of facts.
+For every line on standard input, a number, a child is forked that is killed at so many steps in the
+ledger's folder (see killing.py).  It changes the ledger over and over, and prints every generation
+that was committed, with its number of facts; "gone" is printed behind it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 import malmend
 from command_support import make_facts, make_model
 from helpers import byte_level
+from killing import kill_at
 from malmend.models.load import LoadedModel, prepared
 
 FACTS = make_facts(60, seed=5)
@@ -46,9 +48,10 @@ def main() -> None:
     os.environ["MALMEND_CACHE"] = cache
     tokenizer = byte_level()
     loaded = prepared(make_model(tokenizer), tokenizer, "tiny")
-    for number, _ in enumerate(sys.stdin):
+    for number, line in enumerate(sys.stdin):
         child = os.fork()
         if child == 0:
+            kill_at(int(line), ledger)
             try:
                 write(ledger, loaded, random.Random(seed + number))
             except BaseException:
@@ -56,7 +59,6 @@ def main() -> None:
                 sys.stdout.flush()
             finally:
                 os._exit(1)
-        print(f"child {child}", flush=True)
         os.waitpid(child, 0)
         print("gone", flush=True)
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import signal
 import sqlite3
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import ledger_support
@@ -33,6 +31,7 @@ ledger = ledger_support.filled
 
 FACTS = ledger_support.HELD
 TESTS = Path(__file__).parents[1]
+STEPS = 200  # of two or three changes
 
 
 def whole(ledger: Path) -> None:
@@ -72,13 +71,8 @@ def killed(ledger: Path, cache: Path, kills: int, seed: int) -> int:
     assert process.stdout is not None
     latest = malmend.ledger.history(ledger)[-1].generation.number
     for _ in range(kills):
-        process.stdin.write("go\n")
+        process.stdin.write(f"{generator.randint(1, STEPS)}\n")
         lines: list[str] = []
-        while not (line := process.stdout.readline()).startswith("child "):
-            assert line, "the writer's process ended"
-            lines.append(line)
-        time.sleep(generator.uniform(0.02, 0.8))
-        os.kill(int(line.split()[1]), signal.SIGKILL)
         while (line := process.stdout.readline()) != "gone\n":
             assert line, "the writer's process ended"
             lines.append(line)
@@ -96,7 +90,7 @@ def killed(ledger: Path, cache: Path, kills: int, seed: int) -> int:
 
 
 @pytest.mark.slow
-def test_a_writer_killed_at_random_moments(tiny, ledger, cache):
+def test_a_writer_killed_at_any_of_its_steps(tiny, ledger, cache):
     assert killed(ledger, cache, 10, seed=0) > 1
     malmend.ledger.rollback(ledger, 0)
     assert files_in(ledger) == named(ledger)
