@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import ledger_support
 import pytest
-import torch
 from ledger_support import added, begun
 from safetensors.torch import load_file, save_file
 
