@@ -26,7 +26,7 @@ from malmend.bench.plan import Plan, read_plan
 from malmend.bench.results import NAME, Results
 from malmend.bench.run import bench, bench_plot, bench_table
 from malmend.bench.table import failures, markdown
-from malmend.bench.way import Way, way_of
+from malmend.bench.way import Way, source_of, way_of
 from malmend.editors.checkpoint import save_editor
 from malmend.editors.editor import Editor, SiteStatistics
 from malmend.editors.refine import RefineSettings
@@ -301,6 +301,75 @@ def test_facts_that_only_stand_elsewhere_are_the_same_cell(plan):
     rest = (["", "", "", bench_module._weights(cell.model)], bench_module._asked(plan))
     older = cell.key(chosen, *rest, malmend.__version__, bench_module._unsaid(cell))
     assert bench_module._key(cell, facts, plan, {older}) == older
+
+
+@pytest.mark.parametrize("given", [{"ft": {}}, {"malmen": {}}, {"a": {"editor": "none"}}])
+def test_what_lies_in_the_working_folder_is_no_part_of_a_cell(given, plan, tmp_path, monkeypatch):
+    """Without an editor the path of its files was once that of the working folder."""
+    (cell,) = replace(plan, methods=given, sizes=(2,), seeds=(0,)).cells()
+    facts = command_support.make_facts(4)
+    key = bench_module._key(cell, facts, plan)
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path, tmp_path / "auto", tmp_path / "none"):
+        folder.mkdir(exist_ok=True)
+        (folder / "editor.json").write_text("stray")
+    assert bench_module._key(cell, facts, plan) == key
+
+
+def test_another_editor_of_the_package_is_another_cell(plan, tmp_path, monkeypatch):
+    about = tmp_path / "any" / "editor.json"
+    about.parent.mkdir()
+    monkeypatch.setattr(bench_module, "shipped", lambda _name: tmp_path)
+    facts = command_support.make_facts(4)
+    keys: dict[str, list[str]] = {}
+    methods = {"auto": {"passes": 1}, "none": {"layers": 2}, "ft": {}}
+    for content in ("one", "other"):
+        about.write_text(content)
+        for cell in replace(plan, methods=methods, sizes=(2,), seeds=(0,)).cells():
+            keys.setdefault(cell.name, []).append(bench_module._key(cell, facts, plan))
+    assert {name: len(set(found)) for name, found in keys.items()} == {
+        "auto": 2,
+        "none": 1,
+        "ft": 1,
+    }
+    (cell,) = replace(plan, methods={"a": {"passes": 1}}, sizes=(2,), seeds=(0,)).cells()
+    # A row that was named without the package's editors is found again.
+    rest = (["", "", "", bench_module._weights(cell.model)], bench_module._asked(plan))
+    chosen = repr([fact.unplaced for fact in drawn(facts, 2, 0)])
+    older = cell.key(
+        hashlib.sha256(chosen.encode()).hexdigest(),
+        *rest,
+        malmend.__version__,
+        bench_module._unsaid(cell),
+    )
+    assert bench_module._key(cell, facts, plan, {older}) == older
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [("class Mine(:", "invalid syntax"), ("nothing\n", "name 'nothing' is not defined")],
+)
+def test_a_class_of_a_broken_module_is_refused(source, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [one for one in sys.path if one])
+    (tmp_path / "broken_method.py").write_text(source)
+    before = list(sys.path)
+    with pytest.raises(MalmendError, match=f"cannot be imported .*{said}") as caught:
+        way_of("mine", {"class": "broken_method:Mine"})
+    assert "\n" not in str(caught.value)
+    assert sys.path == before
+
+
+def test_a_class_of_the_working_folder_leaves_no_trace_in_the_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [one for one in sys.path if one])
+    before = list(sys.path)
+    (tmp_path / "lone_method.py").write_text(
+        "from dataclasses import dataclass\n@dataclass\nclass Mine:\n    x: int = 1\n"
+    )
+    assert way_of("mine", {"class": "lone_method:Mine", "x": 3}).method.x == 3
+    assert source_of("lone_method:Mine") == tmp_path / "lone_method.py"
+    assert sys.path == before
 
 
 def test_another_editor_in_the_same_folder_is_another_cell(plan, tmp_path):

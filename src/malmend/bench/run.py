@@ -29,6 +29,7 @@ from malmend.models.device import device_of, places_of
 from malmend.models.load import load_config, load_model
 from malmend.patch import now
 from malmend.progress import Progress, silent
+from malmend.workbench import shipped
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,15 +190,33 @@ def _rows(folder: str | Path) -> list[Row]:
 def _key(cell: Cell, facts: Sequence[Fact], plan: Plan, done: Collection[str] = frozenset()) -> str:
     """By the cell, what is asked of which facts, and the editor's own files."""
     draw = drawn(facts, cell.size, cell.seed)
-    editor = Path(str(cell.given.get("editor", "")))
-    known: list[object] = [_digest(editor / name) for name in ("editor.json", "editor.safetensors")]
     source = source_of(cell.given["class"]) if "class" in cell.given else None
-    known += ["" if source is None else _digest(source), _weights(cell.model)]
-    rest = (known, _asked(plan), version("malmend"), _unsaid(cell))
-    # Rows of before are named by their facts' places too, and may have taken hours.
+    rest = ["" if source is None else _digest(source), _weights(cell.model)]
+    after = (_asked(plan), version("malmend"), _unsaid(cell))
+    # Rows of before are named by their facts' places too, or without the package's editors, and may
+    # have taken hours.
     texts = [repr([fact.unplaced for fact in draw]), repr(draw)]
-    keys = [cell.key(hashlib.sha256(text.encode()).hexdigest(), *rest) for text in texts]
+    keys = [
+        cell.key(hashlib.sha256(text.encode()).hexdigest(), [*editor, *rest], *after)
+        for editor in _editors(cell)
+        for text in texts
+    ]
     return next((key for key in keys if key in done), keys[0])
+
+
+def _editors(cell: Cell) -> list[list[str]]:
+    """What names a cell's editor, as it is now and as it was: a folder's files, or the package's.
+
+    Which of the package's editors is meant is known only with the model's weights.
+    """
+    way, none = way_of(cell.name, cell.given), ["", ""]
+    if way.editor not in ("auto", "none"):
+        names = ("editor.json", "editor.safetensors")
+        return [[_digest(Path(way.editor) / name) for name in names]]
+    if way.editor == "none" or way.method is not None or way.context is not None:
+        return [none]
+    carried = sorted(shipped("editors").glob("*/editor.json"))
+    return [[*map(_digest, carried)], none]
 
 
 def _unsaid(cell: Cell) -> list[object]:

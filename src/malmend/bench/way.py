@@ -11,12 +11,14 @@ import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, get_args
 
 from malmend.bench.context import InContext
 from malmend.editors.refine import RefineSettings
 from malmend.editors.settings import EditorMethod, EditorSettings
 from malmend.errors import MalmendError, bad_value, nearest
+from malmend.files import reason
 from malmend.methods.method import Method
 from malmend.methods.table import METHODS
 from malmend.methods.trained import TRAINED, check_trained
@@ -164,22 +166,32 @@ def made(kind: Any, values: Mapping[str, Any], refusal: str, skip: Collection[st
 
 def _imported(name: str, path: object) -> Any:
     """A class by ``module:Name``, the working folder's modules included."""
-    module, _, attribute = str(path).partition(":")
-    if "" not in sys.path:
-        sys.path.insert(0, "")
+    attribute = str(path).partition(":")[2]
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        found = getattr(_module(path), attribute)
         if not is_dataclass(found) or not isinstance(found, type):
             raise ValueError(f"{attribute} is no dataclass")
         return found
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # whatever a person's own module raises
         raise MalmendError(
             f"The plan's method {name!r} has the class {path!r}, which cannot be imported "
-            f"({error}); give module:Name, the module in this folder or installed."
+            f"({reason(error)}); give module:Name, the module in this folder or installed."
         ) from error
+
+
+def _module(path: object) -> ModuleType:
+    """The module of a ``module:Name``."""
+    added = "" not in sys.path
+    if added:
+        sys.path.insert(0, "")
+    try:
+        return importlib.import_module(str(path).partition(":")[0])
+    finally:
+        if added:
+            sys.path.remove("")
 
 
 def source_of(path: object) -> Path | None:
     """The file that a class by ``module:Name`` stands in."""
-    file = getattr(importlib.import_module(str(path).partition(":")[0]), "__file__", None)
+    file = getattr(_module(path), "__file__", None)
     return None if file is None else Path(file)
