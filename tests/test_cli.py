@@ -21,6 +21,7 @@ from command_support import files_in, malmend
 from malmend.cli import COMMANDS
 from malmend.cli_ledger import ACTIONS
 from malmend.commands import ledger
+from malmend.commands.ask import ask
 from malmend.editors.network import NetworkSettings
 from malmend.editors.settings import EditorSettings, published, published_mend
 from malmend.editors.train_settings import (
@@ -297,12 +298,14 @@ def test_groups_of_names_that_begin_alike_are_told_apart(tiny, tmp_path, capsys)
 
 
 def test_groups_and_the_kinds_that_were_asked_are_shown(tiny, tmp_path, capsys):
+    beside = "The capital of Seto is"
+    said = ask(tiny.loaded, beside, max_new_tokens=1).unedited  # so that something can be kept
     rows = [
         {
             "prompt": f"The capital of Kalo{index} is",
             "answer": "Lomi",
             "relation": "capital [of]" if index else "river",
-            "neighbours": [{"prompt": "The capital of Seto is", "answer": "Vane"}],
+            "neighbours": [{"prompt": beside, "answer": said}],
         }
         for index in range(3)
     ]
@@ -322,7 +325,7 @@ def test_groups_and_the_kinds_that_were_asked_are_shown(tiny, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "by relation, unedited to edited" in shown
     assert "→" in shown
-    assert "kept: share" in shown or "kept" not in shown  # a random model is seldom right
+    assert "kept: share" in shown
 
 
 def test_train_and_edit_with_the_editor_and_inspect_all(tiny, tmp_path, capsys):
