@@ -428,9 +428,12 @@ def test_another_base_is_refused_unless_forced():
 
 
 def test_the_same_base_in_bfloat16_is_accepted():
-    patch = patch_for(loaded_of())
-    with applied(loaded_of(dtype=torch.bfloat16), patch):
-        pass
+    patch, narrow = patch_for(loaded_of()), loaded_of(dtype=torch.bfloat16)
+    before = {name: narrow.model.get_submodule(name).weight.clone() for name in patch.factors}
+    with applied(narrow, patch) as model:
+        for name, weight in before.items():
+            wanted = (weight.float() + patch.shift(name)).to(torch.bfloat16)
+            assert torch.equal(model.get_submodule(name).weight, wanted)
 
 
 def test_a_patch_without_a_base_is_refused():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import struct
+from pathlib import Path
 
 import pytest
 
 from malmend.errors import ModelError
-from malmend.models.gguf_header import check_gguf
+from malmend.models.gguf_header import LONGEST, check_gguf
 from malmend.models.load import load_model
 
 
@@ -59,17 +60,26 @@ BAD = {
 }
 
 
-def test_a_good_header_is_taken(tmp_path):
-    (tmp_path / "m.gguf").write_bytes(GOOD)
-    check_gguf(tmp_path / "m.gguf")
+def taken(content: bytes, path: Path) -> bool:
+    path.write_bytes(content)
+    try:
+        check_gguf(path)
+    except ModelError:
+        return False
+    return True
 
 
-@pytest.mark.parametrize("context", [2_097_152, 10_485_760])
+def test_a_good_header_is_taken_and_no_beginning_of_it_is(tmp_path):
+    assert taken(GOOD, tmp_path / "m.gguf")
+    assert not any(taken(GOOD[:size], tmp_path / "m.gguf") for size in range(len(GOOD)))
+
+
+@pytest.mark.parametrize("context", [2_097_152, 10_485_760, LONGEST])
 def test_a_long_context_is_no_damage(context, tmp_path):
-    names = ("llama.context_length", "llama.rope.scaling.original_context_length")
-    entries = [entry(name, 4, struct.pack("<I", context)) for name in names]
-    (tmp_path / "m.gguf").write_bytes(header(*entries))
-    check_gguf(tmp_path / "m.gguf")
+    for name in ("llama.context_length", "llama.rope.scaling.original_context_length"):
+        for size in (context, context + LONGEST):
+            content = header(entry(name, 4, struct.pack("<I", size)))
+            assert taken(content, tmp_path / "m.gguf") is (size <= LONGEST)
 
 
 @pytest.mark.parametrize("name", BAD)

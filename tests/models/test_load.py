@@ -532,7 +532,9 @@ def test_pickled_weights_beside_tensors_of_something_else_are_not_read(folder):
 
 def test_of_two_kinds_of_weights_the_pickled_ones_are_left_alone(folder):
     (folder / "pytorch_model.bin").write_bytes(b"no pickle at all")
-    load_model(str(folder))
+    found = load_model(str(folder)).model.state_dict()
+    for name, weight in load_file(folder / "model.safetensors").items():
+        assert torch.equal(found[name], weight)
 
 
 def test_code_that_a_model_brings_is_not_run(folder, monkeypatch):

@@ -150,7 +150,7 @@ def test_what_needs_no_model_loads_none(tiny, ledger, monkeypatch):
     monkeypatch.setattr("malmend.workbench.load_model", None)
     malmend.ledger.revoke(ledger, ["f1"])
     malmend.ledger.rollback(ledger, 1)
-    malmend.ledger.patch(ledger)
+    assert malmend.ledger.patch(ledger).provenance["facts"] == len(holding(ledger)) == 6
 
 
 def test_sums_are_built_anew_before_more_is_taken_off_than_is_left(tiny, ledger):
