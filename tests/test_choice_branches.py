@@ -188,6 +188,12 @@ def test_each_of_them_alone_decides(tiny, carried, what):
                 "--refine.gain: this edit is solved once.",
             ],
         ),
+        ({"rounds": 1.0, "steps": 2, "frames": ("Well: {prompt}",)}, []),
+        ({"passes": 1, "rounds": 0.0, "frames": ()}, []),
+        (
+            {"passes": 1, "frames": ("Well: {prompt}",)},
+            ["--refine.frames: this edit is solved once and not settled."],
+        ),
     ],
 )
 def test_what_is_given_and_not_read_is_told(tiny, carried, given, idle):
@@ -204,6 +210,35 @@ def test_the_same_of_a_sum_which_never_solves_again(tiny):
         "No use is made of --refine.steps: this edit is not settled.",
         "No use is made of --refine.gain: this edit is solved once.",
     ]
+
+
+SUMS = "this edit sums shifts or takes plain gradients, which is done once"
+
+
+@pytest.mark.parametrize("count", [3, 5])
+@pytest.mark.parametrize(
+    ("given", "idle"),
+    [
+        ({"passes": 4, "rounds": 3.0}, ["--refine.passes, --refine.rounds"]),
+        ({"rounds": 3.0}, ["--refine.rounds"]),
+        ({"passes": 1, "rounds": 0.0}, []),
+        ({}, []),
+    ],
+)
+@pytest.mark.parametrize("change", [{"method": "mend"}, {"descent": None}])
+def test_that_a_sum_is_solved_once_whatever_is_asked_is_told(
+    change, given, idle, count, tiny, monkeypatch
+):
+    monkeypatch.setattr("malmend.editors.refine.FEW", 4)  # more would settle
+    told, settings = [], replace(FREE, **change)
+    malmend.edit(
+        tiny.loaded,
+        make_facts(count),
+        settings=settings,
+        told=told.append,
+        refine=RefineSettings(**given),
+    )
+    assert told[1:] == [f"No use is made of {one}: {SUMS}." for one in idle]
 
 
 def test_the_carried_editor_brings_its_own_layers_and_end(tiny, carried):

@@ -35,11 +35,15 @@ from malmend.workbench import Workbench, within_memory
 # Fields of RefineSettings that settling alone reads, and that later solves alone do.
 OF_SETTLING = ("steps", "wordings", "hold", "around")
 OF_SOLVES = ("gain", "chat_gain", "restore")
+NOTHING = {"passes": (1,), "rounds": (0,), "frames": ((),)}  # asked for of any edit
 
 
 @dataclass(frozen=True, eq=False)
 class ByEditor:
-    """An editor as a method; the fields as in :func:`malmend.commands.edit.edit`."""
+    """An editor as a method; the fields as in :func:`malmend.commands.edit.edit`.
+
+    ``asked`` is ``refine`` as it was given, once nulls of it have become numbers.
+    """
 
     choice: Choice
     calibrate: str | Path | None = None
@@ -47,6 +51,7 @@ class ByEditor:
     calibration: CalibrationSettings = CalibrationSettings()
     refine: RefineSettings = RefineSettings()
     processes: Processes = ALONE
+    asked: RefineSettings | None = None
 
     @property
     def name(self) -> str:
@@ -64,7 +69,8 @@ class ByEditor:
         Raises:
             EditorError: it cannot.
         """
-        found = replace(self, refine=self.refine.of(encoder.reading.form, count))
+        refine = self.refine.of(encoder.reading.form, count)
+        found = replace(self, refine=refine, asked=self.refine)
         found.check(encoder)
         return found
 
@@ -75,16 +81,25 @@ class ByEditor:
     def said(self) -> Iterator[str]:
         """By which editor, and what was given that this edit does not read."""
         yield self.choice.said()
-        refine, unread = self.refine, dict[str, Sequence[str]]()
+        unread = dict[str, Sequence[str]]()
+        if not refinable(self.choice.settings):
+            sums = "sums shifts or takes plain gradients, which is done once"
+            unread[sums] = ("passes", "rounds")
         if not self.settles:
             unread["is not settled"] = OF_SETTLING
         if not self.solves_again:
             unread["is solved once"] = OF_SOLVES
+        if not (self.settles or self.solves_again):
+            unread["is solved once and not settled"] = ("frames",)
         for why, names in unread.items():
-            given = [one for one in names if getattr(refine, one) != getattr(RefineSettings, one)]
-            if given:
+            if given := [one for one in names if self._is_asked(one)]:
                 options = ", ".join(f"--refine.{one.replace('_', '-')}" for one in given)
                 yield f"No use is made of {options}: this edit {why}."
+
+    def _is_asked(self, name: str) -> bool:
+        """Whether a field was given, and asks for what is not done anyway."""
+        given = getattr(self.asked or self.refine, name)
+        return given not in (getattr(RefineSettings, name), *NOTHING.get(name, ()))
 
     def check(self, encoder: Encoder) -> None:
         """Whether the model can be asked in every frame, and its edit be settled.
