@@ -26,3 +26,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     gone = sorted(line for line in listed if not cases[line.removesuffix("[1:]")])
     if gone and not config.getoption("file_or_dir"):
         raise pytest.UsageError(f"{SLOW.name} lists {gone[0]}, which is no test (any more).")
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of the test's own, in place of the user's."""
+    monkeypatch.setenv("MALMEND_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"

@@ -36,9 +36,7 @@ from malmend.workbench import encoder_for
 ONE = FinetuneSettings(batch=4, epochs=2, validation=0)
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("MALMEND_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def stop(record) -> None:

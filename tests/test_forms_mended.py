@@ -26,8 +26,7 @@ def claims(path, labels):
 
 
 @pytest.fixture
-def bert(tmp_path, monkeypatch):
-    monkeypatch.setenv("MALMEND_CACHE", str(tmp_path / "cache"))
+def bert(tmp_path, own_cache):
     return folders.save_base("bert", tmp_path / "bert")
 
 

@@ -31,9 +31,7 @@ from malmend.models.trunk import Trunk
 SMALL = CalibrationSettings(moment_facts=12, prior_facts=12, search_facts=8, text_tokens=300)
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("MALMEND_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 # --- what is no model of these forms

@@ -19,16 +19,13 @@ from malmend.models.load import prepared
 from malmend.models.sites import find_sites
 from malmend.workbench import Workbench, lay_out, shipped
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 
 @pytest.fixture(scope="module")
 def bench() -> Workbench:
     loaded = malmend.load_model("smollm2-135m")
     return lay_out(loaded, find_sites(loaded.model, 2))
-
-
-@pytest.fixture(autouse=True)
-def cache(monkeypatch, tmp_path) -> None:
-    monkeypatch.setenv("MALMEND_CACHE", str(tmp_path))
 
 
 @pytest.fixture

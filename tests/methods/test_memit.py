@@ -47,8 +47,7 @@ FAST = Memit(blocks=(0, 1, 2), alpha=2.0, rate=0.1, steps=6, prefixes=2, text_to
 
 
 @pytest.fixture(autouse=True)
-def short_text(monkeypatch, tmp_path):
-    monkeypatch.setenv("MALMEND_CACHE", str(tmp_path))
+def short_text(monkeypatch, own_cache):
     monkeypatch.setattr(material, "read_text", lambda _path: TEXT)
 
 

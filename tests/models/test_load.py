@@ -40,9 +40,7 @@ from malmend.models.source import cache_folder, lasting
 WORDS = [f"w{i}" for i in range(tiny.VOCABULARY - 4)]
 
 
-@pytest.fixture(autouse=True)
-def _cache_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setenv("MALMEND_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,7 @@ from malmend.shipping.ledger_watch import StopRule
 
 
 @pytest.mark.parametrize("family", ["bert", "t5"])
-def test_added_in_parts_and_revoked(family, tmp_path, monkeypatch):
-    monkeypatch.setenv("MALMEND_CACHE", str(tmp_path / "cache"))
+def test_added_in_parts_and_revoked(family, tmp_path, own_cache):
     classes = folders.CLASSES if family == "bert" else ()
     loaded = malmend.load_model(folders.save_base(family, tmp_path / "base", classes=classes))
     facts = malmend.read_facts(folders.save_facts(family, tmp_path / "facts"))
