@@ -1,9 +1,10 @@
-"""Editors away from their start, on tiny models, and random facts to edit."""
+"""Editors away from their start, on tiny models, random facts to edit, and processes as threads."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from malmend.models.capture import Captured, capture
 from malmend.models.sites import find_sites
 from malmend.models.trunk import Trunk, TrunkSettings
 from malmend.numerics.moments import RunningMoments
+from malmend.processes import Processes
 
 # Threads of a busy machine wait for one another; these matrices are too small to share.
 torch.set_num_threads(1)
@@ -168,3 +170,37 @@ def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def same(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
     """Bit for bit."""
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+class Pair(Processes):
+    """One of two processes, as threads that meet in every sum."""
+
+    def __init__(self, rank: int, meeting: Meeting):
+        super().__init__(rank, 2)
+        object.__setattr__(self, "meeting", meeting)
+
+    def summed(self, tensor):
+        return self.meeting.sum(self.rank, tensor)
+
+
+class Meeting:
+    """Where the two add what they have."""
+
+    def __init__(self):
+        self.barrier, self.parts = threading.Barrier(2, timeout=60), {}
+
+    def sum(self, rank, tensor):
+        self.parts[rank] = tensor.detach().clone()
+        self.barrier.wait()
+        whole = self.parts[0] + self.parts[1]
+        self.barrier.wait()
+        return whole
+
+
+def together(run: Callable[[int], None]) -> None:
+    """Runs both."""
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()

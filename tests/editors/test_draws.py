@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from itertools import islice
 
 import pytest
 import torch
+from support import Meeting, Pair, together
 
 from malmend.editors import draws
 from malmend.editors.draws import Readings, in_turns, lines_for, steps_for
@@ -141,37 +141,6 @@ def test_what_is_drawn_weighs_seven_together_however_many_ways_a_fact_has():
     asked = ways(8, 1.0, 1.0)
     del asked[3][1:]  # which then weighs half of what the others do
     assert Readings(asked, Processes(), 9).weight == pytest.approx(7 / 15)
-
-
-class Pair(Processes):
-    """One of two processes, as threads that meet in every sum."""
-
-    def __init__(self, rank: int, meeting: Meeting):
-        super().__init__(rank, 2)
-        object.__setattr__(self, "meeting", meeting)
-
-    def summed(self, tensor):
-        return self.meeting.sum(self.rank, tensor)
-
-
-class Meeting:
-    def __init__(self):
-        self.barrier, self.parts = threading.Barrier(2, timeout=60), {}
-
-    def sum(self, rank, tensor):
-        self.parts[rank] = tensor.detach().clone()
-        self.barrier.wait()
-        whole = self.parts[0] + self.parts[1]
-        self.barrier.wait()
-        return whole
-
-
-def together(run) -> None:
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
-    for one in threads:
-        one.start()
-    for one in threads:
-        one.join()
 
 
 def test_processes_read_what_one_reads(at_once):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import tiny_model
-from test_draws import Meeting, Pair, together
+from support import Meeting, Pair, tiny_model, together
 from test_settle import ROWS, Case
 
 from malmend.editors import draws

@@ -9,8 +9,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support import captured_of, random_editor, statistics_of, tiny_model, tiny_trunk
-from test_draws import Meeting, Pair, together
+from support import (
+    Meeting,
+    Pair,
+    captured_of,
+    random_editor,
+    statistics_of,
+    tiny_model,
+    tiny_trunk,
+    together,
+)
 from test_refine import FACTS, OTHERS, QUESTIONS, SETTINGS, edited, nll
 from test_restore import held_questions, kl_of
 from torch.func import functional_call
