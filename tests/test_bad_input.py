@@ -403,12 +403,16 @@ CASES: dict[str, tuple[Callable[[Place], Arguments], str]] = {
     "missing YAML": (lambda p: p.train("--config", p.folder / "no.yaml"), "no.yaml"),
     "binary YAML": (
         lambda p: p.train("--config", p.file("c.yaml", b"\x00\xff\xfe" * 9)),
-        "--config file is not UTF-8 text",
+        "c.yaml is not UTF-8 text",
     ),
     "a folder for YAML": (lambda p: p.train("--config", p.folder), "--config file cannot be read"),
     "broken YAML": (
         lambda p: p.train("--config", p.file("c.yaml", "steps: [")),
-        "--config file cannot be read (while parsing a flow",
+        "c.yaml:1:9: is no YAML: expected the node content",
+    ),
+    "a name twice in YAML": (
+        lambda p: p.train("--config", p.file("c.yaml", "seed: 1\nnetwork: {rank: 3,\n rank: 4}")),
+        "c.yaml:3: the field 'rank' is there twice, first on line 2",
     ),
     "unknown key in YAML": (
         lambda p: p.train("--config", p.file("c.yaml", "stepps: 3")),

@@ -96,4 +96,5 @@ def bad_value(text: str, spelt: Callable[[str], str]) -> str | None:
     given = found[3].rstrip(".")[:MOST_SHOWN]
     near = nearest(given, re.findall(r"'(.*?)'", "".join(choices for _, choices in kinds)))
     close = near and f" ({near.removeprefix('; ')})"
-    return f"{spelt(found[1])} is {given!r}{close}, expected {' or '.join(wanted)}"
+    shown = given if re.fullmatch(r"[-+]?\d+(\.\d*)?(e[-+]?\d+)?", given) else repr(given)
+    return f"{spelt(found[1])} is {shown}{close}, expected {' or '.join(wanted)}"

@@ -7,6 +7,7 @@ nested settings put together, and its errors in plain words.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, NoReturn, get_args
@@ -156,6 +157,13 @@ def parse(parser: Any, arguments: list[str]) -> dict[str, Any]:
         switch = one.startswith("--") and isinstance(defaults.get(one[2:]), bool)
         if switch and following.lower() not in ("true", "false"):
             spelt[index] = f"{one}=true"
+    if "config" in defaults:
+        from malmend.yaml_file import read_yaml
+
+        for one, following in zip(spelt, [*spelt[1:], ""], strict=True):
+            name, _, value = one.partition("=")
+            if name == "--config" and os.path.isfile(value or following):
+                read_yaml(value or following)  # which refuses what the parser would let pass
     try:
         given = parser.parse_args(spelt).as_dict()
     except UnicodeDecodeError as error:

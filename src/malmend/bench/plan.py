@@ -24,16 +24,26 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
-import yaml
-
-from malmend.bench.way import made, way_of
+from malmend.bench.way import way_of
 from malmend.errors import MalmendError, nearest
+from malmend.facts.entry import short
+from malmend.given import faults as type_faults
+from malmend.yaml_file import At, read_yaml
 
 Protocol = Literal["together", "alone"]
+EXPECTED = {
+    "models": "a list of models' names, folders or GGUF files",
+    "facts": "a facts file",
+    "methods": "methods by name, each with its settings, or a list of names, each once",
+    "sizes": "a list of numbers of facts",
+    "seeds": "a list of whole numbers",
+    "protocols": "a list of 'together' and 'alone'",
+}
+LEAST = {"sizes": 1, "decode": 0}
 
 
 @dataclass(frozen=True)
@@ -67,15 +77,8 @@ class Plan:
     text: str = "none"
 
     def __post_init__(self) -> None:
-        for name in ("models", "methods", "sizes", "seeds", "protocols"):
-            if not getattr(self, name):
-                raise MalmendError(f"The plan's {name} are empty, expected at least one.")
-        if min(self.sizes) < 1:
-            raise MalmendError(f"The plan's sizes hold {min(self.sizes)}, expected 1 or more.")
-        if self.decode < 0:
-            raise MalmendError(f"The plan's decode is {self.decode}, expected 0 or more.")
-        for name, given in self.methods.items():
-            way_of(name, given)
+        if faults := [what for _, what in _faults(vars(self))]:
+            raise MalmendError("\n".join(["The plan cannot be used:", *faults]))
 
     def cells(self) -> Iterator[Cell]:
         """Every cell, small ones first, so that all methods are soon seen."""
@@ -111,36 +114,95 @@ def read_plan(path: str | Path) -> Plan:
     """Reads a plan.
 
     Raises:
-        MalmendError: no such file, no YAML, or a field that is missing, unknown or of another kind.
+        MalmendError: no such file, no YAML, or with every field that is missing, unknown, empty or
+            of another kind.
     """
     path = Path(path)
     try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        given, lines = read_yaml(path)
     except OSError as error:
         raise MalmendError(f"There is no plan {path} to be read; give a YAML file.") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        said = " ".join(str(error).split())
-        raise MalmendError(f"The plan {path} is no YAML ({said[:300]}).") from error
     if not isinstance(given, dict):
         raise MalmendError(f"The plan {path} holds no fields, expected models, facts and methods.")
-    valid = [one.name for one in fields(Plan)]
-    for key in given:
-        if key not in valid:
-            raise MalmendError(
-                f"The plan {path} has a field {key!r}{nearest(str(key), valid) or '.'} "
-                f"Expected {', '.join(valid)}."
-            )
-    return _checked(path, given)
-
-
-def _checked(path: Path, given: dict[str, Any]) -> Plan:
-    """The plan with every field of its kind, by jsonargparse."""
-    methods = given.get("methods")
-    if isinstance(methods, list):  # names alone
+    given = {str(name): value for name, value in given.items()}
+    if isinstance(methods := given.get("methods"), dict):  # "malmen:" without settings is None
+        given["methods"] = {str(k): {} if v is None else v for k, v in methods.items()}
+    elif isinstance(methods, list) and len(set(map(str, methods))) == len(methods):  # names alone
         given["methods"] = {str(name): {} for name in methods}
-    if isinstance(given.get("methods"), dict):  # "malmen:" without settings is None
-        given["methods"] = {str(k): {} if v is None else v for k, v in given["methods"].items()}
-    if empty := [str(key) for key, value in given.items() if value is None]:
-        raise MalmendError(f"The plan {path} cannot be used: {', '.join(empty)} is left empty.")
-    plan: Plan = made(Plan, given, f"The plan {path} cannot be used")
-    return plan
+    if faults := list(_faults(given)):
+        found = [(lines.get(at) or lines.get(at[:1], 0), what) for at, what in faults]
+        said = [
+            f"{path}:{line}: {what}" if line else f"{path}: {what}"
+            for line, what in sorted(found, key=lambda one: one[0])
+        ]
+        count = "1 fault" if len(said) == 1 else f"{len(said)} faults"
+        raise MalmendError("\n".join([f"The plan {path} cannot be used: {count}", *said]))
+    values: dict[str, Any] = {
+        name: tuple(one) if isinstance(one, list) else one for name, one in given.items()
+    }
+    return Plan(**values)
+
+
+def _faults(given: Mapping[str, Any]) -> Iterator[tuple[At, str]]:
+    """Everything that is wrong with a plan's fields, and where."""
+    hints = get_type_hints(Plan)
+    for name in (one for one in given if one not in hints):
+        hint = nearest(name, hints) or f"; expected {', '.join(hints)}"
+        yield (name,), f"unknown field {name!r}{hint}"
+    for name, hint in hints.items():
+        value = given.get(name)
+        if name not in given and name in ("models", "facts", "methods"):
+            yield (name,), f"{name} is missing, expected {EXPECTED[name]}"
+        elif name in given and value is None:
+            yield (name,), f"{name} is left empty; give a value, or leave the field out"
+        elif name in given and name == "methods":
+            yield from _method_faults(value)
+        elif name in given and get_origin(hint) is tuple:
+            yield from _list_faults(name, value, get_args(hint)[0])
+        elif name in given:
+            yield from (((name,), what) for what in _kind(name, value, hint))
+
+
+def _list_faults(name: str, values: object, hint: Any) -> Iterator[tuple[At, str]]:
+    if not isinstance(values, list | tuple) or not values:
+        said = short(values) if values else "empty"
+        yield (name,), f"{name} is {said}, expected {EXPECTED[name]}"
+        return
+    for index, value in enumerate(values):
+        wrong = _kind(f"{name}[{index + 1}]", value, hint)
+        yield from (((name, index), what) for what in wrong)
+
+
+def _kind(name: str, value: object, hint: Any) -> Iterator[str]:
+    """What is wrong with one value, in words."""
+    least = LEAST.get(name.partition("[")[0])
+    wrong = type_faults({name: value}, {name: hint})
+    if not wrong and least is not None and cast(int, value) < least:
+        wrong = [f"{name} is {value}, expected a whole number"]
+    yield from (what if least is None else f"{what} of at least {least}" for what in wrong)
+
+
+def _method_faults(methods: object) -> Iterator[tuple[At, str]]:
+    if not isinstance(methods, Mapping) or not methods:
+        said = short(methods) if methods else "empty"
+        yield ("methods",), f"methods is {said}, expected {EXPECTED['methods']}"
+        return
+    for name, given in methods.items():
+        while (refusal := _refused(name, given)) is not None:
+            # The setting without which that is not said is wrong; what else is, is seen without it.
+            known = given if isinstance(given, Mapping) else {}
+            rests = {key: {k: v for k, v in given.items() if k != key} for key in known}
+            wrong = next((key for key in rests if _refused(name, rests[key]) != refusal), None)
+            yield ("methods", name, *([] if wrong is None else [str(wrong)])), refusal
+            if wrong is None or wrong in ("method", "class", "editor") or not rests[wrong]:
+                break
+            given = rests[wrong]
+
+
+def _refused(name: str, given: Any) -> str | None:
+    """Why a method cannot be made."""
+    try:
+        way_of(name, given)
+    except MalmendError as error:
+        return str(error)
+    return None

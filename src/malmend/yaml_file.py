@@ -1,0 +1,68 @@
+"""A YAML file: its values, and where they stand; refused where it names a thing twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from malmend.errors import MalmendError
+
+At = tuple[str | int, ...]  # where in a file, by names and places: ("sizes", 0)
+Lines = dict[At, int]
+
+
+def read_yaml(path: str | Path) -> tuple[Any, Lines]:
+    """The values of a file, and the lines on which they stand.
+
+    Raises:
+        MalmendError: it is no UTF-8, no YAML, or a name is in one mapping twice.
+        OSError: it cannot be read.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        what = f"is not UTF-8 text ({error.reason} at {error.start}); save it as UTF-8"
+        raise MalmendError(f"{path} {what}.") from error
+    try:
+        made = yaml.SafeLoader(text)
+        root = made.get_single_node()
+        lines: Lines = {}
+        twice = list(_walk(root, (), lines, set())) if root else []
+        value = made.construct_document(root) if root and not twice else None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
+        raise MalmendError(f"{place}: is no YAML: {error.problem or error.context}.") from error
+    except yaml.reader.ReaderError as error:
+        before = text[: error.position]
+        place = f"{path}:{before.count(chr(10)) + 1}:{len(before) - before.rfind(chr(10))}"
+        raise MalmendError(f"{place}: is no YAML: {error.reason}.") from error
+    except (ValueError, RecursionError) as error:  # of a date, or of what nests too deeply
+        raise MalmendError(f"{path}: is no YAML: {' '.join(str(error).split())[:300]}.") from error
+    if twice:
+        raise MalmendError("\n".join(f"{path}:{one}" for one in twice))
+    return value, lines
+
+
+def _walk(node: yaml.Node, at: At, lines: Lines, seen: set[int]) -> Iterator[str]:
+    """Notes every value's line, and yields what is wrong with a name that is there twice."""
+    lines[at] = node.start_mark.line + 1
+    if id(node) in seen or isinstance(node, yaml.ScalarNode):  # an alias may hold itself
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            yield from _walk(item, (*at, index), lines, seen)
+        return
+    first: dict[str, int] = {}
+    for key, item in node.value:
+        name, line = str(key.value), key.start_mark.line + 1
+        if name in first:
+            what = f"the field {name!r} is there twice, first on line {first[name]}"
+            yield f"{line}: {what}; keep one of the two"
+        first.setdefault(name, line)
+        yield from _walk(item, (*at, name), lines, seen)
+        lines[*at, name] = line
