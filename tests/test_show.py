@@ -109,13 +109,13 @@ def test_the_text_of_perplexity_and_what_leaked_are_named(capsys):
     show_report.report(report(*same))
     plain = capsys.readouterr().out
     assert "perplexity" not in plain
-    assert "also edited" not in plain
+    assert "beside facts" not in plain
     shown = report(*same, perplexity={"unedited": 9.0}, leaks=[f"leak {at} [i]" for at in range(5)])
     show_report.report(replace(shown, about={"model": "tiny", "text": "some [b] text"}))
     said = capsys.readouterr().out
     assert "perplexity: of some [b] text; lower is better" in said
-    assert "5 questions that should stay are also edited" in said
+    assert "5 questions beside facts are edited or answered otherwise too" in said
     assert "leak 2 [i]\n  and 2 more (--json has all)" in said
     assert "leak 3" not in said
     show_report.report(report(*same, leaks=["leak"]))
-    assert "1 question that should stay is also edited" in capsys.readouterr().out
+    assert "1 question beside facts is edited or answered otherwise" in capsys.readouterr().out

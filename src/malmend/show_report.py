@@ -69,13 +69,13 @@ def report(result: Report) -> None:
 
 
 def _leaks(leaks: Sequence[str]) -> None:
-    """A warning where questions that should stay are also edited."""
+    """A warning where questions that should stay, or other wordings, are also edited."""
     if not leaks:
         return
     one = len(leaks) == 1
     OUT.print(
-        f"{len(leaks):,} question{'' if one else 's'} that should stay {'is' if one else 'are'} "
-        "also edited, so what was kept looks worse than it is:"
+        f"{counted(len(leaks), 'question')} beside facts {'is' if one else 'are'} edited or "
+        "answered otherwise too, so figures of them mislead:"
     )
     for leak in leaks[:3]:
         OUT.print(f"  {escape(leak)}", highlight=False)

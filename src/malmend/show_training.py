@@ -39,8 +39,10 @@ def learning(record: Any, steps: int) -> None:
 def trained(result: TrainResult) -> None:
     """Where the editor lies and how the loss went."""
     if result.leaks:
+        verb = "is" if len(result.leaks) == 1 else "are"
         OUT.print(
-            f"{len(result.leaks)} questions that must not move are also edit prompts; the first:"
+            f"{counted(len(result.leaks), 'question')} beside facts {verb} edited or answered "
+            "otherwise too; the first:"
         )
         OUT.print(f"  {escape(result.leaks[0])}")
     first, last = result.records[0], result.records[-1]

@@ -299,12 +299,15 @@ def test_the_page_says_which_text_perplexity_is_of():
 def test_questions_that_are_edited_too_are_warned_of():
     leaks = [f"fact 'f{index}': a question" for index in range(7)]
     said = Read(page(replace(report(), leaks=leaks))).said()
-    assert "7 questions that should stay are also edited." in said
+    assert "7 questions beside facts are edited or answered otherwise too." in said
     assert leaks[4] in said
     assert leaks[5] not in said
     assert "And 2 more; report.json has all." in said
-    assert "1 question that should stay is also edited." in Read(page(report())).said()
-    assert "also edited" not in Read(page(replace(report(), leaks=()))).said()
+    assert (
+        "1 question beside facts is edited or answered otherwise too."
+        in Read(page(report())).said()
+    )
+    assert "beside facts" not in Read(page(replace(report(), leaks=()))).said()
 
 
 def test_every_plot_has_words():

@@ -60,7 +60,7 @@ class TrainResult:
         saved: the editor and what its folder says.
         folder: where it lies.
         records: every step, those of interrupted runs included.
-        leaks: unrelated or neighbouring questions that are also edit prompts.
+        leaks: questions beside facts that are also edited, or answered otherwise elsewhere.
         peak: bytes of anonymous memory that the process held at most, where a budget was given.
     """
 

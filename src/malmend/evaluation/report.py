@@ -27,7 +27,7 @@ class Report:
         rows: the facts with their replies, in order.
         groups: ``relation`` and ``answer_tokens`` to groups of facts by name.
         leaks: a warning for each neighbour or unrelated question that is also edited, and so meant
-            to move.
+            to move, and for each paraphrase that is edited or has another answer elsewhere.
         unseen: a warning for each field with a character that nobody sees and that changes tokens.
     """
 

@@ -52,7 +52,8 @@ def leaks(facts: Sequence[Fact], others: Sequence[Question] = ()) -> list[str]:
 
     Such a question is meant to stay put while the edit is meant to move it, so it spoils training
     and makes locality look worse than it is.  ``others`` are questions that stand beside all facts
-    (``--locality``).  Case is ignored here: a warning costs nothing.
+    (``--locality``).  Case is ignored here: a warning costs nothing.  Then one per paraphrase that
+    is no other wording of its fact alone (:func:`wordings`).
     """
     edited: dict[str, tuple[str, Fact]] = {}
     for fact in facts:
@@ -74,7 +75,35 @@ def leaks(facts: Sequence[Fact], others: Sequence[Question] = ()) -> list[str]:
                 f"{where} question {question.prompt!r} is the {role} of {owner}, "
                 "so it is meant to move; use another question"
             )
-    return warnings
+    return warnings + [f"fact {fact.id!r}: {what}" for fact, what in wordings(facts)]
+
+
+def wordings(facts: Sequence[Fact]) -> Iterator[tuple[Fact, str]]:
+    """Every paraphrase that an edit asks for itself, or that has another answer elsewhere.
+
+    What it scores is not whether the fact is known in other words.  Prompts are the same where
+    those of two facts would be.
+    """
+    edited = {same_prompt(fact.prompt): fact for fact in facts}
+    first: dict[str, Fact] = {}
+    for fact in facts:
+        seen: set[str] = set()
+        for text in fact.paraphrases:
+            prompt = same_prompt(text)
+            other = edited.get(prompt) or first.setdefault(prompt, fact)
+            answers = f"whose answer is {short(other.answer)}, not {short(fact.answer)}"
+            agrees = other.answer.strip() == fact.answer.strip()
+            what = None
+            if prompt in seen:
+                what = "is there twice"
+            elif prompt in edited:
+                owner = "its own fact" if other is fact else f"fact {other.id!r}"
+                what = f"is the edit prompt of {owner}" + ("" if agrees else f", {answers}")
+            elif not agrees:
+                what = f"is also one of fact {other.id!r}, {answers}"
+            seen.add(prompt)
+            if what:
+                yield fact, f"paraphrase {short(text)} {what}; use another, or leave it out"
 
 
 def unseen(facts: Iterable[Fact]) -> list[str]:

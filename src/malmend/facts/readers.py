@@ -35,7 +35,8 @@ def read_facts(path: str | Path, limit: int | None = None, strict: bool = False)
     A later fact with the prompt of an earlier one is skipped and listed in ``FactSet.skipped``.
 
     Raises:
-        FactsError: with every fault of the file; when ``strict``, repeated prompts are faults too.
+        FactsError: with every fault of the file; when ``strict``, repeated prompts are faults too,
+            and paraphrases that are no other wording of their fact alone.
         MalmendError: when ``limit`` is below 1.
     """
     if limit is not None and limit < 1:
@@ -48,7 +49,10 @@ def read_facts(path: str | Path, limit: int | None = None, strict: bool = False)
     kept, skipped = lint.skip_repeats(fact for fact, _ in usable)
     faults += lint.repeated_ids(usable)
     if strict:
-        faults += lint.repeated_prompts(skipped, {entry.number: entry for _, entry in usable})
+        places = {entry.number: entry for _, entry in usable}
+        faults += lint.repeated_prompts(skipped, places)
+        for fact, what in lint.wordings(kept):
+            faults.append((places[fact.line].line, f"{places[fact.line].where}: {what}"))
     if faults:
         _refuse(source, faults)
     return FactSet(source, kept[:limit], skipped)
@@ -58,7 +62,8 @@ def given_facts(facts: Sequence[Fact], limit: int | None = None, strict: bool = 
     """Facts from Python, under the rules of :func:`read_facts` for repeats and the limit.
 
     Raises:
-        FactsError: there are none; when ``strict``, for every repeated prompt.
+        FactsError: there are none; when ``strict``, for every repeated prompt, and every
+            paraphrase that is no other wording of its fact alone.
         MalmendError: when ``limit`` is below 1.
     """
     if limit is not None and limit < 1:
@@ -84,11 +89,13 @@ def given_facts(facts: Sequence[Fact], limit: int | None = None, strict: bool = 
     ]
     if faults:
         _refuse(read.source, faults)
-    if strict and skipped:
+    if strict:
         places = {id(fact): f"{read.source}: fact {fact.id!r}" for fact in read.facts}
         where = [(places[id(one.fact)], places[id(one.earlier)]) for one in skipped]
-        repeats = [lint.repeat(one, *both) for one, both in zip(skipped, where, strict=True)]
-        _refuse(read.source, [(0, one) for one in repeats])
+        found = [lint.repeat(one, *both) for one, both in zip(skipped, where, strict=True)]
+        found += [f"{places[id(fact)]}: {what}" for fact, what in lint.wordings(kept)]
+        if found:
+            _refuse(read.source, [(0, one) for one in found])
     return FactSet(read.source, kept[:limit], (*read.skipped, *skipped))
 
 
