@@ -420,16 +420,36 @@ def test_characters_that_nobody_sees_are_told(tiny, tmp_path, capsys):
     assert f"characters that nobody sees: 1\n    {which}" in capsys.readouterr().out
 
 
-def test_skipped_facts_are_told(tiny, tmp_path, capsys):
+TRAINED = ["--method", "ke", "--ke.steps", 1, "--ke.layers", 1, "--ke.hidden", 2]
+EDITOR = ["--layers", 1, "--steps", 1, "--facts-per-step", 1, "--network.rank", 2]
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("edit", ["--out", "OUT", "--report", "REPORT"]),
+        ("eval", ["--decode-facts", 0, "--text", "none"]),
+        ("finetune", ["--out", "OUT", "--validation", 0, "--epochs", 1]),
+        ("train", ["--out", "OUT", *TRAINED, "--ke.facts_per_step", 1]),
+        ("train", ["--out", "OUT", *EDITOR]),
+    ],
+    ids=["edit", "eval", "finetune", "train ke", "train"],
+)
+def test_skipped_facts_are_told(command, options, tiny, tmp_path, capsys):
+    """Once in each, before the work."""
     facts = tmp_path / "facts.jsonl"
-    line = '{"prompt": "In Ora is", "answer": "%s"}\n'
-    facts.write_text(line % "Chile" + line % "Peru" + line % "Chile")
-    arguments = ["edit", tiny.model, facts, "--out", tmp_path / "patch", *tiny.fast]
-    assert malmend(*arguments) == 0
-    shown = capsys.readouterr().out
-    assert "Skipped 2 facts: 1 duplicate and 1 contradiction " in shown
-    assert "line 2: contradiction of line 1" in shown
-    assert "Edited 1 fact at" in shown
+    row = '{"prompt": "In Ora is", "answer": "%s", "paraphrases": ["Ora is in"]%s}\n'
+    rest = ', "unrelated": [{"prompt": "Lake Ruva is", "answer": "Kalo"}]'
+    facts.write_text("".join(row % (name, rest) for name in ("Chile", "Peru", "Chile")))
+    places = {"OUT": tmp_path / "out", "REPORT": tmp_path / "report"}
+    calibrated = tiny.fast if command == "edit" or options[-1] == 2 else []
+    given = [places.get(one, one) for one in options]
+    assert malmend(command, tiny.model, facts, *given, *calibrated) == 0
+    shown = capsys.readouterr().err.replace(" \n", " ")  # a line that the terminal broke
+    assert shown.count("Skipped 2 facts: 1 duplicate and 1 contradiction of earlier ones") == 1
+    assert ("--strict refuses them" in shown) == (command != "finetune")
+    assert re.search(r"3'?: duplicate of .*1'?\n", shown)
+    assert re.search(r"2'?: contradiction of .*1'?\n", shown)
 
 
 class Reached(Exception):

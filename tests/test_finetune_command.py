@@ -365,7 +365,11 @@ def test_of_one_prompt_in_two_files_the_first_answer_counts(made, tmp_path):
     turned = [claim | {"label": claim["alt"], "alt": claim["label"]} for claim in claims[:3]]
     (tmp_path / "turned").write_text(json.dumps(turned))
     once = finetune(model, facts, tmp_path / "once", ALL)
-    both = finetune(model, [facts, tmp_path / "turned"], tmp_path / "both", ALL)
+    told: list[str] = []
+    files = [facts, tmp_path / "turned"]
+    both = finetune(model, files, tmp_path / "both", ALL, told=told.append)
+    assert "Skipped 3 facts: 0 duplicates and 3 contradictions of earlier ones." in told
+    assert f"  fact '{tmp_path / 'turned'}:1': contradiction of fact '{facts}:1'" in told
     assert rows(both.records) == rows(once.records)
     assert both.questions == len(claims)
 

@@ -13,7 +13,7 @@ from malmend.commands.inspect import Inspection
 from malmend.evaluation.protocols import Group, scores
 from malmend.evaluation.replies import Asked, Replies
 from malmend.evaluation.report import Report
-from malmend.facts.fact import Fact, FactSet, Question, Skipped, subject_hashes
+from malmend.facts.fact import Fact, Question, subject_hashes
 
 
 def replies(*rights: float, edited: bool = False) -> Replies:
@@ -71,11 +71,8 @@ def test_names_of_groups_fold_where_a_word_ends(width, capsys, monkeypatch):
 
 def test_one_fact_is_one(capsys):
     show_report.report(report(replies(1.0), replies(1.0, edited=True)))
-    repeat = Fact("a", "In Ora is", "Lima", line=2)
-    show.skipped(FactSet("facts", (repeat,), (Skipped(repeat, repeat),)))
     shown = capsys.readouterr().out
     assert "1 fact, tiny" in shown
-    assert "Skipped 1 fact: 1 duplicate and 0 contradictions" in shown
     assert "1 facts" not in shown
 
 

@@ -181,7 +181,7 @@ def _eval(arguments: list[str]) -> None:
     parser.add_argument(
         "--patch", type=str, help="a patch or LoRA adapter; without it the model is asked alone"
     )
-    derive(parser, evaluate, {"model", "facts", "patch"})
+    derive(parser, evaluate, {"model", "facts", "patch", "told"})
     parser.add_argument("--json", type=str, help="file to write all figures and answers to")
     given = parse(parser, arguments)
     path = given.pop("json")
@@ -190,7 +190,7 @@ def _eval(arguments: list[str]) -> None:
         if given["report"] is not None:
             check_apart(path, given["report"])
     with show.bars() as bars:
-        result = evaluate(**given, progress=bars)
+        result = evaluate(**given, progress=bars, told=show.status)
     if path is not None:
         result.save(path)
     show_report.report(result)

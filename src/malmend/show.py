@@ -23,7 +23,7 @@ from malmend.commands.inspect import Inspection
 from malmend.editors.draws import READINGS
 from malmend.errors import harmless
 from malmend.evaluation.page import PAGE
-from malmend.facts.fact import FactSet, subject_hash
+from malmend.facts.fact import subject_hash
 
 
 class _Terminal(Console):
@@ -96,7 +96,6 @@ def notes() -> Iterator[None]:
 
 def edited(result: EditResult) -> None:
     """What an edit did."""
-    skipped(result.facts)
     facts = len(result.facts)
     OUT.print(
         f"Edited {counted(facts, 'fact')} at {len(result.patch.factors)} layers in "
@@ -152,23 +151,6 @@ def page(folder: str | Path) -> None:
     OUT.print(
         f"Report: {escape(str(path))} (open it in a browser)", highlight=False, soft_wrap=True
     )
-
-
-def skipped(facts: FactSet) -> None:
-    """Which facts were left out, and why."""
-    if not facts.skipped:
-        return
-    kinds = [one.kind for one in facts.skipped]
-    OUT.print(
-        f"Skipped {counted(len(kinds), 'fact')}: "
-        f"{counted(kinds.count('duplicate'), 'duplicate')} and "
-        f"{counted(kinds.count('contradiction'), 'contradiction')} "
-        "of earlier ones (--strict refuses them)."
-    )
-    for one in facts.skipped[:10]:
-        OUT.print(f"  {one.fact.place}: {one.kind} of {one.earlier.place}", highlight=False)
-    if len(kinds) > 10:
-        OUT.print(f"  and {len(kinds) - 10} more")
 
 
 def asked(result: AskResult) -> None:

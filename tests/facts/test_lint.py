@@ -5,12 +5,13 @@ from dataclasses import replace
 import pytest
 
 from malmend.errors import FactsError
-from malmend.facts.fact import Fact, Question
+from malmend.facts.fact import Fact, Question, Skipped
 from malmend.facts.lint import (
     default_id,
     leaks,
     same_prompt,
     skip_repeats,
+    skipped_said,
     unseen,
     unseen_said,
 )
@@ -147,3 +148,17 @@ def test_of_many_three_are_told():
     said = list(unseen_said([f"line {at}" for at in range(1_004)]))
     assert said[0].startswith("1,004 fields hold characters that nobody sees")
     assert said[1:] == ["  line 0", "  line 1", "  line 2", "  and 1,001 more"]
+
+
+def test_what_was_skipped_is_said_in_lines():
+    here, there = Fact("a", "In Ora is", "Lima", line=1), Fact("b", "In Ora is", " Lima", line=2)
+    assert list(skipped_said(())) == []
+    assert list(skipped_said([Skipped(there, here)])) == [
+        "Skipped 1 fact: 1 duplicate and 0 contradictions of earlier ones (--strict refuses them).",
+        "  line 2: duplicate of line 1",
+    ]
+    other = Skipped(Fact("c", "In Ora is", "Rome"), here)
+    many = list(skipped_said([other] * 12, strict=False))
+    assert many[0] == "Skipped 12 facts: 0 duplicates and 12 contradictions of earlier ones."
+    assert many[1] == "  fact 'c': contradiction of line 1"
+    assert (len(many), many[-1]) == (12, "  and 2 more")

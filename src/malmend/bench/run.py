@@ -22,6 +22,7 @@ from malmend.editors.checkpoint import load_editor
 from malmend.editors.refine import SETTLING, UNSAID
 from malmend.errors import MalmendError
 from malmend.facts.fact import Fact, facts_digest
+from malmend.facts.lint import skipped_said
 from malmend.facts.readers import read_facts, read_text
 from malmend.files import writable_folder
 from malmend.methods.trained import trained_method
@@ -58,14 +59,16 @@ def bench(
         device: models are put on: "cpu", "cuda" or another accelerator that torch finds, one of
             several as "cuda:1", or "auto" for spread over all.
         progress: called with stage and share done.
-        told: called with what the plan will cost, before the work and whenever facts become more.
+        told: called about facts that were skipped, and with what the plan will cost, before the
+            work and whenever facts become more.
         stepped: called with the row of every finished cell.
 
     Raises:
         MalmendError: any bad input, in one sentence.
     """
     plan = plan if isinstance(plan, Plan) else read_plan(plan)
-    facts = list(read_facts(plan.facts))
+    known = read_facts(plan.facts)
+    facts = list(known)
     _check_files(plan)
     device_of(device)
     cells = list(plan.cells())
@@ -80,6 +83,8 @@ def bench(
     results = Results(folder)
     keyed = {_key(cell, facts, plan, results.rows): cell for cell in cells}
     left = {key: cell for key, cell in keyed.items() if key not in results.rows}
+    for line in skipped_said(known.skipped, strict=False):
+        told(line)
     told(cost(list(left.values()), len(keyed), results))
     for place in sorted(
         _elsewhere(device, [results.rows[key] for key in keyed if key not in left])

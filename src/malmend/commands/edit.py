@@ -21,7 +21,7 @@ from malmend.errors import EditorError, MalmendError
 from malmend.evaluation.examiner import Examiner
 from malmend.evaluation.page import PAGE, check_apart, page_folder
 from malmend.facts.fact import Fact, FactSet, facts_digest
-from malmend.facts.lint import unseen, unseen_said
+from malmend.facts.lint import skipped_said, unseen, unseen_said
 from malmend.files import writable
 from malmend.memory import size_of
 from malmend.methods.method import Found, Method, settings_of
@@ -128,8 +128,8 @@ def edit(
         processes: that the facts are spread over, of an editor; the first one writes.
         progress: called with stage and share done.
         told: called with lines about the editor, about what was given and is not read, and about
-            characters that nobody sees, once they are known and before the work, and with the
-            memory's plan.
+            facts that were skipped and characters that nobody sees, once they are known and before
+            the work, and with the memory's plan.
 
     Raises:
         MalmendError: any bad input, in one sentence.
@@ -162,7 +162,7 @@ def edit(
     if isinstance(working, ByEditor):
         working = working.on(loaded)
         lines = working.said()
-    for line in (*lines, *unseen_said(unseen(known))):
+    for line in (*lines, *skipped_said(known.skipped), *unseen_said(unseen(known))):
         told(line)
     bench = lay_out(loaded, working.sites_in(loaded.model), working.end_of_answer, trunk=trunk)
     known = aimed(bench, known, away)

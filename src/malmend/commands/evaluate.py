@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from malmend.evaluation.protocols import groups_of, scores
 from malmend.evaluation.replies import Replies, rows_of
 from malmend.evaluation.report import Report
 from malmend.facts.fact import Fact, FactSet
-from malmend.facts.lint import leaks, unseen
+from malmend.facts.lint import leaks, skipped_said, unseen
 from malmend.facts.readers import read_text
 from malmend.facts.tokens import Encoder
 from malmend.models.device import places_of
@@ -55,6 +55,7 @@ def evaluate(
     dtype: str = "float32",
     device: str = "cpu",
     progress: Progress = silent,
+    told: Callable[[str], None] = lambda line: None,
 ) -> Report:
     """Asks everything about the facts, of the unedited model and, with a patch, of the edited one.
 
@@ -79,6 +80,7 @@ def evaluate(
         device: it is put on: "cpu", "cuda" or another accelerator that torch finds, one of several
             as "cuda:1", or "auto" for spread over all.
         progress: called with stage and share done.
+        told: called about facts that were skipped, before the work.
 
     Raises:
         MalmendError: any bad input, in one sentence.
@@ -93,6 +95,8 @@ def evaluate(
     plain = _plain_text(text, encoder)
     if report is not None:
         page_folder(report, *inputs)
+    for line in skipped_said(known.skipped):
+        told(line)
     loaded = opened(model, dtype, device)
     patch = None if patch is None else based_on(patch, loaded)
     bench = lay_out(loaded, _sites(loaded, patch, force), encoder.end_of_answer, chat, trunk)

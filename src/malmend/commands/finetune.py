@@ -23,7 +23,7 @@ from malmend.editors.resuming import moments_of, state_with
 from malmend.errors import MalmendError
 from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact, FactSet, Question, subject_hash
-from malmend.facts.lint import unseen, unseen_said
+from malmend.facts.lint import skipped_said, unseen, unseen_said
 from malmend.facts.readers import given_facts, read_facts
 from malmend.facts.tokens import Encoder, EndOfAnswer
 from malmend.files import part_of, reason, synced, writable_folder, written_beside
@@ -78,7 +78,7 @@ def finetune(
         progress: called with stage and share done.
         stepped: called after every epoch.
         told: called with a classifier's classes, and how often the facts name each, and about
-            characters that nobody sees, before the work.
+            facts that were skipped and characters that nobody sees, before the work.
 
     Raises:
         MalmendError: any bad input, in one sentence.
@@ -87,7 +87,8 @@ def finetune(
     _check_new(folder)
     files = [facts] if isinstance(facts, str | Path) else list(facts)
     sets = [read_facts(file, limit) for file in files]
-    known = _together(sets)
+    together = _together(sets)
+    known = list(together)
     learned, held = _split(known, settings)
     labels = _labels(known)
 
@@ -105,6 +106,9 @@ def finetune(
         if classes := encoder.reading.classes:  # a misspelt label would be one of them
             told(f"Classes: {', '.join(_counted(classes, labels))}.")
 
+        for one in (*sets, together):
+            for line in skipped_said(one.skipped, strict=False):
+                told(line)
         for line in unseen_said(unseen(known)):
             told(line)
 
@@ -252,11 +256,12 @@ def _counted(classes: Sequence[str], labels: Counter[str]) -> list[str]:
     return [f"{name} ({counts[name.casefold()]:,})" for name in classes]
 
 
-def _together(sets: Sequence[FactSet]) -> list[Fact]:
+def _together(sets: Sequence[FactSet]) -> FactSet:
     """The facts of all files; of one prompt the first answer counts."""
-    known = [fact for one in sets for fact in one]
-    # Files may give the same id to unlike facts.
-    return list(given_facts([replace(fact, id=str(at)) for at, fact in enumerate(known)], None))
+    # Files may give the same id to unlike facts, and have them at the same line.
+    return given_facts(
+        [replace(f, id=f"{one.source}:{f.line}", line=0) for one in sets for f in one]
+    )
 
 
 def _questions(fact: Fact, asked: Asked) -> list[Question]:

@@ -16,6 +16,7 @@ from malmend.commands.training_folder import (
 from malmend.editors.resuming import rounds_otherwise
 from malmend.errors import MalmendError
 from malmend.facts.fact import Fact, Question
+from malmend.facts.lint import skipped_said
 from malmend.facts.readers import given_questions
 from malmend.methods.trained import TRAINED
 from malmend.models.device import places_of
@@ -68,7 +69,7 @@ def learn(
         device: it is put on: "cpu", "cuda" or another accelerator that torch finds, one of several
             as "cuda:1", or "auto" for spread over all.
         stepped: called after every step.
-        told: called with a line about what makes a resumed run's numbers differ.
+        told: called about facts that were skipped, and what makes a resumed run's numbers differ.
 
     Raises:
         MalmendError: any bad input, in one sentence.
@@ -87,6 +88,8 @@ def learn(
         loaded = opened(model, dtype, device)
         sites = settings.sites_in(loaded.model)
         bench = lay_out(loaded, sites, settings.end_of_answer, trunk=trunk)
+        for line in skipped_said(known.skipped):
+            told(line)
         trainer = kind.trainer(settings, bench, list(aimed(bench, known, away)), others)
         if is_begun(folder, method):
             said = trainer.resume(folder)

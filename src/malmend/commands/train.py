@@ -28,7 +28,7 @@ from malmend.editors.training import StepRecord, Trainer, estimate_seconds, rehe
 from malmend.errors import EditorError
 from malmend.facts.encoded import resolved
 from malmend.facts.fact import Fact, FactSet, Question
-from malmend.facts.lint import leaks, unseen, unseen_said
+from malmend.facts.lint import leaks, skipped_said, unseen, unseen_said
 from malmend.facts.readers import given_questions
 from malmend.files import reason
 from malmend.material import calibrated
@@ -120,8 +120,8 @@ def train(
         progress: called with stage and share done, before training starts.
         starting: called with the trainer and the expected seconds, before the first step.
         stepped: called after every step.
-        told: called before the first step, with what the user should know: the memory's plan, and
-            that the run that is gone on with had other threads.
+        told: called before the first step, with what the user should know: the memory's plan, facts
+            that were skipped, and that the run that is gone on with had other threads.
 
     Raises:
         MalmendError: any bad input, in one sentence.
@@ -159,7 +159,7 @@ def train(
             start, bench.trunk, bench.encoder, known, others, training, store, processes
         )
         about = _about(bench, known, others, training)
-        for line in unseen_said(unseen(known)):
+        for line in (*skipped_said(known.skipped), *unseen_said(unseen(known))):
             told(line)
         records = _resumed(trainer, folder, about, told)
         if processes.count > 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from malmend.facts.entry import EXPECTED, Entry, Faults, short
@@ -45,6 +46,29 @@ def skip_repeats(facts: Iterable[Fact]) -> tuple[tuple[Fact, ...], tuple[Skipped
         else:
             first[prompt] = fact
     return tuple(first.values()), tuple(skipped)
+
+
+def skipped_said(skipped: Sequence[Skipped], strict: bool = True) -> Iterator[str]:
+    """Which facts were left out, and why, as lines for a person: how many, and the first ten.
+
+    ``strict`` says whether the command has an option that refuses them.
+    """
+    if not skipped:
+        return
+    kinds = Counter(one.kind for one in skipped)
+    words = [
+        f"{number:,} {what}{'' if number == 1 else 's'}"
+        for number, what in (
+            (len(skipped), "fact"),
+            (kinds["duplicate"], "duplicate"),
+            (kinds["contradiction"], "contradiction"),
+        )
+    ]
+    hint = " (--strict refuses them)" if strict else ""
+    yield f"Skipped {words[0]}: {words[1]} and {words[2]} of earlier ones{hint}."
+    yield from (f"  {one.fact.place}: {one.kind} of {one.earlier.place}" for one in skipped[:10])
+    if len(skipped) > 10:
+        yield f"  and {len(skipped) - 10:,} more"
 
 
 def leaks(facts: Sequence[Fact], others: Sequence[Question] = ()) -> list[str]:
