@@ -286,7 +286,7 @@ def test_utf16(save):
         ("[", "facts:1: entry 1: is not valid JSON (Expecting value, column 2); correct the list"),
         ("[]\n[]", "facts:2: text follows the list; give one list per file"),
         ("[]", "facts: holds an empty list; give JSON Lines with 'prompt' and 'answer', a MEND"),
-        ("[17]", "facts:1: entry 1: is the number 17, not a JSON object; give JSON Lines with "),
+        ("[17]", "facts:1: entry 1: is the number 17, not a JSON object; give an object with "),
         ("[" * 100_000, "facts:1: entry 1: is JSON nested too deeply; correct the list there"),
         ("[\n\n" + "[" * 100_000, "facts:3: entry 1: is JSON nested too deeply; correct the list"),
         ('{"prompt": ' + "[" * 100_000, "facts:1: is JSON nested too deeply; give one whole JSON"),
@@ -294,7 +294,7 @@ def test_utf16(save):
         ("[" + "9" * 9999 + "]", "facts:1: entry 1: holds a number with too many digits; "),
         (
             "subject,prompt,answer\nMars,Mars has,two",
-            "facts: is in no format of facts; give JSON L",
+            "facts: looks like CSV; malmend reads JSON and",
         ),
         ('{"text": "a", "label": 1}', "facts:1: the fields ('text', 'label') are of no format of"),
         ("{}", "facts:1: the fields (none) are of no format of facts; give JSON Lines with"),

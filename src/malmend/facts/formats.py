@@ -113,12 +113,20 @@ def own_fact(entry: Entry) -> Fact | None:
 
 def mend_fact(entry: Entry) -> Fact | None:
     """The fact of an object of MEND's zsRE files, or None where it has faults."""
+    _misspelt_of_mend(entry)
     prompt, answer = entry.required("src"), entry.first("answers")
     rephrase, rephrases = entry.optional("rephrase"), entry.strings("rephrases")
     # 'rephrase' is one of 'rephrases' and is the one that published results use: it comes first
     paraphrases = tuple(dict.fromkeys((rephrase, *rephrases) if rephrase else rephrases))
-    question = None if entry.fields.get("loc") is None else mend_question(entry)
+    question = None if entry.fields.get("loc") is None else _loc(entry)
     return _benchmark_fact(entry, prompt, answer, _alt(entry), paraphrases, question)
+
+
+def _misspelt_of_mend(entry: Entry) -> None:
+    """As :func:`_misspelt`; a file has 'rephrase' or 'rephrases', and either is enough."""
+    either = ("rephrase", "rephrases")
+    there = any(name in entry.fields for name in either)
+    _misspelt(entry, [name for name in MEND_FIELDS if not (there and name in either)])
 
 
 def _alt(entry: Entry) -> str | None:
@@ -211,6 +219,11 @@ def own_question(entry: Entry) -> Question | None:
 
 def mend_question(entry: Entry) -> Question | None:
     """The unrelated question of an object of MEND's zsRE files."""
+    _misspelt_of_mend(entry)
+    return _loc(entry)
+
+
+def _loc(entry: Entry) -> Question | None:
     # as it stands: the field's data has no question mark here, and adding one changes the question
     prompt = entry.required("loc")
     answer = None if entry.fields.get("loc_ans") is None else entry.first("loc_ans")

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NoReturn
 
 from malmend.errors import FactsError, MalmendError, nearest
 from malmend.facts import lint
-from malmend.facts.entry import Entry, Faults, broken, described, encodes, once, short
+from malmend.facts.entry import Entry, Faults, encodes, short
 from malmend.facts.fact import Fact, FactSet, Question
 from malmend.facts.formats import CLAIMS, OWN, READERS, likely, telling, told
+from malmend.facts.objects import entries_of, has_objects, is_list, looks_like, wrapped
 from malmend.given import faults_of
 
 RECOGNISED = (
@@ -44,7 +44,7 @@ def read_facts(path: str | Path, limit: int | None = None, strict: bool = False)
     source, (text, faults) = str(path), _read(path)
     entries, kind = _typed_entries(text, source, faults)
     read_fact, _ = READERS[kind]
-    read, in_list = [(read_fact(entry), entry) for entry in entries], _is_list(text)
+    read, in_list = [(read_fact(entry), entry) for entry in entries], is_list(text)
     usable = [(replace(fact, in_list=in_list), one) for fact, one in read if fact is not None]
     kept, skipped = lint.skip_repeats(fact for fact, _ in usable)
     faults += lint.repeated_ids(usable)
@@ -123,7 +123,7 @@ def read_questions(path: str | Path) -> tuple[Question, ...]:
     """
     source, (text, faults) = str(path), _read(path)
     questions: list[Question | None]
-    if not _is_list(text) and not _has_objects(text):
+    if not is_list(text) and not has_objects(text):
         lines = [line.strip() for line in text.split("\n")]
         questions = [Question(line) for line in lines if line]
     else:
@@ -156,11 +156,11 @@ def read_text(path: str | Path) -> str:
 
 def _typed_entries(text: str, source: str, faults: Faults) -> tuple[list[Entry], str]:
     """The entries of the file's format, and the format's name."""
-    if _is_list(text):
-        entries = list(_list_entries(text, source, faults))
-    elif _has_objects(text):
-        entries = list(_line_entries(text, source, faults))
-    else:
+    entries = entries_of(text, source, faults)
+    if not entries and (other := looks_like(text)):
+        what = f"looks like {other}; malmend reads JSON and JSON Lines: {RECOGNISED}"
+        _refuse(source, [(1, f"{source}: {what}")])
+    if not is_list(text) and not has_objects(text):
         _refuse(source, faults or [(1, f"{source}: is in no format of facts; {RECOGNISED}")])
     if not entries:
         _refuse(source, faults or [(1, f"{source}: holds an empty list; {RECOGNISED}")])
@@ -168,8 +168,11 @@ def _typed_entries(text: str, source: str, faults: Faults) -> tuple[list[Entry],
     kind = next((name for name in formats if name), None) or likely(entries)
     if kind is None:
         given = ", ".join(short(name) for name in list(entries[0].fields)[:8]) or "none"
-        what = f"{entries[0].where}: the fields ({given}) are of no format of facts; {RECOGNISED}"
-        _refuse(source, [*faults, (entries[0].line, what)])
+        what = (
+            wrapped(entries[0].fields)
+            or f"the fields ({given}) are of no format of facts; {RECOGNISED}"
+        )
+        _refuse(source, [*faults, (entries[0].line, f"{entries[0].where}: {what}")])
     for entry, own in zip(entries, formats, strict=True):
         if own is not None and own != kind:
             # both of these formats have a 'prompt'
@@ -178,73 +181,6 @@ def _typed_entries(text: str, source: str, faults: Faults) -> tuple[list[Entry],
             what = f"{entry.where}: field {name!r} is of {other}; keep one format per file"
             faults.append((entry.line, what))
     return [e for e, own in zip(entries, formats, strict=True) if own in (None, kind)], kind
-
-
-def _is_list(text: str) -> bool:
-    return text.lstrip(" \t\r\n").startswith("[")
-
-
-def _has_objects(text: str) -> bool:
-    # any line, not the first one: a stray line must not turn a facts file into plain prompts
-    return any(line.lstrip(" \t\r").startswith("{") for line in text.split("\n"))
-
-
-def _line_entries(text: str, source: str, faults: Faults) -> Iterator[Entry]:
-    # only "\n" ends a line: str.splitlines would also cut at U+2028, which JSON strings may hold
-    for number, line in enumerate(text.split("\n"), start=1):
-        where = f"{source}:{number}"
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line, object_pairs_hook=once)
-        except (ValueError, RecursionError) as error:
-            fault = f"{where}: {broken(error)}; give one whole JSON object per line"
-            faults.append((number, fault))
-        else:
-            yield from _object(Entry(where, number, number, {}, faults), value)
-
-
-def _list_entries(text: str, source: str, faults: Faults) -> Iterator[Entry]:
-    # entry by entry, because json.loads on the whole does not tell at which line an entry starts
-    decode = json.JSONDecoder(object_pairs_hook=once).raw_decode
-    position, counted, line, number, mark = _past_space(text, text.index("[") + 1), 0, 1, 0, ","
-    if text.startswith("]", position):
-        position, mark = position + 1, "]"
-    while mark == ",":
-        position = _past_space(text, position)
-        line, counted, number = line + text.count("\n", counted, position), position, number + 1
-        try:
-            value, position = decode(text, position)
-        except (ValueError, RecursionError) as error:
-            at = error.lineno if isinstance(error, json.JSONDecodeError) else line
-            fault = f"{source}:{at}: entry {number}: {broken(error)}; correct the list there"
-            faults.append((at, fault))
-            return
-        where = f"{source}:{line}: entry {number}"
-        yield from _object(Entry(where, line, number, {}, faults), value)
-        position = _past_space(text, position)
-        mark, position = text[position : position + 1], position + 1
-    if mark != "]":
-        line += text.count("\n", counted, position)
-        fault = f"{source}:{line}: is not valid JSON after entry {number}; go on with ',' or ']'"
-        faults.append((line, fault))
-    elif text[position:].strip():
-        line += text.count("\n", counted, _past_space(text, position))
-        faults.append((line, f"{source}:{line}: text follows the list; give one list per file"))
-
-
-def _past_space(text: str, position: int) -> int:
-    found = re.compile(r"[ \t\r\n]*").match(text, position)
-    return found.end() if found else position
-
-
-def _object(place: Entry, value: object) -> Iterator[Entry]:
-    if isinstance(value, dict):
-        place.single(value)
-        yield replace(place, fields=value)
-    else:
-        fault = f"{place.where}: is {described(value)}, not a JSON object; {RECOGNISED}"
-        place.faults.append((place.line, fault))
 
 
 def _read(path: str | Path) -> tuple[str, Faults]:
