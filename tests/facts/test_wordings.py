@@ -7,7 +7,7 @@ from facts_files import MEND, faults_of, lines, own
 
 from malmend.errors import FactsError
 from malmend.facts.fact import Fact
-from malmend.facts.lint import leaks
+from malmend.facts.lint import leaks, unseen
 from malmend.facts.readers import given_facts, read_facts
 
 PALAU = own("The capital of Palau is", "Ngerulmud", id="a")
@@ -61,3 +61,28 @@ def test_in_strict_mode_they_are_faults(save):
 def test_clean_facts_pass_in_strict_mode(save):
     path = save(lines(PALAU | {"paraphrases": ["Palau's capital is"]}, NAURU))
     assert len(read_facts(path, strict=True)) == 2
+
+
+@pytest.mark.parametrize(
+    ("sign", "name"),
+    [
+        ("\u200e", "left-to-right mark"),
+        ("\u200f", "right-to-left mark"),
+        ("\u2028", "line separator"),
+        ("\u2029", "paragraph separator"),
+        ("\u202a", "left-to-right embedding"),
+        ("\u202e", "right-to-left override"),
+        ("\u2064", "invisible plus"),
+        ("\u2066", "left-to-right isolate"),
+        ("\u2069", "pop directional isolate"),
+        ("\u206f", "nominal digit shapes"),
+    ],
+)
+def test_marks_of_direction_and_separators_are_seen_by_nobody_too(sign, name):
+    """They passed without the warning that a zero width space gives."""
+    (warning,) = unseen([Fact("a", f"In{sign} Ora is", "Lima", line=2)])
+    assert warning == f"line 2: field 'prompt': U+{ord(sign):04X}, {name}"
+
+
+def test_blanks_that_are_seen_are_none():
+    assert unseen([Fact("a", "a\u00a0b\u2009c\u202fd\u3000e\tf\ng", "x")]) == []

@@ -11,9 +11,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from malmend.facts.entry import EXPECTED, Entry, Faults, short
 from malmend.facts.fact import Fact, Question, Skipped
 
-# Soft hyphen, zero width space, word joiner and byte order mark; not U+200C and U+200D, which
-# Persian, Hindi and emoji are written with.
-UNSEEN = re.compile("[\u00ad\u200b\u2060\ufeff]")
+# Soft hyphen, zero width space, marks of direction, separators of lines, word joiner with what
+# follows it, and byte order mark; not U+200C and U+200D, which Persian, Hindi and emoji are
+# written with.  Each has a name: U+2065 has none.
+UNSEEN = re.compile("[\u00ad\u200b\u200e\u200f\u2028-\u202e\u2060-\u2064\u2066-\u206f\ufeff]")
 
 
 def same_prompt(prompt: str) -> str:
