@@ -116,7 +116,7 @@ def conflicting(result: ConflictsResult) -> None:
         _say("No two of the patches shift the same layer.")
     for name, found in result.metrics.items():
         asking = result.asked[name]
-        _scores(f"facts of {name}, {of_facts(len(asking.facts), asking.decoded)}", found)
+        _scores(f"{name}, asked {of_facts(len(asking.facts), asking.decoded)}", found)
 
 
 def _column(table: Table, heading: str, left: bool) -> None:

@@ -27,12 +27,12 @@ def test_conflicts_by_the_command_line(tiny, patch, tmp_path, capsys):
     arguments = ["conflicts", tiny.model, patch, other, "--facts", tiny.facts, tiny.calibrate]
     assert malmend(*arguments, "--limit", 3) == 0
     shown = capsys.readouterr().out
-    for word in ("patch and other", "20+3", "facts of patch", "facts of other", "stacked"):
+    for word in ("patch and other", "20+3", "patch, asked of", "other, asked of", "stacked"):
         assert word in shown
     said = " ".join(shown.split())
-    assert "facts of other, of 3 facts, none answered free-running" in said
+    assert "other, asked of 3 facts, none answered free-running" in said
     assert malmend("conflicts", tiny.model, patch, other) == 0
-    assert "facts of" not in capsys.readouterr().out
+    assert "asked of" not in capsys.readouterr().out
 
 
 def test_alone_and_stacked_are_measured_as_eval_measures(tiny, patch, tmp_path):
