@@ -116,3 +116,15 @@ def test_the_text_of_perplexity_and_what_leaked_are_named(capsys):
     assert "leak 3" not in said
     show_report.report(report(*same, leaks=["leak"]))
     assert "1 question beside facts is edited or answered otherwise" in capsys.readouterr().out
+
+
+def test_an_interval_is_shown_inside_the_range_and_explained(capsys):
+    figures = replace(scores(replies(1.0))["NS"], token_ratio=0.125, interval=0.245)
+    same = replies(1.0), replies(1.0, edited=True)
+    shown = replace(report(*same), unedited={"ES": figures}, edited={})
+    show_report.report(shown)
+    said = capsys.readouterr().out
+    assert "12.5% (2.0–49.5)" in said
+    assert "(from–to): a 95% interval" in said
+    show_report.report(replace(shown, unedited={"ES": replace(figures, interval=None)}))
+    assert "95%" not in capsys.readouterr().out

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from malmend.commands.demo import DemoResult
 from malmend.errors import harmless
-from malmend.evaluation.protocols import PROTOCOLS, Group, Scores
+from malmend.evaluation.protocols import PROTOCOLS, Group, Scores, between
 from malmend.evaluation.replies import KINDS
 from malmend.evaluation.report import Report
 from malmend.evaluation.view import QUESTIONS
@@ -64,6 +64,8 @@ def report(result: Report) -> None:
     for metric, meaning in PROTOCOLS.items():
         if metric in shown:
             OUT.print(f"  {metric.replace('_', ' ')}: {meaning}", style="dim", highlight=False)
+    if any(one.interval for model in (result.unedited, result.edited) for one in model.values()):
+        OUT.print("  (from–to): a 95% interval, in percent", style="dim", highlight=False)
     for by, groups in result.groups.items():
         _groups(by.replace("_", " "), groups)
 
@@ -154,8 +156,8 @@ def _lines(before: Scores, after: Scores | None) -> Iterator[tuple[str, list[str
             cells = ["" if value is None else percent(value) for value in values]
         if metric == "token_ratio":
             for index, one in enumerate((before, after)):
-                if one and one.interval:
-                    cells[index] += f" ± {100 * one.interval:.1f}"
+                if one and (ends := between(one.token_ratio, one.interval)):
+                    cells[index] += " ({:.1f}–{:.1f})".format(*(100 * end for end in ends))
         if count:
             cells[1] = f"{cells[1]} ({count})" if cells[1] else count
         yield metric, cells

@@ -358,3 +358,26 @@ def test_a_path_that_is_no_utf8_is_shown_escaped(tmp_path):
     known = report()
     known = replace(known, about={**known.about, "facts_source": "facts\udcff.jsonl"})
     assert r"facts\udcff.jsonl" in write_page(known, tmp_path).read_text(encoding="utf-8")
+
+
+def test_one_is_one_and_an_interval_leaves_no_range():
+    """It once said "1 questions", and "83.3% ± 32.7"."""
+    asked = [
+        pair("ES", 0, 0.0, 1.0, "In Mars is"),
+        pair("NS", 0, 1.0, 0.0, "In Moon is", kl=(1.0,), moved=True, top="Lima"),
+        pair("LS", 0, 1.0, 1.0, "Who?", kl=(0.1,), moved=False, top="I"),
+    ]
+    one = replace(report(), rows=[row("one", asked)], facts=1)
+    one = replace(one, about=one.about | {"skipped": 1, "decoded_facts": 1})
+    said = Read(page(one)).said()
+    assert "1 question; 1 has another top answer than before" in said
+    assert "1 question; 0 have another top answer than before" in said
+    assert "1 repeat skipped" in said
+    assert not re.search(r"\b1 (questions|facts|answers|repeats)\b", said)
+    assert any(
+        "KL of 1 question: " in str(a.get("aria-label")) for a in Read(page(one)).of("figure")
+    )
+    shares = Read(page(report())).said()
+    assert "±" not in shares
+    assert re.search(r"66\.7% \(\d+\.\d–\d+\.\d\)", shares)
+    assert "In brackets is a 95% interval." in shares

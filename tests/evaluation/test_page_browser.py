@@ -116,7 +116,8 @@ def test_each_filter_leaves_exactly_its_facts(opened):
     for key in (*KEPT, "failure"):
         page.filter(key)
         assert page.shown == KEPT[key], key
-        assert page.one("#shown").text == f"{len(KEPT[key])} of 6 facts."
+        some = "" if key == "all" else f"{len(KEPT[key])} of "
+        assert page.one("#shown").text == f"{some}6 facts."
     assert page.chromium.get_log("browser") == []
 
 
@@ -320,3 +321,34 @@ for (const one of document.querySelectorAll("body *")) {
 }
 return [...faint];
 """
+
+
+def rows_of(page: Page, selector: str) -> list[list[dict[str, float]]]:
+    """The boxes of elements, row by row."""
+    boxes = page.js(
+        "return [...document.querySelectorAll(arguments[0])].map((one) => {"
+        "  const box = one.getBoundingClientRect();"
+        "  return {top: box.top, left: box.left, right: box.right}; })",
+        selector,
+    )
+    tops = sorted({box["top"] for box in boxes})
+    return [[box for box in boxes if box["top"] == top] for top in tops]
+
+
+@pytest.mark.parametrize("width", [390, 760, 1200])
+@pytest.mark.parametrize("kinds", [("ES",), ("ES", "GS", "NS"), ("ES", "GS", "NS", "LS")])
+def test_the_tiles_leave_no_gap(opened, width, kinds):
+    """Six stood over two, with an empty place beside them."""
+    page = opened(report(kinds=kinds))
+    page.open(width)
+    rows = rows_of(page, ".tiles li")
+    assert max(map(len, rows)) == (2 if width < 640 else 4 if "LS" in kinds else 3)
+    assert len({round(row[0]["left"]) for row in rows}) == 1
+    assert max(row[-1]["right"] for row in rows) - min(row[-1]["right"] for row in rows) < 1.5
+
+
+def test_all_filters_stand_in_one_row_of_a_wide_screen(opened):
+    """The last one stood alone below."""
+    page = opened(report())
+    assert len(page.all(".filters label")) == 8
+    assert len(rows_of(page, ".filters label")) == 1

@@ -7,16 +7,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean
 
+import numpy as np
 import pytest
 import torch
 from asked_support import CHAT, WORDS, examiner, facts, ids_of, logits_at, model, patch
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 import helpers
 from malmend.errors import MalmendError
 from malmend.evaluation import examiner as examiner_module
 from malmend.evaluation import perplexity as perplexity_module
 from malmend.evaluation.perplexity import perplexity
-from malmend.evaluation.protocols import scores, stayed
+from malmend.evaluation.protocols import between, scores, stayed
 from malmend.evaluation.replies import Asked, Replies, questions_of
 from malmend.facts.fact import Fact, Question
 from malmend.facts.tokens import Encoder
@@ -334,3 +337,24 @@ def test_intervals_cluster_by_fact_and_unrelated_ones_by_question():
     assert len({question for _, question, _ in asked}) < len(asked)
     single = scores(one.examine(facts()[:1], decode_facts=0))
     assert single["ES"].interval is None
+
+
+@given(st.floats(1e-3, 1 - 1e-3), st.floats(1e-3, 10.0))
+@example(0.125, 0.245)  # was shown as "12.5% ± 24.5"
+def test_what_is_shown_of_an_interval_stays_inside(share, interval):
+    """Both ends solve (p - share)^2 = 1.96^2 p (1 - p) / n, n by the standard error."""
+    n = share * (1 - share) / (interval / 1.96) ** 2
+    part = 1.96**2 / n
+    low, high = sorted(np.roots([1 + part, -2 * share - part, share**2]).real)
+    found = between(share, interval)
+    assert found is not None
+    # The root nearest 0 is a difference of numbers near 1 / interval^2: 1e-7 is far above that.
+    assert found == pytest.approx((low, high), abs=1e-7)
+    assert 0 <= found[0] < share < found[1] <= 1
+
+
+@pytest.mark.parametrize(
+    ("share", "interval"), [(None, None), (0.5, None), (0.5, 0.0), (0.0, 0.1), (1.0, 0.1)]
+)
+def test_none_is_shown_where_none_is_known_or_all_are_alike(share, interval):
+    assert between(share, interval) is None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields, replace
 
-from malmend.evaluation.protocols import PROTOCOLS, Group, Scores
+from malmend.evaluation.protocols import PROTOCOLS, Group, Scores, between
 from malmend.evaluation.replies import HELD, KINDS, Kind
 from malmend.evaluation.report import Report
 from malmend.evaluation.view import QUESTIONS, held
@@ -46,8 +46,8 @@ class Line:
     metric: str
     before: float | None
     after: float | None
-    before_interval: float | None = None
-    after_interval: float | None = None
+    before_between: tuple[float, float] | None = None
+    after_between: tuple[float, float] | None = None
     count: str = ""  # the share as a count, where it is not of all questions
 
     @property
@@ -119,8 +119,9 @@ class Spread:
         for low, high, count in zip((0.0, *EDGES), (*EDGES, math.inf), self.bins, strict=True):
             if count:
                 bins.append(f"{count} between {low:.1g} and {high:.1g}")
+        asked = counted(self.questions, "question")
         return (
-            f"KL of {self.questions} questions: median {kl(self.median)}, nine in ten up to "
+            f"KL of {asked}: median {kl(self.median)}, nine in ten up to "
             f"{kl(self.ninth)}, farthest {kl(self.most)}; {', '.join(bins)}."
         )
 
@@ -153,14 +154,15 @@ def lines(report: Report) -> dict[Kind, list[Line]]:
         for metric in (one.name for one in fields(Scores)):
             if metric in ("interval", "questions", "kept_of"):
                 continue
-            values = [getattr(one, metric) if one else None for one in (before, after)]
+            models = (before, after)
+            values = [getattr(one, metric) if one else None for one in models]
             count = after.kept_count if after and metric == "kept" else ""
             if values == [None, None] and not count:
                 continue
             line = Line(kind, metric, values[0], values[1], count=count)
             if metric == "token_ratio":
-                intervals = [one.interval if one else None for one in (before, after)]
-                line = replace(line, before_interval=intervals[0], after_interval=intervals[1])
+                ends = [between(one.token_ratio, one.interval) if one else None for one in models]
+                line = replace(line, before_between=ends[0], after_between=ends[1])
             found.append(line)
         if found:
             out[kind] = found
@@ -250,6 +252,11 @@ def spreads(report: Report) -> list[Spread]:
             )
         )
     return out
+
+
+def counted(number: int, thing: str) -> str:
+    """A number of things: "1 question", "1,024 questions"."""
+    return f"{number:,} {thing}{'s' * (number != 1)}"
 
 
 def percent(value: float | None) -> str:

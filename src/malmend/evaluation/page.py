@@ -103,6 +103,7 @@ def _environment() -> Environment:
         "percent": figures.percent,
         "kl": figures.kl,
         "count": "{:,}".format,
+        "counted": figures.counted,
         "plain": _plain,
         "shortened": _shortened,
     }

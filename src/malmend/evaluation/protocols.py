@@ -164,6 +164,20 @@ def _joined(rows: Iterable[Sequence[Asked]]) -> Replies:
     return Replies([one for row in rows for one in row])
 
 
+def between(share: float | None, interval: float | None) -> tuple[float, float] | None:
+    """A share's 95% interval, which lies inside 0 to 1 where share and interval added need not.
+
+    Wilson's, of as many questions as would have the share's standard error by themselves.  None
+    where no interval is known, or where all are alike.
+    """
+    if share is None or not interval or not 0 < share < 1:
+        return None
+    over = interval**2 / (share * (1 - share))  # 1.96² over n, by the interval of n
+    middle = (share + over / 2) / (1 + over)
+    half = math.sqrt(over * share * (1 - share) + over**2 / 4) / (1 + over)
+    return middle - half, middle + half
+
+
 def _interval(replies: Replies, kind: Kind) -> float | None:
     """1.96 standard errors of the mean token ratio, which is over facts.
 

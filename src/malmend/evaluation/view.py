@@ -23,16 +23,16 @@ QUESTIONS: dict[Kind, tuple[str, str]] = {
 
 # Each filter of the facts: its name and what it keeps.
 FILTERS = {
-    "all": ("All", "Every fact."),
+    "all": ("All", ""),
     "failure": ("Failures", "Wrong under any protocol: the edit prompt or a paraphrase."),
     "edit": ("Edit prompt", "The edit prompt's answer is not right in every token."),
     "paraphrase": ("Paraphrase", "The answer to a paraphrase is not right in every token."),
     "generated": (
-        "Free-running, any wording",
+        "Free-running",
         "The free-running answer to the edit prompt or to a paraphrase is not the gold answer.",
     ),
     "chat": (
-        "In chat, any wording",
+        "In chat",
         "The answer to the edit prompt or to a paraphrase in chat is not the gold answer.",
     ),
     "regression": ("Regressions", "The unedited model had an answer right, the edited one not."),

@@ -182,7 +182,8 @@
     page = Math.min(Math.max(page, 0), pages - 1);
     const part = kept.slice(page * PER_PAGE, (page + 1) * PER_PAGE);
     by("rows").replaceChildren(...part.map(show));
-    by("shown").textContent = `${kept.length.toLocaleString("en")} of ${facts.length.toLocaleString("en")} fact${facts.length === 1 ? "" : "s"}.`;
+    const some = kept.length === facts.length ? "" : `${kept.length.toLocaleString("en")} of `;
+    by("shown").textContent = `${some}${facts.length.toLocaleString("en")} fact${facts.length === 1 ? "" : "s"}.`;
     by("page").textContent = `page ${page + 1} of ${pages}`;
     by("previous").disabled = page === 0;
     by("next").disabled = page === pages - 1;
