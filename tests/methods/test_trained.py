@@ -24,6 +24,8 @@ from malmend.patch import load_patch
 
 tiny = command_support.tiny
 cache = command_support.cache
+# Bits are compared, and activations that another test left were rounded in other batches.
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 QUICK = {
     "enn": {"steps": 3, "layers": 1, "inner_steps": 1, "save_every": 2, "rate": 1e-3},
