@@ -11,8 +11,10 @@ import importlib
 import os
 import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from malmend.errors import MalmendError, Resumable, harmless, is_out_of_memory, nearest
 from malmend.options import (
@@ -45,13 +47,15 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command.  Returns the exit code: 0, 1 (a full disk, say), 2 (bad input) or 130.
+    """Runs one command.  Returns the exit code: 0, 1 (a full disk, say) or 2 (bad input).
 
-    3 is of `ledger verify`, where a fact does not hold.
+    3 is of `ledger verify`, where a fact does not hold; 130 and 143 are of what was interrupted.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    came: list[int] = []
     try:
-        return _run(arguments)
+        with _heard(came):
+            return _run(arguments)
     except MalmendError as error:
         print(f"malmend: {harmless(str(error))}", file=sys.stderr)
         return 2
@@ -74,7 +78,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         resumes = resumes or isinstance(stopped, Resumable)
         hint = " Run the same command again to resume." if resumes else ""
         print(f"\nmalmend: interrupted; nothing half-written was left.{hint}", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return 128 + (came[0] if came else signal.SIGINT)
+
+
+@contextmanager
+def _heard(came: list[int]) -> Iterator[None]:
+    """Inside the block SIGTERM interrupts as Ctrl-C does, and is noted.
+
+    Where it is dealt with already, and of several processes, it is left alone: one that waits for
+    the others hears no signal, and would outlast torchrun, which ends them by this one.
+    """
+    before, here = signal.getsignal(signal.SIGTERM), os.getpid()
+    alone = threading.current_thread() is threading.main_thread() and "WORLD_SIZE" not in os.environ
+    if not alone or before is not signal.SIG_DFL:
+        yield
+        return
+
+    def interrupt(number: int, _frame: object) -> None:
+        if os.getpid() != here:  # a child that was forked meanwhile
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        came.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run(arguments: list[str]) -> int:
@@ -106,7 +137,7 @@ def _run(arguments: list[str]) -> int:
         "ask": _ask,
         "finetune": _elsewhere("training", "finetune"),
         "continuations": _continuations,
-        "bench": _bench,
+        "bench": _elsewhere("bench", "bench"),
         "export": _elsewhere("shipping", "export"),
         "push": _elsewhere("shipping", "push"),
         "diff": _elsewhere("shipping", "diff"),
@@ -222,32 +253,6 @@ def _continuations(arguments: list[str]) -> None:
     parser.add_argument("--out", type=str, required=True, help="path of the facts file to write")
     derive(parser, continuations, {"model", "text", "out"})
     show.continued(continuations(**parse(parser, arguments)))
-
-
-def _bench(arguments: list[str]) -> None:
-    from malmend import show
-    from malmend.bench.run import bench, bench_plot, bench_table
-    from malmend.bench.table import markdown
-
-    if arguments[:1] == ["table"]:
-        parser = parser_of("bench table", "what a bench gave, as Markdown")
-        parser.add_argument("folder", type=str, help="folder that malmend bench wrote")
-        derive(parser, bench_table, {"folder"})
-        show.plain(bench_table(**parse(parser, arguments[1:])))
-        return
-    if arguments[:1] == ["plot"]:
-        parser = parser_of("bench plot", "curves over the number of facts, as figures")
-        parser.add_argument("folder", type=str, help="folder that malmend bench wrote")
-        show.plain("".join(f"{one}\n" for one in bench_plot(**parse(parser, arguments[1:]))))
-        return
-    parser = parser_of("bench", COMMANDS["bench"])
-    parser.add_argument("plan", type=str, help="YAML file; or: table FOLDER, plot FOLDER")
-    parser.add_argument("--out", type=str, required=True, help="folder of results")
-    derive(parser, bench, {"plan", "out", "told", "stepped"})
-    given = parse(parser, arguments)
-    with show.bars() as bars:
-        result = bench(**given, progress=bars, told=show.status, stepped=show.cell)
-    show.plain(markdown(result.rows))
 
 
 def _ledger(arguments: list[str]) -> int:
