@@ -14,6 +14,7 @@ from malmend.evaluation.page import page_folder, write_page
 from malmend.evaluation.report import Report
 from malmend.facts.fact import Fact
 from malmend.facts.readers import read_facts
+from malmend.files import writable_folder
 from malmend.models.device import device_of
 from malmend.models.identity import bits
 from malmend.models.load import load_model, load_tokenizer
@@ -71,7 +72,7 @@ def demo(
         raise MalmendError(f"spoken is {spoken}, expected 0 or more; change --spoken.")
     device_of(device)
     load_tokenizer(model)  # a misspelt name leaves no folder behind
-    folder = page_folder(out)
+    folder = writable_folder(page_folder(out))  # where the patch lies too
     told(f"Loading {model}.")
     loaded = load_model(model, device=device)
     before = bits(loaded.model)

@@ -40,12 +40,17 @@ def write_page(report: Report, folder: str | Path) -> Path:
 def page_folder(folder: str | Path, *inputs: object) -> Path:
     """Checks before long work that a page can be written; ``inputs`` must not be written over.
 
+    A folder that is not there is made with the page.
+
     Raises:
         MalmendError: the folder cannot be made or written into, or an input would be lost.
     """
+    is_new = not Path(folder).exists()
     folder = writable_folder(folder)
     for name in (PAGE, FIGURES):
         writable(folder / name, *inputs)
+    if is_new:
+        folder.rmdir()
     return folder
 
 
