@@ -20,7 +20,7 @@ from malmend.errors import FactsError, MalmendError, ModelError
 from malmend.evaluation.classes import away as away_from_said
 from malmend.facts.alternatives import towards_alternatives
 from malmend.facts.fact import Fact, FactSet
-from malmend.facts.readers import given_facts, read_facts
+from malmend.facts.readers import given_facts, read_facts, read_text
 from malmend.facts.tokens import Encoder, EndOfAnswer
 from malmend.models.budget import MemoryPlan, Work, plan_memory, within
 from malmend.models.device import CPU, SPREAD, places_of
@@ -141,6 +141,20 @@ def checked_facts(
         known = towards_alternatives(known)
     check_encodes(known, encoder)
     return known
+
+
+def check_calibration(
+    encoder: Encoder, facts: str | Path | Sequence[Fact] | None, text: str | Path | None
+) -> None:
+    """Reads what is given to calibrate by, so that what cannot be used is found before the work.
+
+    Raises:
+        FactsError: as :func:`checked_facts`, or there is no such text.
+    """
+    if facts is not None:
+        checked_facts(facts, encoder)
+    if text is not None:
+        read_text(text)
 
 
 def check_encodes(facts: FactSet, encoder: Encoder) -> None:

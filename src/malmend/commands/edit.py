@@ -36,6 +36,7 @@ from malmend.progress import Progress, silent
 from malmend.workbench import (
     Workbench,
     aimed,
+    check_calibration,
     checked_facts,
     encoder_for,
     lay_out,
@@ -151,6 +152,7 @@ def edit(
     working = method or ByEditor(chosen, calibrate, text, calibration, refine, processes)
     encoder = encoder_for(model, working.end_of_answer)
     known = checked_facts(facts, encoder, limit, strict, alternative, away)
+    check_calibration(encoder, calibrate, text)
     processes.check_enough(len(known))
     if isinstance(working, ByEditor):
         working = working.ready(encoder, len(known))

@@ -27,7 +27,15 @@ from malmend.shipping.ledger_entries import Generation, insert_about, insert_gen
 from malmend.shipping.ledger_table import FILE, created, holds_tables
 from malmend.shipping.ledger_watch import StopRule
 from malmend.shipping.sums import sync
-from malmend.workbench import SHIPPED, Workbench, lay_out, opened, shipped
+from malmend.workbench import (
+    SHIPPED,
+    Workbench,
+    check_calibration,
+    encoder_for,
+    lay_out,
+    opened,
+    shipped,
+)
 
 # Why a fact that such a method edits in cannot be taken out again.
 NOT_ADDITIVE = {
@@ -91,6 +99,7 @@ def init(
     own_data = (calibrate, text, calibration) != (None, None, CalibrationSettings())
     chosen = choose(editor, settings, own_data)
     refuse(chosen.settings.method)
+    check_calibration(encoder_for(model, chosen.settings.end_of_answer), calibrate, text)
     loaded = opened(model, dtype, device)
     chosen = chosen.on(loaded)
     refuse(chosen.settings.method)

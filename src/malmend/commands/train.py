@@ -43,6 +43,7 @@ from malmend.progress import Progress, silent
 from malmend.workbench import (
     Workbench,
     aimed,
+    check_calibration,
     checked_facts,
     encoder_for,
     lay_out,
@@ -131,6 +132,7 @@ def train(
     folder = Path(out)
     encoder = encoder_for(model, settings.end_of_answer)
     known = checked_facts(facts, encoder, limit, strict, alternative, away)
+    check_calibration(encoder, calibrate, text)
     others = given_questions(locality)
     check_trainable(known.facts, others, training.facts_per_step, "--facts-per-step")
     check_folder(folder)  # before the model is loaded, but only once the facts are good
