@@ -142,12 +142,22 @@ def writable(path: str | Path, *inputs: object) -> Path:
     if path.exists() and not path.is_file():  # a device, which the rename would replace
         raise MalmendError(f"{path} is no regular file, expected the path of a file to write.")
     place = _followed(path)
-    if not place.parent.is_dir():
-        raise MalmendError(
-            f"There is no folder {place.parent} to write {place.name} into; make it first."
-        )
+    _check_within_folder(place, "to write {} into")
     _check_takes_files(place.parent, path)
     return path
+
+
+def _check_within_folder(path: Path, to_do: str) -> None:
+    """Raises MalmendError unless what is around a path is a folder; ``to_do`` has its place."""
+    for around in path.parents:
+        if around.is_dir():
+            break
+        if around.exists():
+            what = to_do.format(path.relative_to(around))
+            raise MalmendError(f"{around} is a file, expected a folder {what}; give another path.")
+    if not path.parent.is_dir():
+        what = to_do.format(path.name)
+        raise MalmendError(f"There is no folder {path.parent} {what}; make it first.")
 
 
 def _check_takes_files(folder: Path, path: Path) -> None:
@@ -171,10 +181,9 @@ def writable_folder(path: str | Path) -> Path:
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise MalmendError(f"{path} is a file, expected a folder to write into.")
+    _check_within_folder(path, "to make {} in")
     try:
         path.mkdir(exist_ok=True)
-    except FileNotFoundError:
-        raise MalmendError(f"There is no folder {path.parent} to make {path.name} in.") from None
     except OSError as error:
         raise MalmendError(
             f"{path} cannot be made ({reason(error)}); give another path."
@@ -230,8 +239,7 @@ def new_folder(path: str | Path) -> Path:
         what = "holds files already" if path.is_dir() else "is a file"
         raise MalmendError(f"{path} {what}, expected a new folder; give another path.")
     place = _followed(path)
-    if not place.parent.is_dir():
-        raise MalmendError(f"There is no folder {place.parent} to make {place.name} in.")
+    _check_within_folder(place, "to make {} in")
     _check_takes_files(place.parent, path)
     return path
 

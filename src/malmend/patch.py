@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -278,7 +278,7 @@ def _read(place: Path, path: Path) -> Patch:
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise PatchError(
-            f"{path} is no patch or is damaged ({reason(error)}); "
+            f"{path} {_otherwise(place) or f'is no patch or is damaged ({reason(error)})'}; "
             "give a file that `malmend edit` wrote."
         ) from error
     if not isinstance(header, dict):
@@ -291,6 +291,17 @@ def _read(place: Path, path: Path) -> Patch:
     del header["format"]
     check_settings(path, header.get("settings", {}))
     return Patch(_grouped(path, tensors), header)
+
+
+def _otherwise(path: Path) -> str:
+    """What a file that cannot be read as a patch is, where that is plain to see."""
+    with suppress(OSError), open(path, "rb") as file:
+        start = file.read(32)  # of which a patch's first eight are the length of its header
+        if not start:
+            return "is empty and no patch"
+        if not any(byte < 9 for byte in start):
+            return "is a text, as files of facts are, and no patch"
+    return ""
 
 
 def check_settings(path: Path, settings: object) -> None:
