@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Literal, NoReturn, get_args
 
 from malmend.errors import MalmendError, bad_value, nearest
@@ -25,6 +25,21 @@ def parser_of(command: str, what: str) -> Any:
             shown = super()._format_action_invocation(action)
             return re.sub(r"--[\w.]+", lambda found: found[0].replace("_", "-"), shown)
 
+        def _format_usage(self, usage: Any, actions: Any, groups: Any, prefix: Any) -> str:
+            usage = f"{self._prog} {_needed(actions)}[options]"
+            return super()._format_usage(usage, actions, groups, prefix)
+
+        def _expand_help(self, action: Any) -> str:
+            said = re.sub(r"Union\[str, Path(, null)?\]", "path", super()._expand_help(action))
+            said = re.sub(r"(?:Optional\[)?tuple\[(\w+), \.\.\.\]+", r"list of \1", said)
+            # Choices stand before the help; what is null is not given, where no more is said of it.
+            null = (
+                [] if "null" in (action.help or "").lower() else [r" \| null", r", default: null"]
+            )
+            for left_out in (r"(, )?type: Literal\[.*?\]", *null):
+                said = re.sub(left_out, "", said)
+            return said.replace("(, ", "(")
+
     class Parser(ArgumentParser):
         def format_help(self, formatter: Any = None) -> str:
             # Docstrings are read in a terminal here: without roles, quotes and equations' numbers.
@@ -36,17 +51,30 @@ def parser_of(command: str, what: str) -> Any:
             plain = re.sub(r"\s+\((?:equations?\s)?\d\d?(?: (?:and|or) \d\d?)?\)", "", plain)
             return plain.replace("``", "")
 
+        after_switches: dict[str, str]  # what follows switches that stand alone, with their names
+
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             raise MalmendError(_usage_error(command, message, self))
 
-    return Parser(
+    parser = Parser(
         prog=f"malmend {command}",
         description=what,
         formatter_class=Hyphens,
-        usage=f"malmend {command} [options] ...",
         print_config=None,
         allow_abbrev=False,  # --limi would be taken for --limit, and never be mended
     )
+    parser.after_switches = {}
+    return parser
+
+
+def _needed(actions: Iterable[Any]) -> str:
+    """What must be given, as a command line has it, each with a space behind it."""
+    needed = ""
+    for action in actions:
+        if action.required:
+            several = " ..." if action.nargs == "+" else ""
+            needed += f"{' '.join([*action.option_strings, action.dest.upper()])}{several} "
+    return needed
 
 
 def derive(parser: Any, function: Callable[..., Any], skip: set[str]) -> None:
@@ -157,6 +185,7 @@ def parse(parser: Any, arguments: list[str]) -> dict[str, Any]:
         switch = one.startswith("--") and isinstance(defaults.get(one[2:]), bool)
         if switch and following.lower() not in ("true", "false"):
             spelt[index] = f"{one}=true"
+            parser.after_switches[following] = _spelt(one[2:])
     if "config" in defaults:
         from malmend.yaml_file import read_yaml
 
@@ -209,8 +238,13 @@ def _usage_error(command: str, message: str, parser: Any) -> str:
         return f"{name} is {group[2]}, expected its own options, {name}.*, or a YAML file of them."
     wrong = re.search(r"[Uu]nrecognized arguments:\s*(.*)", text)
     if wrong is None:
-        return f"{bad_value(text, _spelt) or text.rstrip('.')}; see malmend {command} --help."
+        said = bad_value(
+            text, lambda name: _spelt(name) if _spelt(name) in options else name.upper()
+        )
+        return f"{said or text.rstrip('.')}; see malmend {command} --help."
     given = wrong[1]
+    if name := parser.after_switches.get(given):
+        return f"{name} is {given!r}, expected true or false, or nothing."
     if not given.startswith("-"):
         return f"malmend {command} takes no further {given!r}; see malmend {command} --help."
     name = re.split(r"[=\s]", given)[0].replace("_", "-")
