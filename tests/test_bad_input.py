@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import shutil
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,13 +18,15 @@ from safetensors.torch import load_file, save_file
 
 import command_support
 from command_support import CALIBRATION, Tiny, malmend, save_model
+from malmend import cli
 from malmend import edit as edit_facts
 from malmend import train as train_editor
 from malmend.commands import edit as edit_module
 from malmend.commands import edits as edits_module
+from malmend.commands import evaluate as evaluate_module
 from malmend.commands import train as train_module
-from malmend.editors import checkpoint
-from malmend.editors.halfway import EVERY
+from malmend.editors import folder as editor_folder
+from malmend.editors.halfway import EVERY, Halfway
 from malmend.editors.network import NetworkSettings
 from malmend.editors.settings import EditorSettings
 from malmend.editors.train_settings import TrainSettings
@@ -187,6 +192,22 @@ CASES: dict[str, tuple[Callable[[Place], Arguments], str]] = {
         lambda p: ["eval", p.model, p.facts, ""],
         "malmend eval takes no further ''; see malmend eval --help.",
     ),
+    "a switch that is neither, apart": (
+        lambda p: p.edit("--alternative", "yes"),
+        "--alternative is 'yes', expected true or false, or nothing",
+    ),
+    "another switch that is neither": (
+        lambda p: ["cache", "--clear", "yes"],
+        "--clear is 'yes', expected true or false, or nothing",
+    ),
+    "unknown action of bench": (
+        lambda p: ["bench", "tabel", p.folder],
+        "There is no action 'tabel' of malmend bench; did you mean 'table'?",
+    ),
+    "a positional in words": (
+        lambda p: ["ledger", "rollback", p.folder, "x"],
+        "GENERATION is 'x', expected a whole number",
+    ),
     "unknown nested option": (lambda p: p.train("--network.rnk=3"), "mean '--network.rank'?"),
     "bad choice": (
         lambda p: p.edit("--method", "mand"),
@@ -296,7 +317,11 @@ CASES: dict[str, tuple[Callable[[Place], Arguments], str]] = {
         lambda p: after(cut(p.good), p.eval("--patch", p.good)),
         "is no patch or is damaged",
     ),
-    "patch of text": (lambda p: p.eval("--patch", p.facts), "is no patch or is damaged"),
+    "patch of facts": (
+        lambda p: p.eval("--patch", p.facts),
+        "facts.jsonl is a text, as files of facts are, and no patch",
+    ),
+    "empty patch": (lambda p: p.eval("--patch", p.file("p", "")), "p is empty and no patch"),
     "patch that is no patch": (
         lambda p: p.eval("--patch", no_patch(p.folder / "x.safetensors")),
         "is a safetensors file but no patch",
@@ -357,6 +382,22 @@ CASES: dict[str, tuple[Callable[[Place], Arguments], str]] = {
     "out in a missing folder": (
         lambda p: ["edit", p.model, p.facts, "--out", p.folder / "no" / "patch"],
         "There is no folder",
+    ),
+    "out in what is no folder": (
+        lambda p: ["edit", p.model, p.facts, "--out", p.good / "patch"],
+        "good.safetensors is a file, expected a folder to write patch into; give another path",
+    ),
+    "out below what is no folder": (
+        lambda p: ["edit", p.model, p.facts, "--out", p.good / "no" / "patch"],
+        "good.safetensors is a file, expected a folder to write no/patch into",
+    ),
+    "report in what is no folder": (
+        lambda p: p.edit("--report", p.good / "page"),
+        "good.safetensors is a file, expected a folder to make page in",
+    ),
+    "report where no folder can be made": (
+        lambda p: p.edit("--report", "/proc/page"),
+        "/proc/page cannot be made (No such file or directory)",
     ),
     "out that is a folder": (
         lambda p: ["edit", p.model, p.facts, "--out", p.folder],
@@ -504,7 +545,8 @@ CASES: dict[str, tuple[Callable[[Place], Arguments], str]] = {
 def test_it_is_refused_in_one_line(name, place, capsys):
     arguments, message = CASES[name]
     given = arguments(place)
-    assert message in refused(given, place.folder, capsys)
+    lines = 2 if given[:1] == ["bench"] and "--out" in given else 1  # of a plan every fault is said
+    assert message in refused(given, place.folder, capsys, lines)
 
 
 # Content of a facts file, and what must be said of it; every fault has a line of its own.
@@ -632,6 +674,18 @@ def test_facts_without_an_unrelated_question_are_noticed_before_too(place, capsy
     assert "has no unrelated question" in refused(arguments, place.folder, capsys, lines=None)
 
 
+@pytest.mark.parametrize("work", ["edit", "train"])
+@pytest.mark.parametrize("option", ["--text", "--calibrate"])
+def test_what_a_calibration_reads_is_looked_for_before_the_model_is_loaded(
+    work, option, place, capsys, monkeypatch
+):
+    monkeypatch.setattr(edit_module, "opened", None)
+    monkeypatch.setattr(train_module, "opened", None)
+    missing = place.folder / "missing"
+    said = refused(getattr(place, work)(option, missing), place.folder, capsys, lines=2)
+    assert f"{missing}: there is no such file" in said
+
+
 def test_training_state_that_is_damaged(place, capsys):
     cut(place.copied("good") / "training.safetensors")
     arguments = place.train(out=place.folder / "good")
@@ -655,7 +709,7 @@ def test_a_full_disk_while_an_editor_is_written(existing, place, capsys, monkeyp
     out = place.copied("good") if existing else place.folder / "editor"
     before = contents(place.folder)
     with monkeypatch.context() as full:
-        full.setattr(checkpoint, "save_file", half_written)
+        full.setattr(editor_folder, "save_file", half_written)
         assert malmend(*place.train(out=out)) == 2
     assert "cannot be written (No space left on device)" in "".join(messages(capsys))
     # What resuming needs is there by then, and nothing else has changed.
@@ -707,13 +761,25 @@ def test_stopped_while_editing(at, place, capsys, monkeypatch):
     assert contents(place.folder) == before
 
 
+@pytest.mark.parametrize("command", ["edit", "eval"])
+def test_stopped_before_a_report_is_written(command, place, capsys, monkeypatch):
+    monkeypatch.setattr(edit_module, "opened", interrupted)
+    monkeypatch.setattr(evaluate_module, "opened", interrupted)
+    report = place.folder / "report"
+    assert malmend(*getattr(place, command)("--report", report)) == 130
+    assert not report.exists()
+    report.mkdir()  # which is the user's
+    assert malmend(*getattr(place, command)("--report", report)) == 130
+    assert report.is_dir()
+
+
 @pytest.mark.parametrize("kept", [True, False])
 def test_stopped_while_an_edit_settles(kept, place, capsys, monkeypatch, tmp_path_factory):
     monkeypatch.setenv("MALMEND_CACHE", str(tmp_path_factory.mktemp("cache")))
 
-    def stopped(*given: object) -> None:
+    def stopped(*_given: object, halfway: Halfway, **_named: object) -> None:
         if kept:
-            given[-1].keep(EVERY, lambda: {"one": torch.ones(2)})
+            halfway.keep(EVERY, lambda: {"one": torch.ones(2)})
         raise KeyboardInterrupt
 
     monkeypatch.setattr("malmend.methods.settling.settle", stopped)
@@ -723,6 +789,59 @@ def test_stopped_while_an_edit_settles(kept, place, capsys, monkeypatch, tmp_pat
     assert not any(nothing)
     assert said.endswith("Run the same command again to resume.") is kept
     assert contents(place.folder) == before
+
+
+def terminated(*_arguments: object, **_keywords: object) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+
+
+def test_told_to_end_while_a_patch_is_written(place, capsys, monkeypatch):
+    """As `kill`, `timeout` and batch systems do it."""
+
+    def writing(tensors: object, path: Path, **_keywords: object) -> None:
+        Path(path).write_bytes(b"half")
+        terminated()
+
+    monkeypatch.setattr("malmend.patch.save_file", writing)
+    before = contents(place.folder)
+    assert malmend(*place.edit("--report", place.folder / "report")) == 143
+    assert messages(capsys)[-1] == "malmend: interrupted; nothing half-written was left."
+    assert contents(place.folder) == before
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_told_to_end_while_training(place, capsys, monkeypatch):
+    out = place.copied("good")
+    before = contents(place.folder)
+    monkeypatch.setattr(train_module.Trainer, "take_step", terminated)
+    assert malmend(*place.train("--steps", 9, out=out)) == 143
+    assert messages(capsys)[-1].endswith("Run the same command again to resume.")
+    assert contents(place.folder) == before
+
+
+def test_one_of_several_processes_ends_at_once(place, monkeypatch):
+    """It may wait for the others, where no signal is heard; torchrun says that it ended them."""
+    seen = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(cli, "_run", lambda _: seen.append(signal.getsignal(signal.SIGTERM)) or 0)
+    assert malmend(*place.train()) == 0
+    monkeypatch.delenv("WORLD_SIZE")
+    assert malmend(*place.train()) == 0
+    assert [one is signal.SIG_DFL for one in seen] == [True, False]
+
+
+def test_a_childs_end_is_its_own(place, monkeypatch):
+    """A process that was forked meanwhile ends without a word."""
+
+    def forking(_arguments: list[str]) -> int:
+        child = os.fork()
+        if child == 0:
+            terminated()
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    monkeypatch.setattr(cli, "_run", forking)
+    assert malmend(*place.edit()) == -signal.SIGTERM
 
 
 def test_stopped_while_a_patch_is_written(place, capsys, monkeypatch):

@@ -208,6 +208,24 @@ def test_the_options_of_every_command(command, capsys):
     assert not re.search(r"\bNone\b", shown)  # what is accepted is null
 
 
+@pytest.mark.parametrize(
+    ("command", "usage"),
+    [
+        ("edit", "MODEL FACTS --out OUT [options]"),
+        ("finetune", "MODEL FACTS ... --out OUT [options]"),
+        ("ledger revoke", "LEDGER IDS ... [options]"),
+        ("cache", "[options]"),
+    ],
+)
+def test_the_first_line_says_what_must_be_given(command, usage, capsys):
+    assert help_of(command, capsys).splitlines()[0] == f"usage: malmend {command} {usage}"
+
+
+@pytest.mark.parametrize("command", ["edit", "train", "export"])
+def test_help_is_no_python(command, capsys):
+    assert not re.search(r"Union|Literal|Optional", help_of(command, capsys))
+
+
 @pytest.mark.parametrize("command", SHOWN)
 def test_every_option_is_explained(command, capsys):
     shown = help_of(command, capsys)

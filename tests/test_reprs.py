@@ -36,7 +36,7 @@ def test_of_an_edit_its_patch_and_its_evaluation(tiny, tmp_path):
     assert repr(done.patch).startswith("Patch(6 layers, method='malmen', facts=12, model=")
     assert repr(done.patch).endswith(f", base={base!r})")
     assert repr(done.facts) == "FactSet('facts', 12 facts, 0 skipped)"
-    # On so small a model the figures go with the rounding, and so with what others left in the cache.
+    # The figures of so small a model go with the rounding, and so with what is in the cache.
     assert re.search(r"edited: ES [01]\.\d{3}, GS 0\.\d{3}, LS ", repr(report))
     assert "RS" not in repr(report)
     assert repr(malmend.Patch({})) == "Patch(0 layers, base='')"
