@@ -106,7 +106,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def messages(capsys: pytest.CaptureFixture[str]) -> list[str]:
     """The lines of standard error but for progress."""
-    progress = re.compile(r".*━|step +\d+/|\d+ steps? of |Editor: ")
+    progress = re.compile(r".*━|step +\d+/|\d+ steps? of |Editor: |.* will be replaced")
     return [line for line in capsys.readouterr().err.splitlines() if not progress.match(line)]
 
 

@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import command_support
 from command_support import files_in, malmend
@@ -677,3 +679,20 @@ def test_as_a_program_it_fails_with_one_line(tiny, tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith(f"malmend: There is no patch file {missing}")
+
+
+@pytest.mark.parametrize("command", ["edit", "diff", "ledger patch"])
+def test_a_patch_that_is_replaced_is_told_before(command, tiny, tmp_path, capsys):
+    out, ledger = tmp_path / "p.st", tmp_path / "ledger"
+    other = shutil.copytree(tiny.model, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"] *= 2
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    assert malmend("ledger", "init", ledger, tiny.model, *tiny.fast) == 0
+    given = {"edit": [tiny.model, tiny.facts, *tiny.fast], "diff": [tiny.model, other]}
+    run = [*command.split(), *given.get(command, [ledger]), "--out", out]
+    assert malmend(*run) == 0
+    assert "will be replaced" not in capsys.readouterr().err
+    assert malmend(*run) == 0
+    said = load_patch(out).provenance
+    assert f"p.st will be replaced (it is {said['method']}, " in capsys.readouterr().err

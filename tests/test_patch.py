@@ -32,6 +32,7 @@ from malmend.patch import (
     check_base,
     load_patch,
     make_patch,
+    replaced,
     save_patch,
     shifted,
     sites_of,
@@ -783,3 +784,17 @@ def test_nothing_is_found_under_the_name_before_it_is_whole(tmp_path):
         assert beside.parent == tmp_path
     assert path.read_text() == "half"
     assert everything(tmp_path) == [str(path)]
+
+
+def test_what_a_patch_will_replace_is_told(tmp_path):
+    path, made = tmp_path / "p", {"method": "ft", "created": "2026-01-02T03:04:05Z"}
+    assert replaced(path) == []
+    save_patch(Patch({"a": (torch.ones(2, 3),)}, made | {"facts": 4}), path)
+    assert replaced(path) == ["p will be replaced (it is ft, 4 facts, made 2026-01-02)."]
+    save_patch(Patch({"a": (torch.ones(2, 3),)}, made), path)
+    assert replaced(path) == ["p will be replaced (it is ft, made 2026-01-02)."]
+    for content in (b"", b"{}\n", path.read_bytes()[:40]):
+        path.write_bytes(content)
+        assert replaced(path) == ["p will be replaced (it is no patch)."]
+    save_file({"a": torch.ones(2, 3)}, path)
+    assert replaced(path) == ["p will be replaced (it is no patch)."]

@@ -148,7 +148,7 @@ def _patch(arguments: list[str]) -> None:
     parser.add_argument("--out", type=str, required=True, help="path of the patch to write")
     given = parse(parser, arguments)
     with show.bars() as bars:
-        made = actions.patch(**given, progress=bars)
+        made = actions.patch(**given, progress=bars, told=show.status)
     count, generation = made.provenance["facts"], made.provenance["generation"]
     empty = " The shift is zero: the model with it is the base, bit for bit." * (not count)
     _say(f"Patch of generation {generation}, {_facts(count)}: {given['out']}.{empty}")

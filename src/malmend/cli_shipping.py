@@ -44,10 +44,10 @@ def diff(arguments: list[str], what: str) -> None:
     parser = parser_of("diff", what)
     parser.add_argument("model", type=str, help="name, folder or GGUF file")
     parser.add_argument("other", type=str, help="name, folder or GGUF file")
-    derive(parser, diff, {"model", "other"})
+    derive(parser, diff, {"model", "other", "told"})
     given = parse(parser, arguments)
     with show.bars() as bars:
-        result = diff(**given, progress=bars)
+        result = diff(**given, progress=bars, told=show.status)
     show_shipping.differing(result)
 
 

@@ -269,6 +269,19 @@ def load_patch(path: str | Path) -> Patch:
     return _read(path, path)
 
 
+def replaced(path: str | Path) -> list[str]:
+    """A line about the file whose place a new patch takes; none where there is no file."""
+    if not Path(path).is_file():
+        return []
+    what = ["no patch"]
+    with suppress(OSError, SafetensorError, ValueError, RecursionError, KeyError, TypeError):
+        with safe_open(path, framework="pt") as file:
+            said = json.loads(file.metadata()["malmend"])
+        facts = [f"{said['facts']} fact{'s' * (said['facts'] != 1)}"] if "facts" in said else []
+        what = [said["method"], *facts, f"made {said['created'][:10]}"]
+    return [f"{Path(path).name} will be replaced (it is {', '.join(what)})."]
+
+
 def _read(place: Path, path: Path) -> Patch:
     """The patch that lies at a place, by the path that a person knows."""
     try:

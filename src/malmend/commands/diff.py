@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from malmend.files import writable
 from malmend.models.identity import settings_of, unlike_settings
 from malmend.models.load import LoadedModel
 from malmend.models.sites import Site
-from malmend.patch import Patch, check_bare, now, save_patch, versions
+from malmend.patch import Patch, check_bare, now, replaced, save_patch, versions
 from malmend.progress import Progress, silent
 from malmend.shipping.compare import Comparison, compared
 from malmend.shipping.layers import not_plain
@@ -42,6 +43,7 @@ def diff(
     out: str | Path | None = None,
     dtype: str = "float32",
     progress: Progress = silent,
+    told: Callable[[str], None] = lambda line: None,
 ) -> DiffResult:
     """Finds the layers of two models that differ, with rank and size of each difference.
 
@@ -52,12 +54,15 @@ def diff(
             and taken off; refused unless all that differs are linear layers' weights.
         dtype: both are loaded in.
         progress: called with stage and share done.
+        told: called about a file that the patch will replace, before the work.
 
     Raises:
         MalmendError: a model cannot be read, or the difference is no patch.
     """
     if out is not None:
         writable(out, model, other)
+        for line in replaced(out):
+            told(line)
     mine, theirs = opened(model, dtype), opened(other, dtype)
     if out is not None:
         for one in (mine, theirs):

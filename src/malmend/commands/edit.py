@@ -30,7 +30,16 @@ from malmend.models.budget import watched
 from malmend.models.device import places_of
 from malmend.models.load import LoadedModel
 from malmend.models.trunk import TrunkSettings
-from malmend.patch import Patch, applied, load_patch, make_patch, now, save_patch, versions
+from malmend.patch import (
+    Patch,
+    applied,
+    load_patch,
+    make_patch,
+    now,
+    replaced,
+    save_patch,
+    versions,
+)
 from malmend.processes import ALONE, Processes
 from malmend.progress import Progress, silent
 from malmend.workbench import (
@@ -101,7 +110,7 @@ def edit(
     Args:
         model: a name, a folder, a GGUF file, or a loaded model.
         facts: a facts file, or facts.
-        out: where the patch goes; None keeps it in memory.
+        out: where the patch goes, in place of the file that lies there; None keeps it in memory.
         editor: a folder that ``malmend train`` wrote, of an editor or another trained method;
             "none" for the editor without a network; "auto" for the editor that the package carries
             for this model, and where it carries none, or settings or calibration data are given,
@@ -128,9 +137,9 @@ def edit(
             as "cuda:1", or "auto" for spread over all.
         processes: that the facts are spread over, of an editor; the first one writes.
         progress: called with stage and share done.
-        told: called with lines about the editor, about what was given and is not read, and about
-            facts that were skipped and characters that nobody sees, once they are known and before
-            the work, and with the memory's plan.
+        told: called with lines about the editor, about what was given and is not read, about a
+            file that the patch will replace, and about facts that were skipped and characters that
+            nobody sees, once they are known and before the work, and with the memory's plan.
 
     Raises:
         MalmendError: any bad input, in one sentence.
@@ -164,7 +173,8 @@ def edit(
     if isinstance(working, ByEditor):
         working = working.on(loaded)
         lines = working.said()
-    for line in (*lines, *skipped_said(known.skipped), *unseen_said(unseen(known))):
+    over = [] if out is None else replaced(out)
+    for line in (*lines, *over, *skipped_said(known.skipped), *unseen_said(unseen(known))):
         told(line)
     bench = lay_out(loaded, working.sites_in(loaded.model), working.end_of_answer, trunk=trunk)
     known = aimed(bench, known, away)

@@ -5,7 +5,7 @@ Here is what needs no model.  The rest stands in ledger_init.py and ledger_facts
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from malmend.errors import LedgerError
 from malmend.facts.fact import facts_digest
 from malmend.files import writable
 from malmend.methods.by_editor import described
-from malmend.patch import Patch, make_patch, save_patch, versions
+from malmend.patch import Patch, make_patch, replaced, save_patch, versions
 from malmend.progress import Progress, silent
 from malmend.shipping.ledger import Ledger, Moved
 from malmend.shipping.ledger_access import WAIT, reading, writing
@@ -103,18 +103,26 @@ def rollback(
         )
 
 
-def patch(ledger: str | Path, out: str | Path | None = None, progress: Progress = silent) -> Patch:
+def patch(
+    ledger: str | Path,
+    out: str | Path | None = None,
+    progress: Progress = silent,
+    told: Callable[[str], None] = lambda line: None,
+) -> Patch:
     """The current generation as an ordinary patch; needs no model.
 
     Of a ledger without facts the shift is zero, and the model with it is the base bit for bit.
 
     Args:
         ledger: its folder.
-        out: where the patch goes; None keeps it in memory.
+        out: where the patch goes, in place of the file that lies there; None keeps it in memory.
         progress: called with stage and share done.
+        told: called about a file that the patch will replace, before the work.
     """
     if out is not None:
         writable(out, ledger)
+        for line in replaced(out):
+            told(line)
     with reading(ledger) as open_ledger:
         moved = open_ledger.move(open_ledger.active, progress)
         made = patch_of(open_ledger, moved)
