@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import command_support
-from command_support import Tiny
+from command_support import Tiny, files_in
 
 tiny = command_support.tiny
 cache = command_support.cache
@@ -56,8 +56,8 @@ class Worker:
         self.out.mkdir(parents=True)
         return self.out
 
-    def run(self, arguments: list[object], at: int | None = None) -> str:
-        """The exit code, or "killed" where the child came to the step ``at``."""
+    def run(self, arguments: list[object], at: int | str | None = None) -> str:
+        """The exit code, or "killed" where the child came to the step ``at``, or to "writing"."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps([[str(one) for one in arguments], at]) + "\n")
@@ -159,6 +159,21 @@ def patch(tiny: Tiny, cache: Path, tmp_path: Path) -> Path:
     path = tmp_path / "made.safetensors"
     assert command_support.malmend("edit", tiny.model, tiny.facts, "--out", path, *tiny.fast) == 0
     return path
+
+
+def test_the_patch_of_before_stays_whole_where_the_next_is_killed_half_written(
+    tiny, workers, patch
+):
+    _, worker = workers
+    path = worker.fresh() / "p.safetensors"
+    before = Path(shutil.copy(patch, path)).read_bytes()
+    assert worker.run(edit(tiny, worker.out, patch), "writing") == "killed"
+    assert named(worker.out, "") == [path]
+    assert path.read_bytes() == before
+    (half,) = worker.out.glob("*.part")
+    assert 0 < half.stat().st_size < len(before)
+    assert worker.run(edit(tiny, worker.out, patch)) == "0"
+    assert files_in(worker.out) == {path.name}
 
 
 @pytest.mark.slow
