@@ -19,7 +19,9 @@ import forms_folders as folders
 from command_support import malmend
 from devices_support import device, devices
 from malmend.commands import finetune as command
-from malmend.commands.finetune import CHECKPOINT, finetune
+from malmend.commands import finetune_epochs as epochs_module
+from malmend.commands.finetune import finetune
+from malmend.commands.finetune_epochs import CHECKPOINT
 from malmend.errors import MalmendError
 from malmend.evaluation.classes import classes_of
 from malmend.evaluation.generate import generate
@@ -117,7 +119,7 @@ def test_the_epochs_are_chosen_on_held_out_subjects_and_training_starts_again(
             runs.append((phase, first, list(questions), list(judged)))
             super().__init__(loaded, questions, judged, settings, phase, progress)
 
-    monkeypatch.setattr(command, "Finetuner", Kept)
+    monkeypatch.setattr(epochs_module, "Finetuner", Kept)
     judging()
     done = finetune(model, facts, tmp_path / "out", replace(CHOOSING, epochs=6), asked="all")
     # Two epochs after the first best one are no better, so that one is taken.
@@ -468,9 +470,9 @@ def test_a_checkpoint_is_copied_off_the_device_and_not_on_it(tmp_path, monkeypat
     with devices():
         layer = nn.Linear(2, 2).to(device(0))
         trainer = Namespace(model=layer, optimiser=torch.optim.Adam(layer.parameters()))
-        run = command._Run(tmp_path, ALL, "data", lambda *_: None, lambda _: None)
+        run = epochs_module.Epochs(tmp_path, ALL, "data", lambda *_: None, lambda _: None)
         monkeypatch.setattr(torch.Tensor, "clone", noted)
-        monkeypatch.setattr(command, "save_file", lambda tensors, *_: seen.update(tensors))
+        monkeypatch.setattr(epochs_module, "save_file", lambda tensors, *_: seen.update(tensors))
         seen: dict[str, torch.Tensor] = {}
         run._save(trainer)
     assert {str(one.device) for one in seen.values()} == {"cpu"}
