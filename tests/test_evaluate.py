@@ -202,3 +202,20 @@ def test_questions_that_are_edited_too_are_warned_of(tiny):
     (leak,) = found.leaks
     assert f"is the edit prompt of fact '{FEW[1].id}'" in leak
     assert found.to_json()["leaks"] == [leak]
+
+
+def test_other_facts_than_the_patchs_are_told_and_no_error(tiny):
+    patch = malmend.edit(tiny.loaded, FEW, **own(tiny)).patch
+    said = "The patch was made of 3 facts, which are not the first that are asked now"
+
+    def lines(facts, patch=patch) -> list[str]:
+        told: list[str] = []
+        malmend.eval(tiny.loaded, facts, patch, decode_facts=0, text="none", told=told.append)
+        return told
+
+    others = [replace(fact, id=f"other {fact.id}") for fact in make_facts(3, seed=9)]
+    assert [line[: len(said)] for line in lines(others)] == [said]
+    assert [line[: len(said)] for line in lines([*others, *FEW])] == [said]
+    assert lines([*FEW, *others]) == []
+    assert lines(FEW[1:]) == []  # of which nothing is known
+    assert lines(others, malmend.Patch(patch.factors, {"base": patch.base})) == []

@@ -59,11 +59,11 @@ def conflicts(arguments: list[str], what: str) -> None:
     parser = parser_of("conflicts", what)
     parser.add_argument("model", type=str, help="name, folder or GGUF file")
     parser.add_argument("patches", type=str, nargs="+", help="patches, or LoRA adapters' folders")
-    derive(parser, conflicts, {"model", "patches", "facts"})
+    derive(parser, conflicts, {"model", "patches", "facts", "told"})
     parser.add_argument(
         "--facts", type=str, nargs="+", default=[], help="a facts file for each patch, in order"
     )
     given = parse(parser, arguments)
     with show.bars() as bars:
-        result = conflicts(**given, progress=bars)
+        result = conflicts(**given, progress=bars, told=show.status)
     show_shipping.conflicting(result)

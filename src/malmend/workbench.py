@@ -19,7 +19,7 @@ from malmend.editors.checkpoint import seen_in_training
 from malmend.errors import FactsError, MalmendError, ModelError
 from malmend.evaluation.classes import away as away_from_said
 from malmend.facts.alternatives import towards_alternatives
-from malmend.facts.fact import Fact, FactSet
+from malmend.facts.fact import Fact, FactSet, facts_digest
 from malmend.facts.readers import given_facts, read_facts, read_text
 from malmend.facts.tokens import Encoder, EndOfAnswer
 from malmend.models.budget import MemoryPlan, Work, plan_memory, within
@@ -223,6 +223,22 @@ def trained_on(said: Mapping[str, Any], facts: Sequence[Fact]) -> int | None:
     folders = [about.parent for about in carried] if is_shipped else [Path(name)]
     counts = (seen_in_training(folder, identity, facts) for folder in folders)
     return next((count for count in counts if count is not None), None)
+
+
+def others_asked(said: Mapping[str, Any], facts: Sequence[Fact], name: str) -> list[str]:
+    """A line where the facts asked do not begin with those that a patch was made of.
+
+    Its header holds one digest of them all, so that of fewer facts than it has nothing is known.
+    """
+    count, digest = said.get("facts"), said.get("facts_sha256")
+    if not isinstance(count, int) or not isinstance(digest, str) or not 0 < count <= len(facts):
+        return []
+    if facts_digest(facts[:count]) == digest:
+        return []
+    return [
+        f"{name} was made of {count:,} fact{'s' * (count != 1)}, which are not the first "
+        "that are asked now, or had other answers."
+    ]
 
 
 def shipped(name: str) -> Path:

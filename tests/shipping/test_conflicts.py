@@ -15,7 +15,9 @@ from malmend.commands.conflicts import conflicts
 from malmend.commands.evaluate import evaluate
 from malmend.commands.export import export
 from malmend.errors import MalmendError
-from malmend.patch import load_patch, make_patch, save_patch
+from malmend.facts.fact import facts_digest
+from malmend.facts.readers import read_facts
+from malmend.patch import Patch, load_patch, make_patch, save_patch
 
 tiny = command_support.tiny
 cache = command_support.cache
@@ -33,6 +35,17 @@ def test_conflicts_by_the_command_line(tiny, patch, tmp_path, capsys):
     assert "other, asked of 3 facts, none answered free-running" in said
     assert malmend("conflicts", tiny.model, patch, other) == 0
     assert "asked of" not in capsys.readouterr().out
+
+
+def test_facts_in_another_order_than_their_patches_are_told(tiny, patch, tmp_path, capsys):
+    made = load_patch(patch)
+    own = {**made.provenance, "facts": 12, "facts_sha256": facts_digest(read_facts(tiny.facts))}
+    save_patch(Patch(made.factors, own), tmp_path / "own")
+    for facts, told in (([tiny.facts, tiny.calibrate], 0), ([tiny.calibrate, tiny.facts], 1)):
+        arguments = ["conflicts", tiny.model, tmp_path / "own", patch, "--facts", *facts]
+        assert malmend(*arguments) == 0
+        said = " ".join(capsys.readouterr().err.split())
+        assert said.count("own was made of 12 facts, which are not the first") == told
 
 
 def test_alone_and_stacked_are_measured_as_eval_measures(tiny, patch, tmp_path):

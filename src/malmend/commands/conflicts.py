@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from malmend.shipping.adapter import based_on, read_patch
 from malmend.shipping.conflict import Meeting, meetings, stacked
 from malmend.shipping.layers import exportable
 from malmend.shipping.measure import Asking, Measured, bench_for, check_decoded, measured
-from malmend.workbench import aimed, checked_facts, encoder_for, opened
+from malmend.workbench import aimed, checked_facts, encoder_for, opened, others_asked
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +52,7 @@ def conflicts(
     dtype: str = "float32",
     device: str = "cpu",
     progress: Progress = silent,
+    told: Callable[[str], None] = lambda line: None,
 ) -> ConflictsResult:
     """Says where patches meet, and what stacking them does to each one's facts.
 
@@ -67,6 +68,7 @@ def conflicts(
         device: it is put on: "cpu", "cuda" or another accelerator that torch finds, one of several
             as "cuda:1", or "auto" for spread over all.
         progress: called with stage and share done.
+        told: called where the facts that are asked do not begin with a patch's own.
 
     Raises:
         MalmendError: any bad input, in one sentence.
@@ -94,6 +96,8 @@ def conflicts(
     for (name, patch), (end, chosen) in zip(known.items(), asked, strict=False):
         bench = bench_for(loaded, list(known.values()), end, trunk)
         asking[name] = Asking(aimed(bench, chosen, patch.aims["away"]), decode_facts)
+        for line in others_asked(patch.provenance, asking[name].facts.facts, name):
+            told(line)
         found[name] = measured(bench, asking[name], {"alone": patch, **forms}, progress)
     return ConflictsResult(loaded.name, tuple(known), met, found, asking)
 

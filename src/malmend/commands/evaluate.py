@@ -33,6 +33,7 @@ from malmend.workbench import (
     encoder_for,
     lay_out,
     opened,
+    others_asked,
     shipped,
     trained_on,
 )
@@ -80,7 +81,8 @@ def evaluate(
         device: it is put on: "cpu", "cuda" or another accelerator that torch finds, one of several
             as "cuda:1", or "auto" for spread over all.
         progress: called with stage and share done.
-        told: called about facts that were skipped, before the work.
+        told: called before the work about facts that were skipped, and where those that are asked
+            do not begin with the patch's own.
 
     Raises:
         MalmendError: any bad input, in one sentence.
@@ -101,6 +103,8 @@ def evaluate(
     patch = None if patch is None else based_on(patch, loaded)
     bench = lay_out(loaded, _sites(loaded, patch, force), encoder.end_of_answer, chat, trunk)
     known = aimed(bench, known, away)
+    for line in others_asked(patch.provenance, known.facts, "The patch") if patch else ():
+        told(line)
     examiner = Examiner(loaded, bench.trunk, bench.encoder, chat=chatted)
     questions = examiner.count(known, decode_facts) * (2 if patch else 1)
     examiner.progress = counted(progress, "asking", questions)
