@@ -240,7 +240,7 @@ def test_alternatives_are_edited_in_and_asked_for(tiny):
 
 @pytest.mark.parametrize("command", ["edit", "eval", "train"])
 def test_a_fact_without_an_alternative_is_refused(tiny, tmp_path, command):
-    facts = [*with_alternatives(FEW), replace(FEW[0], prompt="In Ora is", line=4)]
+    facts = [*with_alternatives(FEW), replace(FEW[0], id="f9", prompt="In Ora is", line=4)]
     out = {"out": tmp_path / "editor"} if command == "train" else {}
     with pytest.raises(FactsError, match=r"1 of 4 facts has no alternative \(line 4\)"):
         getattr(malmend, command)(tiny.loaded, facts, alternative=True, **out)

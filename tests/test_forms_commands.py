@@ -156,6 +156,7 @@ def test_without_alternatives_two_classes_are_enough_and_three_are_not(learned, 
     for claim, said in zip(claims, answers(load_model(three), have.known), strict=True):
         claim["label"], claim["alt"] = said, None
     facts.write_text(json.dumps(claims))
+    path.unlink()
     line = folders.refused(capsys, "edit", three, facts, "--out", path, "--away", *have.fast)
     assert "of 12 of 12 facts the model already says the answer" in line
 

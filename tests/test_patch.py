@@ -528,8 +528,6 @@ def with_header(raw, change):
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda raw: b"",
-        lambda raw: b"hello, I am a patch",
         lambda raw: os.urandom(2000),
         lambda raw: raw[:4],
         lambda raw: raw[:200],
@@ -539,7 +537,6 @@ def with_header(raw, change):
         lambda raw: pickle.dumps({"a": [1, 2, 3]}),
         lambda raw: struct.pack("<Q", 2**63) + raw[8:],
         lambda raw: struct.pack("<Q", 100_000_000) + raw[8:],
-        lambda raw: raw[8:],
         lambda raw: b"\0" * len(raw),
         lambda raw: with_header(raw, lambda header: header["z.left"].update(dtype="X9")),
         lambda raw: with_header(raw, lambda header: header["z.left"].update(shape=[2**40, 2])),
@@ -550,6 +547,16 @@ def with_header(raw, change):
 def test_damaged_files(path, damage):
     path.write_bytes(damage(path.read_bytes()))
     assert "no patch or is damaged" in refused(path)
+
+
+@pytest.mark.parametrize(
+    "text", [b"hello", b'{"prompt": "In Ora is"}\n', b"\xef\xbb\xbf[]", b"a" * 63 + "é".encode()]
+)
+def test_a_text_and_an_empty_file_are_called_so(path, text):
+    path.write_bytes(text)
+    assert "is a text, as files of facts are, and no patch; give a file" in refused(path)
+    path.write_bytes(path.read_bytes()[:0])
+    assert "is empty and no patch; give a file" in refused(path)
 
 
 class Malice:

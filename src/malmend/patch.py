@@ -11,6 +11,7 @@ rank bound min(tokens, K, V), so nothing is cut off.
 from __future__ import annotations
 
 import json
+from codecs import getincrementaldecoder
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -308,11 +309,12 @@ def _read(place: Path, path: Path) -> Patch:
 
 def _otherwise(path: Path) -> str:
     """What a file that cannot be read as a patch is, where that is plain to see."""
-    with suppress(OSError), open(path, "rb") as file:
-        start = file.read(32)  # of which a patch's first eight are the length of its header
+    with suppress(OSError, UnicodeDecodeError), open(path, "rb") as file:
+        start = file.read(64)
         if not start:
             return "is empty and no patch"
-        if not any(byte < 9 for byte in start):
+        # The length of a patch's header, with which it begins, has zeros.
+        if getincrementaldecoder("utf-8")().decode(start) and min(start) >= ord("\t"):
             return "is a text, as files of facts are, and no patch"
     return ""
 
