@@ -103,7 +103,7 @@ def test_a_trained_editor_says_which_subjects_it_saw(tiny, tmp_path):
     wanted.add(subject_hash(facts[5].prompt))
     found = about["subjects"]
     assert [found[at : at + 10] for at in range(0, len(found), 10)] == sorted(wanted)
-    others = make_facts(4, seed=3)
+    others = [replace(fact, id=f"other {fact.id}") for fact in make_facts(4, seed=3)]
     for mixed, count in ((facts, 6), (others, 0), ([*others, facts[0], facts[5]], 2)):
         saved = load_editor(tmp_path / "editor")
         assert saved.seen(mixed) == count
