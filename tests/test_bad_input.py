@@ -699,7 +699,7 @@ def half_written(tensors: object, path: Path, *_more: object, **_keywords: objec
 
 
 def test_a_full_disk_while_a_patch_is_written(place, capsys, monkeypatch):
-    monkeypatch.setattr("malmend.patch.save_file", half_written)
+    monkeypatch.setattr("malmend.patch_file.save_file", half_written)
     said = refused(place.edit(), place.folder, capsys)
     assert "good.safetensors cannot be written (No space left on device)" in said
 
@@ -803,7 +803,7 @@ def test_told_to_end_while_a_patch_is_written(place, capsys, monkeypatch):
         Path(path).write_bytes(b"half")
         terminated()
 
-    monkeypatch.setattr("malmend.patch.save_file", writing)
+    monkeypatch.setattr("malmend.patch_file.save_file", writing)
     before = contents(place.folder)
     assert malmend(*place.edit("--report", place.folder / "report")) == 143
     assert messages(capsys)[-1] == "malmend: interrupted; nothing half-written was left."
@@ -849,7 +849,7 @@ def test_stopped_while_a_patch_is_written(place, capsys, monkeypatch):
         Path(path).write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("malmend.patch.save_file", writing)
+    monkeypatch.setattr("malmend.patch_file.save_file", writing)
     before = contents(place.folder)
     assert malmend(*place.edit()) == 130
     assert contents(place.folder) == before

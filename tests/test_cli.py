@@ -33,7 +33,8 @@ from malmend.editors.train_settings import (
 )
 from malmend.models.descent import Descent
 from malmend.models.trunk import TrunkSettings
-from malmend.patch import Patch, load_patch, save_patch
+from malmend.patch import Patch
+from malmend.patch_file import load_patch, save_patch
 
 tiny = command_support.tiny
 cache = command_support.cache

@@ -13,7 +13,7 @@ import torch
 import command_support
 import helpers
 import malmend
-import malmend.patch as patch_module
+import malmend.patch_file as patch_module
 from command_support import CALIBRATION, EAGER, Tiny, as_lines, files_in, make_facts, make_model
 from malmend.commands import edit as edit_module
 from malmend.commands import train as train_module

@@ -20,7 +20,8 @@ from malmend.facts.fact import FactSet
 from malmend.facts.readers import read_facts
 from malmend.models.identity import bits
 from malmend.models.load import LoadedModel, load_model
-from malmend.patch import applied, load_patch
+from malmend.patch import applied
+from malmend.patch_file import load_patch
 from malmend.workbench import encoder_for
 
 BART = pytest.param("bart", marks=pytest.mark.slow)

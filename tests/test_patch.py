@@ -20,23 +20,13 @@ from safetensors.torch import save_file
 
 import tiny
 from malmend import patch as patch_module
+from malmend import patch_file
 from malmend.errors import MalmendError, PatchError
 from malmend.files import written_beside
 from malmend.models.load import prepared
 from malmend.models.sites import find_sites
-from malmend.patch import (
-    FORMAT,
-    Patch,
-    applied,
-    check_bare,
-    check_base,
-    load_patch,
-    make_patch,
-    replaced,
-    save_patch,
-    shifted,
-    sites_of,
-)
+from malmend.patch import Patch, applied, check_bare, check_base, make_patch, shifted, sites_of
+from malmend.patch_file import FORMAT, load_patch, replaced, save_patch
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 LAYOUT = pytest.mark.parametrize("family", ["llama", "gpt2"])  # nn.Linear and Conv1D
@@ -724,7 +714,7 @@ def test_a_failed_write_leaves_the_old_patch(error, step, patch, path, monkeypat
         raise error
 
     if step == "write":
-        monkeypatch.setattr(patch_module, "save_file", half)
+        monkeypatch.setattr(patch_file, "save_file", half)
     else:
         monkeypatch.setattr(os, "replace", refuse)
     unwritable(Patch({"other": (MATRIX,)}), path)
@@ -733,12 +723,12 @@ def test_a_failed_write_leaves_the_old_patch(error, step, patch, path, monkeypat
 
 
 def test_what_is_read_back_otherwise_leaves_the_old_patch(patch, path, monkeypatch):
-    old, write = path.read_bytes(), patch_module.save_file
+    old, write = path.read_bytes(), patch_file.save_file
 
     def doubled(tensors, beside, metadata):
         write({name: 2 * one for name, one in tensors.items()}, beside, metadata)
 
-    monkeypatch.setattr(patch_module, "save_file", doubled)
+    monkeypatch.setattr(patch_file, "save_file", doubled)
     with pytest.raises(PatchError, match="read back as other numbers") as caught:
         save_patch(Patch({"other": (MATRIX,)}), path)
     assert str(caught.value).startswith(f"{path} ")
@@ -760,7 +750,7 @@ def test_a_fault_of_the_program_leaves_the_old_patch(patch, path, monkeypatch):
         Path(beside).write_bytes(b"half")
         raise Fault
 
-    monkeypatch.setattr(patch_module, "save_file", half)
+    monkeypatch.setattr(patch_file, "save_file", half)
     with pytest.raises(Fault):
         save_patch(patch, path)
     monkeypatch.undo()

@@ -12,7 +12,7 @@ from command_support import malmend
 from edit_worker import edited
 from malmend.editors.checkpoint import load_editor
 from malmend.editors.train_settings import TrainSettings
-from malmend.patch import load_patch
+from malmend.patch_file import load_patch
 from processes_support import run_two
 
 tiny = command_support.tiny

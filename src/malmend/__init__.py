@@ -64,8 +64,8 @@ if TYPE_CHECKING:
     from malmend.models.load import prepared as prepared
     from malmend.patch import Patch as Patch
     from malmend.patch import applied as applied
-    from malmend.patch import load_patch as load_patch
-    from malmend.patch import save_patch as save_patch
+    from malmend.patch_file import load_patch as load_patch
+    from malmend.patch_file import save_patch as save_patch
 
 # Loaded on first use, so that `malmend --help` does not wait for torch.
 _HOME = {
@@ -96,7 +96,8 @@ _HOME = {
     "facts.readers": ("read_facts",),
     "models.descent": ("Descent",),
     "models.load": ("LoadedModel", "load_model", "prepared"),
-    "patch": ("Patch", "applied", "load_patch", "save_patch"),
+    "patch": ("Patch", "applied"),
+    "patch_file": ("load_patch", "save_patch"),
 }
 _MODULES = {name: module for module, names in _HOME.items() for name in names}
 

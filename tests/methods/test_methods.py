@@ -19,7 +19,7 @@ from malmend.methods.method import Found
 from malmend.methods.table import METHODS
 from malmend.models.load import load_model
 from malmend.models.sites import Site, find_sites
-from malmend.patch import load_patch
+from malmend.patch_file import load_patch
 
 tiny = command_support.tiny
 cache = command_support.cache

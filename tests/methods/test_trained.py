@@ -20,7 +20,7 @@ from malmend.editors.folder import identity_of
 from malmend.errors import MalmendError
 from malmend.methods.lora import Lora
 from malmend.methods.trained import TRAINED, trained_method
-from malmend.patch import load_patch
+from malmend.patch_file import load_patch
 
 tiny = command_support.tiny
 cache = command_support.cache

@@ -20,7 +20,7 @@ from malmend.models import load
 from malmend.models.device import device_of, wide_device
 from malmend.models.finetune import FinetuneSettings
 from malmend.models.load import load_model
-from malmend.patch import load_patch
+from malmend.patch_file import load_patch
 
 tiny = command_support.tiny
 cache = command_support.cache

@@ -20,7 +20,7 @@ import malmend
 from malmend.editors.refine import RefineSettings
 from malmend.facts.fact import Fact
 from malmend.models.load import LoadedModel
-from malmend.patch import save_patch
+from malmend.patch_file import save_patch
 from malmend.workbench import shipped
 
 DATA = Path(os.environ.get("MALMEND_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))

@@ -28,7 +28,8 @@ import tiny as families
 from command_support import Tiny
 from malmend.models.load import LoadedModel, prepared
 from malmend.models.sites import find_sites
-from malmend.patch import Patch, load_patch, make_patch, save_patch
+from malmend.patch import Patch, make_patch
+from malmend.patch_file import load_patch, save_patch
 
 FAMILIES = ("llama", "gpt2", "t5", "t5-gated", "bert")
 

@@ -28,7 +28,8 @@ from shipping_support import (
 from malmend.errors import PatchError
 from malmend.models.sites import find_sites
 from malmend.numerics.truncation import spectrum
-from malmend.patch import Patch, applied, save_patch
+from malmend.patch import Patch, applied
+from malmend.patch_file import save_patch
 from malmend.shipping.adapter import (
     CONFIG,
     FOREIGN,

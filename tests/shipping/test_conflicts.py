@@ -17,7 +17,8 @@ from malmend.commands.export import export
 from malmend.errors import MalmendError
 from malmend.facts.fact import facts_digest
 from malmend.facts.readers import read_facts
-from malmend.patch import Patch, load_patch, make_patch, save_patch
+from malmend.patch import Patch, make_patch
+from malmend.patch_file import load_patch, save_patch
 
 tiny = command_support.tiny
 cache = command_support.cache

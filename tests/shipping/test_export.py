@@ -28,7 +28,8 @@ from malmend.commands import export as export_module
 from malmend.commands.evaluate import evaluate
 from malmend.commands.export import export
 from malmend.models.load import load_model
-from malmend.patch import applied, load_patch
+from malmend.patch import applied
+from malmend.patch_file import load_patch
 from malmend.shipping.adapter import read_adapter
 from malmend.shipping.merged import merged
 

@@ -14,7 +14,8 @@ import command_support
 import forms_folders
 from command_support import malmend
 from malmend.models.load import load_model
-from malmend.patch import applied, save_patch
+from malmend.patch import applied
+from malmend.patch_file import save_patch
 from malmend.shipping.adapter import read_adapter
 
 tiny = command_support.tiny

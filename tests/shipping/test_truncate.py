@@ -15,7 +15,8 @@ from malmend.errors import MalmendError
 from malmend.facts.readers import read_facts, read_text
 from malmend.models.sites import Site, find_sites
 from malmend.models.trunk import TrunkSettings
-from malmend.patch import load_patch, make_patch
+from malmend.patch import make_patch
+from malmend.patch_file import load_patch
 from malmend.shipping.export import Cutting, export_adapter
 from malmend.shipping.measure import bench_for
 from malmend.shipping.truncate import FLOOR, key_metric

@@ -11,7 +11,8 @@ from malmend.files import writable
 from malmend.models.identity import settings_of, unlike_settings
 from malmend.models.load import LoadedModel
 from malmend.models.sites import Site
-from malmend.patch import Patch, check_bare, now, replaced, save_patch, versions
+from malmend.patch import Patch, check_bare, now, versions
+from malmend.patch_file import replaced, save_patch
 from malmend.progress import Progress, silent
 from malmend.shipping.compare import Comparison, compared
 from malmend.shipping.layers import not_plain

@@ -30,16 +30,8 @@ from malmend.models.budget import watched
 from malmend.models.device import places_of
 from malmend.models.load import LoadedModel
 from malmend.models.trunk import TrunkSettings
-from malmend.patch import (
-    Patch,
-    applied,
-    load_patch,
-    make_patch,
-    now,
-    replaced,
-    save_patch,
-    versions,
-)
+from malmend.patch import Patch, applied, make_patch, now, versions
+from malmend.patch_file import load_patch, replaced, save_patch
 from malmend.processes import ALONE, Processes
 from malmend.progress import Progress, silent
 from malmend.workbench import (

@@ -21,7 +21,8 @@ from malmend.errors import LedgerError
 from malmend.facts.fact import facts_digest
 from malmend.files import writable
 from malmend.methods.by_editor import described
-from malmend.patch import Patch, make_patch, replaced, save_patch, versions
+from malmend.patch import Patch, make_patch, versions
+from malmend.patch_file import replaced, save_patch
 from malmend.progress import Progress, silent
 from malmend.shipping.ledger import Ledger, Moved
 from malmend.shipping.ledger_access import WAIT, reading, writing

@@ -29,7 +29,8 @@ from malmend.models.load import LoadedModel, name_of
 from malmend.models.sites import Site
 from malmend.models.source import lasting
 from malmend.numerics.truncation import Spectrum
-from malmend.patch import Patch, check_settings, load_patch
+from malmend.patch import Patch
+from malmend.patch_file import check_settings, load_patch
 from malmend.shipping.record import RECORD, read_record
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
