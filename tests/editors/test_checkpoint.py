@@ -151,7 +151,7 @@ def test_an_editor_can_be_saved_with_what_was_said_of_it(folder, tmp_path):
 def test_an_interrupted_save_leaves_the_previous_editor(folder, monkeypatch, error, part):
     before = load_editor(folder).editor.state_dict()
 
-    def fails(*rest):
+    def fails(*rest, **_):
         if part == "weights":
             Path(rest[1]).write_bytes(b"half")
         raise error

@@ -21,7 +21,7 @@ from malmend.editors.editor import Editor, SiteStatistics
 from malmend.editors.folder import identity_of, read_folder, weights_in, write_folder
 from malmend.editors.network import NetworkSettings
 from malmend.editors.settings import EditorSettings
-from malmend.errors import EditorError, nearest
+from malmend.errors import EditorError, MalmendError, nearest
 from malmend.facts.fact import Fact, subject_hash
 from malmend.files import reason
 from malmend.models.descent import Descent
@@ -196,8 +196,11 @@ def _settings(raw: Mapping[str, Any]) -> EditorSettings:
                 f"The editor has an unknown setting {name!r}{nearest(name, known)}; it was written "
                 "by a newer version of malmend, use that."
             )
-    nested = {
-        "network": NetworkSettings(**raw["network"]),
-        "descent": None if raw["descent"] is None else Descent(**raw["descent"]),
-    }
-    return EditorSettings(**{**raw, **nested})
+    try:
+        nested = {
+            "network": NetworkSettings(**raw["network"]),
+            "descent": None if raw["descent"] is None else Descent(**raw["descent"]),
+        }
+        return EditorSettings(**{**raw, **nested})
+    except MalmendError as error:  # whose sentence does not name the folder
+        raise ValueError(str(error).removesuffix(".")) from error
