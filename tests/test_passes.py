@@ -7,6 +7,7 @@ import math
 import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -106,6 +107,20 @@ def briefly(monkeypatch):
     monkeypatch.setattr(draws, "FEWEST", 4)
     monkeypatch.setattr(draws, "HELD", 2)
     monkeypatch.setattr(settle, "START", 1.0)
+
+
+@pytest.fixture
+def places(monkeypatch) -> list[Path]:
+    """Where each settling would be kept, which is interrupted when it has been once."""
+    found: list[Path] = []
+
+    def stopped(*_given, halfway, **_more):
+        found.append(halfway.path)
+        halfway.keep(halfway_module.EVERY, dict)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(settling, "settle", stopped)
+    return found
 
 
 SETTLED = RefineSettings(passes=1, frames=FRAMES, rounds=1.0, hold=4.0)
@@ -287,15 +302,7 @@ def test_a_fact_is_read_as_any_other_of_the_batch_is_asked(tiny, monkeypatch):
 
 
 @pytest.mark.parametrize("other", [{"hold": 5.0}, {"wordings": 1}, {"rounds": 600.0}, {"steps": 2}])
-def test_another_settling_does_not_go_on_from_it(tiny, monkeypatch, other):
-    places = []
-
-    def stopped(*_given, halfway, **_more) -> None:
-        places.append(halfway.path)
-        halfway.keep(halfway_module.EVERY, dict)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(settling, "settle", stopped)
+def test_another_settling_does_not_go_on_from_it(tiny, places, other):
     for refine in (SETTLED, replace(SETTLED, **other), SETTLED):
         with pytest.raises(Resumable):
             malmend.edit(tiny.loaded, FEW, refine=refine, **own(tiny))
@@ -305,20 +312,13 @@ def test_another_settling_does_not_go_on_from_it(tiny, monkeypatch, other):
     assert len(set(places)) == 3
 
 
-def test_a_settling_of_anything_else_is_kept_elsewhere(tiny, monkeypatch, briefly):
-    places = []
-
-    def stopped(*_given, halfway, **_more) -> None:
-        places.append(halfway.path)
-        raise KeyboardInterrupt
-
+def test_a_settling_of_anything_else_is_kept_elsewhere(tiny, briefly, places):
     def place(loaded=tiny.loaded, facts=FEW, hold=4.0, eta=1.0):
         asked = {"refine": replace(SETTLED, hold=hold), **own(tiny)}
         with pytest.raises(KeyboardInterrupt):
             malmend.edit(loaded, facts, settings=replace(training_free(), eta=eta), **asked)
         return places.pop()
 
-    monkeypatch.setattr(settling, "settle", stopped)
     twin = replace(tiny.loaded)
     vars(twin)["digest"] = "f" * 64  # another model, though it starts where this one does
     tokenizer = tiny.loaded.tokenizer
@@ -328,15 +328,10 @@ def test_a_settling_of_anything_else_is_kept_elsewhere(tiny, monkeypatch, briefl
     assert len({place(), *others}) == 1 + len(others)
 
 
-def test_what_the_solves_round_otherwise_goes_on_from_the_same_settling(tiny, monkeypatch, briefly):
+def test_what_the_solves_round_otherwise_goes_on_from_the_same_settling(
+    tiny, monkeypatch, briefly, places
+):
     """On an accelerator no two runs of them give the same bits."""
-    places = []
-
-    def stopped(*_given, halfway, **_more):
-        places.append(halfway.path)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(settling, "settle", stopped)
     solve = by_editor.Solves.solve
     for much in (0.0, 1e-12):
 
@@ -350,14 +345,7 @@ def test_what_the_solves_round_otherwise_goes_on_from_the_same_settling(tiny, mo
     assert places[0] == places[1]
 
 
-def test_a_bound_that_does_not_bind_goes_on_from_the_same_settling(tiny, monkeypatch, briefly):
-    places = []
-
-    def stopped(*_given, halfway, **_more):
-        places.append(halfway.path)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(settling, "settle", stopped)
+def test_a_bound_that_does_not_bind_goes_on_from_the_same_settling(tiny, briefly, places):
     for steps in (400, 500, 3):
         with pytest.raises(KeyboardInterrupt):
             malmend.edit(tiny.loaded, FEW, refine=replace(SETTLED, steps=steps), **own(tiny))
