@@ -110,7 +110,7 @@ def briefly(monkeypatch):
 
 
 @pytest.fixture
-def places(monkeypatch) -> list[Path]:
+def places(monkeypatch, own_cache) -> list[Path]:
     """Where each settling would be kept, which is interrupted when it has been once."""
     found: list[Path] = []
 

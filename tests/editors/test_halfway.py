@@ -96,6 +96,17 @@ def test_a_damaged_one_and_a_folder_that_cannot_be_made_start_anew(tmp_path):
     assert nowhere.found() == (0, {})
 
 
+def test_one_that_lacks_a_part_starts_anew(tmp_path):
+    place, counts = Halfway.of(tmp_path, ("a",)), []
+    wanted = Case().settled(5, halfway=place)
+    steps, whole = place.found()
+    for name in ("readings open", next(n for n in whole if n.endswith(" free"))):
+        place.keep(steps, lambda name=name: {n: t for n, t in whole.items() if n != name}, True)
+        found = Case().settled(5, halfway=place, progress=counts.append)
+        assert all(torch.equal(found[n], one) for n, one in wanted.items())
+    assert counts == [1] * 10
+
+
 @pytest.mark.parametrize("second", [0, 3, 6])
 def test_processes_go_on_from_the_same_step_or_start_anew(tmp_path, second):
     """One was killed before it had kept what the other had."""

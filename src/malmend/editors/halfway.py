@@ -55,11 +55,17 @@ class Halfway:
         part = f"{name}-{processes.rank + 1}-of-{processes.count}.safetensors"
         return cls(folder / part, processes)
 
-    def found(self) -> tuple[int, dict[str, Tensor]]:
-        """How many steps were taken, and what was kept then; 0 where any process lacks it."""
+    def found(self, names: Iterable[str] = ()) -> tuple[int, dict[str, Tensor]]:
+        """How many steps were taken, and what was kept then, of these names at least.
+
+        0 where any process lacks it.
+        """
         tensors, steps = dict[str, Tensor](), 0
         with suppress(Exception):  # whatever is wrong with it, the descent starts anew
-            tensors, steps = (found := load_file(self.path)), int(found.pop(STEPS))
+            found = load_file(self.path)
+            taken = int(found.pop(STEPS))
+            if found.keys() >= set(names):
+                tensors, steps = found, taken
         everyone = self.processes.gathered(torch.tensor([steps]))
         return (steps, tensors) if (everyone == steps).all() and steps else (0, {})
 

@@ -147,7 +147,7 @@ def _state(parts: Mapping[str, _Metric | Readings]) -> dict[str, Tensor]:
 
 def _go_on(parts: Mapping[str, _Metric | Readings], halfway: Halfway | None) -> int:
     """Takes up what was kept halfway; after how many steps that was."""
-    steps, kept = halfway.found() if halfway is not None else (0, {})
+    steps, kept = halfway.found(_state(parts)) if halfway is not None else (0, {})
     if steps:
         for part, one in parts.items():
             own = {
