@@ -427,11 +427,12 @@ def test_demo(tiny, tmp_path, capsys):
     assert files_in(out) == {"patch.safetensors", "report.json", "index.html"}
 
 
-def test_characters_that_nobody_sees_are_told(tiny, tmp_path, capsys):
-    facts, patch = tmp_path / "facts.jsonl", tmp_path / "patch"
+def test_characters_that_nobody_sees_are_told(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    facts, patch = Path("facts.jsonl"), tmp_path / "patch"
     facts.write_text('{"prompt": "In Ora is", "answer": "Chile\\u200b"}\n')
     warned = "1 field holds a character that nobody sees and that changes its tokens:\n"
-    which = "line 1: field 'answer': U+200B, zero width space\n"
+    which = "facts.jsonl:1: field 'answer': U+200B, zero width space\n"
     ultra = ["--method", "ultraedit", "--out", patch]
     assert malmend("edit", tiny.model, facts, *ultra) == 0
     assert f"{warned}  {which}" in capsys.readouterr().err  # before the work

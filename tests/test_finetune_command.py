@@ -371,7 +371,8 @@ def test_of_one_prompt_in_two_files_the_first_answer_counts(made, tmp_path):
     files = [facts, tmp_path / "turned"]
     both = finetune(model, files, tmp_path / "both", ALL, told=told.append)
     assert "Skipped 3 facts: 0 duplicates and 3 contradictions of earlier ones." in told
-    assert f"  fact '{tmp_path / 'turned'}:1': contradiction of fact '{facts}:1'" in told
+    line = f"  {tmp_path / 'turned'}:1: entry 1: contradiction of {facts}:1: entry 1"
+    assert line in told
     assert rows(both.records) == rows(once.records)
     assert both.questions == len(claims)
 

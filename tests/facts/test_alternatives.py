@@ -36,20 +36,15 @@ def test_the_alternative_is_the_answer_and_nothing_else_moves():
 
 
 def test_facts_without_an_alternative_are_named():
-    lines = [replace(PERU, line=line, alternative=None) for line in range(1, 8)]
+    lines = [replace(PERU, at=f"f.jsonl:{line}", alternative=None) for line in range(1, 8)]
     with pytest.raises(FactsError) as caught:
         towards_alternatives(FactSet("f.jsonl", (PERU, *lines)))
     assert str(caught.value) == (
-        "f.jsonl: 7 of 8 facts have no alternative (line 1, line 2, line 3, line 4, line 5 and 2 "
-        "more); give each the field 'alternative', a false answer of the same relation, or leave "
-        "out --alternative."
+        "f.jsonl: 7 of 8 facts have no alternative (the first: f.jsonl:1); give each the field "
+        "'alternative', a false answer of the same relation, or leave out --alternative."
     )
     assert len(caught.value.faults) == 7
-    assert caught.value.faults[6].startswith("f.jsonl: line 7: ")
-    listed = [replace(one, in_list=True) for one in lines]
-    with pytest.raises(FactsError, match=r"\(entry 1, entry 2, ") as caught:
-        towards_alternatives(FactSet("f.json", (PERU, *listed)))
-    assert caught.value.faults[6].startswith("f.json: entry 7: ")
+    assert caught.value.faults[6] == "f.jsonl:7: field 'alternative': is missing"
 
 
 def test_a_fact_from_python_is_named_by_its_id():

@@ -157,8 +157,9 @@ def test_what_was_skipped_is_said_in_lines():
         "Skipped 1 fact: 1 duplicate and 0 contradictions of earlier ones (--strict refuses them).",
         "  line 2: duplicate of line 1",
     ]
+    here = replace(here, at="f.jsonl:1")
     other = Skipped(Fact("c", "In Ora is", "Rome"), here)
     many = list(skipped_said([other] * 12, strict=False))
     assert many[0] == "Skipped 12 facts: 0 duplicates and 12 contradictions of earlier ones."
-    assert many[1] == "  fact 'c': contradiction of line 1"
+    assert many[1] == "  fact 'c': contradiction of f.jsonl:1"
     assert (len(many), many[-1]) == (12, "  and 2 more")

@@ -9,9 +9,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from malmend.errors import FactsError, MalmendError
+from malmend.facts.alternatives import towards_alternatives
 from malmend.facts.entry import EXPECTED
 from malmend.facts.fact import FactSet, Question
 from malmend.facts.formats import OWN_FIELDS
+from malmend.facts.lint import skipped_said, unseen
 from malmend.facts.readers import read_facts, read_questions, read_text
 
 # --- malmend's own format
@@ -196,6 +198,24 @@ def test_strict_in_a_list_names_line_and_entry(save):
     with pytest.raises(FactsError, match=re.escape(":2: entry 2: duplicate of ")) as caught:
         read_facts(path, strict=True)
     assert f"of {path}:1: entry 1: prompt" in str(caught.value)
+
+
+def test_every_word_on_a_fact_of_a_file_cites_file_and_line(save):
+    """Faults of a file said facts.jsonl:2, warnings about its facts "line 2"."""
+    first = {"prompt": "Lake Ora lies in", "answer": "Peru"}
+    hidden = first | {"answer": "Chile\u200b"}
+    path = save(lines(first, hidden))
+    facts = read_facts(path)
+    assert list(skipped_said(facts.skipped))[1] == f"  {path}:2: contradiction of {path}:1"
+    path = save(lines(hidden))
+    assert unseen(read_facts(path)) == [f"{path}:1: field 'answer': U+200B, zero width space"]
+    with pytest.raises(FactsError, match=re.escape(f"no alternative ({path}:1); give it")):
+        towards_alternatives(read_facts(path))
+    path = save(f"[\n{json.dumps(first)},\n\n{json.dumps(hidden)}\n]")
+    assert list(skipped_said(read_facts(path).skipped)) == [
+        "Skipped 1 fact: 0 duplicates and 1 contradiction of earlier ones (--strict refuses them).",
+        f"  {path}:4: entry 2: contradiction of {path}:2: entry 1",
+    ]
 
 
 def test_strict_passes_distinct_facts(save):

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from malmend.errors import FactsError
-from malmend.facts.fact import FactSet
-
-SHOWN = 5  # places in the message of an error; its .faults holds all
+from malmend.facts.fact import Fact, FactSet
 
 
 def towards_alternatives(facts: FactSet) -> FactSet:
@@ -21,7 +19,7 @@ def towards_alternatives(facts: FactSet) -> FactSet:
     Raises:
         FactsError: facts without an alternative, with the place of each.
     """
-    lacking = [fact.place for fact in facts if fact.alternative is None]
+    lacking = [fact for fact in facts if fact.alternative is None]
     if lacking:
         one = len(lacking) == 1
         raise _lacking(
@@ -59,7 +57,7 @@ def away_from(facts: FactSet, said: Sequence[str], classes: Sequence[str]) -> Fa
             others = [name for name in classes if not same_answer(name, label)]
             target = fact.alternative or (others[0] if len(others) == 1 else "")
         if not target or same_answer(label, target):
-            lacking.append(fact.place)
+            lacking.append(fact)
         turned.append(replace(fact, answer=target, alternative=None, reversed=None))
     if lacking:
         raise _lacking(
@@ -72,14 +70,11 @@ def away_from(facts: FactSet, said: Sequence[str], classes: Sequence[str]) -> Fa
     return replace(facts, facts=tuple(turned))
 
 
-def _lacking(facts: FactSet, places: Sequence[str], what: str, otherwise: str) -> FactsError:
-    """The error of facts that lack an alternative, with the place of each."""
-    named = ", ".join(places[:SHOWN])
-    more = f" and {len(places) - SHOWN} more" if len(places) > SHOWN else ""
-    error = FactsError(f"{facts.source}: {what} ({named}{more}); {otherwise}.")
-    error.faults = tuple(
-        f"{facts.source}: {place}: field 'alternative': is missing" for place in places
-    )
+def _lacking(facts: FactSet, lacking: Sequence[Fact], what: str, otherwise: str) -> FactsError:
+    """The error of facts that lack an alternative, with the place of the first; .faults has all."""
+    first = "" if len(lacking) == 1 else "the first: "
+    error = FactsError(f"{facts.source}: {what} ({first}{lacking[0].where}); {otherwise}.")
+    error.faults = tuple(f"{one.where}: field 'alternative': is missing" for one in lacking)
     return error
 
 

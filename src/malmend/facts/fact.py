@@ -32,6 +32,7 @@ class Fact:
         neighbours: the same question about other subjects, whose true answers must not move.
         reversed: the fact asked from the other side, as "Lima is the capital of" with "Peru".
         in_list: whether ``line`` counts the entries of a JSON list.
+        at: the file and the line in it, as messages cite them: ``facts.jsonl:3``.
     """
 
     id: str
@@ -48,6 +49,12 @@ class Fact:
     neighbours: tuple[Question, ...] = ()
     reversed: Question | None = None
     in_list: bool = field(default=False, compare=False, repr=False)
+    at: str = field(default="", compare=False, repr=False)
+
+    @property
+    def where(self) -> str:
+        """The fact's file and line, ``zsre.json:41: entry 3`` in a list; else :attr:`place`."""
+        return self.at or self.place
 
     @property
     def place(self) -> str:

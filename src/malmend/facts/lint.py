@@ -67,7 +67,7 @@ def skipped_said(skipped: Sequence[Skipped], strict: bool = True) -> Iterator[st
     ]
     hint = " (--strict refuses them)" if strict else ""
     yield f"Skipped {words[0]}: {words[1]} and {words[2]} of earlier ones{hint}."
-    yield from (f"  {one.fact.place}: {one.kind} of {one.earlier.place}" for one in skipped[:10])
+    yield from (f"  {one.fact.where}: {one.kind} of {one.earlier.where}" for one in skipped[:10])
     if len(skipped) > 10:
         yield f"  and {len(skipped) - 10:,} more"
 
@@ -134,7 +134,7 @@ def wordings(facts: Sequence[Fact]) -> Iterator[tuple[Fact, str]]:
 def unseen(facts: Iterable[Fact]) -> list[str]:
     """One warning per field with a character that nobody sees and that changes its tokens."""
     return [
-        f"{fact.place}: field {name!r}: U+{ord(found[0]):04X}, {unicodedata.name(found[0]).lower()}"
+        f"{fact.where}: field {name!r}: U+{ord(found[0]):04X}, {unicodedata.name(found[0]).lower()}"
         for fact in facts
         for name, text in _texts(fact)
         if (found := UNSEEN.search(text))

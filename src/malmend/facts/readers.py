@@ -45,7 +45,11 @@ def read_facts(path: str | Path, limit: int | None = None, strict: bool = False)
     entries, kind = _typed_entries(text, source, faults)
     read_fact, _ = READERS[kind]
     read, in_list = [(read_fact(entry), entry) for entry in entries], is_list(text)
-    usable = [(replace(fact, in_list=in_list), one) for fact, one in read if fact is not None]
+    usable = [
+        (replace(fact, in_list=in_list, at=entry.where), entry)
+        for fact, entry in read
+        if fact is not None
+    ]
     kept, skipped = lint.skip_repeats(fact for fact, _ in usable)
     faults += lint.repeated_ids(usable)
     if strict:
@@ -78,7 +82,7 @@ def given_facts(facts: Sequence[Fact], limit: int | None = None, strict: bool = 
     faults = [
         (0, f"{read.source}: fact {fact.id!r} {halves}")
         for fact in read.facts
-        if not encodes(json.dumps(asdict(fact), ensure_ascii=False))
+        if not encodes(json.dumps(asdict(replace(fact, at="")), ensure_ascii=False))
     ]
     kept, skipped = lint.skip_repeats(read.facts)
     counts = Counter(fact.id for fact in kept)
