@@ -444,12 +444,12 @@ CASES: dict[str, tuple[Callable[[Place], Arguments], str]] = {
     "missing YAML": (lambda p: p.train("--config", p.folder / "no.yaml"), "no.yaml"),
     "binary YAML": (
         lambda p: p.train("--config", p.file("c.yaml", b"\x00\xff\xfe" * 9)),
-        "c.yaml is not UTF-8 text",
+        "c.yaml:1: byte 0xff at offset 1 is not UTF-8; save the file as UTF-8 text",
     ),
     "a folder for YAML": (lambda p: p.train("--config", p.folder), "--config file cannot be read"),
     "broken YAML": (
         lambda p: p.train("--config", p.file("c.yaml", "steps: [")),
-        "c.yaml:1:9: is no YAML: expected the node content",
+        "c.yaml:1: is no YAML (expected the node content",
     ),
     "a name twice in YAML": (
         lambda p: p.train("--config", p.file("c.yaml", "seed: 1\nnetwork: {rank: 3,\n rank: 4}")),

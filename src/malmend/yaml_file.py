@@ -24,8 +24,9 @@ def read_yaml(path: str | Path) -> tuple[Any, Lines]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        what = f"is not UTF-8 text ({error.reason} at {error.start}); save it as UTF-8"
-        raise MalmendError(f"{path} {what}.") from error
+        what = f"byte 0x{error.object[error.start]:02x} at offset {error.start} is not UTF-8"
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise MalmendError(f"{path}:{line}: {what}; save the file as UTF-8 text") from error
     try:
         made = yaml.SafeLoader(text)
         root = made.get_single_node()
@@ -34,17 +35,25 @@ def read_yaml(path: str | Path) -> tuple[Any, Lines]:
         value = made.construct_document(root) if root and not twice else None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
-        raise MalmendError(f"{place}: is no YAML: {error.problem or error.context}.") from error
+        place = (mark.line + 1, mark.column + 1) if mark else None
+        raise _broken(path, str(error.problem or error.context), place) from error
     except yaml.reader.ReaderError as error:
         before = text[: error.position]
-        place = f"{path}:{before.count(chr(10)) + 1}:{len(before) - before.rfind(chr(10))}"
-        raise MalmendError(f"{place}: is no YAML: {error.reason}.") from error
+        place = (before.count("\n") + 1, len(before) - before.rfind("\n"))
+        raise _broken(path, error.reason, place) from error
     except (ValueError, RecursionError) as error:  # of a date, or of what nests too deeply
-        raise MalmendError(f"{path}: is no YAML: {' '.join(str(error).split())[:300]}.") from error
+        raise _broken(path, " ".join(str(error).split())[:300]) from error
     if twice:
         raise MalmendError("\n".join(f"{path}:{one}" for one in twice))
     return value, lines
+
+
+def _broken(path: str | Path, why: str, place: tuple[int, int] | None = None) -> MalmendError:
+    """The error of what is no YAML, at its line and column where they are known."""
+    if place is None:
+        return MalmendError(f"{path}: is no YAML ({why}); correct the file")
+    line, column = place
+    return MalmendError(f"{path}:{line}: is no YAML ({why}, column {column}); correct it there")
 
 
 def _walk(node: yaml.Node, at: At, lines: Lines, seen: set[int]) -> Iterator[str]:

@@ -76,7 +76,7 @@ def test_a_plan_reads_as_it_is_written(tmp_path):
         ({"sizs": [1]}, "unknown field 'sizs'; did you mean 'sizes'?"),
         ({"sizes": ["many"]}, r"plan\.yaml:\d+: sizes\[1\] is 'many', expected a whole number"),
         ({"sizes": [0]}, r"sizes\[1\] is 0, expected a whole number of at least 1"),
-        ({"seeds": []}, "seeds is empty, expected a list of whole numbers"),
+        ({"seeds": []}, "seeds is empty; give a list of whole numbers"),
         ({"single_above": "x"}, "single_above is 'x', expected a whole number"),
         ({"protocols": ["apart"]}, r"protocols\[1\] is 'apart', expected 'together' or"),
         ({"facts": None}, "facts is left empty"),
@@ -133,7 +133,7 @@ def test_files_that_are_no_plan(content, tmp_path):
     if content is not None:
         path.write_bytes(content.encode("latin-1"))
     with pytest.raises(
-        MalmendError, match=r"plan\.yaml( to be read|:1:5: is no YAML| is not UTF-8| holds no)"
+        MalmendError, match=r"plan\.yaml( to be read|:1: is no YAML|:1: byte 0xff at| holds no)"
     ):
         read_plan(path)
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,7 @@ from malmend.given import faults as type_faults
 from malmend.yaml_file import At, read_yaml
 
 Protocol = Literal["together", "alone"]
+NEEDED = ("models", "facts", "methods")
 EXPECTED = {
     "models": "a list of models' names, folders or GGUF files",
     "facts": "a facts file",
@@ -123,7 +125,9 @@ def read_plan(path: str | Path) -> Plan:
     except OSError as error:
         raise MalmendError(f"There is no plan {path} to be read; give a YAML file.") from error
     if not isinstance(given, dict):
-        raise MalmendError(f"The plan {path} holds no fields, expected models, facts and methods.")
+        raise MalmendError(
+            f"The plan {path} holds no fields, expected {', '.join(NEEDED)}; give these at least."
+        )
     given = {str(name): value for name, value in given.items()}
     if isinstance(methods := given.get("methods"), dict):  # "malmen:" without settings is None
         given["methods"] = {str(k): {} if v is None else v for k, v in methods.items()}
@@ -144,17 +148,17 @@ def read_plan(path: str | Path) -> Plan:
 
 
 def _faults(given: Mapping[str, Any]) -> Iterator[tuple[At, str]]:
-    """Everything that is wrong with a plan's fields, and where."""
+    """Everything that is wrong with a plan's fields, and where; each says at its end what to do."""
     hints = get_type_hints(Plan)
     for name in (one for one in given if one not in hints):
-        hint = nearest(name, hints) or f"; expected {', '.join(hints)}"
+        hint = nearest(name, hints) or f"; valid are {', '.join(hints)}"
         yield (name,), f"unknown field {name!r}{hint}"
     for name, hint in hints.items():
         value = given.get(name)
-        if name not in given and name in ("models", "facts", "methods"):
-            yield (name,), f"{name} is missing, expected {EXPECTED[name]}"
+        if name not in given and name in NEEDED:
+            yield (name,), f"{name} is missing; give {EXPECTED[name]}"
         elif name in given and value is None:
-            yield (name,), f"{name} is left empty; give a value, or leave the field out"
+            yield (name,), f"{name} is left empty; give a value{_or_none(name)}"
         elif name in given and name == "methods":
             yield from _method_faults(value)
         elif name in given and get_origin(hint) is tuple:
@@ -166,7 +170,7 @@ def _faults(given: Mapping[str, Any]) -> Iterator[tuple[At, str]]:
 def _list_faults(name: str, values: object, hint: Any) -> Iterator[tuple[At, str]]:
     if not isinstance(values, list | tuple) or not values:
         said = short(values) if values else "empty"
-        yield (name,), f"{name} is {said}, expected {EXPECTED[name]}"
+        yield (name,), f"{name} is {said}; give {EXPECTED[name]}{_or_none(name)}"
         return
     for index, value in enumerate(values):
         wrong = _kind(f"{name}[{index + 1}]", value, hint)
@@ -179,13 +183,21 @@ def _kind(name: str, value: object, hint: Any) -> Iterator[str]:
     wrong = type_faults({name: value}, {name: hint})
     if not wrong and least is not None and cast(int, value) < least:
         wrong = [f"{name} is {value}, expected a whole number"]
-    yield from (what if least is None else f"{what} of at least {least}" for what in wrong)
+    more = "" if least is None else f" of at least {least}"
+    yield from (f"{what}{more}; give one{_or_none(name)}" for what in wrong)
+
+
+def _or_none(name: str) -> str:
+    """What else can be done with a field, or an item of one, that is wrong."""
+    if "[" in name:
+        return ", or leave it out"
+    return "" if name in NEEDED else ", or leave the field out"
 
 
 def _method_faults(methods: object) -> Iterator[tuple[At, str]]:
     if not isinstance(methods, Mapping) or not methods:
         said = short(methods) if methods else "empty"
-        yield ("methods",), f"methods is {said}, expected {EXPECTED['methods']}"
+        yield ("methods",), f"methods is {said}; give {EXPECTED['methods']}"
         return
     for name, given in methods.items():
         while (refusal := _refused(name, given)) is not None:
@@ -200,9 +212,16 @@ def _method_faults(methods: object) -> Iterator[tuple[At, str]]:
 
 
 def _refused(name: str, given: Any) -> str | None:
-    """Why a method cannot be made."""
+    """Why a method cannot be made, as a line of faults, and what to do."""
     try:
         way_of(name, given)
     except MalmendError as error:
-        return str(error)
-    return None
+        said = str(error).removesuffix(".")
+    else:
+        return None
+    if said.startswith("The plan's "):
+        said = said.removeprefix("The plan's ")
+    else:  # a class of settings says nothing of the plan
+        said = f"method {name!r}: {said}"
+    # Valid names at the end, in a sentence of their own, are an advice too.
+    return said if re.search("; |[.?] ", said) else f"{said}; correct it, or leave it out"
