@@ -269,7 +269,9 @@ def test_the_longer_half_is_bounded(reading, prompt, answer, size):
     question = Question(prompt, answer)
     encoded = Encoder(framed(), max_tokens=size, reading=reading).encode(question)
     assert max(len(encoded.read), len(encoded.decoded)) == size
-    with pytest.raises(MalmendError, match=rf"^{size} tokens, expected at most {size - 1}; short"):
+    half = "answer" if answer.startswith("two") else "prompt"
+    said = f"^the {half} has {size} tokens, expected at most {size - 1}; shorten the {half}$"
+    with pytest.raises(MalmendError, match=said):
         Encoder(framed(), max_tokens=size - 1, reading=reading).encode(question)
 
 

@@ -455,7 +455,9 @@ def test_too_long(answer):
     question = Question("mars has", answer)
     length = 6 if answer else 3
     assert len(Encoder(tokenizer, max_tokens=length).encode(question).ids) == length
-    with pytest.raises(MalmendError, match=f"{length} tokens, expected at most {length - 1}; "):
+    what = "prompt and answer together have" if answer else "the prompt has"
+    said = f"^{what} {length} tokens, expected at most {length - 1}; shorten the "
+    with pytest.raises(MalmendError, match=said):
         Encoder(tokenizer, max_tokens=length - 1).encode(question)
 
 
@@ -517,7 +519,8 @@ def test_the_field_that_is_named_is_the_one_to_change():
         "neighbours": (Fact("a", "mars", "two", neighbours=(Question("mars", other),)), "answer"),
     }
     for name, (fact, part) in cases.items():
-        said = f"5 tokens, expected at most 4; shorten the {part}"
+        size = "prompt and answer together have 5 tokens, expected at most 4"
+        said = f"{size}; shorten the {part}"
         assert encoder.faults([fact]) == [f"fact 'a': field {name!r}: {said}"]
     both = Fact("a", "mars", other, paraphrases=("moons",))  # the answer is one, and is said once
     assert len(encoder.faults([both])) == 1

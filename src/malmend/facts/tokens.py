@@ -128,8 +128,11 @@ class Encoder:
             return
         of_answer = {"causal": len(encoded.labels), "classes": 0, "seq2seq": len(encoded.decoded)}
         part: Part = "answer" if of_answer[encoded.form] > len(encoded.prompt) else "prompt"
+        what = f"the {part} has"
+        if encoded.form == "causal" and encoded.labels:
+            what = "prompt and answer together have"
         raise Unfit(
-            f"{longest} tokens, expected at most {self.max_tokens}; shorten the {part}", part
+            f"{what} {longest} tokens, expected at most {self.max_tokens}; shorten the {part}", part
         )
 
     def encode_all(self, questions: Iterable[Question]) -> list[Encoded]:
