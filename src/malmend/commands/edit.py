@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from malmend.commands.choice import choose
-from malmend.commands.edits import ByEditor
 from malmend.commands.evaluate import chat_encoder, evaluate
+from malmend.commands.method_choice import method_for
 from malmend.editors.calibration import CalibrationSettings
 from malmend.editors.editor import Editor
 from malmend.editors.halfway import resumable
 from malmend.editors.refine import RefineSettings
 from malmend.editors.settings import EditorSettings
-from malmend.errors import EditorError, MalmendError
+from malmend.errors import EditorError
 from malmend.evaluation.examiner import Examiner
 from malmend.evaluation.page import PAGE, check_apart, page_folder
 from malmend.facts.fact import Fact, FactSet, facts_digest
@@ -25,7 +24,6 @@ from malmend.facts.lint import skipped_said, unseen, unseen_said
 from malmend.files import writable
 from malmend.memory import size_of
 from malmend.methods.method import Found, Method, settings_of
-from malmend.methods.trained import trained_method
 from malmend.models.budget import watched
 from malmend.models.device import places_of
 from malmend.models.load import LoadedModel
@@ -143,76 +141,34 @@ def edit(
         writable(out, facts, calibrate, text, place, editor)
         if report is not None:
             check_apart(out, report)
-    found = trained_method(editor) if method is None and settings is None else None
-    method, editor = (found, "auto") if found is not None else (method, editor)
-    own_data = (calibrate, text, calibration) != (None, None, CalibrationSettings())
-    of_editors = editor != "auto" or settings is not None or own_data or memory is not None
-    if method is not None:
-        _check_method(method, of_editors or refine != RefineSettings(), processes)
-    chosen = choose(editor, settings, own_data)
-    working = method or ByEditor(chosen, calibrate, text, calibration, refine, processes)
-    encoder = encoder_for(model, working.end_of_answer)
+    given = (calibrate, text, calibration, refine, memory, processes)
+    by = method_for(editor, settings, method, *given)
+    encoder = encoder_for(model, by.method.end_of_answer)
     known = checked_facts(facts, encoder, limit, strict, alternative, away)
     check_calibration(encoder, calibrate, text)
     processes.check_enough(len(known))
-    if isinstance(working, ByEditor):
-        working = working.ready(encoder, len(known))
+    by = by.ready(encoder, len(known))
     if report is not None:  # whatever would stop it is found before the work
         chat_encoder(encoder, known, DECODED)
         page_folder(report, facts, calibrate, text, out, model)
     loaded = opened(model, dtype, device)
-    lines: Iterable[str] = [f"Method: {working.name}."]
-    if isinstance(working, ByEditor):
-        working = working.on(loaded)
-        lines = working.said()
+    by = by.on(loaded)
     over = [] if out is None else replaced(out)
-    for line in (*lines, *over, *skipped_said(known.skipped), *unseen_said(unseen(known))):
+    for line in (*by.said(), *over, *skipped_said(known.skipped), *unseen_said(unseen(known))):
         told(line)
-    bench = lay_out(loaded, working.sites_in(loaded.model), working.end_of_answer, trunk=trunk)
+    sites = by.method.sites_in(loaded.model)
+    bench = lay_out(loaded, sites, by.method.end_of_answer, trunk=trunk)
     known = aimed(bench, known, away)
     aims = {"alternative": alternative, "away": away, "created": now()}
-    plan = None
-    if isinstance(working, ByEditor):
-        bench, plan = working.within(bench, known.facts, memory)
+    bench, plan = by.within(bench, known.facts, memory)
     with watched(plan, told) as peak:
-        done = _edited(bench, working, known, aims, out, progress, processes)
+        done = _edited(bench, by.method, known, aims, out, progress, processes)
     done = replace(done, peak=peak())
     if report is None or not processes.is_first:
         return done
-    evaluate(
-        loaded,
-        facts,
-        done.patch,
-        limit,
-        strict,
-        alternative,
-        away,
-        decode_facts=DECODED,
-        report=report,
-        trunk=trunk,
-        progress=progress,
-    )
+    asked = (loaded, facts, done.patch, limit, strict, alternative, away)
+    evaluate(*asked, decode_facts=DECODED, report=report, trunk=trunk, progress=progress)
     return replace(done, page=Path(report) / PAGE)
-
-
-def _check_method(method: Method, of_editors: bool, processes: Processes) -> None:
-    """What a method that is no editor does not take, and whether it is a method."""
-    if isinstance(method, type) or not hasattr(method, "sites_in"):
-        raise MalmendError(
-            f"method is {method!r:.80}, expected a method with its settings, such as Memit() of "
-            "malmend.methods.memit; the editor's own is settings=EditorSettings(method=...)."
-        )
-    if of_editors:
-        raise MalmendError(
-            f"The method {method.name} takes neither an editor, nor settings of one, nor "
-            "calibration data, nor a memory budget; leave out --editor, --calibrate, --text, "
-            "--memory, --refine.*, and --layers and the other settings of editors."
-        )
-    if processes.count > 1:
-        raise MalmendError(
-            f"The method {method.name} runs in one process and there are {processes.count}; start "
-            "it without torchrun. Only editors are spread over processes."
-        )
 
 
 def _edited(

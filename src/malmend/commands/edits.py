@@ -54,6 +54,11 @@ class ByEditor:
     asked: RefineSettings | None = None
 
     @property
+    def method(self) -> ByEditor:
+        """Itself."""
+        return self
+
+    @property
     def name(self) -> str:
         """The editor's aggregation."""
         return self.choice.settings.method

@@ -21,6 +21,7 @@ from malmend.commands.training_folder import (
 from malmend.editors.calibration import CalibrationSettings
 from malmend.editors.checkpoint import SavedEditor, load_editor, save_editor
 from malmend.editors.drawing import check_trainable
+from malmend.editors.editor import Editor
 from malmend.editors.resuming import check_run, rounds_otherwise, run_of
 from malmend.editors.settings import EditorSettings
 from malmend.editors.train_settings import TrainSettings
@@ -33,7 +34,7 @@ from malmend.facts.readers import given_questions
 from malmend.files import reason
 from malmend.material import calibrated
 from malmend.memory import size_of
-from malmend.models.budget import Work, watched
+from malmend.models.budget import MemoryPlan, Work, watched
 from malmend.models.load import LoadedModel
 from malmend.models.store import ActivationStore
 from malmend.models.trunk import TrunkSettings
@@ -149,13 +150,7 @@ def train(
                 bench, settings, calibrate or own, text, calibration, progress, others
             )
         start = found.editor(settings, bench.trunk, training.seed)
-        plan = None
-        if memory is not None:
-            questions = bench.encoder.encode_all(fact.question for fact in known)
-            extra = step_bytes(start, bench.trunk, training, questions)
-            also = partial(rehearse, bench.trunk)
-            work = Work(questions, settings.tokens, extra, also)
-            bench, plan = within_memory(bench, memory, work)
+        bench, plan = _within(bench, start, training, known, memory)
         store = _pairs_store(bench, settings, trunk)
         trainer = Trainer(
             start, bench.trunk, bench.encoder, known, others, training, store, processes
@@ -168,17 +163,44 @@ def train(
             processes.check_alike("The editor in training", trainer.step, start.checksum())
         with watched(plan, told) as peak:
             starting(trainer, _seconds_left(trainer, records))
-            for record in trainer.run():
-                records.append(record)
-                stepped(record)
-                due = is_due(record.step, training.save_every, training.steps)
-                if due and processes.is_first:
-                    _save(trainer, about, records, folder)
-        if processes.is_first and not is_whole(folder, trainer.step):  # killed at the last step
-            _save(trainer, about, records, folder)
+            _trained(trainer, about, records, folder, stepped)
         with processes.first_then_others():  # once it is written
             saved = load_editor(folder)
         return TrainResult(saved, folder, tuple(records), tuple(leaks(known, others)), peak())
+
+
+def _within(
+    bench: Workbench,
+    start: Editor,
+    training: TrainSettings,
+    facts: FactSet,
+    memory: str | None,
+) -> tuple[Workbench, MemoryPlan | None]:
+    """The bench within a memory budget, where there is one, and how that is spent."""
+    if memory is None:
+        return bench, None
+    questions = bench.encoder.encode_all(fact.question for fact in facts)
+    extra = step_bytes(start, bench.trunk, training, questions)
+    work = Work(questions, start.settings.tokens, extra, partial(rehearse, bench.trunk))
+    return within_memory(bench, memory, work)
+
+
+def _trained(
+    trainer: Trainer,
+    about: dict[str, Any],
+    records: list[StepRecord],
+    folder: Path,
+    stepped: Callable[[StepRecord], None],
+) -> None:
+    """Takes the steps that are left, adds their records, and saves; one of several processes."""
+    settings, is_first = trainer.settings, trainer.processes.is_first
+    for record in trainer.run():
+        records.append(record)
+        stepped(record)
+        if is_due(record.step, settings.save_every, settings.steps) and is_first:
+            _save(trainer, about, records, folder)
+    if is_first and not is_whole(folder, trainer.step):  # killed at the last step
+        _save(trainer, about, records, folder)
 
 
 def _save(
