@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.cells import cell_len
 from rich.markup import escape
@@ -11,14 +11,12 @@ from rich.table import Table
 
 from malmend.commands.demo import DemoResult
 from malmend.errors import harmless
-from malmend.evaluation.protocols import PROTOCOLS, Group, Scores, between
-from malmend.evaluation.replies import KINDS
+from malmend.evaluation import figures
+from malmend.evaluation.protocols import Group, Scores
 from malmend.evaluation.report import Report
-from malmend.evaluation.view import QUESTIONS
 from malmend.facts.lint import unseen_said
 from malmend.show import OUT, asked, counted, edited, page, percent, trained_on
 
-METRICS = ("token_ratio", "exact", "generated", "generated_chat", "retention", "kl", "kept")
 # Columns of the tables of groups: a kind and a metric.
 GROUPED = (
     ("ES", "token_ratio"),
@@ -43,16 +41,11 @@ def report(result: Report) -> None:
     table.add_column("unedited", justify="right")
     if result.edited:
         table.add_column("edited", justify="right")
-    shown = set()
-    for kind in KINDS:
-        before = result.unedited.get(kind)
-        if before is None or not before.questions:
-            continue
-        after = result.edited.get(kind)
-        for index, (metric, cells) in enumerate(_lines(before, after)):
-            label = f"{kind} ({QUESTIONS[kind][0].lower()})" if index == 0 else ""
-            table.add_row(label, metric.replace("_", " "), *cells[: 2 if result.edited else 1])
-            shown.add(metric)
+    for kind, found in figures.lines(result).items():
+        for index, one in enumerate(found):
+            name = figures.label(kind) if index == 0 else ""
+            cells = _cells(one)[: 2 if result.edited else 1]
+            table.add_row(name, one.metric.replace("_", " "), *cells)
         table.add_section()
     if result.perplexity:
         cells = [f"{result.perplexity[key]:.2f}" for key in result.perplexity]
@@ -61,9 +54,8 @@ def report(result: Report) -> None:
     if result.perplexity and result.about.get("text"):
         text = escape(str(result.about["text"]))
         OUT.print(f"  perplexity: of {text}; lower is better", style="dim", highlight=False)
-    for metric, meaning in PROTOCOLS.items():
-        if metric in shown:
-            OUT.print(f"  {metric.replace('_', ' ')}: {meaning}", style="dim", highlight=False)
+    for metric, meaning in figures.protocols(result).items():
+        OUT.print(f"  {metric.replace('_', ' ')}: {meaning}", style="dim", highlight=False)
     if any(one.interval for model in (result.unedited, result.edited) for one in model.values()):
         OUT.print("  (from–to): a 95% interval, in percent", style="dim", highlight=False)
     for by, groups in result.groups.items():
@@ -144,23 +136,17 @@ def _figure(model: Mapping[str, Scores], kind: str, metric: str) -> float | None
     return found
 
 
-def _lines(before: Scores, after: Scores | None) -> Iterator[tuple[str, list[str]]]:
-    for metric in METRICS:
-        values = [getattr(one, metric) if one else None for one in (before, after)]
-        count = after.kept_count if after and metric == "kept" else ""
-        if values == [None, None] and not count:
-            continue
-        if metric == "kl":
-            cells = ["" if value is None else f"{value:.3f}" for value in values]
-        else:
-            cells = ["" if value is None else percent(value) for value in values]
-        if metric == "token_ratio":
-            for index, one in enumerate((before, after)):
-                if one and (ends := between(one.token_ratio, one.interval)):
-                    cells[index] += " ({:.1f}–{:.1f})".format(*(100 * end for end in ends))
-        if count:
-            cells[1] = f"{cells[1]} ({count})" if cells[1] else count
-        yield metric, cells
+def _cells(line: figures.Line) -> list[str]:
+    """Unedited and edited, with the interval, and what is kept as a count."""
+    cells = []
+    for value, ends in ((line.before, line.before_between), (line.after, line.after_between)):
+        said = "" if value is None else percent(value) if line.is_share else f"{value:.3f}"
+        if ends:
+            said += " ({:.1f}–{:.1f})".format(*(100 * end for end in ends))
+        cells.append(said)
+    if line.count:
+        cells[1] = f"{cells[1]} ({line.count})" if cells[1] else line.count
+    return cells
 
 
 def demonstrated(result: DemoResult) -> None:

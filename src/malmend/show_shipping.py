@@ -11,15 +11,14 @@ from rich.table import Table
 from malmend.commands.conflicts import ConflictsResult
 from malmend.commands.diff import DiffResult
 from malmend.commands.export import ExportResult
+from malmend.evaluation import figures
 from malmend.evaluation.protocols import Scores
 from malmend.evaluation.replies import KINDS
-from malmend.evaluation.view import QUESTIONS
 from malmend.shipping.conflict import Overlap
 from malmend.shipping.measure import Measured, of_facts
 from malmend.shipping.truncate import VLLM_RANKS, served_rank
 from malmend.show import OUT
 
-METRICS = ("token_ratio", "exact", "generated", "retention", "kept")
 MOST_NAMES = 10  # of layers that are in one model only
 MOST_ROWS = 60  # of the table of differences
 
@@ -136,11 +135,11 @@ def _scores(title: str, found: Measured) -> None:
         table.add_column(form, justify="right")
     for kind in KINDS:
         first = True
-        for metric in METRICS:
+        for metric in figures.SHARES:
             values = [_figure(kinds.get(kind), metric) for kinds in found.values()]
             if all(value is None for value in values):
                 continue
-            label = f"{kind} ({QUESTIONS[kind][0].lower()})" if first else ""
+            label = figures.label(kind) if first else ""
             shown = ["" if value is None else f"{100 * value:.1f}%" for value in values]
             table.add_row(label, metric.replace("_", " "), *shown)
             first = False

@@ -1,4 +1,4 @@
-"""The figures of the page: tiles, bars, groups and histograms as plain values, no HTML.
+"""Figures as plain values, no HTML: which there are, and the page's tiles, bars and histograms.
 
 A kind of question or a metric that the report lacks is left out.
 """
@@ -6,9 +6,9 @@ A kind of question or a metric that the report lacks is left out.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
-from malmend.evaluation.protocols import PROTOCOLS, Group, Scores, between
+from malmend.evaluation.protocols import PROTOCOLS, Group, between
 from malmend.evaluation.replies import HELD, KINDS, Kind
 from malmend.evaluation.report import Report
 from malmend.evaluation.view import QUESTIONS, held
@@ -30,6 +30,8 @@ TILES: tuple[tuple[Kind, str, str, str], ...] = (
     ("LS", "kept", "Unrelated kept", "right before the edit, and right after it"),
     ("LS", "retention", "Unrelated retention", "answer tokens as before, right or wrong"),
 )
+METRICS = tuple(name for name in PROTOCOLS if name != "interval")  # in the order of all tables
+SHARES = tuple(name for name in METRICS if name != "kl")  # those that are shown in percent
 PANELS = ("token_ratio", "exact", "generated", "generated_chat")
 GROUPED: tuple[Kind, ...] = ("ES", "GS", "NS", "LS")
 GROUPS = {
@@ -58,7 +60,7 @@ class Line:
     @property
     def is_share(self) -> bool:
         """Whether the value is a share, and so shown in percent."""
-        return self.metric != "kl"
+        return self.metric in SHARES
 
 
 @dataclass(frozen=True)
@@ -151,9 +153,7 @@ def lines(report: Report) -> dict[Kind, list[Line]]:
     for kind in KINDS:
         before, after = report.unedited.get(kind), report.edited.get(kind)
         found = []
-        for metric in (one.name for one in fields(Scores)):
-            if metric in ("interval", "questions", "kept_of"):
-                continue
+        for metric in METRICS:
             models = (before, after)
             values = [getattr(one, metric) if one else None for one in models]
             count = after.kept_count if after and metric == "kept" else ""
@@ -167,6 +167,11 @@ def lines(report: Report) -> dict[Kind, list[Line]]:
         if found:
             out[kind] = found
     return out
+
+
+def label(kind: Kind) -> str:
+    """A kind of question as tables of a terminal name it: "ES (edit prompts)"."""
+    return f"{kind} ({QUESTIONS[kind][0].lower()})"
 
 
 def tiles(report: Report) -> list[Tile]:
