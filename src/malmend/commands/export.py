@@ -27,7 +27,7 @@ from malmend.shipping.record import write_record
 from malmend.shipping.truncate import check_rank
 from malmend.workbench import Workbench, aimed, checked_facts, encoder_for, opened, shipped
 
-Form = Literal["lora", "merged"]
+To = Literal["lora", "merged"]
 DECODED = 64  # facts that are also answered free-running, the slow part
 
 
@@ -50,7 +50,7 @@ class ExportResult:
 def export(
     patch: str | Path | Patch,
     folder: str | Path,
-    to: Form = "lora",
+    to: To = "lora",
     model: str | LoadedModel | None = None,
     rank: int | None = None,
     dtype: str | None = None,
@@ -134,9 +134,9 @@ def _check(
     to: str, rank: int | None, dtype: str | None, text: object, decode_facts: int | None
 ) -> None:
     """What can be refused before anything is read."""
-    if to not in get_args(Form):
+    if to not in get_args(To):
         raise MalmendError(
-            f"--to is {to!r}{nearest(to, get_args(Form)) or '.'} Expected lora or merged."
+            f"--to is {to!r}{nearest(to, get_args(To)) or '.'} Expected lora or merged."
         )
     if to == "merged" and (rank is not None or text is not None):
         raise MalmendError(

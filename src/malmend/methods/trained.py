@@ -20,7 +20,7 @@ from malmend.methods.ke_training import KeTrainer
 from malmend.methods.method import Method
 
 
-class Trainer(Protocol):
+class Learner(Protocol):
     """What is trained, step by step; see the trainers' own files."""
 
     step: int
@@ -40,7 +40,7 @@ class Trained:
     """A method by its three parts."""
 
     settings: type
-    trainer: Callable[..., Trainer]
+    trainer: Callable[..., Learner]
     method: Callable[[str], Method]
 
 
