@@ -10,7 +10,7 @@ from malmend.options import derive, parse, parser_of
 
 def bench(arguments: list[str], what: str) -> None:
     """Runs a plan, or shows what one gave."""
-    from malmend import show
+    from malmend import show, show_bench
     from malmend.bench.run import bench, bench_plot, bench_table
     from malmend.bench.table import markdown
 
@@ -18,7 +18,7 @@ def bench(arguments: list[str], what: str) -> None:
         parser = parser_of("bench table", "what a bench gave, as Markdown")
         parser.add_argument("folder", type=str, help="folder that malmend bench wrote")
         derive(parser, bench_table, {"folder"})
-        show.plain(bench_table(**parse(parser, arguments[1:])))
+        show_bench.bench(bench_table(**parse(parser, arguments[1:])))
         return
     if arguments[:1] == ["plot"]:
         parser = parser_of("bench plot", "curves over the number of facts, as figures")
@@ -33,7 +33,7 @@ def bench(arguments: list[str], what: str) -> None:
     given = parse(parser, arguments)
     with show.bars() as bars:
         result = bench(**given, progress=bars, told=show.status, stepped=show.cell)
-    show.plain(markdown(result.rows))
+    show_bench.bench(markdown(result.rows))
 
 
 def _check_word(arguments: list[str]) -> None:
