@@ -1,4 +1,4 @@
-"""What a model is calibrated on: the project's own facts, questions and text, or a user's.
+"""What a model is calibrated on and what edits hold: own facts, questions and text, or a user's.
 
 A classifier reads statements, so that of it the project's facts are made into some: the prompt and
 what follows it.  What is true says little of another model's classes, so a calibration aims away
@@ -15,9 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
 from malmend.editors.around import Around, load_around, save_around
 from malmend.editors.calibration import Calibration, CalibrationSettings, calibrate
 from malmend.editors.calibration_file import (
@@ -25,7 +22,7 @@ from malmend.editors.calibration_file import (
     load_calibration,
     save_calibration,
 )
-from malmend.editors.keymoments import first_of, key_moments, passages_of, text_moment
+from malmend.editors.keymoments import first_of, key_moments, passages_of
 from malmend.editors.settings import EditorSettings
 from malmend.errors import MalmendError
 from malmend.facts.alternatives import same_answer
@@ -34,13 +31,11 @@ from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact, FactSet, Question, spread
 from malmend.facts.readers import read_facts, read_questions, read_text
 from malmend.facts.tokens import Encoder
-from malmend.files import written_beside
 from malmend.kept import kept
 from malmend.models.source import cache_folder
 from malmend.progress import Progress, silent
 from malmend.workbench import Workbench, aimed, checked_facts, shipped
 
-MOMENTS = 1  # of how moments of general text are taken; a change makes those that are kept anew
 MOST_KEPT = 2_000_000_000  # bytes of calibrations in the cache folder
 KEPT_BACK = 200  # general questions that no edit holds
 
@@ -139,40 +134,6 @@ def tokenizer_digest(tokenizer: Any) -> str:
     said = json.loads(tokenizer.backend_tokenizer.to_str())
     said.update(padding=None, truncation=None)
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-
-
-def general_text(encoder: Encoder, tokens: int) -> list[Encoded]:
-    """The first lines of the project's own text, until they have so many tokens."""
-    return first_of(passages_of(encoder, read_text(shipped("text.txt"))), tokens)
-
-
-def general_moments(bench: Workbench, tokens: int, progress: Progress = silent) -> list[Tensor]:
-    """C_text of every site over the project's own text, from the cache folder or made now.
-
-    Args:
-        bench: the model, unedited.
-        tokens: of the text.
-        progress: called with stage and share done.
-
-    Returns:
-        K x K in float64 for each site (:func:`malmend.editors.keymoments.text_moment`).
-    """
-    lines = general_text(bench.encoder, tokens)
-    names = [site.name for site in bench.trunk.sites]
-    said = [MOMENTS, bench.loaded.digest, str(bench.trunk.model.dtype), names]
-    key = hashlib.sha256(repr([*said, [line.ids for line in lines]]).encode()).hexdigest()
-
-    def save(moments: list[Tensor], path: Path) -> None:
-        with written_beside(path) as beside:
-            save_file(dict(zip(names, moments, strict=True)), beside)
-
-    return kept(
-        cache_folder() / "calibrations" / f"moments-{key[:24]}.safetensors",
-        lambda path: [load_file(path)[name] for name in names],
-        lambda: text_moment(bench.trunk, lines, tokens, progress),
-        save,
-        MOST_KEPT,
-    )
 
 
 def held_out_questions(encoder: Encoder, count: int) -> tuple[Question, ...]:
