@@ -105,7 +105,7 @@ def briefly(monkeypatch):
     """
     monkeypatch.setattr(edits, "known_facts", lambda _bench, _facts: [])
     monkeypatch.setattr(draws, "FEWEST", 4)
-    monkeypatch.setattr(draws, "HELD", 2)
+    monkeypatch.setattr(draws, "HELD_EACH", 2)
     monkeypatch.setattr(settle, "START", 1.0)
 
 
@@ -179,7 +179,7 @@ def test_an_edit_is_settled_from_its_last_kept_solve_in_every_frame(tiny, monkey
         48,
         4.0,
     )
-    assert (list(others.held.questions), others.each, others.weight) == (known, 16, 1.0)
+    assert (list(others.held.questions), others.each, others.weight) == (known, 48, 2.0)
     for name in once.factors:
         torch.testing.assert_close(given["shifts"][name].float(), once.shift(name))
         torch.testing.assert_close(found.shift(name), factor * once.shift(name))
@@ -211,7 +211,7 @@ def test_an_edit_of_many_facts_into_a_decoder_settles_by_default(
 
 @pytest.mark.parametrize("few", [2, 3])
 def test_what_settles_by_default_is_the_first_solve(tiny, briefly, monkeypatch, few):
-    monkeypatch.setattr(refine_module, "FEW", few)
+    monkeypatch.setattr(refine_module, "UNSETTLED", few)
     said = malmend.edit(tiny.loaded, FEW, **own(tiny)).patch.provenance
     assert (said["passes"] == 1) is (said["rounds"] == refine_module.ROUNDS) is (few < len(FEW))
     assert (said["wordings"], said["hold"] > 0) == ((8, True) if few < len(FEW) else (0, False))

@@ -31,7 +31,7 @@ def stop_after(steps: int):
 def often(monkeypatch):
     monkeypatch.setattr(module, "EVERY", 3)
     monkeypatch.setattr(draws, "READINGS", 4)
-    monkeypatch.setattr(draws, "HELD", 1)
+    monkeypatch.setattr(draws, "HELD_EACH", 1)
 
 
 @pytest.mark.parametrize("stopped", [4, 6, 7])

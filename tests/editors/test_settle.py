@@ -56,7 +56,7 @@ class Case:
         return {name: self.editor.prior(site, self.tokens) for site, name in names}
 
     def settled(self, steps: int, hold: float = 3.0, rows=ROWS, **more):
-        keeping = [Keeping(self.held, draws.HELD, hold)] if hold else []
+        keeping = [Keeping(self.held, draws.HELD_EACH, hold)] if hold else []
         return settle(self.trunk, self.priors, self.shifts, rows, steps, keeping, **more)
 
 
@@ -195,7 +195,7 @@ def test_what_it_holds_beside_micro_batches_is_planned():
 
 
 def test_the_numbers_are_those_of_the_docs():
-    read, kept = (112, 80, 7, 0.02, 3.0, 0.5, 1.5), (48, 2, 16, 0.25, 0.05)
+    read, kept = (112, 80, 7, 0.02, 3.0, 0.5, 1.5), (48, 2, 48, 0.5, 0.05)
     assert (*read, *kept, 0.5, 0.06, 0.9, 0.98, 1e-6) == module.NUMBERS
     assert (RefineSettings.hold, RefineSettings.wordings, LEFT_OUT) == (150.0, 8, 0.3)
     assert [150.0, 8, 256, 3.0, 400, True, 2, 0.3, 1, 5, *module.NUMBERS] == SETTLING
@@ -257,7 +257,7 @@ def test_the_weights_stay_and_the_same_is_found_again():
 def test_two_processes_settle_as_one_does(monkeypatch):
     """With two facts and one held line in each step, which one process has none of."""
     monkeypatch.setattr(draws, "READINGS", 4)
-    monkeypatch.setattr(draws, "HELD", 1)
+    monkeypatch.setattr(draws, "HELD_EACH", 1)
     wanted, meeting, found = Case().settled(7), Meeting(), {}
 
     cases = Case(), Case()  # a model is made by the one generator of all threads

@@ -25,9 +25,9 @@ WAYS = 7  # what all readings of a fact weigh together, in the mean over facts
 LEAST_OPEN, MOST_OPEN = 0.02, 3.0  # nats that a reading is ranked by, at least and at most
 LUCK = (0.5, 1.5)  # what a rank is multiplied by, from and to, at random
 NEVER = 1e9  # steps since the last reading of what was not read yet
-HELD, READ = 48, 2  # questions and lines of a step, and how often each is read if they suffice
-FEW_KNOWN = 16  # of what is surely said of others, in a step
-NUMBERS = (READINGS, FEWEST, WAYS, LEAST_OPEN, MOST_OPEN, *LUCK, HELD, READ, FEW_KNOWN)
+HELD_EACH, READ = 48, 2  # questions and lines of a step, and how often each is read if they suffice
+KNOWN_EACH = 48  # of what is surely said of others, in a step
+NUMBERS = (READINGS, FEWEST, WAYS, LEAST_OPEN, MOST_OPEN, *LUCK, HELD_EACH, READ, KNOWN_EACH)
 
 
 def steps_for(readings: int, rounds: float, most: int) -> int:
@@ -40,7 +40,7 @@ def steps_for(readings: int, rounds: float, most: int) -> int:
 
 def lines_for(steps: int) -> int:
     """How many held questions and lines so many steps read."""
-    return steps * HELD // READ
+    return steps * HELD_EACH // READ
 
 
 def in_turns(count: int, size: int, processes: Processes) -> Iterator[list[int]]:

@@ -53,7 +53,7 @@ from malmend.processes import ALONE, Processes
 PROMPT = "{prompt}"
 CHAT = "chat"
 USUAL, MOST, ENOUGH = 3, 4, 0.01  # solves, and the share of missed tokens that needs no more
-FEW, ROUNDS = 256, 3.0  # facts that are solved again; the rounds of larger edits
+UNSETTLED, ROUNDS = 256, 3.0  # facts at most that do not settle; the rounds of larger edits
 MOST_WORDINGS = 10
 MOST_PASSES = 100  # four do, and each costs as much as the first
 MOST_WEIGHT = 1000  # of what is asked back: far heavier ones leave nothing of the edits
@@ -147,7 +147,7 @@ class RefineSettings:
 
     def of(self, form: Form, facts: int) -> RefineSettings:
         """The same for an edit of so many facts, with the number that a null of rounds is for."""
-        many = form == "causal" and facts > FEW and self.passes is None
+        many = form == "causal" and facts > UNSETTLED and self.passes is None
         rounds = self.rounds if self.rounds is not None else ROUNDS * many
         return replace(self, rounds=rounds, passes=1 if rounds and not self.passes else self.passes)
 
@@ -171,7 +171,7 @@ class RefineSettings:
 UNSAID: list[object] = [USUAL, MOST, ENOUGH, END_NLL, *FRAMES, *WITH_CHAT, *NUMBERS]
 UNSAID += [RefineSettings.gain, RefineSettings.chat_gain, RefineSettings.restore]
 # The same of what settles.
-SETTLING: list[object] = [RefineSettings.hold, RefineSettings.wordings, FEW, ROUNDS]
+SETTLING: list[object] = [RefineSettings.hold, RefineSettings.wordings, UNSETTLED, ROUNDS]
 SETTLING += [RefineSettings.steps, RefineSettings.around, IN_CHAT]
 SETTLING += [LEFT_OUT, TURNED, borrowing.FORMAT, *settle.NUMBERS]
 

@@ -51,7 +51,7 @@ from malmend.numerics.prior import Prior
 from malmend.patch import shifted
 from malmend.processes import ALONE, Processes
 
-KNOWN = 0.25  # what is surely said of others weighs, beside ``hold``
+KNOWN = 0.5  # what is surely said of others weighs, beside ``hold``
 SAID = 0.05  # nats below which an answer token is said surely enough
 START = 0.5  # of the solved shift is started from
 RATE, BETAS, TINY = 0.06, (0.9, 0.98), 1e-6

@@ -77,7 +77,7 @@ class Settling:
         """What is held while the edit settles: as much as is read a few times."""
         trunk, processes, hold = self.whole, self.processes, self.refine.hold
         lines, found = holding.settling[: draws.lines_for(self.steps)], list[Keeping]()
-        parts = ((lines, draws.HELD, hold), (holding.known, draws.FEW_KNOWN, KNOWN * hold))
+        parts = ((lines, draws.HELD_EACH, hold), (holding.known, draws.KNOWN_EACH, KNOWN * hold))
         for number, (questions, each, weight) in enumerate(parts):
             self.progress("what should stay as it is", number / len(parts))
             if questions:
