@@ -568,6 +568,17 @@ def test_a_value_that_ends_like_a_switch_stays(reached):
     assert reached("eval", "./strict", "f")["model"] == "./strict"
 
 
+def test_nothing_behind_a_bare_double_hyphen_is_an_option(reached, capsys):
+    """Another file was once opened, and another prompt asked: hyphens had become underscores."""
+    assert reached("inspect", "--", "--my-facts-a.jsonl")["thing"] == "--my-facts-a.jsonl"
+    given = reached("ask", "m", "--chat", "--", "--foo-bar is")
+    assert (given["prompt"], given["chat"]) == ("--foo-bar is", True)
+    assert reached("ask", "m", "--", "--chat")["prompt"] == "--chat"
+    assert malmend("ask", "m", "--", "--chat", "--max-new-tokens", "4") == 2
+    said = capsys.readouterr().err
+    assert "takes no further '--max-new-tokens 4'; options stand before a bare --" in said
+
+
 @pytest.mark.parametrize("name", ["--facts-per-step", "--facts_per_step"])
 @pytest.mark.parametrize("joined", [True, False])
 def test_hyphens_and_underscores_are_the_same(reached, name, joined):

@@ -52,6 +52,7 @@ def parser_of(command: str, what: str) -> Any:
             return plain.replace("``", "")
 
         after_switches: dict[str, str]  # what follows switches that stand alone, with their names
+        after_dashes: list[str]  # what follows a bare --, of which nothing is an option
 
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             raise MalmendError(_usage_error(command, message, self))
@@ -63,7 +64,7 @@ def parser_of(command: str, what: str) -> Any:
         print_config=None,
         allow_abbrev=False,  # --limi would be taken for --limit, and never be mended
     )
-    parser.after_switches = {}
+    parser.after_switches, parser.after_dashes = {}, []
     return parser
 
 
@@ -175,6 +176,8 @@ def parse(parser: Any, arguments: list[str]) -> dict[str, Any]:
     from malmend.editors.refine import RefineSettings
     from malmend.models.trunk import TrunkSettings
 
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    arguments, parser.after_dashes = arguments[:end], arguments[end:]
     spelt = [
         re.sub(r"^--[^=]*", lambda found: "--" + found[0][2:].replace("-", "_"), one)
         for one in arguments
@@ -194,7 +197,7 @@ def parse(parser: Any, arguments: list[str]) -> dict[str, Any]:
             if name == "--config" and os.path.isfile(value or following):
                 read_yaml(value or following)  # which refuses what the parser would let pass
     try:
-        given = parser.parse_args(spelt).as_dict()
+        given = parser.parse_args([*spelt, *parser.after_dashes]).as_dict()
     except UnicodeDecodeError as error:
         raise MalmendError(
             f"The --config file is not UTF-8 text ({error.reason} at {error.start}); "
@@ -248,6 +251,8 @@ def _usage_error(command: str, message: str, parser: Any) -> str:
     if not given.startswith("-"):
         return f"malmend {command} takes no further {given!r}; see malmend {command} --help."
     name = re.split(r"[=\s]", given)[0].replace("_", "-")
+    if name in options and parser.after_dashes:
+        return f"malmend {command} takes no further {given!r}; options stand before a bare --."
     close = difflib.get_close_matches(name, options, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else "."
     return f"There is no option {name!r} of malmend {command}{hint} See malmend {command} --help."
