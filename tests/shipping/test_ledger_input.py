@@ -11,6 +11,7 @@ import shutil
 import sqlite3
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import ledger_support
 import pytest
@@ -23,7 +24,7 @@ from command_support import as_lines, files_in, save_model
 from malmend.editors.checkpoint import load_editor, save_editor
 from malmend.editors.editor import Editor, SiteStatistics
 from malmend.editors.settings import training_free
-from malmend.errors import EditorError, FactsError, MalmendError
+from malmend.errors import EditorError, FactsError, LedgerError, MalmendError
 from malmend.models.sites import find_sites
 from malmend.numerics.moments import RunningMoments
 from malmend.shipping import ledger_table
@@ -208,6 +209,27 @@ def test_rules_that_make_no_sense(rule):
 
 
 # Another model
+
+
+@pytest.mark.parametrize("rule", [{"retention": 0.5}, {"retension": 0.5}, 0.5, None])
+def test_a_rule_that_is_none_makes_no_ledger(tiny, tmp_path, rule):
+    said = refused(malmend.ledger.init, tmp_path / "new", tiny.loaded, rule=rule)
+    assert "expected a malmend.ledger.StopRule" in said
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_share_that_is_none_is_no_rule():
+    for share in ("0.5", None, True):
+        with pytest.raises(LedgerError, match="expected a share from 0 to 1"):
+            StopRule(retention=share)
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a disk that takes no file is Linux's")
+@pytest.mark.parametrize("place", ["/proc/ledger", "/proc/self/task"])
+def test_a_disk_that_takes_no_file_is_said_before_the_work(tiny, cache, monkeypatch, place):
+    monkeypatch.setattr("malmend.workbench.load_model", None)
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: [])  # an empty one
+    assert "cannot be written" in refused(malmend.ledger.init, place, tiny.model)
 
 
 def test_another_model_is_refused(tiny, ledger, tmp_path):

@@ -14,6 +14,7 @@ from malmend.editors.checkpoint import load_editor, save_editor
 from malmend.editors.editor import Editor
 from malmend.editors.settings import EditorSettings
 from malmend.errors import EditorError, LedgerError
+from malmend.files import new_folder, writable_folder
 from malmend.methods.trained import TRAINED, method_in
 from malmend.models.identity import bits
 from malmend.models.load import LoadedModel
@@ -92,6 +93,8 @@ def init(
         MalmendError: any bad input, in one sentence.
     """
     signed, folder = signed_by(author), Path(ledger)
+    if not isinstance(rule, StopRule):  # which the table would keep, and no reader take
+        raise LedgerError(f"rule is {rule!r:.80}, expected a malmend.ledger.StopRule.")
     refuse(method)
     named = method_in(editor) if isinstance(editor, str | Path) else None
     refuse(named if named in TRAINED else "malmen")
@@ -145,11 +148,10 @@ def refuse(method: str | None) -> None:
 
 
 def _check_folder(folder: Path) -> None:
-    """Raises LedgerError unless a ledger can begin there."""
-    if folder.exists() and not folder.is_dir():
-        raise LedgerError(f"{folder} is a file, expected a folder to be made.")
-    if not folder.exists() and not folder.absolute().parent.is_dir():
-        raise LedgerError(f"There is no folder {folder.parent} to make {folder.name} in.")
+    """Raises MalmendError unless a ledger can begin there."""
+    if not folder.is_dir():
+        new_folder(folder)
+        return
     if holds_tables(folder):
         raise LedgerError(f"{folder} holds a ledger already; give another folder.")
     # What an `init` that was killed left is written over; it begins with the file.
@@ -157,6 +159,7 @@ def _check_folder(folder: Path) -> None:
     other = [path.name for path in folder.glob("*") if path.name not in own]
     if other:
         raise LedgerError(f"{folder} is not empty (it holds {other[0]}); give another folder.")
+    writable_folder(folder)
 
 
 def _keep(ready: Editor, chosen: Choice, folder: Path) -> str:

@@ -42,9 +42,10 @@ class StopRule:
                 f"rule.questions is {self.questions!r} and rule.refuse {self.refuse!r}, expected a "
                 "whole number, and true or false."
             )
-        if not 0 <= self.retention <= 1:
+        is_number = isinstance(self.retention, int | float) and self.retention is not True
+        if not is_number or not 0 <= self.retention <= 1:
             raise LedgerError(
-                f"rule.retention is {self.retention}, expected a share from 0 to 1; change "
+                f"rule.retention is {self.retention!r:.80}, expected a share from 0 to 1; change "
                 "--rule.retention."
             )
         if not 0 <= self.questions <= KEPT_BACK:
