@@ -405,3 +405,36 @@ def test_no_file_of_a_folder_that_is_read_is_written_over(tmp_path):
     (tmp_path / "link").symlink_to(model)
     with pytest.raises(MalmendError, match="is a file of"):
         writable(tmp_path / "link" / weights.name, model)
+
+
+KINDS = [
+    ("config.json", "a model"),
+    ("adapter_config.json", "an adapter"),
+    ("editor.json", "an editor"),
+    ("ledger.sqlite", "a ledger"),
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS)
+def test_no_new_file_goes_into_what_is_read(tmp_path, name, kind):
+    """A patch called adapter_config.json would make an adapter of a model."""
+    read = tmp_path / "read"
+    (read / "editor").mkdir(parents=True)
+    (read / name).write_text("")
+    with pytest.raises(MalmendError, match=f"would lie in .*read, {kind} that this command reads"):
+        writable(read / "new", "facts.jsonl", str(read))
+    assert writable(read / "new", "facts.jsonl") == read / "new"  # which nobody reads now
+    assert writable(read / "editor" / "new", read).parent.name == "editor"  # a folder like any
+    (read / "editor" / "editor.json").write_text("")  # as a ledger's is
+    for inside in ("new", "editor.json"):
+        with pytest.raises(MalmendError, match="would lie in"):
+            writable(read / "editor" / inside, read)
+    (tmp_path / "link").symlink_to(read / "far")
+    with pytest.raises(MalmendError, match="would lie in"):
+        writable(tmp_path / "link", read)
+
+
+def test_what_is_read_may_be_no_path_at_all(tmp_path):
+    """It is refused where it is read, with what it should have been."""
+    (tmp_path / "config.json").write_text("")
+    assert writable(tmp_path / "new", "x" * 5000, "a\0b", "no/such").name == "new"

@@ -121,30 +121,56 @@ def writable(path: str | Path, *inputs: object) -> Path:
     """Checks before long work that a file can be written at ``path``.
 
     ``inputs`` are what the work reads; those that are paths must not be written over, nor any file
-    of a folder among them.
+    of a folder among them, and into a model, an adapter, an editor or a ledger among them goes no
+    new file: whatever reads it may take that for one of its own.
 
     Raises:
         MalmendError: the folder does not exist or takes no file, or ``path`` is a folder or input.
     """
     path = Path(path)
-    read = [Path(one) for one in inputs if isinstance(one, str | Path)]
-    for one in read if path.is_file() else ():
-        if one.exists() and one.samefile(path):
-            raise MalmendError(
-                f"{path} is read by this command and would be lost; write elsewhere."
-            )
-        if one.is_dir() and one.samefile(path.parent):
-            raise MalmendError(
-                f"{path} is a file of {one}, which this command reads; write elsewhere."
-            )
+    place = _followed(path)
+    for one in (Path(one) for one in inputs if isinstance(one, str | Path)):
+        _check_outside(path, place, one)
     if path.is_dir():
         raise MalmendError(f"{path} is a folder, expected the path of a file to write.")
     if path.exists() and not path.is_file():  # a device, which the rename would replace
         raise MalmendError(f"{path} is no regular file, expected the path of a file to write.")
-    place = _followed(path)
     _check_within_folder(place, "to write {} into")
     _check_takes_files(place.parent, path)
     return path
+
+
+# What a folder is, by a file that it then holds.
+KINDS = {
+    "config.json": "a model",
+    "adapter_config.json": "an adapter",
+    "editor.json": "an editor",
+    "ledger.sqlite": "a ledger",
+}
+
+
+def kind_of(folder: Path) -> str | None:
+    """What a folder is, in words; None where it is none of :data:`KINDS`."""
+    return next((kind for name, kind in KINDS.items() if (folder / name).is_file()), None)
+
+
+def _check_outside(path: Path, place: Path, read: Path) -> None:
+    """Raises MalmendError, about ``path``, where writing at its place would harm what is read."""
+    if not os.path.exists(read):  # which may be no path at all
+        return
+    if place.is_file() and read.samefile(place):
+        raise MalmendError(f"{path} is read by this command and would be lost; write elsewhere.")
+    folder = place.absolute().parent
+    around = [one for one in (folder, *folder.parents) if os.path.isdir(one) and read.samefile(one)]
+    if around and (kind := kind_of(folder)):  # a ledger's editor too
+        kind = kind_of(around[0]) or kind
+        raise MalmendError(
+            f"{path} would lie in {read}, {kind} that this command reads; write elsewhere."
+        )
+    if around == [folder] and place.is_file():
+        raise MalmendError(
+            f"{path} is a file of {read}, which this command reads; write elsewhere."
+        )
 
 
 def _check_within_folder(path: Path, to_do: str) -> None:

@@ -445,6 +445,14 @@ def test_a_ledgers_own_file_is_never_written_over(ledger, write):
     assert (ledger / "ledger.sqlite").read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["new", "rows-x.safetensors", "editor/p.safetensors"])
+def test_nothing_is_written_into_a_ledger(ledger, name):
+    before = files_in(ledger)
+    for write in ("list", "patch"):
+        assert command_support.malmend("ledger", write, ledger, "--out", ledger / name) == 2
+    assert files_in(ledger) == before
+
+
 def test_a_folder_that_holds_an_editor_is_not_taken_for_a_ledger_that_was_killed(tiny, tmp_path):
     folder = tmp_path / "work"
     (folder / "editor").mkdir(parents=True)
