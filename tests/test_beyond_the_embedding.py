@@ -48,11 +48,11 @@ def test_facts_are_refused_by_line(tiny, cache, model, odd, tmp_path):
     own = {"calibrate": tiny.calibrate, "text": tiny.text, "calibration": CALIBRATION}
     ledger = tmp_path / "ledger"
     malmend.ledger.init(ledger, tiny.loaded, rule=StopRule(questions=0), **own)
-    with pytest.raises(MalmendError, match=f"line 2: field 'prompt': .*{SAID}"):
+    with pytest.raises(MalmendError, match=rf"odd\.jsonl:2: field 'prompt': .*{SAID}"):
         malmend.edit(model, odd, **own)
-    with pytest.raises(MalmendError, match=f"line 2: field 'prompt': .*{SAID}"):
+    with pytest.raises(MalmendError, match=rf"odd\.jsonl:2: field 'prompt': .*{SAID}"):
         malmend.eval(model, odd)
-    with pytest.raises(MalmendError, match=f"line 2: field 'prompt': .*{SAID}"):
+    with pytest.raises(MalmendError, match=rf"odd\.jsonl:2: field 'prompt': .*{SAID}"):
         malmend.ledger.add(ledger, odd, model=model)
 
 

@@ -349,7 +349,7 @@ def test_facts_that_the_model_cannot_say(made, tmp_path):
     (tmp_path / "odd").write_text('{"prompt": "The capital of", "answer": "nowhere"}')
     with pytest.raises(
         MalmendError,
-        match=r"1 question does not fit this model:\n.*line 1: field .answer.: .*does not survive",
+        match=r"1 question does not fit this model:\n.*odd:1: field .answer.: .*does not survive",
     ):
         finetune(model, tmp_path / "odd", tmp_path / "out", ALL)
 

@@ -164,7 +164,7 @@ def check_encodes(facts: FactSet, encoder: Encoder) -> None:
         raise FactsError(
             f"{facts.source}: {len(faults):,} question{'' if one else 's'} "
             f"{'does' if one else 'do'} not fit this model:",
-            [f"{facts.source}: {fault}" for fault in faults],
+            faults,
         )
 
 

@@ -414,7 +414,7 @@ def test_a_half_written_line_is_lost_and_a_foreign_one_refused(tmp_path):
     assert Results(tmp_path).rows["c"]["x"] is None
     for wrong in ("[]", '{"key": "a"}', "{"):
         (tmp_path / NAME).write_text(first + f"\n{wrong}\n")
-        with pytest.raises(MalmendError, match="line 2 is no row of a bench"):
+        with pytest.raises(MalmendError, match=r"cells\.jsonl:2: is no row of a bench"):
             Results(tmp_path)
 
 

@@ -277,15 +277,15 @@ def test_the_longer_half_is_bounded(reading, prompt, answer, size):
 
 def test_faults_name_line_and_field():
     facts = [
-        Fact("a", "mars has", "SUPPORTS", line=1),
-        Fact("b", "mars", "REFUTE", paraphrases=("has",), line=2),
-        Fact("c", "has", "REFUTES", unrelated=(Question("mars", "two"),), line=3),
+        Fact("a", "mars has", "SUPPORTS", at="f:1"),
+        Fact("b", "mars", "REFUTE", paraphrases=("has",), at="f:2"),
+        Fact("c", "has", "REFUTES", unrelated=(Question("mars", "two"),), at="f:3"),
     ]
     found = claims().faults(facts)
     assert [fault.split(": the answer")[0] for fault in found] == [
-        "line 2: field 'answer'",
-        "line 2: field 'paraphrases'",
-        "line 3: field 'unrelated'",
+        "f:2: field 'answer'",
+        "f:2: field 'paraphrases'",
+        "f:3: field 'unrelated'",
     ]
     assert all("is no class of this model" in fault for fault in found)
     assert "did you mean 'REFUTES'?" in found[0]

@@ -116,7 +116,7 @@ def test_half_of_a_surrogate_pair_is_refused_in_facts_from_python_too(field):
 def test_what_nobody_sees_is_warned_of_by_line_and_field():
     """It passed without a word, and an answer with it is another answer."""
     hidden = Question("a\u200bb", "c\ufeffd")
-    whole = Fact("a", "In Ora is", "Lima", "Ora", line=3)
+    whole = Fact("a", "In Ora is", "Lima", "Ora", at="f:3")
     fields = {
         "prompt": ("In Ora\u200b is", "prompt", "U+200B, zero width space"),
         "answer": ("\ufeffLima", "answer", "U+FEFF, zero width no-break space"),
@@ -125,12 +125,12 @@ def test_what_nobody_sees_is_warned_of_by_line_and_field():
         "paraphrases": (("seen", "un\u200bseen"), "paraphrases[2]", "U+200B, zero width space"),
     }
     for name, (value, said, sign) in fields.items():
-        assert unseen([replace(whole, **{name: value})]) == [f"line 3: field {said!r}: {sign}"]
+        assert unseen([replace(whole, **{name: value})]) == [f"f:3: field {said!r}: {sign}"]
     for name, prompt in (("unrelated", "unrelated[1]"), ("neighbours", "neighbours[1]")):
         found = unseen([replace(whole, **{name: (hidden,)})])
         assert found == [
-            f"line 3: field {prompt!r}: U+200B, zero width space",
-            f"line 3: field '{prompt}.answer': U+FEFF, zero width no-break space",
+            f"f:3: field {prompt!r}: U+200B, zero width space",
+            f"f:3: field '{prompt}.answer': U+FEFF, zero width no-break space",
         ]
     assert len(unseen([replace(whole, reversed=hidden)])) == 2
 
@@ -142,22 +142,22 @@ def test_joiners_that_scripts_are_written_with_are_none(text):
 
 def test_of_many_three_are_told():
     assert list(unseen_said([])) == []
-    first, only = unseen_said(["line 1"])
+    first, only = unseen_said(["f:1"])
     assert first.startswith("1 field holds a character that nobody sees")
-    assert only == "  line 1"
-    said = list(unseen_said([f"line {at}" for at in range(1_004)]))
+    assert only == "  f:1"
+    said = list(unseen_said([f"f:{at}" for at in range(1_004)]))
     assert said[0].startswith("1,004 fields hold characters that nobody sees")
-    assert said[1:] == ["  line 0", "  line 1", "  line 2", "  and 1,001 more"]
+    assert said[1:] == ["  f:0", "  f:1", "  f:2", "  and 1,001 more"]
 
 
 def test_what_was_skipped_is_said_in_lines():
-    here, there = Fact("a", "In Ora is", "Lima", line=1), Fact("b", "In Ora is", " Lima", line=2)
+    here = Fact("a", "In Ora is", "Lima", at="f.jsonl:1")
+    there = Fact("b", "In Ora is", " Lima", at="f.jsonl:2")
     assert list(skipped_said(())) == []
     assert list(skipped_said([Skipped(there, here)])) == [
         "Skipped 1 fact: 1 duplicate and 0 contradictions of earlier ones (--strict refuses them).",
-        "  line 2: duplicate of line 1",
+        "  f.jsonl:2: duplicate of f.jsonl:1",
     ]
-    here = replace(here, at="f.jsonl:1")
     other = Skipped(Fact("c", "In Ora is", "Rome"), here)
     many = list(skipped_said([other] * 12, strict=False))
     assert many[0] == "Skipped 12 facts: 0 duplicates and 12 contradictions of earlier ones."

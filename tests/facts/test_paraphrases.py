@@ -80,8 +80,8 @@ def test_clean_facts_pass_in_strict_mode(save):
 )
 def test_marks_of_direction_and_separators_are_seen_by_nobody_too(sign, name):
     """They passed without the warning that a zero width space gives."""
-    (warning,) = unseen([Fact("a", f"In{sign} Ora is", "Lima", line=2)])
-    assert warning == f"line 2: field 'prompt': U+{ord(sign):04X}, {name}"
+    (warning,) = unseen([Fact("a", f"In{sign} Ora is", "Lima", at="f:2")])
+    assert warning == f"f:2: field 'prompt': U+{ord(sign):04X}, {name}"
 
 
 def test_blanks_that_are_seen_are_none():

@@ -484,24 +484,24 @@ def test_a_slow_tokenizer_is_refused():
 
 def test_faults_name_line_and_field():
     encoder = Encoder(words(MARS), max_tokens=4)
-    good = Fact("a", "mars has", "two", line=1)
+    good = Fact("a", "mars has", "two")
     bad = Fact(
         "b",
         "mars",
         "three",
         paraphrases=("has",),
         unrelated=(Question("two"), Question("mars has two moons mars")),
-        line=7,
+        at="facts.jsonl:7",
         neighbours=(Question("mars has", "three"),),
         reversed=Question("two", "three"),
     )
     found = encoder.faults([good, bad])
     assert [fault.split(": ")[:2] for fault in found] == [
-        ["line 7", "field 'answer'"],
-        ["line 7", "field 'paraphrases'"],
-        ["line 7", "field 'unrelated'"],
-        ["line 7", "field 'neighbours'"],
-        ["line 7", "field 'reversed'"],
+        ["facts.jsonl:7", "field 'answer'"],
+        ["facts.jsonl:7", "field 'paraphrases'"],
+        ["facts.jsonl:7", "field 'unrelated'"],
+        ["facts.jsonl:7", "field 'neighbours'"],
+        ["facts.jsonl:7", "field 'reversed'"],
     ]
     assert "the answer 'three' does not survive" in found[0]
     assert "5 tokens, expected at most 4" in found[2]
@@ -531,11 +531,13 @@ def test_the_field_that_is_named_is_the_one_to_change():
 
 
 def test_faults_name_the_entry_of_a_list_and_a_fact_of_no_file(tmp_path):
+    """A fault of a line was cited "facts.jsonl: line 2" here, facts.jsonl:2 elsewhere."""
     encoder = Encoder(words(MARS))
     rows = [{"prompt": "mars has", "answer": answer} for answer in ("two", "three")]
     rows[1]["prompt"] = "mars"
-    (tmp_path / "list.json").write_text(json.dumps(rows, indent=1))
-    assert encoder.faults(read_facts(tmp_path / "list.json"))[0].startswith("entry 2: field ")
-    (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, rows)))
-    assert encoder.faults(read_facts(tmp_path / "lines.json"))[0].startswith("line 2: field ")
+    path = tmp_path / "facts.json"
+    path.write_text(json.dumps(rows, indent=1))
+    assert encoder.faults(read_facts(path))[0].startswith(f"{path}:6: entry 2: field ")
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert encoder.faults(read_facts(path))[0].startswith(f"{path}:2: field ")
     assert encoder.faults([Fact("b", "mars", "three")])[0].startswith("fact 'b': field ")

@@ -372,20 +372,18 @@ def test_a_prompt_too_long_behind_a_prefix_is_left_out_there_alone():
 def test_facts_without_a_subject_in_the_prompt_are_refused_by_line():
     bench = bench_of(FAST)
     bad = [
-        Fact("x", "Mars has", "moons", None, line=11),
-        Fact("y", "Mars has", "two", " ", line=12),
+        Fact("x", "Mars has", "moons", None, at="f:11"),
+        Fact("y", "Mars has", "two", " ", at="f:12"),
     ]
-    bad += [Fact("z", "Mars has", "two", "Venus", line=number) for number in range(13, 25)]
+    bad += [Fact("z", "Mars has", "two", "Venus", at=f"f:{number}") for number in range(13, 25)]
     with pytest.raises(EditorError) as caught:
         FAST.find(bench, [*FACTS, *bad], silent)
     said = str(caught.value)
     assert "14 of 18 facts" in said
-    named = ", ".join(f"line {number}" for number in range(11, 21))
+    named = ", ".join(f"f:{number}" for number in range(11, 21))
     assert f"({named} and 4 more)" in said
-    with pytest.raises(EditorError, match=r"1 of 1 facts .*\(line 11\)"):
+    with pytest.raises(EditorError, match=r"1 of 1 facts .*\(f:11\)"):
         FAST.find(bench, bad[:1], silent)
-    with pytest.raises(EditorError, match=r"1 of 1 facts .*\(entry 11\)"):
-        FAST.find(bench, [replace(bad[0], in_list=True)], silent)
 
 
 @pytest.mark.parametrize("family", ["bert", "t5"])

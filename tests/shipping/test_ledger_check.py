@@ -25,13 +25,13 @@ def faults_of(check, held, known) -> list[str]:
     return list(caught.value.faults)
 
 
-@pytest.mark.parametrize(("name", "said"), [("a.json", "entry 2"), ("a.jsonl", "line 2")])
+@pytest.mark.parametrize(("name", "said"), [("a.json", "6: entry 2"), ("a.jsonl", "2")])
 def test_a_fault_names_the_entry_of_a_list_and_the_line_of_lines(name, said, tmp_path):
     rows = [{"prompt": "P", "answer": "x"}, {"prompt": "Q", "answer": "other"}]
     text = json.dumps(rows, indent=1) if name == "a.json" else "\n".join(map(json.dumps, rows))
     (tmp_path / name).write_text(text)
     [fault] = faults_of(unlike, active(("Q", "y")), read_facts(tmp_path / name))
-    assert fault.startswith(f"{tmp_path / name}: {said}: prompt 'Q' has answer 'other' here")
+    assert fault.startswith(f"{tmp_path / name}:{said}: prompt 'Q' has answer 'other' here")
 
 
 def test_a_fault_of_a_fact_of_no_file_names_its_id():

@@ -47,8 +47,7 @@ class Results:
                 raise TypeError(key)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise MalmendError(
-                f"{self.path}: line {number} is no row of a bench; remove it, or give another "
-                "folder."
+                f"{self.path}:{number}: is no row of a bench; remove it, or give another folder."
             ) from error
         self.rows[key] = row
 

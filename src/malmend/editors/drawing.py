@@ -27,7 +27,7 @@ def check_trainable(
         )
     for fact in facts:
         if not (locality or fact.unrelated or fact.neighbours):
-            where = f" ({fact.place})" if fact.line else ""
+            where = f" ({fact.at})" if fact.at else ""
             raise EditorError(
                 f"The fact {fact.id!r}{where} has no unrelated question and no "
                 "neighbour, one of which training needs; add one to each fact, or give --locality "

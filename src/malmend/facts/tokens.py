@@ -221,7 +221,7 @@ class Encoder:
                     self.encode(question)
                 except MalmendError as error:
                     name = ELSEWHERE.get((name, getattr(error, "part", "")), name)
-                    found.append(f"{fact.place}: field {name!r}: {error}")
+                    found.append(f"{fact.where}: field {name!r}: {error}")
         return list(dict.fromkeys(found))  # each of several paraphrases says the same of an answer
 
     def _embedded(self, ids: tuple[int, ...], part: Part = "prompt") -> tuple[int, ...]:

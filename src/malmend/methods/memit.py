@@ -263,8 +263,8 @@ def _check(model: PreTrainedModel, facts: Sequence[Fact] = ()) -> None:
         raise EditorError(
             f"MEMIT edits decoders alone, and {type(model).__name__} is none; use another method."
         )
-    named = [(fact.place, (fact.subject or "").strip(), fact.prompt) for fact in facts]
-    lost = [place for place, subject, prompt in named if not subject or subject not in prompt]
+    named = [(fact.where, (fact.subject or "").strip(), fact.prompt) for fact in facts]
+    lost = [where for where, subject, prompt in named if not subject or subject not in prompt]
     if lost:
         more = f" and {len(lost) - NAMED} more" if len(lost) > NAMED else ""
         raise EditorError(

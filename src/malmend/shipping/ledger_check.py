@@ -27,17 +27,17 @@ def unlike(active: Sequence[Entry], known: FactSet, strict: bool) -> tuple[list[
         if other is not None and _same_answer(fact, other):
             duplicates.append(fact)
             if strict:
-                faults.append(f"{_place(known, fact)}: the ledger holds it already as {other.id!r}")
+                faults.append(f"{fact.where}: the ledger holds it already as {other.id!r}")
         elif other is not None:
             faults.append(
-                f"{_place(known, fact)}: prompt {short(fact.prompt)} has answer "
+                f"{fact.where}: prompt {short(fact.prompt)} has answer "
                 f"{short(fact.answer)} here and {short(other.answer)} in the ledger "
                 f"({other.id!r}, generation {other.generation}); take it out, or give it to "
                 "`malmend ledger replace`"
             )
         elif fact.id in by_id:
             faults.append(
-                f"{_place(known, fact)}: its id is that of an active fact with the prompt "
+                f"{fact.where}: its id is that of an active fact with the prompt "
                 f"{short(by_id[fact.id].prompt)}; give it another"
             )
         else:
@@ -63,16 +63,16 @@ def paired(
         if other is None:
             near = nearest(prompt, by_prompt) if len(faults) < HINTED else ""
             faults.append(
-                f"{_place(known, fact)}: no active fact has the prompt {short(fact.prompt)}"
+                f"{fact.where}: no active fact has the prompt {short(fact.prompt)}"
                 f"{near}; give it to `malmend ledger add`"
             )
         elif _same_answer(fact, other):
             duplicates.append(fact)
             if strict:
-                faults.append(f"{_place(known, fact)}: the ledger holds it already as {other.id!r}")
+                faults.append(f"{fact.where}: the ledger holds it already as {other.id!r}")
         elif by_id.get(fact.id, other) is not other:
             faults.append(
-                f"{_place(known, fact)}: its id is that of an active fact with the prompt "
+                f"{fact.where}: its id is that of an active fact with the prompt "
                 f"{short(by_id[fact.id].prompt)}; give it another"
             )
         else:
@@ -89,10 +89,6 @@ def _raise(known: FactSet, faults: Sequence[str]) -> None:
 
 def _same_answer(fact: Fact, entry: Entry) -> bool:
     return fact.answer.strip() == entry.answer.strip()
-
-
-def _place(known: FactSet, fact: Fact) -> str:
-    return f"{known.source}: {fact.place}" if fact.line else fact.place
 
 
 def named(facts: Sequence[Fact]) -> str:
