@@ -17,6 +17,7 @@ from transformers import (
 
 import forms_support as forms
 from malmend.errors import ModelError
+from malmend.facts.encoded import Encoded
 from malmend.models.capture import capture
 from malmend.models.descent import Descent
 from malmend.models.forms import find_stacks, form_of
@@ -320,3 +321,16 @@ def test_offloaded_weights_are_refused():
     model.decoder.block[0].to("meta")
     with pytest.raises(ModelError, match=r"decoder\.block\.0.* is offloaded.*device_map"):
         prepared(model, None)
+
+
+def test_both_sides_of_an_encoder_decoder_are_within_the_limit():
+    """A long prompt beside a long answer is padded to the sum of both."""
+    sizes = [(30, 2), (4, 28), (30, 2), (4, 28), (5, 3)]
+    asked = [
+        Encoded((3,) * (read + said), read, read + said, "seq2seq", (0,)) for read, said in sizes
+    ]
+    trunk, seen = cut(forms.model_of("t5"), batch_tokens=130), []
+    for indices, batch in trunk.batches(asked):
+        seen += indices
+        assert batch.tokens.ids_BT.numel() + batch.tokens.decoded_BD.numel() <= 130
+    assert sorted(seen) == [0, 1, 2, 3, 4]

@@ -6,8 +6,10 @@ import itertools
 import random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from malmend.numerics.chunks import APART, chunks, padded_chunks
+from malmend.numerics.chunks import APART, chunks, padded_chunks, two_sided_chunks
 
 
 def test_chunks_cover_all_rows():
@@ -48,3 +50,17 @@ def test_rows_of_one_length_fill_their_slices_and_nothing_is_nothing():
 def test_short_rows_do_not_stand_beside_a_long_one():
     lengths = [100, *[10] * 20]
     assert list(padded_chunks(lengths, 400)) == [slice(0, 1), slice(1, 21)]
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 30)), max_size=20), st.integers(1, 90))
+def test_of_two_sides_a_slice_holds_what_both_are_padded_to(lengths, most):
+    covered = []
+    for rows in two_sided_chunks(lengths, most):
+        covered += range(*rows.indices(len(lengths)))
+        one, other = (max(side) for side in zip(*lengths[rows], strict=True))
+        count = rows.stop - rows.start
+        assert count == 1 or count * (one + other) <= most
+        if rows.stop < len(lengths):  # and is as large as it may be
+            one, other = max(one, lengths[rows.stop][0]), max(other, lengths[rows.stop][1])
+            assert (count + 1) * (one + other) > most
+    assert covered == list(range(len(lengths)))

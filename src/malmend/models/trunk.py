@@ -27,7 +27,7 @@ from malmend.models.forms import UNRUN
 from malmend.models.sites import Site
 from malmend.models.store import ActivationStore
 from malmend.models.suffix import Suffix, splits
-from malmend.numerics.chunks import padded_chunks
+from malmend.numerics.chunks import padded_chunks, two_sided_chunks
 
 
 @dataclass(frozen=True)
@@ -131,11 +131,14 @@ class Trunk:
 
     def batches(self, questions: Sequence[Encoded]) -> Iterator[tuple[list[int], Batch]]:
         """Micro-batches of like length, longest first, with the indices of their questions."""
-        sizes = [len(question.read) + len(question.decoded) for question in questions]
-        order = sorted(range(len(questions)), key=lambda i: -sizes[i])
-        for rows in padded_chunks([sizes[i] for i in order], self.settings.batch_tokens):
-            chosen = order[rows]
-            yield chosen, self.batch([questions[i] for i in chosen])
+        sizes = [(len(question.read), len(question.decoded)) for question in questions]
+        order = sorted(range(len(questions)), key=lambda i: -sum(sizes[i]))
+        most = self.settings.batch_tokens
+        for like in padded_chunks([sum(sizes[i]) for i in order], most):
+            # Of an encoder-decoder, whose prompts and answers are padded apart, it may hold more.
+            for rows in two_sided_chunks([sizes[i] for i in order[like]], most):
+                chosen = order[like][rows]
+                yield chosen, self.batch([questions[i] for i in chosen])
 
     def batch(self, questions: Sequence[Encoded]) -> Batch:
         """One micro-batch with its trunk activations, from the store where they are there."""

@@ -36,3 +36,19 @@ def padded_chunks(lengths: Sequence[int], most: int) -> Iterator[slice]:
     while start < count:
         yield slice(start, stops[start])
         start = stops[start]
+
+
+def two_sided_chunks(lengths: Sequence[tuple[int, int]], most: int) -> Iterator[slice]:
+    """Slices that cover rows in their order, each side of a slice padded to its own longest.
+
+    None has more than ``most`` positions, padding included, unless it is a single row.
+    """
+    start, widest = 0, (0, 0)
+    for at, (one, other) in enumerate(lengths):
+        wider = max(widest[0], one), max(widest[1], other)
+        if at > start and (at + 1 - start) * sum(wider) > most:
+            yield slice(start, at)
+            start, wider = at, (one, other)
+        widest = wider
+    if lengths:
+        yield slice(start, len(lengths))
