@@ -17,10 +17,14 @@ The network is reached through the proxy <dL/dS, S>; no graph through the model 
 The paper edits one fact.  So each fact of a step gets its own shift, and what is found for several
 facts is the sum of their shifts, each from the unedited model.
 
-Deviations: the old answer is the first choice at each token of the new one, teacher forced.  The
-margin shrinks by itself, not where held-out facts succeed, and the multiplier's ascent is plain.
-Embeddings are normalised, two learned vectors stand between the parts, gamma and delta have units:
-the shift starts as -``start`` G.
+Deviations: only the second feed-forward layers of the last blocks are edited, as by the editors
+here (published: every matrix but embeddings and norms).  1e-3 is the default of the published
+class, but both its training scripts give 1; gamma's unit undoes it, delta's does not.  The
+softmaxes are over inputs (published: over the weight's rows as it lies), the optimiser is Adam
+(RMSprop), and no label is smoothed (BART's loss).  The old answer is the first choice at each token
+of the new one, teacher forced.  The margin shrinks by itself, not where held-out facts succeed, and
+the multiplier's ascent is plain.  Embeddings are normalised, two learned vectors stand between the
+parts, gamma and delta have units: the shift starts as -``start`` G.
 
 Shape letters: H embedding width, V value width, K key width.
 """
@@ -52,7 +56,7 @@ from malmend.models.sites import Site, find_sites
 from malmend.progress import Progress, counted
 from malmend.workbench import Workbench
 
-SCALE = 1e-3  # of every shift, as published
+SCALE = 1e-3  # of every shift: the published class's default, where its scripts give 1
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,15 @@ was sought.  A prompt whose very first token ends the subject is left out where 
 that token is an attention sink.  Prefixes are starts of lines of the package's own text, not the
 model's samples, and C is taken over that text and kept, with a millionth of its mean diagonal
 added.  The answer's loss is summed over its tokens, as in the paper's formula (its code takes the
-mean).  The move is added to the layer's output, which is the block's where it is added to a plain
-residual.  alpha, blocks and prefixes are by 24 facts on SmolLM2-135M: of alpha 15,000, 5,000, 1,500
-and 150 ES was 0.22, 0.55, 1.00 and 1.00, retention 0.99, 0.97, 0.97 and 0.96; of blocks 10-14,
-12-16 and 14-18 (alpha 150) GS was 0.69, 0.70 and 0.73, retention 0.96, 0.97 and 0.85, with less GS
-of 3-8, 5-9, 8-12 and 16-20 on 16 facts; with two prefixes ES was 0.71.  A rate of 0.2 is too slow.
+mean).  Four things of the move are otherwise than published: there the KL is KL(moved || unedited),
+as in ROME's equation (4), and of what is said at the subject's last token, not behind "is a"; the
+decay is decay * |delta| / |h|^2; and Adam stops where the whole loss is below 0.05, not the
+answer's.  The figures are of the forms here.  The move is added to the layer's output, which is the
+block's where it is added to a plain residual.  alpha, blocks and prefixes are by 24 facts on
+SmolLM2-135M: of alpha 15,000, 5,000, 1,500 and 150 ES was 0.22, 0.55, 1.00 and 1.00, retention
+0.99, 0.97, 0.97 and 0.96; of blocks 10-14, 12-16 and 14-18 (alpha 150) GS was 0.69, 0.70 and 0.73,
+retention 0.96, 0.97 and 0.85, with less GS of 3-8, 5-9, 8-12 and 16-20 on 16 facts; with two
+prefixes ES was 0.71.  A rate of 0.2 is too slow.
 
 Shape letters: M facts, R prompts, A answer tokens, V value and hidden width, K key width.
 """
