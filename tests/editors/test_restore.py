@@ -87,7 +87,7 @@ def test_the_numbers_are_those_of_the_docs():
 
 @pytest.mark.parametrize(
     ("numbers", "words"),
-    [({}, 100), ({"STEPS": 5, "RATE": 0.9, "BACK": 0.6}, 1), ({"STEPS": 4, "LONGER": 0.7}, 3)],
+    [({"STEPS": 5, "RATE": 0.9, "BACK": 0.6}, 1), ({}, 100), ({"STEPS": 4, "LONGER": 0.7}, 3)],
 )
 def test_rows_are_the_descended_keys_and_moves_of_moved_tokens(
     disturbed, monkeypatch, numbers, words

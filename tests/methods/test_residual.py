@@ -16,6 +16,7 @@ from malmend.editors.mend import Mend
 from malmend.editors.pseudo import Pseudo
 from malmend.editors.refine import RefineSettings
 from malmend.editors.settings import training_free
+from malmend.memory import Room
 from malmend.methods.solves import Solves
 from malmend.models.capture import capture
 from malmend.models.descent import Descent
@@ -92,6 +93,25 @@ def test_residuals_before_and_after_against_a_loop_over_tokens(method, tiny):
             by_site.append(sum(ratios) / len(ratios))
         assert said[key] == pytest.approx(sum(by_site) / len(by_site), rel=1e-3)
     assert said["residual_after"] != pytest.approx(said["mean_residual"], rel=1e-3)
+
+
+def test_of_a_solve_in_further_frames_the_plain_prompts_tokens_count_alone():
+    """They come first."""
+    made = torch.Generator().manual_seed(0)
+    shift_VK, keys_NK, diffs_NV = (
+        torch.randn(*shape, dtype=torch.float64, generator=made)
+        for shape in ((3, 4), (7, 4), (7, 3))
+    )
+    editor = SimpleNamespace(names=["one"], device=torch.device("cpu"), settings=training_free())
+    solved = Solves(editor, [3], silent, ALONE).solve(
+        [SimpleNamespace(keys_NK=keys_NK, room=Room())],
+        [SimpleNamespace(shift=lambda: shift_VK, diffs_NV=diffs_NV)],
+    )
+    plain = zip(keys_NK[:3], diffs_NV[:3], strict=True)
+    ratios = [((shift_VK @ u - d).norm() / d.norm()).item() for u, d in plain]
+    assert solved.mean_residual == pytest.approx(sum(ratios) / 3, rel=1e-12)
+    assert torch.equal(solved.diffs[0], diffs_NV[:3])
+    assert (solved.tokens, solved.rank) == (7, 7)
 
 
 def test_of_several_processes_it_is_the_same_where_tokens_that_ask_nothing_are_spread_unevenly():

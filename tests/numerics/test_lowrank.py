@@ -53,3 +53,13 @@ def test_an_eigenvalue_whose_root_float16_does_not_hold_is_refused():
     torch.testing.assert_close(found_KK, held_KK, rtol=2**-9, atol=0)
     with pytest.raises(MalmendError, match=r"eigenvalue of 5\.0e\+09, expected 4\.3e\+09 at most"):
         compressed(torch.diag(torch.tensor([5e9, 1.0, 1.0], dtype=torch.float64)), 2)
+
+
+def test_what_is_left_of_the_diagonal_is_never_below_0():
+    """Half precision rounds some of F's rows up, beyond the diagonal."""
+    moment_KK = moment()
+    factor_KR, rest_K = compressed(moment_KK, 40)
+    over_K = factor_KR.double().square().sum(1) - moment_KK.diagonal()
+    assert (over_K > 1e-9).any()
+    assert (over_K < -1e-9).any()
+    assert (rest_K >= 0).all()
