@@ -10,6 +10,7 @@ import struct
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +26,16 @@ from malmend.errors import MalmendError, PatchError
 from malmend.files import written_beside
 from malmend.models.load import prepared
 from malmend.models.sites import find_sites
-from malmend.patch import Patch, applied, check_bare, check_base, make_patch, shifted, sites_of
+from malmend.patch import (
+    Patch,
+    applied,
+    check_bare,
+    check_base,
+    make_patch,
+    shifted,
+    sites_of,
+    used,
+)
 from malmend.patch_file import FORMAT, load_patch, replaced, save_patch
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -204,6 +214,59 @@ def test_another_thread_cannot_put_a_patch_on_meanwhile():
     assert_untouched(loaded.model, before)
     with applied(loaded, patch):
         pass
+
+
+def test_what_one_thread_uses_is_no_other_threads():
+    loaded = loaded_of()
+    patch, same = patch_for(loaded), prepared(loaded.model, None, "other name")
+
+    def others():
+        with pytest.raises(PatchError, match="is used by another thread"):
+            check_bare(same)
+        with pytest.raises(PatchError, match="is used by another thread"), used(same):
+            pass
+        with pytest.raises(PatchError, match="is used by another thread"), applied(same, patch):
+            pass
+
+    with ThreadPoolExecutor() as pool:
+        with used(loaded):
+            with pytest.raises(Fault), used(same):
+                raise Fault
+            pool.submit(others).result()
+            with applied(loaded, patch):
+                pool.submit(others).result()
+        with applied(loaded, patch):
+            pool.submit(others).result()
+        pool.submit(check_bare, loaded).result()
+
+
+def test_weights_are_back_although_that_is_interrupted():
+    class Weight:
+        """Once told so, its next writing is interrupted."""
+
+        def __init__(self):
+            self.held, self.stops = torch.ones(2, 2), False
+
+        @property
+        def data(self):
+            return self.held
+
+        @data.setter
+        def data(self, given):
+            if self.stops:
+                self.stops = False
+                raise KeyboardInterrupt
+            self.held = given
+
+    sites = [SimpleNamespace(name=n, weight=Weight(), oriented=torch.clone) for n in "abc"]
+    before = [site.weight.data for site in sites]
+    block = shifted(sites, dict.fromkeys("abc", torch.ones(2, 2)))
+    block.__enter__()
+    assert all((site.weight.data == 2).all() for site in sites)
+    sites[1].weight.stops = True
+    with pytest.raises(KeyboardInterrupt):
+        block.__exit__(None, None, None)
+    assert all(site.weight.data is one for site, one in zip(sites, before, strict=True))
 
 
 def test_a_fault_while_it_is_put_on():

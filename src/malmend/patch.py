@@ -25,20 +25,20 @@ from malmend.errors import PatchError, nearest
 from malmend.facts.entry import short
 from malmend.facts.tokens import EndOfAnswer
 from malmend.models.load import LoadedModel
-from malmend.models.sites import Site, shared_with
+from malmend.models.sites import Site, put_back, shared_with
 
 
 @dataclass(eq=False)
 class _On:
-    """A patch on a model: what takes it off, by which thread it is there, whether its block is."""
+    """A patch on a model: what takes it off, and whether its block has ended."""
 
     off: ExitStack
-    thread: int
     ended: bool = False
 
 
-# The patches on a model now, in the order in which they came.
+# The patches on a model now, in the order in which they came, and the threads that use it.
 _ON: WeakKeyDictionary[PreTrainedModel, list[_On]] = WeakKeyDictionary()
+_USERS: WeakKeyDictionary[PreTrainedModel, list[int]] = WeakKeyDictionary()
 _ENTERING = Lock()
 
 
@@ -112,6 +112,39 @@ def _factored(shift_VK: Tensor, tokens: int) -> tuple[Tensor, ...]:
 
 
 @contextmanager
+def used(model: str | LoadedModel) -> Iterator[None]:
+    """A loaded model is this thread's alone inside the block; blocks may be nested.
+
+    An edit, training and an evaluation put shifts and hooks on it, which another thread would take
+    for the model's own.  One that is given by name is loaded by the block itself.
+
+    Raises:
+        PatchError: another thread uses it.
+    """
+    if not isinstance(model, LoadedModel):
+        yield
+        return
+    me = get_ident()
+    with _ENTERING:
+        _check_mine(model)
+        users = _USERS.setdefault(model.model, [])
+        users.append(me)
+    try:
+        yield
+    finally:
+        with _ENTERING:
+            users.remove(me)
+
+
+def _check_mine(loaded: LoadedModel) -> None:
+    if any(one != get_ident() for one in _USERS.get(loaded.model, ())):
+        raise PatchError(
+            f"The model {loaded.name} is used by another thread, in an edit, training or an "
+            "evaluation, or with a patch on it; take turns, or load the model once for each thread."
+        )
+
+
+@contextmanager
 def applied(loaded: LoadedModel, patch: Patch, force: bool = False) -> Iterator[PreTrainedModel]:
     """The model with the patch on it; off again at the end, also after an exception.
 
@@ -120,36 +153,34 @@ def applied(loaded: LoadedModel, patch: Patch, force: bool = False) -> Iterator[
     nested; where they overlap otherwise, a patch stays on until those that came after it are off.
 
     Raises:
-        PatchError: the patch was made for another base, or for other layers; or another thread has
-            a patch on the model.
+        PatchError: the patch was made for another base, or for other layers; or another thread uses
+            the model.
     """
-    check_base(loaded, patch, force)
-    sites = sites_of(loaded.model, patch)
-    with _ENTERING:
-        on = _ON.setdefault(loaded.model, [])
-        if any(one.thread != get_ident() for one in on):
-            raise PatchError(
-                f"A patch is on the model {loaded.name} by another thread, whose answers would "
-                "change; take turns, or load the model once for each thread."
-            )
-        mine = _On(ExitStack(), get_ident())
-        mine.off.enter_context(shifted(sites, {n: patch.shift(n) for n in patch.factors}))
-        on.append(mine)
-    try:
-        yield loaded.model
-    finally:
-        mine.ended = True
-        with _ENTERING:  # nobody enters before the weights are back, and then it is on no more
-            while on and on[-1].ended:
-                on[-1].off.close()
-                on.pop()
+    with used(loaded):
+        check_base(loaded, patch, force)
+        sites, on = sites_of(loaded.model, patch), _ON.setdefault(loaded.model, [])
+        mine = _On(ExitStack())
+        with _ENTERING:
+            mine.off.enter_context(shifted(sites, {n: patch.shift(n) for n in patch.factors}))
+            on.append(mine)
+        try:
+            yield loaded.model
+        finally:
+            mine.ended = True
+            with _ENTERING:  # a block may be ended by another thread, as a generator's
+                while on and on[-1].ended:
+                    try:
+                        on[-1].off.close()
+                    finally:
+                        on.pop()
 
 
 def check_bare(loaded: LoadedModel) -> None:
-    """Raises PatchError while a patch is on the model.
+    """Raises PatchError while a patch is on the model, or another thread uses it.
 
     What is found of a model is kept under the digest of it unedited.
     """
+    _check_mine(loaded)
     if _ON.get(loaded.model):
         raise PatchError(
             f"The model {loaded.name} cannot be used here while a patch is on it; leave the block "
@@ -161,14 +192,16 @@ def check_bare(loaded: LoadedModel) -> None:
 def shifted(sites: Sequence[Site], shifts: Mapping[str, Tensor]) -> Iterator[None]:
     """Weights W0 + S at the sites inside the block, W0 itself afterwards."""
     kept = [site.weight.data for site in sites]
-    try:
+
+    def back() -> None:
+        for site, before in zip(sites, kept, strict=True):
+            site.weight.data = before
+
+    with put_back(back):
         for site, before in zip(sites, kept, strict=True):
             if shifts[site.name].any():  # -0.0 + 0.0 is 0.0, which is another bit
                 site.weight.data = edited(site, shifts[site.name]).to(before.dtype)
         yield
-    finally:
-        for site, before in zip(sites, kept, strict=True):
-            site.weight.data = before
 
 
 def edited(site: Site, shift_VK: Tensor) -> Tensor:

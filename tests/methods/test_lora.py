@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from methods_support import FACTS, bench_of, bytes_of, encoded, nll, with_shifts
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, LoraModel
 from torch.func import functional_call
 
 from malmend.errors import EditorError
@@ -103,7 +103,7 @@ def test_answers_become_likely():
     assert after < 0.5 * nll(bench.loaded.model, questions)
 
 
-@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("fails", ["put in", "at work", None])
 def test_the_adapter_leaves_nothing_behind(fails, monkeypatch):
     bench = bench_of("gpt2", METHOD)
     model = bench.loaded.model
@@ -113,12 +113,22 @@ def test_the_adapter_leaves_nothing_behind(fails, monkeypatch):
         flags = {name: one.requires_grad for name, one in model.named_parameters()}
         modules = {name: id(one) for name, one in model.named_modules()}
         hooks = sum(len(one._forward_hooks) for one in model.modules())
-        return bytes_of(model), flags, modules, hooks, set(vars(model)), torch.get_rng_state()
+        attributes = {name: set(vars(one)) for name, one in model.named_modules()}
+        return bytes_of(model), flags, modules, hooks, attributes, torch.get_rng_state()
 
     *before, random_before = state()
     if fails:
-        monkeypatch.setattr(lora, "answer_nll", None)
-        with pytest.raises(TypeError):
+        if fails == "at work":
+            monkeypatch.setattr(lora, "answer_nll", None)
+        else:  # of the fourth layer
+            put, left = LoraModel._create_and_replace, [1, 2, 3]
+
+            def stopped(self, *args, **keywords):
+                left.pop()
+                put(self, *args, **keywords)
+
+            monkeypatch.setattr(LoraModel, "_create_and_replace", stopped)
+        with pytest.raises((TypeError, IndexError)):
             METHOD.find(bench, FACTS, silent)
     else:
         METHOD.find(bench, FACTS, silent)

@@ -20,7 +20,7 @@ import tiny
 from malmend.errors import ModelError
 from malmend.models.blocks import is_linear
 from malmend.models.forms import find_stacks
-from malmend.models.sites import Site, find_sites
+from malmend.models.sites import Site, feed_forward_sites, find_sites, put_back
 
 FAMILY = pytest.mark.parametrize("family", tiny.FAMILIES)
 
@@ -373,3 +373,27 @@ def test_a_router_that_gives_more_than_its_product_is_no_linear_layer():
 
     assert is_linear(torch.nn.Linear(3, 2))
     assert not is_linear(Router(3, 2))
+
+
+def test_a_first_layer_that_cannot_be_edited_is_no_reason_to_edit_the_second_alone():
+    """Only where there is none at all."""
+    model = tiny.model_of("llama")
+    assert len(feed_forward_sites(model, 2)) == 4
+    blocks = model.model.layers
+    blocks[3].mlp.up_proj.weight = blocks[0].mlp.up_proj.weight
+    with pytest.raises(ModelError, match="up_proj shares its weight with"):
+        feed_forward_sites(model, 2)
+
+
+def test_what_a_block_changed_is_put_back_although_that_is_interrupted():
+    state, stops = {"a": 0, "b": 0}, [KeyboardInterrupt]
+
+    def back():
+        for name in state:
+            if name == "b" and stops:
+                raise stops.pop()
+            state[name] = 0
+
+    with pytest.raises(KeyboardInterrupt), put_back(back):
+        state.update(a=1, b=1)
+    assert state == {"a": 0, "b": 0}

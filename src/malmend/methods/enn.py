@@ -51,7 +51,7 @@ from malmend.facts.fact import Fact
 from malmend.facts.tokens import EndOfAnswer
 from malmend.files import reason
 from malmend.methods.method import Found
-from malmend.models.sites import Site, feed_forward_sites
+from malmend.models.sites import Site, feed_forward_sites, put_back
 from malmend.models.trunk import Trunk
 from malmend.numerics.losses import answer_nll
 from malmend.progress import Progress, counted
@@ -227,14 +227,16 @@ def held(sites: Sequence[Site], weights: Weights) -> Iterator[None]:
     Attention in the one implementation of torch that can be differentiated twice.
     """
     kept = [site.weight for site in sites]
-    try:
+
+    def back() -> None:
+        for site, own in zip(sites, kept, strict=True):
+            site.module._parameters["weight"] = own
+
+    with put_back(back):
         for site, weight, own in zip(sites, weights, kept, strict=True):
             site.module._parameters["weight"] = weight.to(own)  # type: ignore[assignment]
         with sdpa_kernel(SDPBackend.MATH):
             yield
-    finally:
-        for site, own in zip(sites, kept, strict=True):
-            site.module._parameters["weight"] = own
 
 
 def descended(

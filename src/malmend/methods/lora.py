@@ -28,7 +28,7 @@ from malmend.facts.tokens import EndOfAnswer
 from malmend.methods.epochs import batches
 from malmend.methods.method import Found
 from malmend.models.forms import answer_logits, find_stacks
-from malmend.models.sites import Site, linear_sites
+from malmend.models.sites import Site, linear_sites, put_back
 from malmend.numerics.losses import answer_nll
 from malmend.progress import Progress, counted
 from malmend.workbench import Workbench
@@ -114,16 +114,26 @@ class Lora:
             fan_in_fan_out=any(site.is_transposed for site in sites),
         )
         flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an old name
-            torch.default_generator.manual_seed(self.seed)  # no accelerator's: it begins on the CPU
-            adapted = get_peft_model(model, config)
-        try:
-            yield
-        finally:
-            adapted.unload()
+        inside = [(module, dict(module._modules)) for module in model.modules()]
+        own = set(vars(model))
+
+        def back() -> None:
+            for module, kept in inside:
+                module._modules.update(kept)
+            for name in set(vars(model)) - own:
+                delattr(model, name)
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
+
+        # All that PEFT puts in is taken out here: stopped half-way it hands out no adapter.
+        with put_back(back):
+            with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+                # PEFT asks transformers by an old name.
+                warnings.simplefilter("ignore", FutureWarning)
+                # No accelerator's: it begins on the CPU.
+                torch.default_generator.manual_seed(self.seed)
+                get_peft_model(model, config)
+            yield
 
 
 def _deltas(model: PreTrainedModel, sites: Sequence[Site]) -> dict[str, Tensor]:

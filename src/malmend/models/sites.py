@@ -9,8 +9,8 @@ Shape letters: V value width (output), K key width (input).
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,6 +26,25 @@ from malmend.models.forms import Stack, find_stacks
 Linear = Literal["second", "first", "both"]
 Side = Literal["both", "encoder", "decoder"]
 LAYERS = 6  # edited where nothing is said
+
+
+@contextmanager
+def put_back(back: Callable[[], None]) -> Iterator[None]:
+    """Whatever ends the block, ``back`` undoes what it did to a model.
+
+    Called twice, for an interrupt may end it half-way, so it must be one that does no harm then.
+    """
+    try:
+        yield
+    finally:
+        try:
+            back()
+        finally:
+            back()
+
+
+class NoFirst(ModelError):
+    """A block has no layer that feeds its second one alone."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +158,7 @@ def feed_forward_sites(model: PreTrainedModel, layers: int | None) -> tuple[Site
     seconds = find_sites(model, layers)
     try:
         return find_sites(model, layers, linear="both")
-    except ModelError:
+    except NoFirst:  # one that is there and cannot be edited is no reason to edit less
         return seconds
 
 
@@ -220,7 +239,7 @@ def _first(model: PreTrainedModel, block: str, before: list[str], second: str) -
         module = model.get_submodule(name)
         if is_linear(module) and Site("", module).shape_VK == (key_width, value_width):
             return name
-    raise ModelError(
+    raise NoFirst(
         f"Block {block} has no linear layer of shape {key_width} x {value_width} before {second} "
         "(it may be fused with the gate, or be part of the attention); edit the second layer, or "
         "choose one by name with --sites."

@@ -15,7 +15,7 @@ from torch import Tensor
 from malmend.facts.encoded import Encoded
 from malmend.models.device import wide_device
 from malmend.models.output import Losses, Part, through_output
-from malmend.models.sites import Site
+from malmend.models.sites import Site, put_back
 from malmend.models.trunk import Batch, Trunk
 from malmend.numerics.losses import nll_and_grad
 
@@ -81,14 +81,15 @@ def saying(trunk: Trunk, enough: float = 0.0) -> Callable[[Sequence[int], Batch]
 
 @contextmanager
 def _weights_in_graph(sites: Sequence[Site]) -> Iterator[None]:
-    for site in sites:
-        site.weight.requires_grad_(True)
-    try:
-        yield
-    finally:
+    def back() -> None:
         for site in sites:
             site.weight.requires_grad_(False)
             site.weight.grad = None
+
+    with put_back(back):
+        for site in sites:
+            site.weight.requires_grad_(True)
+        yield
 
 
 def _collect(sites: Sequence[Site], totals: dict[str, Tensor]) -> None:
