@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ PANELS: tuple[tuple[str, Callable[[Row], float | None]], ...] = (
     ("seconds to edit", lambda row: row["edit_seconds"]),
     ("memory to edit (MB)", megabytes),
 )
+LONGEST = 50  # characters of a model in a file's name, of four bytes at most
 UNEDITED = {"LS (token ratio; dotted: unedited)": ("LS", "token_ratio")}
 LOGARITHMIC = (
     "mean residual",
@@ -48,13 +50,21 @@ def plot(rows: Sequence[Row], folder: Path) -> list[Path]:
     for model, protocol in dict.fromkeys(key[:2] for key in found):
         mine = {key[2:]: some for key, some in found.items() if key[:2] == (model, protocol)}
         drawn = _drawn(mine, f"{model}, {protocol}")
-        stem = f"curves-{''.join(c if c.isalnum() else '-' for c in model)}-{protocol}"
+        stem = f"curves-{_file_name(model)}-{protocol}"
         for kind in ("png", "svg"):
             path = folder / f"{stem}.{kind}"
             with written_beside(path) as beside:
                 drawn.savefig(beside, format=kind, dpi=120)
             written.append(path)
     return written
+
+
+def _file_name(model: str) -> str:
+    """What a file may be called for a model; of one that no file may be, with a digest of it."""
+    name = "".join(c if c.isalnum() else "-" for c in model)[:LONGEST]
+    if name == model:
+        return name
+    return f"{name}-{hashlib.sha256(model.encode(errors='replace')).hexdigest()[:8]}"
 
 
 def _drawn(mine: dict[Any, list[Row]], title: str) -> Any:

@@ -75,7 +75,12 @@ def markdown(rows: Sequence[Row]) -> str:
         others = [one for one in OTHERS if any(one[1](row, "edited") is not None for row in shown)]
         head = ["m", "method", *(said for said, _, _ in used), *(said for said, *_ in others)]
         head += ["edit s", "seeds"]
-        lines = [f"**{model}**, {_SAID[protocol]}", "", _line(head), _line(["---:"] * len(head))]
+        lines = [
+            f"**{' '.join(model.split())}**, {_SAID[protocol]}",
+            "",
+            _line(head),
+            _line(["---:"] * len(head)),
+        ]
         for size in dict.fromkeys(key[0] for key in mine):
             of_size = [some for key, some in mine.items() if key[0] == size]
             rows_of_size = sorted(chain(*of_size), key=lambda row: bool(row.get("perplexity")))
@@ -89,7 +94,15 @@ def markdown(rows: Sequence[Row]) -> str:
                     cells = _cells(some, "edited", used)
                     cells += [said([of(row, "edited") for row in some]) for _, of, said in others]
                     lines.append(
-                        _line([f"{size:,}", key[1], *cells, f"{seconds:.0f}", str(len(some))])
+                        _line(
+                            [
+                                f"{size:,}",
+                                _escaped(key[1]),
+                                *cells,
+                                f"{seconds:.0f}",
+                                str(len(some)),
+                            ]
+                        )
                     )
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
@@ -121,7 +134,7 @@ def failures(rows: Sequence[Row]) -> str:
             shown[kind] += 1
             if shown[kind] <= SHOWN:
                 said = [one[part] for part in ("prompt", "wanted", "unedited", "edited")]
-                lines.append(_line([name, f"{row['m']:,}", kind, *map(_short, said)]))
+                lines.append(_line([_escaped(name), f"{row['m']:,}", kind, *map(_short, said)]))
     lines += [
         "",
         f"Of each method one cell, of its largest m, and of each kind the first {SHOWN} at most. "
