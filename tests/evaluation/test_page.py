@@ -112,8 +112,9 @@ def test_an_answer_that_was_cut_is_marked_and_the_mark_explained():
     read = Read(page(report()))
     after = json.loads(read.texts["script"][0])[3]["asked"][0]["after"]
     assert (after["text"], after["cut"], after["chat_cut"]) == ("the", True, True)
-    assert "that ends in … may go on" in read.said()
-    assert "may go on" not in Read(page(many(1))).said()
+    assert "An answer that ends in … (stopped here) is only how it begins" in read.said()
+    assert "could no longer become the gold answer" in read.said()
+    assert "stopped here" not in Read(page(many(1))).said()
 
 
 @given(st.text(st.characters(exclude_categories=("Cs",)) | st.sampled_from("<>&/!-\u2028\u2029")))

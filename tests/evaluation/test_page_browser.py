@@ -185,12 +185,14 @@ def test_a_fact_opens_to_all_its_answers_and_closes(opened):
 
 def test_an_answer_that_was_cut_ends_in_a_mark(opened):
     page = opened(report())
-    assert [one.text for one in page.all("[data-id=spoken] .said + .cut")] == ["…", "…"]
+    assert [one.text for one in page.all("[data-id=spoken] .said + .cut")] == [
+        "… (stopped here)"
+    ] * 2
     assert page.all("[data-id=good] .cut") == []
     page.one("[data-id=spoken] button").click()
     marks = page.all("tr.more .cut")
-    assert {one.get_dom_attribute("aria-label") for one in marks} == {"cut here"}
-    assert "in chat: ✗I am …" in page.one("tr.more").text.replace("✗\n", "✗")
+    assert {one.text for one in marks} == {"… (stopped here)"}
+    assert "in chat: ✗I am … (stopped here)" in page.one("tr.more").text.replace("✗\n", "✗")
 
 
 def test_what_nobody_decoded_is_said_to_be_teacher_forced(opened):

@@ -45,10 +45,8 @@
   // An answer that decoding cut ends in a sign that says so.
   function answered(text, cut) {
     if (!cut) return [quoted(text)];
-    const sign = make("span", "cut", " …");
-    sign.title = "decoding stopped here; the answer may go on";
-    sign.setAttribute("role", "img");
-    sign.setAttribute("aria-label", "cut here");
+    const sign = make("span", "cut", " … (stopped here)");
+    sign.title = "only how the answer begins: decoding was stopped here";
     return text === "" ? [sign] : [quoted(text), sign];
   }
 
