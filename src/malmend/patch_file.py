@@ -8,11 +8,12 @@ It is one safetensors file.  Its header's metadata carries the provenance as JSO
 from __future__ import annotations
 
 import json
+import math
 from codecs import getincrementaldecoder
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -86,7 +87,7 @@ def _read(place: Path, path: Path) -> Patch:
     """The patch that lies at a place, by the path that a person knows."""
     try:
         with safe_open(place, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("malmend", "null"))
+            header = plain_json((file.metadata() or {}).get("malmend", "null"))
             # Copies, because a tensor of the file changes when somebody overwrites the file.
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
@@ -104,6 +105,21 @@ def _read(place: Path, path: Path) -> Patch:
     del header["format"]
     check_settings(path, header.get("settings", {}))
     return Patch(_grouped(path, tensors), header)
+
+
+def plain_json(text: str) -> Any:
+    """What a text in JSON says; ValueError for NaN and infinity, which could not be written again.
+
+    Python reads those words, and a number that is too large as infinity.
+    """
+
+    def refused(said: str) -> None:
+        raise ValueError(f"{said[:40]} is no number of JSON")
+
+    def number(said: str) -> float | None:
+        return found if math.isfinite(found := float(said)) else refused(said)
+
+    return json.loads(text, parse_constant=refused, parse_float=number)
 
 
 def _otherwise(path: Path) -> str:

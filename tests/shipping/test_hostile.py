@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import shipping_support
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import command_support
 import malmend
-from malmend.errors import LedgerError, MalmendError
+from malmend.errors import LedgerError, MalmendError, PatchError
 from malmend.models.load import load_model
+from malmend.patch_file import load_patch
 from malmend.processes import started
 from malmend.shipping.adapter import read_adapter
 from malmend.shipping.ledger_watch import StopRule
@@ -77,6 +79,21 @@ def test_a_record_whose_settings_are_none(adapter, settings):
 def test_a_record_with_what_is_no_number(adapter):
     changed(adapter, "malmend.json", x=float("nan"))
     with pytest.raises(MalmendError, match="is damaged"):
+        read_adapter(adapter)
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+def test_a_header_or_a_record_with_a_number_that_json_lacks(adapter, patch, tmp_path, number):
+    """What is written of it later could not be, after all the work."""
+    with safe_open(patch, framework="pt") as file:
+        header, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    said = header["malmend"].replace("{", '{"metrics": {"ES": ' + number + "}, ", 1)
+    save_file(tensors, tmp_path / "patch", {"malmend": said})
+    with pytest.raises(PatchError, match=r"is damaged \(.* is no number of JSON\)"):
+        load_patch(tmp_path / "patch")
+    record = adapter / "malmend.json"
+    record.write_text(record.read_text().replace("{", '{"x": ' + number + ", ", 1))
+    with pytest.raises(PatchError, match=r"is damaged \(.* is no number of JSON\)"):
         read_adapter(adapter)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from malmend.errors import PatchError
 from malmend.files import reason
+from malmend.patch_file import plain_json
 
 RECORD = "malmend.json"
 FORMAT = 1
@@ -31,7 +32,7 @@ def read_record(folder: str | Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        about = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+        about = plain_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise PatchError(f"{path} is damaged ({reason(error)}); export again.") from error
     if not isinstance(about, dict) or not isinstance(about.get("patch"), dict):
@@ -42,7 +43,3 @@ def read_record(folder: str | Path) -> dict[str, Any] | None:
             "malmend version that wrote it."
         )
     return about
-
-
-def _no_number(said: str) -> None:
-    raise ValueError(f"{said} is no number of JSON")
