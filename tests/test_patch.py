@@ -500,9 +500,9 @@ def test_a_patch_without_a_base_is_refused():
     [
         ("model.layers.3.mlp.down_prj", r"did you mean 'model\.layers\.3\.mlp\.down_proj'\?"),
         ("zzzz", r"zzzz, which this model lacks\."),
-        ("model.layers.3.mlp", "lacks"),  # a module without a weight
-        ("model.norm", "lacks"),  # with a weight that is no matrix
-        ("model.layers.3.mlp.act_fn", "lacks"),
+        ("model.layers.3.mlp", "which is no linear layer"),  # a module without a weight
+        ("model.norm", "which is no linear layer"),  # with a weight that is no matrix
+        ("model.layers.3.mlp.act_fn", "which is no linear layer"),
     ],
 )
 def test_a_layer_that_the_model_lacks(name, told):

@@ -231,10 +231,9 @@ def sites_of(model: PreTrainedModel, patch: Patch) -> list[Site]:
     sites = []
     for name in patch.factors:
         if getattr(getattr(modules.get(name), "weight", None), "ndim", 0) != 2:
-            raise PatchError(
-                f"The patch shifts {name}, which this model lacks{nearest(name, modules) or '.'} "
-                "It was made for another model."
-            )
+            lacks = f"which this model lacks{nearest(name, modules) or '.'}"
+            what = "which is no linear layer of this model." if name in modules else lacks
+            raise PatchError(f"The patch shifts {name}, {what} It was made for another model.")
         factors = patch.factors[name]
         site, wanted = Site(name, modules[name]), (*factors[0].shape[:1], *factors[-1].shape[1:])
         if site.shape_VK != wanted:

@@ -13,7 +13,7 @@ from codecs import getincrementaldecoder
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -113,10 +113,10 @@ def plain_json(text: str) -> Any:
     Python reads those words, and a number that is too large as infinity.
     """
 
-    def refused(said: str) -> None:
+    def refused(said: str) -> NoReturn:
         raise ValueError(f"{said[:40]} is no number of JSON")
 
-    def number(said: str) -> float | None:
+    def number(said: str) -> float:
         return found if math.isfinite(found := float(said)) else refused(said)
 
     return json.loads(text, parse_constant=refused, parse_float=number)
