@@ -3,16 +3,46 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
-from functools import cache
+from functools import cache, wraps
+from inspect import signature
 from numbers import Integral, Real
-from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from malmend.errors import EditorError, nearest
+from malmend.errors import EditorError, MalmendError, nearest
 
 NAMES = {int: "a whole number", float: "a number", str: "a text", NoneType: "None"}
+NAMES |= {bool: "True or False", Path: "a Path"}
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def checked(*own: str) -> Callable[[Function], Function]:
+    """A function that refuses arguments of other types; what cannot be judged is let pass.
+
+    Args:
+        own: parameters that the function judges itself, in more words.
+
+    Raises:
+        MalmendError: from the function, in one sentence, before it does anything.
+    """
+
+    def check(function: Function) -> Function:
+        @wraps(function)
+        def called(*args: Any, **named: Any) -> Any:
+            given = {**dict(zip(signature(function).parameters, args, strict=False)), **named}
+            hints = _hints_of(function)
+            judged = [name for name in given if name in hints and name not in own]
+            for said in faults(given, {name: hints[name] for name in judged}):
+                raise MalmendError(f"{said}; see help({function.__name__}).")
+            return function(*args, **named)
+
+        return cast(Function, called)
+
+    return check
 
 
 def check_fields(settings: Any) -> None:
@@ -31,10 +61,14 @@ def faults(given: Mapping[str, object], hints: Mapping[str, Any]) -> list[str]:
     """In words, every value that is not of the type of its name."""
     found = []
     for name, hint in hints.items():
-        if not _is_of(given[name], hint):
-            said, wanted = repr(given[name])[:80], _words(hint)
-            near = nearest(said.strip("'"), re.findall("'(.*?)'", wanted))
-            found.append(f"{name} is {said}{near or ','} expected {wanted}")
+        value = given[name]
+        if _is_of(value, hint):
+            continue
+        inner = faults_of(value) if is_dataclass(value) and not isinstance(value, type) else []
+        said, wanted = repr(value)[:80], _words(hint)
+        near = nearest(said.strip("'"), re.findall("'(.*?)'", wanted))
+        plain = f"{name} is {said}{near or ','} expected {wanted}"
+        found += [f"{name}.{one}" for one in inner] or [plain]
     return found
 
 
@@ -44,23 +78,47 @@ def _hints(kind: type) -> dict[str, Any]:
     return {one.name: hints[one.name] for one in fields(kind)}
 
 
+@cache
+def _hints_of(function: Callable[..., Any]) -> dict[str, Any]:
+    hints = {}
+    for name, one in signature(function).parameters.items():
+        said = one.annotation
+        with suppress(NameError):  # of what is imported for a type checker alone
+            if said is not one.empty:
+                hints[name] = eval(said, function.__globals__) if isinstance(said, str) else said
+    return hints
+
+
 def _is_of(value: object, hint: Any) -> bool:
-    parts = get_args(hint)
-    if get_origin(hint) is Literal:
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Literal:
         return isinstance(value, str) and value in parts
-    if get_origin(hint) is tuple:  # for which a list does as well
-        return isinstance(value, tuple | list) and all(_is_of(one, parts[0]) for one in value)
-    if parts:
+    if origin in (tuple, Sequence):  # for which a list does as well, and for the latter an array
+        listed = isinstance(value, tuple | list if origin is tuple else Collection)
+        if not listed or isinstance(value, str):
+            return False
+        return all(_is_of(one, parts[0]) for one in cast(Collection[object], value))
+    if origin in (Union, UnionType):
         return any(_is_of(value, part) for part in parts)
+    if origin is Callable:
+        return callable(value)
     if hint in (int, float):  # numpy's too
         return isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
-    return isinstance(value, hint) and not (is_dataclass(hint) and faults_of(value))
+    try:
+        right = isinstance(value, hint)
+    except TypeError:  # of a protocol, say, or a mapping of such and such, nothing is known
+        return True
+    # What holds a model or tensors is equal to itself alone, and is not looked into.
+    deep = is_dataclass(hint) and cast(Any, hint).__dataclass_params__.eq
+    return right and not (deep and faults_of(value))
 
 
 def _words(hint: Any) -> str:
-    parts = get_args(hint)
-    if get_origin(hint) is Literal:
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Literal:
         return " or ".join(map(repr, parts))
-    if get_origin(hint) is tuple:
+    if origin in (tuple, Sequence):
         return f"several, each {_words(parts[0])}"
+    if origin is Callable:
+        return "a function"
     return " or ".join(map(_words, parts)) or NAMES.get(hint) or str(hint.__name__)

@@ -23,6 +23,7 @@ from torch import Tensor
 from malmend.errors import PatchError
 from malmend.facts.tokens import EndOfAnswer
 from malmend.files import reason, written_beside
+from malmend.given import checked
 from malmend.patch import Patch
 
 FORMAT = 1
@@ -58,6 +59,7 @@ def save_patch(patch: Patch, path: str | Path) -> Patch:
     return back
 
 
+@checked()
 def load_patch(path: str | Path) -> Patch:
     """Reads a patch.
 

@@ -25,6 +25,7 @@ from malmend.facts.fact import Fact, facts_digest
 from malmend.facts.lint import skipped_said
 from malmend.facts.readers import read_facts, read_text
 from malmend.files import writable_folder
+from malmend.given import checked
 from malmend.methods.trained import trained_method
 from malmend.models.device import device_of, places_of
 from malmend.models.load import load_config, load_model
@@ -41,6 +42,7 @@ class BenchResult:
     rows: tuple[dict[str, Any], ...]
 
 
+@checked()
 def bench(
     plan: str | Path | Plan,
     out: str | Path,
@@ -162,6 +164,7 @@ def cost(left: Sequence[Cell], count: int, results: Results) -> str:
     return f"{said}."
 
 
+@checked()
 def bench_table(folder: str | Path, failed: bool = False) -> str:
     """What a folder's cells gave, as Markdown.
 
@@ -173,6 +176,7 @@ def bench_table(folder: str | Path, failed: bool = False) -> str:
     return failures(rows) if failed else markdown(rows)
 
 
+@checked()
 def bench_plot(folder: str | Path) -> list[Path]:
     """Draws curves over m of what a folder's cells gave, into the folder.
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from malmend.files import is_written
+from malmend.given import checked
 from malmend.models.source import cache_folder, stale_copies
 
 KINDS = {
@@ -45,6 +46,7 @@ class CacheResult:
     stale: tuple[Path, ...] = ()
 
 
+@checked()
 def cache(clear: bool = False) -> CacheResult:
     """Says what the cache folder holds, or removes it.
 

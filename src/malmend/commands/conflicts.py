@@ -10,6 +10,7 @@ from pathlib import Path
 from malmend.errors import MalmendError
 from malmend.facts.fact import FactSet
 from malmend.facts.tokens import EndOfAnswer
+from malmend.given import checked
 from malmend.models.load import LoadedModel
 from malmend.models.trunk import TrunkSettings
 from malmend.patch import Patch
@@ -41,6 +42,7 @@ class ConflictsResult:
     asked: Mapping[str, Asking] = field(repr=False)
 
 
+@checked()
 def conflicts(
     model: str | LoadedModel,
     patches: Sequence[str | Path],

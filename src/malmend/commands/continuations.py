@@ -11,6 +11,7 @@ from malmend.facts.continuations import continuations as parted
 from malmend.facts.fact import Fact, Skipped
 from malmend.facts.readers import read_text
 from malmend.files import writable, written_beside
+from malmend.given import checked
 from malmend.models.load import LoadedModel
 from malmend.workbench import encoder_for
 
@@ -24,6 +25,7 @@ class ContinuationsResult:
     skipped: tuple[Skipped, ...] = field(default=(), repr=False)
 
 
+@checked()
 def continuations(
     model: str | LoadedModel,
     text: str | Path,

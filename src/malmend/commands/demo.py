@@ -15,6 +15,7 @@ from malmend.evaluation.report import Report
 from malmend.facts.fact import Fact
 from malmend.facts.readers import read_facts
 from malmend.files import writable_folder
+from malmend.given import checked
 from malmend.models.device import device_of
 from malmend.models.identity import bits
 from malmend.models.load import load_model, load_tokenizer
@@ -43,6 +44,7 @@ class DemoResult:
     weights_after: str
 
 
+@checked()
 def demo(
     out: str | Path = "demo-out",
     model: str = "smollm2-135m",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from malmend.errors import PatchError
 from malmend.files import writable
+from malmend.given import checked
 from malmend.models.identity import settings_of, unlike_settings
 from malmend.models.load import LoadedModel
 from malmend.models.sites import Site
@@ -38,6 +39,7 @@ class DiffResult:
     path: Path | None = None
 
 
+@checked()
 def diff(
     model: str | LoadedModel,
     other: str | LoadedModel,

@@ -12,6 +12,7 @@ from malmend.errors import MalmendError, PatchError, nearest
 from malmend.facts.fact import FactSet
 from malmend.facts.readers import read_text
 from malmend.files import folder_beside, new_folder
+from malmend.given import checked
 from malmend.models.load import DTYPES, LoadedModel
 from malmend.models.source import lasting
 from malmend.models.trunk import TrunkSettings
@@ -47,6 +48,7 @@ class ExportResult:
     metrics: Measured = field(repr=False)
 
 
+@checked("patch")
 def export(
     patch: str | Path | Patch,
     folder: str | Path,

@@ -26,6 +26,7 @@ from malmend.facts.lint import skipped_said, unseen, unseen_said
 from malmend.facts.readers import given_facts, read_facts
 from malmend.facts.tokens import Encoder, EndOfAnswer
 from malmend.files import part_of, reason, synced, writable_folder
+from malmend.given import checked
 from malmend.models.finetune import EpochRecord, FinetuneSettings
 from malmend.models.identity import bits
 from malmend.models.load import LoadedModel, load_base, prepared, save_model
@@ -45,6 +46,7 @@ class FinetuneResult:
     questions: int
 
 
+@checked()
 def finetune(
     model: str,
     facts: str | Path | Sequence[str | Path],

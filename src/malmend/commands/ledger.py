@@ -20,6 +20,7 @@ from malmend.commands.ledger_init import signed_by
 from malmend.errors import LedgerError
 from malmend.facts.fact import facts_digest
 from malmend.files import writable
+from malmend.given import checked
 from malmend.methods.by_editor import described
 from malmend.patch import Patch, make_patch, versions
 from malmend.patch_file import replaced, save_patch
@@ -40,6 +41,7 @@ class Step:
     left: int
 
 
+@checked()
 def revoke(
     ledger: str | Path,
     ids: str | Sequence[str],
@@ -70,6 +72,7 @@ def revoke(
         return LedgerChange(open_ledger.commit(moved, "revoke", signed), left=gone)
 
 
+@checked()
 def rollback(
     ledger: str | Path,
     generation: int,
@@ -104,6 +107,7 @@ def rollback(
         )
 
 
+@checked()
 def patch(
     ledger: str | Path,
     out: str | Path | None = None,
@@ -130,6 +134,7 @@ def patch(
     return made if out is None else save_patch(made, out)
 
 
+@checked()
 def list_facts(ledger: str | Path, former: bool = False) -> list[Entry]:
     """The facts that the model carries, in the order they came.
 
@@ -141,6 +146,7 @@ def list_facts(ledger: str | Path, former: bool = False) -> list[Entry]:
         return open_ledger.entries if former else open_ledger.active
 
 
+@checked()
 def history(ledger: str | Path) -> list[Step]:
     """All generations, the first one first.
 

@@ -13,6 +13,7 @@ from malmend.errors import LedgerError
 from malmend.evaluation.replies import Asked
 from malmend.facts.fact import Fact, FactSet
 from malmend.facts.lint import unseen, unseen_said
+from malmend.given import checked
 from malmend.models.load import LoadedModel
 from malmend.models.trunk import TrunkSettings
 from malmend.progress import Progress, silent
@@ -89,6 +90,7 @@ class Verification:
         return [row for row in self.rows if not row.holds]
 
 
+@checked("facts")
 def add(
     ledger: str | Path,
     facts: str | Path | Sequence[Fact],
@@ -145,6 +147,7 @@ def add(
         return dataclasses.replace(done, duplicates=duplicates)
 
 
+@checked("facts")
 def replace(
     ledger: str | Path,
     facts: str | Path | Sequence[Fact],
@@ -194,6 +197,7 @@ def replace(
         return dataclasses.replace(done, duplicates=duplicates)
 
 
+@checked()
 def verify(
     ledger: str | Path,
     model: str | LoadedModel | None = None,

@@ -15,6 +15,7 @@ from malmend.editors.editor import Editor
 from malmend.editors.settings import EditorSettings
 from malmend.errors import EditorError, LedgerError
 from malmend.files import new_folder, writable_folder
+from malmend.given import checked
 from malmend.methods.trained import TRAINED, method_in
 from malmend.models.identity import bits
 from malmend.models.load import LoadedModel
@@ -52,6 +53,7 @@ NOT_ADDITIVE = {
 }
 
 
+@checked("rule")
 def init(
     ledger: str | Path,
     model: str | LoadedModel,

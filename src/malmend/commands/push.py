@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from malmend.given import checked
 from malmend.shipping.hub import pushed
 
 
+@checked()
 def push(folder: str | Path, repo: str, private: bool = False, api: Any = None) -> str:
     """Uploads what ``malmend export`` wrote, with its model card; returns the commit's address.
 
