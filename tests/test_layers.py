@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import os
+import pkgutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,16 @@ def test_imports_run_one_way():
     done = lint(ROOT / "pyproject.toml")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 kept, 0 broken" in done.stdout
+
+
+def test_every_module_has_a_layer():
+    """show_bench.py had none, so that it could have imported anything."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    layers = settings["contracts"][0]["layers"]
+    there = {one.name for one in pkgutil.iter_modules([str(ROOT / "src/malmend")])}
+    assert {name.strip() for layer in layers for name in layer.split("|")} == {
+        f"malmend.{name}" for name in there
+    }
 
 
 def test_a_broken_contract_would_be_seen(tmp_path):
