@@ -22,13 +22,14 @@ from malmend.evaluation.page import PAGE, check_apart, page_folder
 from malmend.facts.fact import Fact, FactSet, facts_digest
 from malmend.facts.lint import skipped_said, unseen, unseen_said
 from malmend.files import writable
+from malmend.given import checked
 from malmend.memory import size_of
 from malmend.methods.method import Found, Method, settings_of
 from malmend.models.budget import watched
 from malmend.models.device import places_of
 from malmend.models.load import LoadedModel
 from malmend.models.trunk import TrunkSettings
-from malmend.patch import Patch, applied, make_patch, now, versions
+from malmend.patch import Patch, applied, make_patch, now, used, versions
 from malmend.patch_file import load_patch, replaced, save_patch
 from malmend.processes import ALONE, Processes
 from malmend.progress import Progress, silent
@@ -71,6 +72,7 @@ class EditResult:
     peak: int | None = None
 
 
+@checked("facts")
 def edit(
     model: str | LoadedModel,
     facts: str | Path | Sequence[Fact],
@@ -151,24 +153,25 @@ def edit(
     if report is not None:  # whatever would stop it is found before the work
         chat_encoder(encoder, known, DECODED)
         page_folder(report, facts, calibrate, text, out, model)
-    loaded = opened(model, dtype, device)
-    by = by.on(loaded)
-    over = [] if out is None else replaced(out)
-    for line in (*by.said(), *over, *skipped_said(known.skipped), *unseen_said(unseen(known))):
-        told(line)
-    sites = by.method.sites_in(loaded.model)
-    bench = lay_out(loaded, sites, by.method.end_of_answer, trunk=trunk)
-    known = aimed(bench, known, away)
-    aims = {"alternative": alternative, "away": away, "created": now()}
-    bench, plan = by.within(bench, known.facts, memory)
-    with watched(plan, told) as peak:
-        done = _edited(bench, by.method, known, aims, out, progress, processes)
-    done = replace(done, peak=peak())
-    if report is None or not processes.is_first:
-        return done
-    asked = (loaded, facts, done.patch, limit, strict, alternative, away)
-    evaluate(*asked, decode_facts=DECODED, report=report, trunk=trunk, progress=progress)
-    return replace(done, page=Path(report) / PAGE)
+    with used(model):
+        loaded = opened(model, dtype, device)
+        by = by.on(loaded)
+        over = [] if out is None else replaced(out)
+        for line in (*by.said(), *over, *skipped_said(known.skipped), *unseen_said(unseen(known))):
+            told(line)
+        sites = by.method.sites_in(loaded.model)
+        bench = lay_out(loaded, sites, by.method.end_of_answer, trunk=trunk)
+        known = aimed(bench, known, away)
+        aims = {"alternative": alternative, "away": away, "created": now()}
+        bench, plan = by.within(bench, known.facts, memory)
+        with watched(plan, told) as peak:
+            done = _edited(bench, by.method, known, aims, out, progress, processes)
+        done = replace(done, peak=peak())
+        if report is None or not processes.is_first:
+            return done
+        asked = (loaded, facts, done.patch, limit, strict, alternative, away)
+        evaluate(*asked, decode_facts=DECODED, report=report, trunk=trunk, progress=progress)
+        return replace(done, page=Path(report) / PAGE)
 
 
 def _edited(

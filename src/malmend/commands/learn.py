@@ -18,11 +18,13 @@ from malmend.errors import MalmendError
 from malmend.facts.fact import Fact, Question
 from malmend.facts.lint import skipped_said
 from malmend.facts.readers import given_questions
+from malmend.given import checked
 from malmend.methods.trained import TRAINED
 from malmend.models.device import places_of
 from malmend.models.load import LoadedModel
 from malmend.models.trunk import TrunkSettings
 from malmend.one_writer import only_writer
+from malmend.patch import used
 from malmend.workbench import aimed, checked_facts, encoder_for, lay_out, opened
 
 
@@ -34,6 +36,7 @@ class LearnResult:
     records: tuple[Any, ...] = field(repr=False)
 
 
+@checked("facts", "locality")
 def learn(
     model: str | LoadedModel,
     facts: str | Path | Sequence[Fact],
@@ -84,7 +87,7 @@ def learn(
     known = checked_facts(facts, encoder, limit, strict, alternative, away)
     others = given_questions(locality)
     check_folder(folder)
-    with only_writer(folder, "--out"):
+    with used(model), only_writer(folder, "--out"):
         loaded = opened(model, dtype, device)
         sites = settings.sites_in(loaded.model)
         bench = lay_out(loaded, sites, settings.end_of_answer, trunk=trunk)

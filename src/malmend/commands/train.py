@@ -32,6 +32,7 @@ from malmend.facts.fact import Fact, FactSet, Question
 from malmend.facts.lint import leaks, skipped_said, unseen, unseen_said
 from malmend.facts.readers import given_questions
 from malmend.files import reason
+from malmend.given import checked
 from malmend.material import calibrated
 from malmend.memory import size_of
 from malmend.models.budget import MemoryPlan, Work, watched
@@ -39,6 +40,7 @@ from malmend.models.load import LoadedModel
 from malmend.models.store import ActivationStore
 from malmend.models.trunk import TrunkSettings
 from malmend.one_writer import only_writer
+from malmend.patch import used
 from malmend.processes import ALONE, Processes
 from malmend.progress import Progress, silent
 from malmend.workbench import (
@@ -73,6 +75,7 @@ class TrainResult:
     peak: int | None = None
 
 
+@checked("facts")
 def train(
     model: str | LoadedModel,
     facts: str | Path | Sequence[Fact],
@@ -137,7 +140,7 @@ def train(
     others = given_questions(locality)
     check_trainable(known.facts, others, training.facts_per_step, "--facts-per-step")
     check_folder(folder)  # before the model is loaded, but only once the facts are good
-    with only_writer(folder, "--out") if processes.is_first else nullcontext():
+    with used(model), only_writer(folder, "--out") if processes.is_first else nullcontext():
         loaded = opened(model, dtype, device)
         # What "auto" stands for is said in the editor's folder, and may be given when resuming.
         settings = replace(settings, tokens=resolved(settings.tokens, loaded.reading.form))
