@@ -3,6 +3,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,6 +33,7 @@ from malmend.models.identity import bits
 from malmend.models.load import prepared
 from malmend.models.sites import around, find_sites
 from malmend.models.trunk import TrunkSettings
+from malmend.patch import Patch
 from malmend.workbench import lay_out
 
 tiny = command_support.tiny
@@ -347,6 +349,36 @@ def test_a_model_with_a_patch_on_it_is_refused(tiny, tmp_path, monkeypatch, comm
             malmend.ask(tiny.loaded, FEW[0].prompt, patch)
     assert files_in(tmp_path) == set()
     call()
+
+
+@pytest.mark.parametrize("command", ["edit", "eval", "train"])
+def test_another_thread_is_refused_meanwhile(tiny, tmp_path, command):
+    """It would take the shifts and hooks that are on the model for the model's own."""
+    known, refused = tiny.facts, []
+    name = find_sites(tiny.loaded.model, 1)[0].name
+    shift = torch.ones(tiny.loaded.model.get_submodule(name).weight.shape)
+    patch = Patch({name: (shift,)}, {"base": tiny.loaded.fingerprint})
+
+    def put_on():
+        with malmend.applied(tiny.loaded, patch):
+            pass
+
+    def meanwhile(*_said):
+        if not refused:
+            ask = functools.partial(malmend.ask, tiny.loaded, "In Ora is")
+            evaluate = functools.partial(malmend.eval, tiny.loaded, known, limit=1, decode_facts=0)
+            with ThreadPoolExecutor() as pool:
+                refused.extend(pool.submit(one).exception() for one in (put_on, ask, evaluate))
+
+    short = {"out": tmp_path / "editor", "training": replace(TRAINING, steps=1), "settings": SMALL}
+    more = {
+        "edit": own(tiny) | {"progress": meanwhile, "limit": 2},
+        "eval": {"progress": meanwhile, "limit": 2, "decode_facts": 0},
+        "train": own(tiny) | short | {"stepped": meanwhile},
+    }[command]
+    getattr(malmend, command)(tiny.loaded, known, **more)
+    assert [type(one) for one in refused] == [PatchError] * 3
+    assert all("is used by another thread" in str(one) for one in refused)
 
 
 def test_a_patch_that_fails_to_come_on_leaves_the_model_usable(tiny):
