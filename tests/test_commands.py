@@ -244,7 +244,7 @@ def test_alternatives_are_edited_in_and_asked_for(tiny):
 def test_a_fact_without_an_alternative_is_refused(tiny, tmp_path, command):
     facts = [*with_alternatives(FEW), replace(FEW[0], id="f9", prompt="In Ora is", line=4)]
     out = {"out": tmp_path / "editor"} if command == "train" else {}
-    with pytest.raises(FactsError, match=r"1 of 4 facts has no alternative \(line 4\)"):
+    with pytest.raises(FactsError, match=r"1 of 4 facts has no alternative \(fact 'f9'\)"):
         getattr(malmend, command)(tiny.loaded, facts, alternative=True, **out)
     assert files_in(tmp_path) == set()
 
@@ -680,9 +680,10 @@ def test_inspection_of_every_kind(tiny, tmp_path):
     full = malmend.inspect(tmp_path / "known").entries
     assert [full[name] for name in absent] == [1, 1, 1, 1]
     assert facts.entries["first"] == {"prompt": FEW[0].prompt, "answer": FEW[0].answer}
-    (tmp_path / "listed").write_text(json.dumps([rows[0], rows[0] | {"id": "again"}]))
-    skipped = malmend.inspect(tmp_path / "listed").entries["skipped"]
-    assert skipped == ["entry 2: duplicate of entry 1"]
+    path = tmp_path / "listed"
+    path.write_text(json.dumps([rows[0], rows[0] | {"id": "again"}], indent=1))
+    skipped = malmend.inspect(path).entries["skipped"]
+    assert skipped == [f"{path}:11: entry 2: duplicate of {path}:2: entry 1"]
 
 
 @pytest.mark.parametrize("name", ["facts.jsonl", "report.json", "patch.safetensors"])

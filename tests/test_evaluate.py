@@ -116,7 +116,9 @@ def test_a_prompt_that_only_the_template_makes_too_long_is_refused(tiny):
     loaded = prepared(make_model(tokenizer, layers=2), tokenizer)
     with pytest.raises(FactsError, match=r"too long for this model's chat template") as caught:
         malmend.eval(loaded, FEW)
-    assert "tokens in the chat template, expected less than 60" in caught.value.faults[0]
+    fault = caught.value.faults[0]
+    assert fault.startswith(f"fact {FEW[0].id!r}: the prompt ")
+    assert "tokens in the chat template, expected less than 60" in fault
     assert malmend.eval(loaded, FEW, decode_facts=0).facts == 3
 
 

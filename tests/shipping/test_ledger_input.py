@@ -70,7 +70,7 @@ def test_characters_that_nobody_sees_are_said_before_any_work(tiny, ledger):
     hidden = dataclasses.replace(FACTS[0], id="hidden", prompt=f"{FACTS[0].prompt}\u200b")
     malmend.ledger.add(ledger, [hidden], model=tiny.model, told=lines.append)
     assert lines[0].startswith("1 field holds a character that nobody sees")
-    assert lines[1] == f"  {hidden.place}: field 'prompt': U+200B, zero width space"
+    assert lines[1] == "  fact 'hidden': field 'prompt': U+200B, zero width space"
 
 
 def test_a_contradiction_is_refused_with_what_the_ledger_says(tiny, ledger, monkeypatch):

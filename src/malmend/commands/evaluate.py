@@ -222,7 +222,7 @@ def chat_encoder(plain: Encoder, facts: FactSet, decode_facts: int | None) -> En
             size = len(encoder.prompt_ids(question.prompt))
             if size >= encoder.max_tokens:
                 faults.append(
-                    f"{facts.source}: {fact.place}: the prompt {question.prompt[:40]!r}... has "
+                    f"{fact.where}: the prompt {question.prompt[:40]!r}... has "
                     f"{size} tokens in the chat template, expected less than {encoder.max_tokens}"
                 )
     if faults:

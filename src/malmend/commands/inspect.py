@@ -184,7 +184,7 @@ def _facts(path: Path) -> Inspection:
         "with an alternative": sum(fact.alternative is not None for fact in known),
         "relations": len({fact.relation for fact in known if fact.relation}),
         "skipped": [
-            f"{one.fact.place}: {one.kind} of {one.earlier.place}" for one in known.skipped
+            f"{one.fact.where}: {one.kind} of {one.earlier.where}" for one in known.skipped
         ],
         "leaks": leaks(known),
         "characters that nobody sees": unseen(known),

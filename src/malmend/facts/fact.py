@@ -31,8 +31,7 @@ class Fact:
         alternative: a false answer of the same relation (the counterfactual).
         neighbours: the same question about other subjects, whose true answers must not move.
         reversed: the fact asked from the other side, as "Lima is the capital of" with "Peru".
-        in_list: whether ``line`` counts the entries of a JSON list.
-        at: the file and the line in it, as messages cite them: ``facts.jsonl:3``.
+        at: the file and the line in it, ``facts.jsonl:3``, or ``zsre.json:41: entry 3`` in a list.
     """
 
     id: str
@@ -48,20 +47,12 @@ class Fact:
     alternative: str | None = None
     neighbours: tuple[Question, ...] = ()
     reversed: Question | None = None
-    in_list: bool = field(default=False, compare=False, repr=False)
     at: str = field(default="", compare=False, repr=False)
 
     @property
     def where(self) -> str:
-        """The fact's file and line, ``zsre.json:41: entry 3`` in a list; else :attr:`place`."""
-        return self.at or self.place
-
-    @property
-    def place(self) -> str:
-        """Where the fact stands in its file, in words; of one of no file its id."""
-        if not self.line:
-            return f"fact {self.id!r}"
-        return f"{'entry' if self.in_list else 'line'} {self.line}"
+        """The place in its file as messages cite it; of a fact of no file its id."""
+        return self.at or f"fact {self.id!r}"
 
     @property
     def question(self) -> Question:

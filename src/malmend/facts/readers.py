@@ -44,12 +44,8 @@ def read_facts(path: str | Path, limit: int | None = None, strict: bool = False)
     source, (text, faults) = str(path), _read(path)
     entries, kind = _typed_entries(text, source, faults)
     read_fact, _ = READERS[kind]
-    read, in_list = [(read_fact(entry), entry) for entry in entries], is_list(text)
-    usable = [
-        (replace(fact, in_list=in_list, at=entry.where), entry)
-        for fact, entry in read
-        if fact is not None
-    ]
+    read = [(read_fact(entry), entry) for entry in entries]
+    usable = [(replace(fact, at=entry.where), entry) for fact, entry in read if fact is not None]
     kept, skipped = lint.skip_repeats(fact for fact, _ in usable)
     faults += lint.repeated_ids(usable)
     if strict:
