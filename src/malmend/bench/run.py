@@ -20,7 +20,7 @@ from malmend.bench.table import Row, failures, latest, markdown
 from malmend.bench.way import named_method, source_of, way_of
 from malmend.editors.checkpoint import load_editor
 from malmend.editors.refine import SETTLING, UNSAID
-from malmend.errors import MalmendError
+from malmend.errors import SHOWN, MalmendError, is_out_of_memory
 from malmend.facts.fact import Fact, facts_digest
 from malmend.facts.lint import skipped_said
 from malmend.facts.readers import read_facts, read_text
@@ -53,7 +53,8 @@ def bench(
 ) -> BenchResult:
     """Runs every cell of a plan that is not in ``out`` yet.
 
-    Stopped at any time it loses the running cell; the same command goes on.
+    Stopped at any time it loses the running cell; the same command goes on.  A cell that fails
+    stops no other; the same command tries it again.
 
     Args:
         plan: a plan's file, or a plan.
@@ -66,7 +67,8 @@ def bench(
         stepped: called with the row of every finished cell.
 
     Raises:
-        MalmendError: any bad input, in one sentence.
+        MalmendError: any bad input, in one sentence; or once the others are done, a line for each
+            cell that failed.
     """
     plan = plan if isinstance(plan, Plan) else read_plan(plan)
     known = read_facts(plan.facts)
@@ -93,29 +95,63 @@ def bench(
     ):
         told(f"Some of what is done ran on {place}; give another --out to run it on {device}.")
     asking: Asking | None = None
+    failed = list[str]()
     size = next(iter(left.values())).size if left else 0
     for index, (key, cell) in enumerate(left.items()):
         if cell.size != size:  # what smaller ones took says more than was known before
             told(cost(list(left.values())[index:], len(keyed), results))
             size = cell.size
-        if asking is None or asking.loaded.name != cell.model:
-            asking = Asking(load_model(cell.model, device=device), plan)
-        draw = drawn(facts, cell.size, cell.seed)
-        row = run_cell(asking, cell, draw, progress)
-        made = {
-            "malmend": version("malmend"),
-            "torch": version("torch"),
-            "finished": now(),
-            "base": asking.loaded.fingerprint,
-            "facts_sha256": facts_digest(draw),
-            "device": places_of(asking.loaded.model),
-            "threads": torch.get_num_threads(),
-        }
-        asked = {"facts": plan.facts, "asked": _asked(plan)}
-        settings = {"given": dict(cell.given), "unsaid": _unsaid(cell)}
-        results.add(key, {**row, **made, **asked, **settings})
+        try:
+            if asking is None or asking.loaded.name != cell.model:
+                asking = None  # before another is loaded
+                asking = Asking(load_model(cell.model, device=device), plan)
+            row = _row(asking, cell, drawn(facts, cell.size, cell.seed), progress)
+        except Exception as error:
+            if not isinstance(error, MalmendError) and not is_out_of_memory(error):
+                raise
+            failed.append(_failure(cell, error))
+            told(f"Failed: {failed[-1]}")
+            continue
+        results.add(key, row)
         stepped(results.rows[key])
+    _check_done(failed, len(keyed), folder)
     return BenchResult(folder, tuple(results.rows[key] for key in keyed))
+
+
+def _row(asking: Asking, cell: Cell, draw: Sequence[Fact], progress: Progress) -> dict[str, Any]:
+    """What a cell gave, and what it was made of."""
+    return {
+        **run_cell(asking, cell, draw, progress),
+        "malmend": version("malmend"),
+        "torch": version("torch"),
+        "finished": now(),
+        "base": asking.loaded.fingerprint,
+        "facts_sha256": facts_digest(draw),
+        "device": places_of(asking.loaded.model),
+        "threads": torch.get_num_threads(),
+        "facts": asking.plan.facts,
+        "asked": _asked(asking.plan),
+        "given": dict(cell.given),
+        "unsaid": _unsaid(cell),
+    }
+
+
+def _failure(cell: Cell, error: Exception) -> str:
+    """A line about a cell that gave nothing."""
+    why = str(error) if isinstance(error, MalmendError) else "there was not enough memory"
+    about = f"{cell.model}, {cell.name}, m {cell.size:,}, {cell.protocol}, seed {cell.seed}"
+    return f"{' '.join(about.split())}: {why.splitlines()[0]}"
+
+
+def _check_done(failed: Sequence[str], count: int, folder: Path) -> None:
+    """Raises MalmendError where cells failed, with a line for each of the first."""
+    if failed:
+        many = [f"and {len(failed) - SHOWN:,} more"] * (len(failed) > SHOWN)
+        raise MalmendError(
+            f"{len(failed)} of {count} cell{'s' * (count != 1)} failed; the same command tries "
+            f"{'it' if len(failed) == 1 else 'them'} again, and what the others gave is in "
+            + "\n  ".join([f"{folder}:", *failed[:SHOWN], *many])
+        )
 
 
 def _elsewhere(device: str, rows: Sequence[Mapping[str, Any]]) -> set[str]:
