@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 
 import ledger_support
@@ -16,6 +17,7 @@ import command_support
 import malmend
 from malmend.commands.choice import choose
 from malmend.editors.editor import log_size
+from malmend.errors import EditorError
 from malmend.models.capture import capture
 from malmend.shipping.ledger_access import reading
 from malmend.workbench import lay_out
@@ -253,3 +255,12 @@ def test_any_history_comes_to_what_it_holds(tiny, empty, tmp_path_factory, actio
         assert_same(found, direct(tiny, held))
     else:
         assert not any(found.shift(name).any() for name in found.factors)
+
+
+def test_its_editor_is_one_for_its_model(tiny, empty):
+    by_it = direct(tiny, FACTS[:4], empty / "editor")
+    assert_same(by_it, direct(tiny, FACTS[:4]))
+    about = empty / "editor" / "editor.json"
+    about.write_text(json.dumps({**json.loads(about.read_text()), "base": ""}))  # as it once was
+    with pytest.raises(EditorError, match="a base with fingerprint none, the model"):
+        malmend.edit(tiny.loaded, FACTS[:4], editor=empty / "editor")

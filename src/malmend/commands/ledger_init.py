@@ -118,7 +118,7 @@ def init(
         raise LedgerError(f"{folder} cannot be made ({error.strerror}); give another.") from error
     first = Generation(0, "init", signed.author, signed.time, 0, None, 0.0, None)
     with created(folder) as db:
-        identity = _keep(ready, chosen, folder / EDITOR)
+        identity = _keep(ready, chosen, folder / EDITOR, loaded.fingerprint)
         insert_about(db, _about(bench, chosen, identity, rule, signed).values())
         insert_generation(db, first)
         sync(folder)
@@ -164,10 +164,10 @@ def _check_folder(folder: Path) -> None:
     writable_folder(folder)
 
 
-def _keep(ready: Editor, chosen: Choice, folder: Path) -> str:
+def _keep(ready: Editor, chosen: Choice, folder: Path, base: str) -> str:
     """Copies the editor into the ledger, byte for byte where it has a folder; its identity."""
     if chosen.saved is None:
-        save_editor(ready, {"base": "", "editor": chosen.name}, folder)
+        save_editor(ready, {"base": base, "editor": chosen.name}, folder)
     else:
         is_shipped = chosen.name.startswith(SHIPPED)
         short = chosen.name.removeprefix(SHIPPED)

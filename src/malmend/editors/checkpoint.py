@@ -77,8 +77,8 @@ def check_trained_for(loaded: LoadedModel, name: str, base: str) -> None:
     """Raises EditorError unless the editor of this name was trained for a model of its weights."""
     if base != loaded.fingerprint:
         raise EditorError(
-            f"The editor {name} was trained for a base with fingerprint {base[:12]}, the model "
-            f"{loaded.name} has {loaded.fingerprint[:12]}; train one for this model."
+            f"The editor {name} was trained for a base with fingerprint {base[:12] or 'none'}, the "
+            f"model {loaded.name} has {loaded.fingerprint[:12]}; train one for this model."
         )
 
 
