@@ -48,14 +48,16 @@ def test_a_model_of_no_form_is_one_sentence(kind, tmp_path, capsys):
         ViTForImageClassification(config).save_pretrained(model)
     if kind == "ViT with a tokenizer":
         folders.tokenizer_of("bart").save_pretrained(model)
-    wanted = "a decoder, an encoder with a classification head, or an encoder-decoder"
+    bare = kind == "bare encoder"
+    kinds = "a decoder, an encoder with a classification head, or an encoder-decoder"
     line = folders.refused(capsys, "inspect", model)
-    assert wanted in line
-    assert ("malmend finetune" in line) == (kind == "bare encoder")
+    assert ("turns a text into numbers and gives no answers" if bare else kinds) in line
+    assert ("malmend finetune" in line) == bare
     for arguments in (("ask", model, "The capital"), ("eval", model, facts)):
         assert folders.refused(capsys, *arguments).startswith("malmend: The")
-    for command in ("edit", "train"):
-        assert folders.refused(capsys, command, model, facts, "--out", tmp_path / "out")
+    for command in ("edit", "train"):  # which spoke of a tokenizer without an end token
+        line = folders.refused(capsys, command, model, facts, "--out", tmp_path / "out")
+        assert ("gives no answers" in line) == bare
     assert not (tmp_path / "out").is_file()
 
 

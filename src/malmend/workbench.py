@@ -91,8 +91,11 @@ def encoder_for(
 ) -> Encoder:
     """The encoder of a model, within the length that tokenizer and configuration state.
 
-    Of a model by name the weights are not read.  Without ``end_of_answer`` answers end with the
-    tokenizer's end token, if it has one.
+    Of a model by name the weights are not read, unless its tokenizer lacks the end token.  Without
+    ``end_of_answer`` answers end with that token, if there is one.
+
+    Raises:
+        MalmendError: the model gives no answers, or its tokenizer is of no use.
     """
     tokenizer = tokenizer_of(model)
     if isinstance(model, LoadedModel):
@@ -104,9 +107,12 @@ def encoder_for(
         stated, reading = positions_of(config), stated_reading(config)
         tokens = getattr(config.get_text_config(), "vocab_size", None)
         tokens = tokens if isinstance(tokens, int) and tokens > 0 else None
+    ends = getattr(tokenizer, "eos_token_id", None) is not None
     if end_of_answer is None:
-        ends = getattr(tokenizer, "eos_token_id", None) is not None
         end_of_answer = "eos" if ends else "none"
+    asks_end = end_of_answer == "eos" and reading.form != "classes"
+    if asks_end and not ends and isinstance(model, str):
+        load_model(model)  # says more of an encoder without a head, whose tokenizer ends nothing
     longest = min(LONGEST, int(getattr(tokenizer, "model_max_length", LONGEST)), stated or LONGEST)
     return Encoder(tokenizer, end_of_answer, longest, chat, replace(reading, tokens=tokens))
 
