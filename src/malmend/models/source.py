@@ -123,13 +123,13 @@ def _on_hub(name: str) -> str:
     Raises:
         ModelError: the hub has no such model, or cannot be reached and nothing was fetched.
     """
+    near = nearest(name.partition("/")[2], BUILT_IN) or ";"
     try:
         HfApi().model_info(name, timeout=ANSWERS_IN)
     except RepositoryNotFoundError as error:
-        near = nearest(name.partition("/")[2], BUILT_IN)
         raise ModelError(
-            f"The hub has no model {name!r} that you may read{near}{'' if near else ';'} check the "
-            "name, give a model's folder, or log in with `hf auth login` if it is a private one."
+            f"The hub has no model {name!r} that you may read{near} check the name, give a model's "
+            "folder, or log in with `hf auth login` if it is a private one."
         ) from error
     except (HfHubHTTPError, HFValidationError):
         return name  # of which the loader says more
@@ -137,11 +137,9 @@ def _on_hub(name: str) -> str:
         fetched = try_to_load_from_cache(name, "config.json")
         if isinstance(fetched, str):
             return str(Path(fetched).parent)
-        near = nearest(name.partition("/")[2], BUILT_IN)
         raise ModelError(
             f"The model {name!r} is not on this machine, and the hub cannot be reached "
-            f"({reason(error)}){near}{'' if near else ';'} check the name and the network, or give "
-            "a model's folder."
+            f"({reason(error)}){near} check the name and the network, or give a model's folder."
         ) from error
     return name
 
