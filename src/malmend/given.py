@@ -17,6 +17,7 @@ from malmend.errors import EditorError, MalmendError, nearest
 
 NAMES = {int: "a whole number", float: "a number", str: "a text", NoneType: "None"}
 NAMES |= {bool: "True or False", Path: "a Path"}
+MOST = 1e12  # of a setting that is a number: single precision holds it, and what is made of it
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -35,6 +36,9 @@ def checked(*own: str) -> Callable[[Function], Function]:
         def called(*args: Any, **named: Any) -> Any:
             given = {**dict(zip(signature(function).parameters, args, strict=False)), **named}
             hints = _hints_of(function)
+            for name, value in given.items():  # which would be the current folder
+                if isinstance(value, str) and not value and Path in get_args(hints.get(name)):
+                    raise MalmendError(f"{name} is empty, expected a path; give one.")
             judged = [name for name in given if name in hints and name not in own]
             for said in faults(given, {name: hints[name] for name in judged}):
                 raise MalmendError(f"{said}; see help({function.__name__}).")

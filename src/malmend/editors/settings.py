@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,11 +11,12 @@ from malmend.editors.network import NetworkSettings
 from malmend.errors import EditorError
 from malmend.facts.encoded import Tokens
 from malmend.facts.tokens import EndOfAnswer
-from malmend.given import check_fields
+from malmend.given import MOST, check_fields
 from malmend.models.descent import Descent
 from malmend.models.sites import Linear, Side, Site, find_sites
 
 EditorMethod = Literal["malmen", "mend", "mend-single"]
+LEAST = 1e-30  # whose logarithm single precision has; of less it is that of zero
 # Which second moments of keys a prior holds, in the order of their weights.
 PRIORS: dict[str, tuple[str, ...]] = {
     "wording": ("text", "asked", "wording"),
@@ -80,14 +80,15 @@ class EditorSettings:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.eta is not None and not 0 < self.eta < math.inf:
+        if self.eta is not None and not LEAST <= self.eta <= MOST:
             raise EditorError(
-                f"eta is {self.eta:g}, expected a number above 0; leave --eta out to search it."
+                f"eta is {self.eta:g}, expected a number above 0, from {LEAST:g} to {MOST:g}; "
+                "leave --eta out to search it."
             )
-        if not 0 < self.end_weight < math.inf:
+        if not LEAST <= self.end_weight <= MOST:
             raise EditorError(
-                f"end_weight is {self.end_weight:g}, expected a number above 0; give 1 to weigh "
-                "every token alike."
+                f"end_weight is {self.end_weight:g}, expected a number above 0, from {LEAST:g} to "
+                f"{MOST:g}; give 1 to weigh every token alike."
             )
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from malmend.errors import MalmendError
+from malmend.given import MOST, check_fields
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class TrainSettings:
     save_every: int = 5
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("facts_per_step", "steps", "chunk", "save_every"):
             if getattr(self, name) < 1:
                 raise MalmendError(
@@ -49,9 +50,9 @@ class TrainSettings:
                 )
         for name in ("locality_weight", "network_rate", "scalar_rate", "clip"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
+            if not 0 <= value <= MOST:
                 raise MalmendError(
-                    f"{name} is {value}, expected a number of at least 0; "
+                    f"{name} is {value}, expected a number of at least 0, and of {MOST:g} at most; "
                     f"change --{name.replace('_', '-')}."
                 )
         if not (self.halvings >= 0 and self.facts_per_step >> self.halvings):

@@ -15,7 +15,6 @@ Shape letters: V value width, K key width.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -31,6 +30,7 @@ from malmend.errors import EditorError
 from malmend.facts.fact import Fact
 from malmend.facts.readers import read_text
 from malmend.facts.tokens import EndOfAnswer
+from malmend.given import MOST, check_fields
 from malmend.methods.epochs import batches
 from malmend.methods.method import Found
 from malmend.models.sites import Site, feed_forward_sites
@@ -66,14 +66,18 @@ class FineTuning:
     end_of_answer: EndOfAnswer = "eos"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("layers", "epochs", "batch"):
             if getattr(self, name) < 1:
                 raise EditorError(f"ft.{name} is {getattr(self, name)}, expected 1 or more.")
         for name in ("rate", "decay", "locality"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+            if not 0 <= getattr(self, name) <= MOST:
                 raise EditorError(
-                    f"ft.{name} is {getattr(self, name)}, expected a number of at least 0."
+                    f"ft.{name} is {getattr(self, name)}, expected a number of at least 0, and of "
+                    f"{MOST:g} at most."
                 )
+        if not abs(self.seed) < 10**18:  # what a generator takes is a little more
+            raise EditorError(f"ft.seed is {self.seed}, expected at most 18 digits.")
 
     @property
     def name(self) -> Literal["ft", "ft-kl"]:

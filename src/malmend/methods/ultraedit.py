@@ -18,7 +18,6 @@ Shape letters: N tokens, K key width, V value width.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -31,6 +30,7 @@ from malmend.errors import EditorError
 from malmend.facts.encoded import Tokens
 from malmend.facts.fact import Fact
 from malmend.facts.tokens import EndOfAnswer
+from malmend.given import MOST, check_fields
 from malmend.methods.method import Found
 from malmend.models.capture import Captured, capture
 from malmend.models.device import wide_device
@@ -66,10 +66,12 @@ class UltraEdit:
     end_of_answer: EndOfAnswer = "eos"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("eta", "ridge"):
-            if not 0 < getattr(self, name) < math.inf:
+            if not 0 < getattr(self, name) <= MOST:
                 raise EditorError(
-                    f"ultraedit.{name} is {getattr(self, name)}, expected a number above 0."
+                    f"ultraedit.{name} is {getattr(self, name)}, expected a number above 0, and of "
+                    f"{MOST:g} at most."
                 )
         if self.batch is not None and self.batch < 1:
             raise EditorError(

@@ -18,7 +18,6 @@ Shape letters: Q chosen tokens of a site, A its answer tokens, B its questions.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from malmend.errors import MalmendError
 from malmend.facts.encoded import Encoded, Tokens, collate, resolved
-from malmend.given import check_fields
+from malmend.given import MOST, check_fields
 from malmend.models.suffix import Suffix
 from malmend.models.tracing import tracing
 from malmend.models.trunk import Batch, Trunk
@@ -55,15 +54,16 @@ class Descent:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.steps < 1 or not 0 < self.rate < math.inf:
+        if self.steps < 1 or not 0 < self.rate <= MOST:
             raise MalmendError(
                 f"descent.steps is {self.steps} and descent.rate {self.rate}, expected 1 or more "
-                "and a number above 0; give --descent null for plain gradients."
+                f"and a number above 0, of {MOST:g} at most; give --descent null for plain "
+                "gradients."
             )
-        if not (0 <= self.answer_nll < math.inf and 0 <= self.end_nll < math.inf):
+        if not (0 <= self.answer_nll <= MOST and 0 <= self.end_nll <= MOST):
             raise MalmendError(
                 f"descent.answer_nll is {self.answer_nll} and descent.end_nll {self.end_nll}, "
-                "expected numbers of at least 0; leave them out for the usual ones."
+                f"expected numbers from 0 to {MOST:g}; leave them out for the usual ones."
             )
 
 
