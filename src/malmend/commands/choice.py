@@ -11,13 +11,13 @@ from malmend.editors.checkpoint import SavedEditor, check_trained_for, load_edit
 from malmend.editors.editor import Editor
 from malmend.editors.network import NetworkSettings
 from malmend.editors.settings import EditorSettings
-from malmend.errors import MalmendError
+from malmend.errors import MalmendError, nearest
 from malmend.material import calibrated
 from malmend.methods.trained import check_trained
 from malmend.models.device import wide_device
 from malmend.models.load import LoadedModel
 from malmend.progress import Progress, silent
-from malmend.workbench import SHIPPED, Workbench, shipped_editor
+from malmend.workbench import SHIPPED, Workbench, shipped, shipped_editor
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +102,8 @@ def choose(
     """An editor from what a user says.
 
     Args:
-        editor: "auto", "none", an editor's folder, or an editor.
+        editor: "auto", "none", an editor's folder, one of the package as patches name it
+            ("shipped:NAME"), or an editor.
         settings: of an editor without a network, whatever network they name; with them "auto" is
             "none".
         own_data: whether calibration facts, text or settings of calibration were given, which
@@ -137,5 +138,24 @@ def choose(
         )
     if isinstance(editor, Editor):
         return Choice("in memory", editor.settings, in_hand=editor)
-    saved = load_editor(editor)
+    saved = load_editor(_folder_of(editor))
     return Choice(str(editor), saved.editor.settings, saved)
+
+
+def _folder_of(editor: str | Path) -> str | Path:
+    """Where an editor lies that is named by its folder, or as patches name the package's own."""
+    name = str(editor)
+    carried = {
+        f"{SHIPPED}{one.parent.name}": one.parent
+        for one in shipped("editors").glob("*/editor.json")
+    }
+    if name in carried or Path(editor).exists():
+        return carried.get(name, editor)
+    if name.startswith(SHIPPED):
+        raise MalmendError(
+            f"The package carries no editor {name!r}{nearest(name, carried) or ';'} "
+            "give --editor auto, which takes the one for the model."
+        )
+    if near := nearest(name, ("auto", "none")):
+        raise MalmendError(f"There is no editor's folder {name}{near} Or give a folder.")
+    return editor
