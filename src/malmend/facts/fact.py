@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
+from unicodedata import normalize
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +86,14 @@ class Skipped:
     @property
     def kind(self) -> str:
         """``duplicate`` (same answer too) or ``contradiction`` (another answer)."""
-        # Blanks around an answer are no part of it: they are left out where it becomes tokens.
-        same = self.fact.answer.strip() == self.earlier.answer.strip()
+        same = same_answer(self.fact.answer, self.earlier.answer)
         return "duplicate" if same else "contradiction"
+
+
+def same_answer(one: str, other: str) -> bool:
+    """Whether two answers are one, whose letters and accents may stand apart."""
+    # Blanks around an answer are no part of it: they are left out where it becomes tokens.
+    return normalize("NFC", one.strip()) == normalize("NFC", other.strip())
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from malmend.facts.entry import EXPECTED, Entry, Faults, short
-from malmend.facts.fact import Fact, Question, Skipped
+from malmend.facts.fact import Fact, Question, Skipped, same_answer
 
 # Soft hyphen, zero width space, marks of direction, separators of lines, word joiner with what
 # follows it, and byte order mark; not U+200C and U+200D, which Persian, Hindi and emoji are
@@ -20,16 +20,18 @@ UNSEEN = re.compile("[\u00ad\u200b\u200e\u200f\u2028-\u202e\u2060-\u2064\u2066-\
 def same_prompt(prompt: str) -> str:
     """The key under which two prompts are the same prompt: every run of white space is one space.
 
-    Case is kept: "us" and "US" are different prompts to a model.
+    A letter and its accent may stand apart.  Case is kept: "us" and "US" are different prompts to a
+    model.
     """
-    return " ".join(prompt.split())
+    return unicodedata.normalize("NFC", " ".join(prompt.split()))
 
 
 def default_id(prompt: str) -> str:
     """The id of a fact that was given none."""
     # From the prompt, so that it survives other lines coming and going; 48 bits, so that thousands
     # of facts do not collide; a letter in front, so that no parser takes it for a number.
-    digest = hashlib.sha256(same_prompt(prompt).encode()).hexdigest()
+    # Accents stay as they are: ledgers have kept ids.
+    digest = hashlib.sha256(" ".join(prompt.split()).encode()).hexdigest()
     return f"f{digest[:12]}"
 
 
@@ -117,7 +119,7 @@ def wordings(facts: Sequence[Fact]) -> Iterator[tuple[Fact, str]]:
             prompt = same_prompt(text)
             other = edited.get(prompt) or first.setdefault(prompt, fact)
             answers = f"whose answer is {short(other.answer)}, not {short(fact.answer)}"
-            agrees = other.answer.strip() == fact.answer.strip()
+            agrees = same_answer(other.answer, fact.answer)
             what = None
             if prompt in seen:
                 what = "is there twice"
