@@ -47,7 +47,9 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command.  Returns the exit code: 0, 1 (a full disk, say) or 2 (bad input).
+    """Runs one command.  Returns the exit code: 0, 1 (no memory, say) or 2 (bad input).
+
+    2 too where a file cannot be written, of a full disk say: another place can be given.
 
     3 is of `ledger verify`, where a fact does not hold; 130 and 143 are of what was interrupted.
     """

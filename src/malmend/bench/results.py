@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from malmend.bench.plan import Protocol
 from malmend.errors import MalmendError
+from malmend.files import reason
 
 NAME = "cells.jsonl"
 # What tables, figures and estimates read of a row.
@@ -61,12 +62,18 @@ class Results:
                 f"{self.path} has changed since this run began: another bench writes to it. Wait "
                 "for it and run the same command again, or give another --out."
             )
-        with self.path.open("r+b" if self.path.exists() else "w+b") as file:
-            file.truncate(self._whole)
-            file.seek(self._whole)
-            file.write(line.encode())
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with self.path.open("r+b" if self.path.exists() else "w+b") as file:
+                file.truncate(self._whole)
+                file.seek(self._whole)
+                file.write(line.encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise MalmendError(
+                f"{self.path} cannot be written ({reason(error)}); make room, and run the same "
+                "command again."
+            ) from error
         self._whole += len(line.encode())
         self._size = self._whole
         self.rows[key] = kept
