@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_type_hints
@@ -12,12 +13,24 @@ import pytest
 import command_support
 import malmend
 from command_support import make_facts
+from malmend.bench.results import Results
+from malmend.bench.run import bench
+from malmend.commands.choice import choose
 from malmend.commands.continuations import continuations
 from malmend.commands.finetune import finetune
 from malmend.commands.learn import learn
+from malmend.editors.calibration import CalibrationSettings
 from malmend.editors.refine import RefineSettings
+from malmend.editors.settings import EditorSettings
+from malmend.editors.train_settings import TrainSettings
 from malmend.errors import MalmendError
+from malmend.facts.fact import Fact
+from malmend.facts.lint import default_id, skip_repeats
+from malmend.files import writable
 from malmend.given import checked
+from malmend.methods.ft import FineTuning
+from malmend.methods.ultraedit import UltraEdit
+from malmend.models.descent import Descent
 from malmend.models.trunk import TrunkSettings
 
 if TYPE_CHECKING:
@@ -173,3 +186,98 @@ def test_every_function_of_the_package_checks_what_it_is_given():
     for word in words:
         if inspect.isfunction(word) and word.__name__ not in plain:
             assert hasattr(word, "__wrapped__"), word.__name__
+
+
+@pytest.mark.parametrize(
+    ("function", "given", "name"),
+    [
+        (malmend.edit, ("M", FEW, ""), "out"),
+        (malmend.edit, ("M", ""), "facts"),
+        (malmend.eval, ("M", FEW, ""), "patch"),
+        (malmend.train, ("M", FEW, ""), "out"),
+        (malmend.export, ("P", ""), "folder"),
+        (ledger.init, ("", "M"), "ledger"),
+        (bench, ("P", ""), "out"),
+        (malmend.load_patch, ("",), "path"),
+    ],
+)
+def test_an_empty_path_is_not_the_current_folder(function, given, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MalmendError, match=f"{name} is empty, expected a path; give one"):
+        function(*given)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_report_without_a_name_is_refused_on_the_command_line(tiny, capsys):
+    assert command_support.malmend("eval", tiny.model, tiny.facts, "--report", "") == 2
+    assert "report is empty, expected a path" in capsys.readouterr().err
+    for path, said in (("", "empty"), ("nosuch/", "nosuch/ ends like a folder")):
+        with pytest.raises(MalmendError, match=said):
+            writable(path)
+
+
+def test_an_editor_is_found_by_the_name_that_patches_say(tiny):
+    with pytest.raises(MalmendError, match="did you mean 'none'"):
+        malmend.edit(tiny.loaded, FEW, editor="non")
+    assert choose("shipped:smollm2-135m").name == "shipped:smollm2-135m"
+    assert choose("shipped:smollm2-135m").saved is not None
+    with pytest.raises(MalmendError, match="did you mean 'shipped:smollm2-135m'"):
+        choose("shipped:smollm-135m")
+    for outside in ("shipped:..", "shipped:", "shipped:/"):
+        with pytest.raises(MalmendError, match="carries no editor"):
+            choose(outside)
+
+
+@pytest.mark.parametrize("much", [1e300, 1e308, 1e13])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (EditorSettings, "eta"),
+        (EditorSettings, "end_weight"),
+        (FineTuning, "rate"),
+        (FineTuning, "decay"),
+        (FineTuning, "locality"),
+        (UltraEdit, "eta"),
+        (UltraEdit, "ridge"),
+        (CalibrationSettings, "ridge"),
+        (CalibrationSettings, "asked"),
+        (TrainSettings, "network_rate"),
+        (TrainSettings, "clip"),
+        (Descent, "rate"),
+        (Descent, "end_nll"),
+    ],
+)
+def test_a_number_that_single_precision_does_not_hold_is_refused(kind, name, much):
+    """Whole edits once ended in a traceback of torch's."""
+    with pytest.raises(MalmendError, match=rf"{name} .*expected .*\b1e\+12"):
+        kind(**{name: much})
+    kind(**{name: 1e12})
+
+
+def test_so_is_one_that_is_zero_there():
+    for name in ("eta", "end_weight"):
+        with pytest.raises(MalmendError, match=f"{name} is 1e-300, expected a number above 0"):
+            EditorSettings(**{name: 1e-300})
+    with pytest.raises(MalmendError, match="seed"):
+        FineTuning(seed=10**30)
+
+
+def test_one_prompt_spelt_in_two_ways_is_one_prompt():
+    """Of characters with accents: composed, or letter and accent apart."""
+    here, there = Fact("a", "Zoë lives in", "Köln"), Fact("b", "Zoe\u0308 lives in", "Rom")
+    [skipped] = skip_repeats([here, there])[1]
+    assert skipped.kind == "contradiction"
+    [skipped] = skip_repeats([here, Fact("b", "Zoe\u0308 lives in", "Ko\u0308ln")])[1]
+    assert skipped.kind == "duplicate"
+    assert default_id("Zoë") != default_id("Zoe\u0308")  # as ledgers have kept them
+
+
+def test_a_full_disk_under_a_bench_names_its_file(tmp_path, monkeypatch):
+    """As of every other command: 2, with the file; it once was 1, without."""
+
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("malmend.bench.results.os.fsync", full)
+    with pytest.raises(MalmendError, match=r"cells.jsonl cannot be written \(No space left on"):
+        Results(tmp_path).add("key", {"m": 1})

@@ -127,6 +127,10 @@ def writable(path: str | Path, *inputs: object) -> Path:
     Raises:
         MalmendError: the folder does not exist or takes no file, or ``path`` is a folder or input.
     """
+    if not str(path):
+        raise MalmendError("The path is empty, expected the path of a file to write.")
+    if str(path).endswith(("/", os.sep)) and not Path(path).is_dir():
+        raise MalmendError(f"{path} ends like a folder, expected the path of a file to write.")
     path = Path(path)
     place = _followed(path)
     for one in (Path(one) for one in inputs if isinstance(one, str | Path)):

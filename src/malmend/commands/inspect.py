@@ -15,6 +15,7 @@ from malmend.facts.entry import short
 from malmend.facts.fact import training_digests
 from malmend.facts.lint import leaks, unseen
 from malmend.facts.readers import beside, read_facts
+from malmend.given import checked
 from malmend.methods.trained import TRAINED, method_in, trained_method
 from malmend.models.cut import Cut
 from malmend.models.load import LoadedModel, load_model
@@ -45,6 +46,7 @@ class Inspection:
         return f"Inspection({self.kind!r}, {self.name!r}, {entries})"
 
 
+@checked()
 def inspect(
     thing: str | Path,
     layers: int | None = None,
