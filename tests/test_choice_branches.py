@@ -229,7 +229,7 @@ SUMS = "this edit sums shifts or takes plain gradients, which is done once"
 def test_that_a_sum_is_solved_once_whatever_is_asked_is_told(
     change, given, idle, count, tiny, monkeypatch
 ):
-    monkeypatch.setattr("malmend.editors.refine.FEW", 4)  # more would settle
+    monkeypatch.setattr("malmend.editors.refine.UNSETTLED", 4)  # more would settle
     told, settings = [], replace(FREE, **change)
     malmend.edit(
         tiny.loaded,
