@@ -102,9 +102,11 @@ def test_data_beside_a_trained_editor_are_refused(tiny, editor, carried, what):
 
 
 def test_a_word_that_is_neither_is_a_folder():
-    for given in ("Auto", "any", Path("auto"), Path("none")):
+    for given in ("any", Path("auto"), Path("none")):
         with pytest.raises(EditorError, match=f"There is no editor in {given} "):
             choose(given)
+    with pytest.raises(EditorError, match="There is no editor in Auto; did you mean 'auto'?"):
+        choose("Auto")
 
 
 def test_settings_beside_an_editor_are_refused_before_it_is_read(editor, tmp_path):

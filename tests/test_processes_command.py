@@ -61,7 +61,7 @@ def test_two_processes_write_the_editor_that_one_writes_and_one_of_them_speaks(
     alone, both = (load_editor(tmp_path / name).editor for name in ("alone", "both"))
     # Two shares are summed otherwise than a whole.  Adam divides by a gradient's size, so that its
     # rounding of 1e-7 of the largest part is 1e-2 of a rate where a part is 1e-5 of that; 3 steps.
-    # By one thread each, one of 640 parts is 3.2e-3 of a rate apart; a share left out is a whole one.
+    # By one thread each, one part of 640 is 3.2e-3 of a rate apart; a share left out is a whole.
     most = 3 * 1e-2 * TrainSettings().network_rate
     for name, tensor in alone.state_dict().items():
         torch.testing.assert_close(both.state_dict()[name], tensor, rtol=1e-6, atol=most)

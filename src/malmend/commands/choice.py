@@ -11,7 +11,7 @@ from malmend.editors.checkpoint import SavedEditor, check_trained_for, load_edit
 from malmend.editors.editor import Editor
 from malmend.editors.network import NetworkSettings
 from malmend.editors.settings import EditorSettings
-from malmend.errors import MalmendError, nearest
+from malmend.errors import EditorError, MalmendError, nearest
 from malmend.material import calibrated
 from malmend.methods.trained import check_trained
 from malmend.models.device import wide_device
@@ -156,6 +156,6 @@ def _folder_of(editor: str | Path) -> str | Path:
             f"The package carries no editor {name!r}{nearest(name, carried) or ';'} "
             "give --editor auto, which takes the one for the model."
         )
-    if near := nearest(name, ("auto", "none")):
-        raise MalmendError(f"There is no editor's folder {name}{near} Or give a folder.")
+    if isinstance(editor, str) and (near := nearest(name, ("auto", "none"))):
+        raise EditorError(f"There is no editor in {name}{near} Or give an editor's folder.")
     return editor
