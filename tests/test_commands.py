@@ -300,9 +300,8 @@ def test_facts_from_python_are_not_edited_twice(tiny):
         with pytest.raises(FactsError, match="cannot be used: 2 faults") as caught:
             command(tiny.loaded, twice, strict=True)
         assert caught.value.faults == (
-            f"facts: fact 'again': duplicate of fact 'f0': prompt {FEW[0].prompt!r}; "
-            "keep one of the two",
-            f"facts: fact 'other': contradiction of fact 'f1': prompt {FEW[1].prompt!r} has answer "
+            f"fact 'again': duplicate of fact 'f0': prompt {FEW[0].prompt!r}; keep one of the two",
+            f"fact 'other': contradiction of fact 'f1': prompt {FEW[1].prompt!r} has answer "
             f"'Kalo' here and {FEW[1].answer!r} there; keep one of the two",
         )
 
@@ -316,7 +315,7 @@ def test_the_same_object_twice_is_a_duplicate(tiny):
     with pytest.raises(FactsError, match="cannot be used: 1 fault") as caught:
         malmend.eval(tiny.loaded, [FEW[0], FEW[0]], strict=True)
     assert caught.value.faults == (
-        f"facts: fact 'f0': duplicate of fact 'f0': prompt {FEW[0].prompt!r}; keep one of the two",
+        f"fact 'f0': duplicate of fact 'f0': prompt {FEW[0].prompt!r}; keep one of the two",
     )
 
 

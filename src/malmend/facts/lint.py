@@ -191,7 +191,7 @@ def repeated_prompts(skipped: tuple[Skipped, ...], entries: dict[int, Entry]) ->
 
 def repeat(skip: Skipped, here: str, there: str) -> str:
     """The fault of a skipped fact, given the places of both."""
-    what = f"{here}: {skip.kind} of {there.removeprefix('facts: ')}"
+    what = f"{here}: {skip.kind} of {there}"
     what += f": prompt {short(skip.fact.prompt)}"
     if skip.kind == "contradiction":
         answers = f"{short(skip.fact.answer)} here and {short(skip.earlier.answer)} there"

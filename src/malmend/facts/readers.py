@@ -76,7 +76,7 @@ def given_facts(facts: Sequence[Fact], limit: int | None = None, strict: bool = 
     _check_are_facts(read)
     halves = "holds half of a surrogate pair; give whole characters"
     faults = [
-        (0, f"{read.source}: fact {fact.id!r} {halves}")
+        (0, f"{fact.where}: {halves}")
         for fact in read.facts
         if not encodes(json.dumps(asdict(replace(fact, at="")), ensure_ascii=False))
     ]
@@ -90,10 +90,8 @@ def given_facts(facts: Sequence[Fact], limit: int | None = None, strict: bool = 
     if faults:
         _refuse(read.source, faults)
     if strict:
-        places = {id(fact): f"{read.source}: fact {fact.id!r}" for fact in read.facts}
-        where = [(places[id(one.fact)], places[id(one.earlier)]) for one in skipped]
-        found = [lint.repeat(one, *both) for one, both in zip(skipped, where, strict=True)]
-        found += [f"{places[id(fact)]}: {what}" for fact, what in lint.wordings(kept)]
+        found = [lint.repeat(one, one.fact.where, one.earlier.where) for one in skipped]
+        found += [f"{fact.where}: {what}" for fact, what in lint.wordings(kept)]
         if found:
             _refuse(read.source, [(0, one) for one in found])
     return FactSet(read.source, kept[:limit], (*read.skipped, *skipped))
@@ -104,8 +102,7 @@ def _check_are_facts(known: FactSet) -> None:
     wrong: Faults = []
     for at, one in enumerate(known.facts, start=1):
         if isinstance(one, Fact):
-            where = f"{known.source}: fact {one.id!r}"
-            wrong += [(at, f"{where}: {said}") for said in faults_of(one)]
+            wrong += [(at, f"{one.where}: {said}") for said in faults_of(one)]
         else:
             what = f"{known.source}: entry {at} is {short(one)}, expected a malmend.Fact"
             wrong.append((at, f"{what}; make one, or give the path of a facts file"))
