@@ -308,6 +308,10 @@ HOSTILE = {
     "no model": "UPDATE about SET value = '3' WHERE name = 'model'",
     "a weight of 0": "UPDATE about SET value = '0' WHERE name = 'weight_norm'",
     "a weight as text": "UPDATE about SET value = '\"x\"' WHERE name = 'weight_norm'",
+    "an infinite norm": "UPDATE generations SET norm = 9e999 WHERE number = 1",
+    "a norm below 0": "UPDATE generations SET norm = -1 WHERE number = 1",
+    "a share of -5": "UPDATE generations SET retention = -5 WHERE number = 1",
+    "one id twice": "UPDATE facts SET id = 'f0' WHERE id = 'f1'",
     "something more": "INSERT INTO about VALUES ('more', '1')",
     "changes": "DELETE FROM changes WHERE fact = 1",
 }

@@ -6,8 +6,10 @@ What is read is checked as a stranger's would be: the file may have been changed
 from __future__ import annotations
 
 import json
+import math
 import re
 import sqlite3
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -113,6 +115,9 @@ def read_entries(db: sqlite3.Connection, path: Path, sites: int) -> list[Entry]:
         except (ValueError, TypeError, RecursionError) as error:
             raise spoilt(path, f"fact {row[0]!r}: {error}") from error
         entries.append(replace(entry, held=bool(entry.held)))
+    ids = Counter(entry.id for entry in entries if entry.is_active)
+    if twice := [one for one, count in ids.items() if count > 1]:
+        raise spoilt(path, f"two active facts have the id {twice[0]!r}")
     return entries
 
 
@@ -152,8 +157,12 @@ def read_generations(db: sqlite3.Connection, path: Path) -> list[Generation]:
                 own_file(one.sums, "sums")
             if type(one.facts) is not int or not isinstance(one.norm, int | float):
                 raise ValueError("a figure is no number")
+            if not 0 <= one.norm < math.inf:
+                raise ValueError(f"its norm is {one.norm}, expected a number of at least 0")
             if not isinstance(one.retention, int | float | None):
                 raise ValueError("a figure is no number")
+            if one.retention is not None and not 0 <= one.retention <= 1:
+                raise ValueError(f"its retention is {one.retention}, expected a share from 0 to 1")
         except ValueError as error:
             raise spoilt(path, f"generation {one.number}: {error}") from error
     return generations
