@@ -87,6 +87,15 @@ def test_what_was_cut_and_what_was_rounded_is_said():
     assert "Rounding to bfloat16 took at most 0.5" in card(RECORD | {"to": "merged"}, "causal")
 
 
+def test_an_export_that_was_forced_says_so():
+    made_for = {"patch": RECORD["patch"] | {"model": "/home/me/first", "base": "def456"}}
+    for to in ("lora", "merged"):
+        text = card(RECORD | made_for | {"to": to, "forced": True}, "causal")
+        assert "- **Forced:** the patch was made for another base, first, fingerprint" in text
+        assert "`def456`" in text
+        assert "Forced" not in card(RECORD | made_for | {"to": to}, "causal")
+
+
 def test_no_path_of_this_machine_is_told():
     for to in ("lora", "merged"):
         text = card(RECORD | {"to": to, "model": "/home/me/base"}, "causal")

@@ -158,7 +158,7 @@ def test_nothing_half_written_is_left(tiny, patch, tmp_path, monkeypatch, to):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--to", "lara"], "--to is 'lara'; did you mean 'lora'?"),
+        (["--to", "lara"], "to is 'lara'; did you mean 'lora'?"),
         (["--to", "lora", "--rank", "100"], "1, 8, 16, 32, 64, 128, 256, 320, 512"),
         (["--to", "lora", "--dtype", "bfloat16"], "leave --dtype out"),
         (["--to", "merged", "--rank", "8"], "of --to lora"),
@@ -206,6 +206,8 @@ def test_another_base_needs_force(tiny, patch, tmp_path, capsys):
     assert malmend(*arguments) == 2
     assert "or --force" in refusal(capsys)
     assert malmend(*arguments, "--force") == 0
+    assert record_of(tmp_path / "out")["forced"] is True
+    assert "Forced" in (tmp_path / "out" / "README.md").read_text()
 
 
 # --- where a patch is read, an adapter may stand

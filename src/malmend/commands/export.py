@@ -189,5 +189,6 @@ def _about(loaded: LoadedModel, patch: Patch) -> dict[str, Any]:
         "created": now(),
         "model": lasting(loaded.name),
         "base": loaded.fingerprint,
+        **({} if patch.base == loaded.fingerprint else {"forced": True}),
         "patch": dict(patch.provenance),
     }

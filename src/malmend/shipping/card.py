@@ -97,6 +97,12 @@ def _what(record: Mapping[str, Any], is_lora: bool) -> str:
         f"- **Made:** {record['created']} by malmend {record['malmend']}; the patch "
         f"{patch.get('created', 'at a time not known')}. `malmend.json` says the rest.",
     ]
+    if record.get("forced"):
+        first = shown(str(patch.get("model", "of no name")))
+        rows.append(
+            f"- **Forced:** the patch was made for another base, {first}, fingerprint "
+            f"`{patch.get('base')}`, and put on this one all the same (`--force`)."
+        )
     if is_lora and record["exact"]:
         rows.append(f"- **Rank:** {record['rank']}, the shift's own: nothing was cut off.")
     elif is_lora:
