@@ -41,7 +41,8 @@ def test_facts_without_an_alternative_are_named():
         towards_alternatives(FactSet("f.jsonl", (PERU, *lines)))
     assert str(caught.value) == (
         "f.jsonl: 7 of 8 facts have no alternative (the first: f.jsonl:1); give each the field "
-        "'alternative', a false answer of the same relation, or leave out --alternative."
+        "'alternative', a false answer of the same relation, for --alternative asks for "
+        "it, or a patch that was made with it."
     )
     assert len(caught.value.faults) == 7
     assert caught.value.faults[6] == "f.jsonl:7: field 'alternative': is missing"

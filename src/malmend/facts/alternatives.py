@@ -27,7 +27,7 @@ def towards_alternatives(facts: FactSet) -> FactSet:
             lacking,
             f"{len(lacking)} of {len(facts)} facts {'has' if one else 'have'} no alternative",
             f"give {'it' if one else 'each'} the field 'alternative', a false answer of the same "
-            "relation, or leave out --alternative",
+            "relation, for --alternative asks for it, or a patch that was made with it",
         )
     turned = tuple(
         replace(fact, answer=fact.alternative or "", alternative=None, reversed=None)
@@ -65,7 +65,8 @@ def away_from(facts: FactSet, said: Sequence[str], classes: Sequence[str]) -> Fa
             lacking,
             f"of {len(lacking)} of {len(facts)} facts the model already says the answer, and no "
             "other class is named",
-            "give each the field 'alternative', or leave out --away",
+            "give each the field 'alternative', for --away asks for another class, or a patch that "
+            "was made with it",
         )
     return replace(facts, facts=tuple(turned))
 
