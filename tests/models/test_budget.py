@@ -8,11 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+import malmend
 import tiny
 from malmend.errors import MalmendError
 from malmend.memory import Room, held
 from malmend.models import budget
-from malmend.models.budget import Work, plan_memory, rows_of, sums_of, within
+from malmend.models.budget import Work, check_memory, plan_memory, rows_of, sums_of, within
 from malmend.models.capture import capture, keys_of
 from malmend.models.descent import Descent
 from malmend.models.sites import find_sites
@@ -129,6 +130,16 @@ def test_what_is_solved_elsewhere_takes_the_shifts_alone():
     sites = trunk_of().sites
     shifts = 8 * sum(2 * one.shape_VK[0] * one.shape_VK[1] for one in sites)
     assert sums_of(sites, 100, solved_here=False) == shifts < sums_of(sites, 100)
+
+
+def test_less_than_is_held_is_refused_before_anything_is_measured(monkeypatch):
+    monkeypatch.setattr(budget, "held", lambda: 2_000_000_000)
+    with pytest.raises(MalmendError, match=r"--memory is 1KB, expected more than 2\.0GB"):
+        check_memory("1KB")
+    check_memory("3GB")
+    monkeypatch.setattr("malmend.commands.train.opened", None)
+    with pytest.raises(MalmendError, match=r"--memory is 1KB, expected more than 2\.0GB"):
+        malmend.train("no model", "no facts", "no folder", memory="1KB")
 
 
 def test_what_else_is_done_with_micro_batches_is_rehearsed_and_the_greater_counts(monkeypatch):

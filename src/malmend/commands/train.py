@@ -34,8 +34,7 @@ from malmend.facts.readers import given_questions
 from malmend.files import reason
 from malmend.given import checked
 from malmend.material import calibrated
-from malmend.memory import size_of
-from malmend.models.budget import MemoryPlan, Work, watched
+from malmend.models.budget import MemoryPlan, Work, check_memory, watched
 from malmend.models.load import LoadedModel
 from malmend.models.store import ActivationStore
 from malmend.models.trunk import TrunkSettings
@@ -132,7 +131,7 @@ def train(
         MalmendError: any bad input, in one sentence.
     """
     if memory is not None:
-        size_of(memory)
+        check_memory(memory)
     folder = Path(out)
     encoder = encoder_for(model, settings.end_of_answer)
     known = checked_facts(facts, encoder, limit, strict, alternative, away)

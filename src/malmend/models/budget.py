@@ -76,6 +76,16 @@ class MemoryPlan:
         )
 
 
+def check_memory(memory: str) -> None:
+    """Raises MalmendError for what is no size, or less than the process holds before any work."""
+    budget, now = size_of(memory), held() or 0
+    if budget < now:
+        raise MalmendError(
+            f"--memory is {memory}, expected more than {now / 1e9:.1f}GB, which is held before the "
+            "work begins; give more."
+        )
+
+
 def plan_memory(trunk: Trunk, memory: str, work: Work) -> MemoryPlan:
     """Measures what a micro-batch takes, and spends the budget.
 
