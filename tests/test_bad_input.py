@@ -126,6 +126,12 @@ def refused(
     return "\n".join(said)
 
 
+def other_folder(folder, name):
+    folder.mkdir()
+    (folder / name).write_text("")
+    return folder
+
+
 def broken_model(place: Place, breaking: Callable[[Path], object]) -> Path:
     folder = Path(shutil.copytree(place.model, place.folder / "model"))
     breaking(folder)
@@ -282,7 +288,11 @@ CASES: dict[str, tuple[Callable[[Place], Arguments], str]] = {
     ),
     "train into the model's folder": (
         lambda p: p.train(out=shutil.copytree(p.model, p.folder / "model")),
-        "is a model's folder, expected one for the editor",
+        "holds a model already; give another --out",
+    ),
+    "train into a ledger": (
+        lambda p: p.train(out=other_folder(p.folder / "ledger", "ledger.sqlite")),
+        "holds a ledger already; give another --out",
     ),
     "a seed of thirty digits": (
         lambda p: p.train("--seed", "1" * 30),
@@ -891,7 +901,7 @@ def test_the_weights_that_are_read_are_never_written_over(command, place, capsys
         "diff": ["diff", place.model, place.model, "--out", weights],
         "eval": ["eval", place.model, place.facts, "--json", weights],
     }[command]
-    assert "which this command reads" in refused(arguments, weights.parent, capsys)
+    assert "that this command reads" in refused(arguments, weights.parent, capsys)
 
 
 def test_an_editor_and_settings_together_are_refused(place):

@@ -68,6 +68,14 @@ def test_a_model_that_cannot_be_loaded_stops_no_other(plan, tmp_path, monkeypatc
     assert names(tmp_path) == [("ft", 2)]
 
 
+@pytest.mark.parametrize("name", ["config.json", "ledger.sqlite", "editor.json"])
+def test_results_are_not_mixed_with_what_is_read(plan, tmp_path, name):
+    (tmp_path / name).write_text("")
+    with pytest.raises(MalmendError, match=r"holds an? \w+ already; give another --out\."):
+        bench(plan, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_a_fault_of_the_program_is_no_failed_cell(plan, tmp_path, monkeypatch):
     monkeypatch.setattr(bench_module, "run_cell", lambda *given: 1 / 0)
     with pytest.raises(ZeroDivisionError):

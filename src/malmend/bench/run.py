@@ -18,6 +18,7 @@ from malmend.bench.plot import plot
 from malmend.bench.results import NAME, Results
 from malmend.bench.table import Row, failures, latest, markdown
 from malmend.bench.way import named_method, source_of, way_of
+from malmend.commands.training_folder import check_unlike
 from malmend.editors.checkpoint import load_editor
 from malmend.editors.refine import SETTLING, UNSAID
 from malmend.errors import SHOWN, MalmendError, is_out_of_memory
@@ -83,6 +84,7 @@ def bench(
             f"The plan edits {max(cell.size for cell in cells):,} facts and {plan.facts} has "
             f"{len(facts):,}; give smaller sizes, or more facts."
         )
+    check_unlike(Path(out))
     folder = writable_folder(out)
     results = Results(folder)
     keyed = {_key(cell, facts, plan, results.rows): cell for cell in cells}

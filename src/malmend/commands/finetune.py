@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 
 from malmend.commands.finetune_epochs import CHECKPOINT, Epochs, best_epoch
+from malmend.commands.training_folder import check_unlike
 from malmend.errors import MalmendError
 from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact, FactSet, Question, subject_hash
@@ -131,8 +132,7 @@ def finetune(
 
 def _check_new(folder: Path) -> None:
     """Raises MalmendError where the folder holds a model, or what is none of a run's own files."""
-    if (folder / "config.json").is_file():
-        raise MalmendError(f"{folder} holds a model already; give another --out.")
+    check_unlike(folder)
     # A run that was killed while it moved its model in goes on, and is written over.
     if not (folder / CHECKPOINT).is_file():
         for path in folder.glob("[!.]*"):

@@ -9,21 +9,27 @@ from __future__ import annotations
 from pathlib import Path
 
 from malmend.editors.resuming import FILE
-from malmend.errors import EditorError
-from malmend.files import writable_folder
+from malmend.errors import EditorError, MalmendError
+from malmend.files import kind_of, writable_folder
 from malmend.methods.trained import said_in
+
+
+def check_unlike(folder: Path, own: str | None = None) -> None:
+    """Raises MalmendError where a folder is a model, a ledger or the like, and not ``own``.
+
+    What is written among their files may be taken for one of them.
+    """
+    if (kind := kind_of(folder)) not in (None, own):
+        raise MalmendError(f"{folder} holds {kind} already; give another --out.")
 
 
 def check_folder(folder: Path) -> None:
     """Makes the folder if need be.
 
     Raises:
-        MalmendError: it is a model's, or cannot be written into.
+        MalmendError: it is a model, a ledger or the like, or cannot be written into.
     """
-    if (folder / "config.json").is_file():
-        raise EditorError(
-            f"{folder} is a model's folder, expected one for the editor; give another --out."
-        )
+    check_unlike(folder, "an editor")
     writable_folder(folder)
 
 
