@@ -201,7 +201,7 @@ def ledger_of(loaded: LoadedModel, tiny: Tiny, folder: Path) -> tuple[Patch, Any
     malmend.ledger.add(folder, FEW, model=loaded, author="me")
     malmend.ledger.revoke(folder, [FEW[0].id], author="me")
     rows = malmend.ledger.verify(folder, loaded).rows
-    return malmend.ledger.patch(folder, folder / "patch"), [one.reply for one in rows]
+    return malmend.ledger.patch(folder, f"{folder}.patch"), [one.reply for one in rows]
 
 
 @SECOND

@@ -41,7 +41,7 @@ def test_a_misspelt_label_is_seen_before_it_becomes_a_class(bert, tmp_path, caps
     worse = claims(tmp_path / "worse.json", ["SUPPORTS", "REFUTES", "SUPORTS"] * 2)
     assert malmend("finetune", tmp_path / "one", worse, "--out", tmp_path / "two", *LEARN) == 2
     said = capsys.readouterr().err
-    assert f"{worse}: entry 3: field 'answer': the answer 'SUPORTS' is no class" in said
+    assert f"{worse}:1: entry 3: field 'answer': the answer 'SUPORTS' is no class" in said
     assert said.count("entry 3: field 'paraphrases'") == 1  # not once per paraphrase
     assert not (tmp_path / "two").exists()  # nothing is left of what was refused
     # Labels are told by what they say: not by case, where the model has classes.

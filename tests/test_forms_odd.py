@@ -13,7 +13,7 @@ from transformers import ViTConfig, ViTForImageClassification
 import forms_folders as folders
 import forms_support as forms
 import helpers
-from command_support import malmend
+from command_support import as_lines, malmend
 from malmend.commands.edit import edit
 from malmend.commands.finetune import finetune
 from malmend.editors.calibration import CalibrationSettings
@@ -73,7 +73,8 @@ def test_answers_of_more_tokens_than_their_prompts_lose_nothing(tmp_path):
     others = [replace(fact, id=f"{i}", prompt=f"w{i}", answer=f"w{i} w7") for i in range(10, 14)]
     settings = replace(training_free(), eta=1.0, layers=1, prior="identity")
     (tmp_path / "text").write_text("w1 w2 w3\nw4 w5 w6\n")
-    more = {"calibrate": others, "text": tmp_path / "text", "calibration": SMALL}
+    (tmp_path / "others").write_text(as_lines(others))
+    more = {"calibrate": tmp_path / "others", "text": tmp_path / "text", "calibration": SMALL}
     done = edit(loaded, [fact], settings=settings, refine=RefineSettings(passes=1), **more)
     encoder = Encoder(loaded.tokenizer, reading=loaded.reading)
     (question,) = encoder.encode_all([fact.question])

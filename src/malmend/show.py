@@ -76,7 +76,8 @@ def silence() -> None:
 
 def status(line: str) -> None:
     """What comes next; on standard error, where the bars are."""
-    ERR.print(escape(line), highlight=False)
+    # What is set in cites a place in a file, which stays whole.
+    ERR.print(escape(line), highlight=False, soft_wrap=line.startswith(" "))
 
 
 @contextmanager

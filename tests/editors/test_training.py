@@ -321,8 +321,8 @@ def test_facts_without_paraphrases_are_asked_by_their_own_prompt():
 @pytest.mark.parametrize(
     ("rates", "named"),
     [
-        ({"network_rate": 1e30}, "the meta-loss is nan"),
-        ({"scalar_rate": 1e30}, r"(?:eta|the prior's weight of \w+) is inf"),
+        ({"network_rate": 1e12}, "the meta-loss is nan"),
+        ({"scalar_rate": 1e12}, r"(?:eta|the prior's weight of \w+) is inf"),
     ],
 )
 def test_divergence_ends_training(rates, named):
