@@ -105,7 +105,7 @@ def test_a_word_that_is_neither_is_a_folder():
     for given in ("any", Path("auto"), Path("none")):
         with pytest.raises(EditorError, match=f"There is no editor in {given} "):
             choose(given)
-    with pytest.raises(EditorError, match="There is no editor in Auto; did you mean 'auto'?"):
+    with pytest.raises(EditorError, match=r"There is no editor in Auto; did you mean 'auto'\?"):
         choose("Auto")
 
 
