@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_type_hints
 
 import numpy
@@ -153,10 +154,20 @@ def test_what_is_right_or_cannot_be_judged_is_taken():
     for wrong in ({"word": "c"}, {"each": ["a", 1]}, {"each": "a"}, {"called": 3}):
         with pytest.raises(MalmendError, match=f"{next(iter(wrong))} is "):
             taken(3, **wrong)
-    with pytest.raises(TypeError, match=r"taken\(\) missing 1 required positional argument"):
+    with pytest.raises(TypeError, match=r"missing a required argument: 'count'"):
         taken()
     with pytest.raises(TypeError, match="nothing"):
         malmend.cache(nothing=1)
+
+
+def test_a_models_folder_may_be_a_path(tiny, tmp_path):
+    there = Path(tiny.model)
+    asked = (malmend.ask(one, "The capital of", max_new_tokens=2) for one in (there, tiny.model))
+    first, second = asked
+    assert first == second
+    out = tmp_path / "patch"
+    malmend.edit(there, FEW, editor="none", calibrate=tiny.calibrate, text=tiny.text, out=out)
+    assert malmend.load_patch(out).base == malmend.load_model(tiny.model).fingerprint
 
 
 def test_what_a_function_judges_itself_is_left_to_it():

@@ -34,15 +34,18 @@ def checked(*own: str) -> Callable[[Function], Function]:
     def check(function: Function) -> Function:
         @wraps(function)
         def called(*args: Any, **named: Any) -> Any:
-            given = {**dict(zip(signature(function).parameters, args, strict=False)), **named}
-            hints = _hints_of(function)
-            for name, value in given.items():  # which would be the current folder
-                if isinstance(value, str) and not value and Path in get_args(hints.get(name)):
+            bound, hints = signature(function).bind(*args, **named), _hints_of(function)
+            given = bound.arguments
+            for name, value in given.items():
+                kinds = get_args(hints.get(name)) or (hints.get(name),)
+                if Path in kinds and value == "":  # which would be the current folder
                     raise MalmendError(f"{name} is empty, expected a path; give one.")
+                if isinstance(value, Path) and str in kinds and Path not in kinds:
+                    given[name] = str(value)  # a model's folder
             judged = [name for name in given if name in hints and name not in own]
             for said in faults(given, {name: hints[name] for name in judged}):
                 raise MalmendError(f"{said}; see help({function.__name__}).")
-            return function(*args, **named)
+            return function(*bound.args, **bound.kwargs)
 
         return cast(Function, called)
 
