@@ -35,7 +35,9 @@ def edited(method: str, folder: Path, processes: Processes = ALONE) -> EditResul
     model.__class__ = tiny.in_float64(type(model))
     text = " ".join(command_support.name_of(random.Random(2)) for _ in range(400))
     (folder / f"text-{processes.rank}.txt").write_text(text)
-    few = mock.patch.multiple(draws, READINGS=5, HELD=3, FEWEST=2)  # steps by all readings
+    asked = command_support.as_lines(command_support.make_facts(12, seed=1))
+    (folder / f"calibrate-{processes.rank}.jsonl").write_text(asked)
+    few = mock.patch.multiple(draws, READINGS=5, HELD_EACH=3, FEWEST=2)  # steps by all readings
     whole = mock.patch.object(settle, "START", 1.0)  # so few do not bring back the other half
     with few, whole:
         return _edited(prepared(model, tokenizer, "tiny"), method, folder, processes)
@@ -47,7 +49,7 @@ def _edited(loaded, method: str, folder: Path, processes: Processes) -> EditResu
         command_support.make_facts(7),
         folder / "patch",
         settings=training_free(method),
-        calibrate=command_support.make_facts(12, seed=1),
+        calibrate=folder / f"calibrate-{processes.rank}.jsonl",
         text=folder / f"text-{processes.rank}.txt",
         calibration=command_support.CALIBRATION,
         # more passes make rounding grow
