@@ -525,7 +525,7 @@ CASES: dict[str, tuple[Callable[[Place], Arguments], str]] = {
             "--out",
             p.folder / "o",
         ],
-        "models is 'a', expected a list",
+        "models is 'a'; give a list",
     ),
     "no step": (lambda p: p.train("--steps", 0), "steps is 0, expected 1 or more"),
     "no fact per step": (lambda p: p.train("--facts-per-step", 0), "facts_per_step is 0"),
