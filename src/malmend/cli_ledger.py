@@ -222,14 +222,22 @@ def _verify(arguments: list[str]) -> int:
     for row in failing:
         said = row.reply.text if row.reply.text is not None else row.reply.top
         since = "held when it was added" if row.entry.held else "did not hold when it was added"
-        _say(
-            f"  {row.entry.id}: {row.entry.prompt!r} should give {row.entry.answer!r}, gives "
-            f"{said!r} ({since})"
-        )
+        _say(f"  {_asked(row.entry, said)} ({since})")
+    in_chat = [row for row in found.rows if row.holds_in_chat is not None]
+    if in_chat:
+        lost = [row for row in in_chat if not row.holds_in_chat]
+        _say(f"In a chat {len(in_chat) - len(lost):,} of {_facts(len(in_chat))} hold.")
+        for row in lost:
+            _say(f"  {_asked(row.entry, row.reply.text_chat)}")
     if found.retention is not None:
         _say(f"General questions keep {found.retention:.1%} of their answer tokens.")
     _warn(found.warning)
     return FAILING if failing else 0
+
+
+def _asked(entry: Entry, said: str | None) -> str:
+    """What a fact should give and what the model gives."""
+    return f"{entry.id}: {entry.prompt!r} should give {entry.answer!r}, gives {said!r}"
 
 
 def _changed(done: actions.LedgerChange) -> None:

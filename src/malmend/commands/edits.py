@@ -94,7 +94,7 @@ class ByEditor:
             unread["is not settled"] = OF_SETTLING
         if not self.solves_again:
             unread["is solved once"] = OF_SOLVES
-        if not (self.settles or self.solves_again):
+        if not self.reads_frames:
             unread["is solved once and not settled"] = ("frames",)
         for why, names in unread.items():
             if given := [one for one in names if self._is_asked(one)]:
@@ -124,6 +124,11 @@ class ByEditor:
     def solves_again(self) -> bool:
         """Whether there may be a later solve."""
         return self.refine.passes != 1 and refinable(self.choice.settings)
+
+    @property
+    def reads_frames(self) -> bool:
+        """Whether a fact is read in frames."""
+        return self.settles or self.solves_again or self.refine.frames_at_once
 
     def restores(self, encoder: Encoder) -> bool:
         """Whether a later solve may ask back what the edit moved."""
@@ -168,8 +173,8 @@ class ByEditor:
 
     def rows(self, bench: Workbench, facts: Sequence[Fact], questions: Sequence[Encoded]) -> int:
         """How many rows a solve of these facts has at most, whose questions these are."""
-        every, again = [*questions], self.solves_again
-        for frame in self.refine.frames_for(bench.encoder) if again else ():
+        every, solved = [*questions], self.solves_again or self.refine.frames_at_once
+        for frame in self.refine.frames_for(bench.encoder) if solved else ():
             inside = framed(bench.encoder, [fact.question for fact in facts], frame)
             every += [one for one in inside if one]
         rows = rows_of(bench.trunk, every, self.choice.settings.tokens)

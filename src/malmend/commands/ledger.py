@@ -177,7 +177,7 @@ def patch_of(ledger: Ledger, moved: Moved) -> Patch:
         **{name: about.editor[name] for name in ("editor", "editor_id") if name in about.editor},
         **described(ledger.editor, about.form),
         "passes": 1,
-        "frames": [],
+        "frames": list(about.frames),
         "tokens": tokens,
         "generation": ledger.current.number,
     }

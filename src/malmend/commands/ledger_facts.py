@@ -9,6 +9,7 @@ from pathlib import Path
 
 from malmend.commands.ledger_init import signed_by
 from malmend.editors.editor import Editor
+from malmend.editors.refine import CHAT
 from malmend.errors import LedgerError
 from malmend.evaluation.replies import Asked
 from malmend.facts.fact import Fact, FactSet
@@ -55,7 +56,7 @@ class LedgerChange:
 
 @dataclass(frozen=True)
 class Verified:
-    """A fact as it was asked; ``reply`` says what came."""
+    """A fact as it was asked; ``reply`` says what came, through the chat template too if asked."""
 
     entry: Entry
     reply: Asked
@@ -64,6 +65,12 @@ class Verified:
     def holds(self) -> bool:
         """Whether the model gives the fact's answer, in its own words where it has any."""
         return holds(self.reply)
+
+    @property
+    def holds_in_chat(self) -> bool | None:
+        """The same in a chat; None where it was not asked in one."""
+        in_chat = self.reply.generated_chat
+        return None if in_chat is None else in_chat == 1.0
 
 
 @dataclass(frozen=True)
@@ -208,6 +215,8 @@ def verify(
 ) -> Verification:
     """Asks the edited model every active fact, free-running, and general questions.
 
+    Facts that are solved in chat (``frames`` of :func:`init`) are asked in a chat besides.
+
     Args:
         ledger: its folder.
         model: where the ledger's model lies now; null for where it lay at the start.
@@ -223,9 +232,8 @@ def verify(
             return Verification([])
         about, editor = held.about, held.editor
     # Outside of the block: a writer waits for whoever reads.
-    watch = Watch(
-        _bench(about, editor, model, device, trunk), [one.fact for one in entries], rule, progress
-    )
+    bench, facts = _bench(about, editor, model, device, trunk), [one.fact for one in entries]
+    watch = Watch(bench, facts, rule, progress, in_chat=CHAT in about.frames)
     found = watch.with_shifts(moved.shifts)
     rows = [Verified(one, reply) for one, reply in zip(entries, found.replies, strict=True)]
     return Verification(rows, found.retention, rule.warning(found.retention))
@@ -255,7 +263,7 @@ class _Work:
         if not fresh:
             self.told("There is nothing to add.")
             return LedgerChange(held.current, known=known)
-        rows = taken(self.bench, held.editor, fresh, self.progress)
+        rows = taken(self.bench, held.editor, fresh, held.about.frames, self.progress)
         entries = held.take(fresh, rows, self.source, self.signed)
         gone = {entry.number for entry in old}
         rest = [entry for entry in held.active if entry.number not in gone]

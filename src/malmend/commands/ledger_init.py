@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import getpass
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,8 +12,10 @@ from malmend.commands.choice import Choice, choose
 from malmend.editors.calibration import CalibrationSettings
 from malmend.editors.checkpoint import load_editor, save_editor
 from malmend.editors.editor import Editor
+from malmend.editors.refine import CHAT, RefineSettings, framing
 from malmend.editors.settings import EditorSettings
 from malmend.errors import EditorError, LedgerError
+from malmend.facts.tokens import Encoder
 from malmend.files import new_folder, writable_folder
 from malmend.given import checked
 from malmend.methods.trained import TRAINED, method_in
@@ -63,6 +65,7 @@ def init(
     calibrate: str | Path | None = None,
     text: str | Path | None = None,
     calibration: CalibrationSettings = CalibrationSettings(),
+    frames: tuple[str, ...] = (),
     rule: StopRule = StopRule(),
     trunk: TrunkSettings = TrunkSettings(),
     dtype: str = "float32",
@@ -82,6 +85,9 @@ def init(
         calibrate: calibration facts in place of the project's own.
         text: calibration text in place of the project's own.
         calibration: how the model is calibrated.
+        frames: in which each fact is solved beside its plain prompt, for good, as of
+            ``malmend edit --refine.frames``; "chat" is the model's chat template, where next to
+            nothing holds that was solved plainly.  It costs other answers, see docs/ledger.md.
         rule: when the ledger warns that its model degrades.
         trunk: grouping of questions and the disk budget for trunk activations.
         dtype: the model is loaded in, then and ever after.
@@ -104,11 +110,15 @@ def init(
     own_data = (calibrate, text, calibration) != (None, None, CalibrationSettings())
     chosen = choose(editor, settings, own_data)
     refuse(chosen.settings.method)
-    check_calibration(encoder_for(model, chosen.settings.end_of_answer), calibrate, text)
+    encoder = encoder_for(model, chosen.settings.end_of_answer)
+    check_calibration(encoder, calibrate, text)
+    _check_frames(encoder, frames)
     loaded = opened(model, dtype, device)
     chosen = chosen.on(loaded)
     refuse(chosen.settings.method)
     told(chosen.said())
+    if encoder.in_chat() and CHAT not in frames:
+        told("In a chat next to nothing will hold; --frames '[chat]' solves for it too.")
     ends = chosen.settings.end_of_answer
     bench = lay_out(loaded, chosen.settings.sites_in(loaded.model), ends, trunk=trunk)
     ready = chosen.editor(bench, calibrate, text, calibration, progress)
@@ -119,7 +129,7 @@ def init(
     first = Generation(0, "init", signed.author, signed.time, 0, None, 0.0, None)
     with created(folder) as db:
         identity = _keep(ready, chosen, folder / EDITOR, loaded.fingerprint)
-        insert_about(db, _about(bench, chosen, identity, rule, signed).values())
+        insert_about(db, _about(bench, chosen, identity, frames, rule, signed).values())
         insert_generation(db, first)
         sync(folder)
     return first
@@ -147,6 +157,12 @@ def refuse(method: str | None) -> None:
         f"A ledger cannot be kept by the method {method}: {reason}. Leave --method out, or give an "
         "editor of the method malmen."
     )
+
+
+def _check_frames(encoder: Encoder, frames: tuple[str, ...]) -> None:
+    """Raises EditorError unless the model can be asked in each of them."""
+    for frame in RefineSettings(frames=frames).frames_for(encoder):
+        framing(encoder, frame)
 
 
 def _check_folder(folder: Path) -> None:
@@ -185,7 +201,12 @@ def _keep(ready: Editor, chosen: Choice, folder: Path, base: str) -> str:
 
 
 def _about(
-    bench: Workbench, chosen: Choice, identity: str, rule: StopRule, signed: Signed
+    bench: Workbench,
+    chosen: Choice,
+    identity: str,
+    frames: Sequence[str],
+    rule: StopRule,
+    signed: Signed,
 ) -> About:
     square = sum(
         site.weight.detach().cpu().double().square().sum().item() for site in bench.trunk.sites
@@ -204,4 +225,5 @@ def _about(
         malmend=version("malmend"),
         bits=bits(loaded.model),
         settings=plain_settings(loaded.model),
+        frames=list(frames),
     )

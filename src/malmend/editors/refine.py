@@ -72,10 +72,11 @@ class RefineSettings:
             one of an edit that settles, four of a classifier, whose shifts are of every token and
             say least at first, and of any other model for three, and a fourth while more than a
             hundredth of the tokens is missed, of the plain prompts or in chat.
-        frames: settings beside the plain prompt from the second pass on: a text that holds
-            "{prompt}", or "chat" for the model's chat template.  Null for two that suit a decoder,
-            the template one of them where there is one, and none for a model with an encoder, which
-            has not learned to read them; ``frames: []`` for none of them.
+        frames: settings beside the plain prompt from the second pass on, or in the only one where
+            ``passes`` is 1 and these are given: a text that holds "{prompt}", or "chat" for the
+            model's chat template.  Null for two that suit a decoder, the template one of them where
+            there is one, and none for a model with an encoder, which has not learned to read them;
+            ``frames: []`` for none of them.
         gain: how much of a still missing move a later pass asks for (equation 18).
         chat_gain: the same, of rows in the chat template.
         restore: weight of the rows that ask back what the edit moved of other questions and of
@@ -142,7 +143,8 @@ class RefineSettings:
             if frame != CHAT and PROMPT not in frame:
                 raise EditorError(
                     f"The frame {frame!r} has no place for the prompt, expected a text with "
-                    f"{PROMPT!r} in it, or {CHAT!r}; change --refine.frames."
+                    f"{PROMPT!r} in it, or {CHAT!r}; change --refine.frames, of "
+                    "a ledger --frames."
                 )
 
     def of(self, form: Form, facts: int) -> RefineSettings:
@@ -150,6 +152,11 @@ class RefineSettings:
         many = form == "causal" and facts > UNSETTLED and self.passes is None
         rounds = self.rounds if self.rounds is not None else ROUNDS * many
         return replace(self, rounds=rounds, passes=1 if rounds and not self.passes else self.passes)
+
+    @property
+    def frames_at_once(self) -> bool:
+        """Whether the first solve, which is the only one then, sees the frames."""
+        return self.passes == 1 and not self.rounds and bool(self.frames)
 
     def goes_on(self, encoder: Encoder, done: int, missed: float) -> bool:
         """Whether another solve follows ``done`` ones that miss this share of the tokens."""
@@ -188,7 +195,7 @@ def framing(encoder: Encoder, frame: str) -> Encoder:
     if not getattr(encoder.tokenizer, "chat_template", None):
         raise EditorError(
             "The tokenizer has no chat template, so the frame 'chat' cannot be used; leave it out "
-            "of --refine.frames."
+            "of --refine.frames, of a ledger --frames."
         )
     ends, most = encoder.end_of_answer, encoder.max_tokens
     found = Encoder(encoder.tokenizer, ends, most, chat=True, reading=encoder.reading)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from typing import Any
 
 from malmend.editors.around import Around
@@ -68,7 +69,8 @@ def find_by_editor(
     questions = bench.encoder.encode_all(fact.question for fact in facts)
     again = refinable(settings) and refine.goes_on(bench.encoder, 1, 1.0)
     settles = refinable(settings) and bool(refine.rounds)
-    frames = _in_frames(bench, facts, refine, processes) if again or settles else {}
+    reads_frames = again or settles or refine.frames_at_once
+    frames = _in_frames(bench, facts, refine, processes) if reads_frames else {}
     worded = in_other_words(facts, refine.wordings, Borrowing(everything)) if settles else ()
     work = _Work(bench, editor, refine, questions, frames, progress, processes)
     settling = Settling(
@@ -76,9 +78,10 @@ def find_by_editor(
     )
     held = work.held(holding) if holding and again else None
     keeping = settling.keeping(holding) if holding and settles else []
-    count = counted(progress, "keys and value gradients", len(questions))
-    captured = capture(trunk, questions, settings.tokens, settings.descent, count)
-    solves = Solves(editor, [len(pair.keys_NK) for pair in captured], progress, processes)
+    first = work.first
+    count = counted(progress, "keys and value gradients", len(first))
+    captured = capture(trunk, first, settings.tokens, settings.descent, count)
+    solves = Solves(editor, work.plain_rows, progress, processes)
     solved = solves.solve(captured, editor.aggregate(captured, processes=processes))
     del captured
     if solved.broken is not None:
@@ -128,7 +131,7 @@ class _Work:
         refine = self.refine
         return {
             "passes": kept,
-            "frames": list(self.frames) if kept > 1 or settled else [],
+            "frames": list(self.frames) if kept > 1 or settled or refine.frames_at_once else [],
             "gain": refine.gain,
             "chat_gain": refine.chat_gain,
             "restore": refine.restore if restores and kept > 1 else 0.0,
@@ -136,6 +139,18 @@ class _Work:
             "wordings": refine.wordings if settled else 0,
             "hold": refine.hold if holds and settled else 0.0,
         }
+
+    @property
+    def first(self) -> list[Encoded]:
+        """What the first solve is of: the plain prompts, and all frames if no other solve is."""
+        framed = map(self.inside, self.frames if self.refine.frames_at_once else ())
+        return [*self.questions, *chain.from_iterable(framed)]
+
+    @property
+    def plain_rows(self) -> list[int]:
+        """How many tokens of the plain prompts each site has; of this process."""
+        tokens, sites = self.editor.settings.tokens, self.bench.trunk.sites
+        return [sum(token_counts(self.questions, tokens, site.in_encoder)) for site in sites]
 
     def inside(self, frame: str) -> list[Encoded]:
         """The questions in a frame that fit."""

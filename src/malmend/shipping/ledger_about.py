@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from malmend.errors import LedgerError
+from malmend.editors.refine import RefineSettings
+from malmend.errors import EditorError, LedgerError
 from malmend.facts.encoded import Form
 from malmend.models.identity import bits, settings_of, unlike_settings
 from malmend.models.load import LoadedModel
@@ -37,6 +38,8 @@ class About:
         created, malmend: when, and by which version.
         bits, settings: of the unedited model: digest of its weights as they are, and its
             configuration; empty of ledgers that are older.
+        frames: in which each fact is solved beside its plain prompt; none in ledgers that are
+            older.
     """
 
     model: str
@@ -51,6 +54,7 @@ class About:
     malmend: str
     bits: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
+    frames: Sequence[str] = ()
 
     @classmethod
     def read(cls, raw: Mapping[str, Any], path: Path) -> About:
@@ -66,9 +70,10 @@ class About:
                     raise TypeError(f"{name} is no text")
             if not isinstance(found.settings, dict) or not isinstance(found.bits, str):
                 raise TypeError("bits or settings is of another kind")
+            RefineSettings(frames=tuple(found.frames))
             if not isinstance(found.editor, dict) or not found.weight_norm > 0:
                 raise TypeError("editor or weight_norm is of another kind")
-        except (TypeError, KeyError, ValueError) as error:
+        except (TypeError, KeyError, ValueError, EditorError) as error:
             raise spoilt(path, f"its table 'about': {error}") from error
         return found
 

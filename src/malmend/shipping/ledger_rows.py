@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from malmend.editors.editor import Editor
+from malmend.editors.refine import framed
 from malmend.errors import EditorError
 from malmend.facts.fact import Fact
 from malmend.files import reason
@@ -45,14 +46,28 @@ class Taken:
         return tuple(counts[fact] for counts in self.counts.values())
 
 
-def taken(bench: Workbench, editor: Editor, facts: Sequence[Fact], progress: Progress) -> Taken:
+def taken(
+    bench: Workbench,
+    editor: Editor,
+    facts: Sequence[Fact],
+    frames: Sequence[str],
+    progress: Progress,
+) -> Taken:
     """Captures facts on the unedited model and transforms them: (6), (9) and (12).
+
+    A fact's rows are those of its plain prompt, then those of it in each frame that it fits in.
 
     Raises:
         EditorError: a key or a value difference is not finite.
     """
     settings = editor.settings
-    questions = bench.encoder.encode_all(fact.question for fact in facts)
+    plain = [fact.question for fact in facts]
+    inside = [framed(bench.encoder, plain, frame) for frame in frames]
+    each = [
+        [one for one in ones if one]
+        for ones in zip(bench.encoder.encode_all(plain), *inside, strict=True)
+    ]
+    questions = list(chain.from_iterable(each))
     count = counted(progress, "keys and value gradients", len(questions))
     captured = capture(bench.trunk, questions, settings.tokens, settings.descent, count)
     rows, counts = {}, {}
@@ -68,7 +83,9 @@ def taken(bench: Workbench, editor: Editor, facts: Sequence[Fact], progress: Pro
                 "infinity, so nothing was added; check that its weights are whole."
             )
         rows[site.name] = Rows(*both, weights_N)
-        counts[site.name] = token_counts(questions, settings.tokens, site.in_encoder)
+        counts[site.name] = [
+            sum(token_counts(ones, settings.tokens, site.in_encoder)) for ones in each
+        ]
     return Taken(rows, counts)
 
 

@@ -95,13 +95,20 @@ class Watch:
         facts: their edit prompts are asked.
         rule: says how many general questions.
         progress: called with stage and share done.
+        in_chat: ask the facts through the model's chat template too.
     """
 
     def __init__(
-        self, bench: Workbench, facts: Sequence[Fact], rule: StopRule, progress: Progress = silent
+        self,
+        bench: Workbench,
+        facts: Sequence[Fact],
+        rule: StopRule,
+        progress: Progress = silent,
+        in_chat: bool = False,
     ):
         self._bench, self._facts, self._progress = bench, [fact.alone for fact in facts], progress
-        self._examiner = Examiner(bench.loaded, bench.trunk, bench.encoder)
+        chat = bench.encoder.in_chat() if in_chat else None
+        self._examiner = Examiner(bench.loaded, bench.trunk, bench.encoder, chat=chat)
         questions = held_out_questions(bench.encoder, rule.questions)
         self._general = bench.encoder.encode_all(questions)
         total = self._examiner.count(self._facts)
