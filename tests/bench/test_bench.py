@@ -19,9 +19,11 @@ import helpers
 import malmend
 from command_support import malmend as command
 from malmend.bench import asking as asking_module
+from malmend.bench import making as making_module
 from malmend.bench import run as bench_module
 from malmend.bench.asking import Asking
 from malmend.bench.cell import drawn, run_cell
+from malmend.bench.making import key_of
 from malmend.bench.plan import Plan, read_plan
 from malmend.bench.results import NAME, Results
 from malmend.bench.run import bench, bench_plot, bench_table
@@ -293,20 +295,20 @@ def test_other_facts_settings_or_questions_are_other_cells(plan, tiny, tmp_path,
 def test_facts_that_only_stand_elsewhere_are_the_same_cell(plan):
     (cell,) = replace(plan, methods={"ft": {}}, sizes=(2,), seeds=(0,)).cells()
     facts = command_support.make_facts(4)
-    key = bench_module._key(cell, facts, plan)
+    key = key_of(cell, facts, plan)
     moved = [replace(one, line=one.line + 1, id=f"new {one.id}", tags=("a",)) for one in facts]
-    assert bench_module._key(cell, moved, plan) == key
+    assert key_of(cell, moved, plan) == key
     other = [replace(one, reversed=one.question) for one in facts]  # which is asked
-    assert bench_module._key(cell, other, plan) != key
+    assert key_of(cell, other, plan) != key
     # A row that was named by the facts' places too is found again.
     chosen = hashlib.sha256(repr(drawn(facts, 2, 0)).encode()).hexdigest()
-    rest = (["", "", "", bench_module._weights(cell.model)], bench_module._asked(plan))
-    older = cell.key(chosen, *rest, malmend.__version__, bench_module._unsaid(cell))
-    assert bench_module._key(cell, facts, plan, {older}) == older
+    rest = (["", "", "", making_module._weights(cell.model)], making_module.asked(plan))
+    older = cell.key(chosen, *rest, malmend.__version__, making_module.unsaid(cell))
+    assert key_of(cell, facts, plan, {older}) == older
 
 
 def test_skipped_facts_are_told(plan, tmp_path, monkeypatch):
-    class Reached(Exception):
+    class Reached(BaseException):  # which no cell's failure is
         pass
 
     def stop(*_given, **_options):
@@ -327,25 +329,25 @@ def test_what_lies_in_the_working_folder_is_no_part_of_a_cell(given, plan, tmp_p
     """Without an editor the path of its files was once that of the working folder."""
     (cell,) = replace(plan, methods=given, sizes=(2,), seeds=(0,)).cells()
     facts = command_support.make_facts(4)
-    key = bench_module._key(cell, facts, plan)
+    key = key_of(cell, facts, plan)
     monkeypatch.chdir(tmp_path)
     for folder in (tmp_path, tmp_path / "auto", tmp_path / "none"):
         folder.mkdir(exist_ok=True)
         (folder / "editor.json").write_text("stray")
-    assert bench_module._key(cell, facts, plan) == key
+    assert key_of(cell, facts, plan) == key
 
 
 def test_another_editor_of_the_package_is_another_cell(plan, tmp_path, monkeypatch):
     about = tmp_path / "any" / "editor.json"
     about.parent.mkdir()
-    monkeypatch.setattr(bench_module, "shipped", lambda _name: tmp_path)
+    monkeypatch.setattr(making_module, "shipped", lambda _name: tmp_path)
     facts = command_support.make_facts(4)
     keys: dict[str, list[str]] = {}
     methods = {"auto": {"passes": 1}, "none": {"layers": 2}, "ft": {}}
     for content in ("one", "other"):
         about.write_text(content)
         for cell in replace(plan, methods=methods, sizes=(2,), seeds=(0,)).cells():
-            keys.setdefault(cell.name, []).append(bench_module._key(cell, facts, plan))
+            keys.setdefault(cell.name, []).append(key_of(cell, facts, plan))
     assert {name: len(set(found)) for name, found in keys.items()} == {
         "auto": 2,
         "none": 1,
@@ -353,15 +355,15 @@ def test_another_editor_of_the_package_is_another_cell(plan, tmp_path, monkeypat
     }
     (cell,) = replace(plan, methods={"a": {"passes": 1}}, sizes=(2,), seeds=(0,)).cells()
     # A row that was named without the package's editors is found again.
-    rest = (["", "", "", bench_module._weights(cell.model)], bench_module._asked(plan))
+    rest = (["", "", "", making_module._weights(cell.model)], making_module.asked(plan))
     chosen = repr([fact.unplaced for fact in drawn(facts, 2, 0)])
     older = cell.key(
         hashlib.sha256(chosen.encode()).hexdigest(),
         *rest,
         malmend.__version__,
-        bench_module._unsaid(cell),
+        making_module.unsaid(cell),
     )
-    assert bench_module._key(cell, facts, plan, {older}) == older
+    assert key_of(cell, facts, plan, {older}) == older
 
 
 @pytest.mark.parametrize(
@@ -397,7 +399,7 @@ def test_another_editor_in_the_same_folder_is_another_cell(plan, tmp_path):
     facts, keys = command_support.make_facts(4), set()
     for name, content in (("editor.json", "a"), ("editor.json", "b"), ("editor.safetensors", "c")):
         (tmp_path / name).write_text(content)
-        keys.add(bench_module._key(cell, facts, plan))
+        keys.add(key_of(cell, facts, plan))
     assert len(keys) == 3
 
 
@@ -712,7 +714,7 @@ def test_what_was_done_under_other_defaults_is_done_again_and_never_averaged(
 ):
     out, small = tmp_path / "out", replace(plan, sizes=(2,), methods={"ft": METHODS["ft"]})
     first = bench(small, out).rows
-    monkeypatch.setattr(bench_module, "UNSAID", [2, *bench_module.UNSAID[1:]])
+    monkeypatch.setattr(making_module, "UNSAID", [2, *making_module.UNSAID[1:]])
     (again,) = bench(replace(small, seeds=(0,)), out).rows
     assert again["key"] not in {row["key"] for row in first}
     (line,) = [line for line in bench_table(out).splitlines() if "| ft |" in line]
@@ -734,14 +736,14 @@ def test_what_was_done_under_other_defaults_is_done_again_and_never_averaged(
 def test_how_edits_settle_counts_where_they_do(plan, monkeypatch, given, size, settles):
     cells = replace(plan, methods=given, sizes=(size,)).cells()
     cell = next(one for one in cells if one.protocol == "together")
-    before = bench_module._unsaid(cell)
-    monkeypatch.setattr(bench_module, "SETTLING", [7, *bench_module.SETTLING[1:]])
-    assert (bench_module._unsaid(cell) != before) is settles
+    before = making_module.unsaid(cell)
+    monkeypatch.setattr(making_module, "SETTLING", [7, *making_module.SETTLING[1:]])
+    assert (making_module.unsaid(cell) != before) is settles
 
 
 def test_facts_alone_are_few(plan):
     cell = next(iter(replace(plan, methods={"malmen": {}}, sizes=(257,)).cells()))
-    assert bench_module._unsaid(replace(cell, protocol="alone")) == bench_module.UNSAID
+    assert making_module.unsaid(replace(cell, protocol="alone")) == making_module.UNSAID
 
 
 def test_another_draw_or_decode_is_asked_anew(tiny):
@@ -798,5 +800,5 @@ def test_a_changed_model_or_class_is_another_cell(plan, tiny, tmp_path, monkeypa
     facts, keys = command_support.make_facts(4), set()
     for path, content in ((weights, "a"), (weights, "bc"), (source, "# other\n")):
         path.write_text(content)
-        keys.add(bench_module._key(cell, facts, plan))
+        keys.add(key_of(cell, facts, plan))
     assert len(keys) == 3

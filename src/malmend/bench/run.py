@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,26 +12,25 @@ import torch
 
 from malmend.bench.asking import Asking
 from malmend.bench.cell import drawn, run_cell
+from malmend.bench.making import asked, key_of, making, unsaid
 from malmend.bench.plan import Cell, Plan, read_plan
 from malmend.bench.plot import plot
 from malmend.bench.results import NAME, Results
 from malmend.bench.table import Row, failures, latest, markdown
-from malmend.bench.way import named_method, source_of, way_of
+from malmend.bench.way import named_method, way_of
 from malmend.commands.training_folder import check_unlike
 from malmend.editors.checkpoint import load_editor
-from malmend.editors.refine import SETTLING, UNSAID
 from malmend.errors import SHOWN, MalmendError, is_out_of_memory
 from malmend.facts.fact import Fact, facts_digest
 from malmend.facts.lint import skipped_said
 from malmend.facts.readers import read_facts, read_text
-from malmend.files import writable_folder
+from malmend.files import reason, writable_folder
 from malmend.given import checked
 from malmend.methods.trained import trained_method
 from malmend.models.device import device_of, places_of
 from malmend.models.load import load_config, load_model
 from malmend.patch import now
 from malmend.progress import Progress, silent
-from malmend.workbench import shipped
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +85,7 @@ def bench(
     check_unlike(Path(out))
     folder = writable_folder(out)
     results = Results(folder)
-    keyed = {_key(cell, facts, plan, results.rows): cell for cell in cells}
+    keyed = {key_of(cell, facts, plan, results.rows): cell for cell in cells}
     left = {key: cell for key, cell in keyed.items() if key not in results.rows}
     for line in skipped_said(known.skipped, strict=False):
         told(line)
@@ -107,10 +105,8 @@ def bench(
             if asking is None or asking.loaded.name != cell.model:
                 asking = None  # before another is loaded
                 asking = Asking(load_model(cell.model, device=device), plan)
-            row = _row(asking, cell, drawn(facts, cell.size, cell.seed), progress)
-        except Exception as error:
-            if not isinstance(error, MalmendError) and not is_out_of_memory(error):
-                raise
+            row = _row(asking, cell, facts, progress)
+        except Exception as error:  # whatever a method raises
             failed.append(_failure(cell, error))
             told(f"Failed: {failed[-1]}")
             continue
@@ -120,29 +116,35 @@ def bench(
     return BenchResult(folder, tuple(results.rows[key] for key in keyed))
 
 
-def _row(asking: Asking, cell: Cell, draw: Sequence[Fact], progress: Progress) -> dict[str, Any]:
+def _row(asking: Asking, cell: Cell, facts: Sequence[Fact], progress: Progress) -> dict[str, Any]:
     """What a cell gave, and what it was made of."""
+    draw, base = drawn(facts, cell.size, cell.seed), asking.loaded.fingerprint
     return {
         **run_cell(asking, cell, draw, progress),
         "malmend": version("malmend"),
         "torch": version("torch"),
         "finished": now(),
-        "base": asking.loaded.fingerprint,
+        "base": base,
+        "made": making(cell, facts, asking.plan, base),
         "facts_sha256": facts_digest(draw),
         "device": places_of(asking.loaded.model),
         "threads": torch.get_num_threads(),
         "facts": asking.plan.facts,
-        "asked": _asked(asking.plan),
+        "asked": asked(asking.plan),
         "given": dict(cell.given),
-        "unsaid": _unsaid(cell),
+        "unsaid": unsaid(cell),
     }
 
 
 def _failure(cell: Cell, error: Exception) -> str:
     """A line about a cell that gave nothing."""
-    why = str(error) if isinstance(error, MalmendError) else "there was not enough memory"
+    why, kind = reason(error), type(error).__name__
+    if is_out_of_memory(error):
+        why = "there was not enough memory"
+    elif not isinstance(error, MalmendError) and why != kind:
+        why = f"{kind}: {why}"
     about = f"{cell.model}, {cell.name}, m {cell.size:,}, {cell.protocol}, seed {cell.seed}"
-    return f"{' '.join(about.split())}: {why.splitlines()[0]}"
+    return f"{' '.join(about.split())}: {why}"
 
 
 def _check_done(failed: Sequence[str], count: int, folder: Path) -> None:
@@ -232,60 +234,3 @@ def _rows(folder: str | Path) -> list[Row]:
             f"{folder} first."
         )
     return rows
-
-
-def _key(cell: Cell, facts: Sequence[Fact], plan: Plan, done: Collection[str] = frozenset()) -> str:
-    """By the cell, what is asked of which facts, and the editor's own files."""
-    draw = drawn(facts, cell.size, cell.seed)
-    source = source_of(cell.given["class"]) if "class" in cell.given else None
-    rest = ["" if source is None else _digest(source), _weights(cell.model)]
-    after = (_asked(plan), version("malmend"), _unsaid(cell))
-    # Rows of before are named by their facts' places too, or without the package's editors, and may
-    # have taken hours.
-    texts = [repr([fact.unplaced for fact in draw]), repr(draw)]
-    keys = [
-        cell.key(hashlib.sha256(text.encode()).hexdigest(), [*editor, *rest], *after)
-        for editor in _editors(cell)
-        for text in texts
-    ]
-    return next((key for key in keys if key in done), keys[0])
-
-
-def _editors(cell: Cell) -> list[list[str]]:
-    """What names a cell's editor, as it is now and as it was: a folder's files, or the package's.
-
-    Which of the package's editors is meant is known only with the model's weights.
-    """
-    way, none = way_of(cell.name, cell.given), ["", ""]
-    if way.editor not in ("auto", "none"):
-        names = ("editor.json", "editor.safetensors")
-        return [[_digest(Path(way.editor) / name) for name in names]]
-    if way.editor == "none" or way.method is not None or way.context is not None:
-        return [none]
-    carried = sorted(shipped("editors").glob("*/editor.json"))
-    return [[*map(_digest, carried)], none]
-
-
-def _unsaid(cell: Cell) -> list[object]:
-    """What the cell depends on beside what its plan says."""
-    way, count = way_of(cell.name, cell.given), cell.size if cell.protocol == "together" else 1
-    of_editor = way.method is None and way.context is None
-    settles = of_editor and way.refine.of("causal", count).rounds
-    return [*UNSAID, *SETTLING] if settles else UNSAID
-
-
-def _asked(plan: Plan) -> list[Any]:
-    """What is asked of a cell's facts."""
-    return [plan.alternative, plan.away, plan.decode, plan.text, _digest(Path(plan.text))]
-
-
-def _weights(model: str) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of a folder's or a file's weights; of a model by name nothing."""
-    path = Path(model)
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    return [(one.name, one.stat().st_size, one.stat().st_mtime_ns) for one in files]
-
-
-def _digest(path: Path) -> str:
-    """SHA-256 of a file; nothing where there is none."""
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""

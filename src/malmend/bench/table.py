@@ -9,6 +9,7 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
+from malmend.bench.making import alike
 from malmend.bench.results import NAME
 
 # Heading, kind of question, metric.
@@ -43,16 +44,18 @@ def groups(rows: Iterable[Row]) -> dict[tuple[str, str, int, str], list[Row]]:
 
 
 def latest(rows: Sequence[Row]) -> list[Row]:
-    """Of rows of one name and m those that are edited and asked alike, as the last of them is.
+    """Of rows of one name and m those that are made as the last of them is, one of each seed.
 
-    A plan may be run again with other settings under the same name; its seeds are never mixed.
+    A plan may be run again with other settings, facts or weights under the same names; its seeds
+    are never mixed.
     """
 
-    def alike(row: Row) -> list[Any]:
-        return [row.get(part) for part in ("given", "asked", "facts", "malmend", "unsaid")]
+    def cell(row: Row) -> tuple[object, ...]:
+        return row["model"], row["protocol"], row["m"], row["name"]
 
-    last = {(r["model"], r["protocol"], r["m"], r["name"]): alike(r) for r in rows}
-    return [r for r in rows if alike(r) == last[r["model"], r["protocol"], r["m"], r["name"]]]
+    last = {cell(row): alike(row) for row in rows}
+    kept = [row for row in rows if alike(row) == last[cell(row)]]
+    return list({(*cell(row), row["seed"]): row for row in kept}.values())
 
 
 def figure(row: Row, model: str, kind: str, metric: str) -> float | None:

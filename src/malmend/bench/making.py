@@ -1,0 +1,103 @@
+"""What a cell's figures depend on: by it a cell that is done is known, and what may be averaged.
+
+Two rows are averaged over their seeds only where all else that they were made of is the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from malmend.bench.cell import drawn
+from malmend.bench.plan import Cell, Plan
+from malmend.bench.way import source_of, way_of
+from malmend.editors.refine import SETTLING, UNSAID
+from malmend.facts.fact import Fact
+from malmend.workbench import shipped
+
+
+def key_of(
+    cell: Cell, facts: Sequence[Fact], plan: Plan, done: Collection[str] = frozenset()
+) -> str:
+    """By the cell, what is asked of which facts, and the editor's own files."""
+    draw = drawn(facts, cell.size, cell.seed)
+    rest = [_source(cell), _weights(cell.model)]
+    # Rows of before are named by their facts' places too, or without the package's editors, and may
+    # have taken hours.
+    keys = [
+        cell.key(chosen, [*editor, *rest], *_asked_by(cell, plan))
+        for editor in _editors(cell)
+        for chosen in (_texts(draw), hashlib.sha256(repr(draw).encode()).hexdigest())
+    ]
+    return next((key for key in keys if key in done), keys[0])
+
+
+def making(cell: Cell, facts: Iterable[Fact], plan: Plan, base: str) -> str:
+    """As :func:`key_of`, but for the seed: of all facts that are drawn from, and the weights."""
+    inputs = [*_editors(cell)[0], _source(cell), base]
+    return replace(cell, seed=0).key(_texts(facts), inputs, *_asked_by(cell, plan))
+
+
+def alike(row: Mapping[str, Any]) -> object:
+    """What rows have alike that may be averaged; of one of before it was kept, what it says."""
+    parts = ("given", "asked", "facts", "malmend", "unsaid", "base")
+    return row.get("made") or [row.get(part) for part in parts]
+
+
+def asked(plan: Plan) -> list[Any]:
+    """What is asked of a cell's facts."""
+    return [plan.alternative, plan.away, plan.decode, plan.text, _digest(Path(plan.text))]
+
+
+def unsaid(cell: Cell) -> list[object]:
+    """What the cell depends on beside what its plan says."""
+    way, count = way_of(cell.name, cell.given), cell.size if cell.protocol == "together" else 1
+    of_editor = way.method is None and way.context is None
+    settles = of_editor and way.refine.of("causal", count).rounds
+    return [*UNSAID, *SETTLING] if settles else UNSAID
+
+
+def _asked_by(cell: Cell, plan: Plan) -> tuple[list[Any], str, list[object]]:
+    return asked(plan), version("malmend"), unsaid(cell)
+
+
+def _texts(facts: Iterable[Fact]) -> str:
+    """A hash of facts, wherever they stand and whatever a file calls them."""
+    return hashlib.sha256(repr([fact.unplaced for fact in facts]).encode()).hexdigest()
+
+
+def _source(cell: Cell) -> str:
+    """A hash of the file of a class of one's own."""
+    source = source_of(cell.given["class"]) if "class" in cell.given else None
+    return "" if source is None else _digest(source)
+
+
+def _editors(cell: Cell) -> list[list[str]]:
+    """What names a cell's editor, as it is now and as it was: a folder's files, or the package's.
+
+    Which of the package's editors is meant is known only with the model's weights.
+    """
+    way, none = way_of(cell.name, cell.given), ["", ""]
+    if way.editor not in ("auto", "none"):
+        names = ("editor.json", "editor.safetensors")
+        return [[_digest(Path(way.editor) / name) for name in names]]
+    if way.editor == "none" or way.method is not None or way.context is not None:
+        return [none]
+    carried = sorted(shipped("editors").glob("*/editor.json"))
+    return [[*map(_digest, carried)], none]
+
+
+def _weights(model: str) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of a folder's or a file's weights; of a model by name nothing."""
+    path = Path(model)
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    return [(one.name, one.stat().st_size, one.stat().st_mtime_ns) for one in files]
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a file; nothing where there is none."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""

@@ -1,0 +1,105 @@
+"""Which rows a table averages: seeds of one making, and of each seed one row."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import command_support
+from malmend.bench.plan import Plan
+from malmend.bench.run import bench, bench_table
+from malmend.bench.table import latest
+
+tiny = command_support.tiny
+cache = command_support.cache
+
+FT = {"epochs": 2, "layers": 1, "rate": 0.01}
+
+
+@pytest.fixture
+def plan(tiny, tmp_path) -> Plan:
+    """Of facts and a model that a test may change."""
+    facts, model = tmp_path / "facts.jsonl", tmp_path / "model"
+    facts.write_text(command_support.as_lines(command_support.make_facts(12)))
+    command_support.save_model(model)
+    return Plan((str(model),), str(facts), {"ft": FT}, sizes=(2,), seeds=(0, 1))
+
+
+def seeds_shown(folder: Path) -> str:
+    """The last column of the method's line in the table."""
+    (line,) = [line for line in bench_table(folder).splitlines() if "| ft |" in line]
+    return line.split("|")[-2].strip()
+
+
+def test_other_facts_in_the_same_file_are_never_averaged(plan, tmp_path):
+    out = tmp_path / "out"
+    bench(plan, out)
+    assert seeds_shown(out) == "2"
+    Path(plan.facts).write_text(command_support.as_lines(command_support.make_facts(12, seed=9)))
+    bench(replace(plan, seeds=(0,)), out)
+    assert seeds_shown(out) == "1"
+    bench(replace(plan, seeds=(1,)), out)
+    assert seeds_shown(out) == "2"
+
+
+def test_facts_that_a_file_only_calls_otherwise_are_averaged(plan, tmp_path):
+    """Which are not run again either."""
+    bench(replace(plan, seeds=(0,)), tmp_path / "out")
+    path = Path(plan.facts)
+    path.write_text("\n" + path.read_text().replace('"id": "f', '"id": "new f'))
+    bench(replace(plan, seeds=(1,)), tmp_path / "out")
+    assert seeds_shown(tmp_path / "out") == "2"
+
+
+def test_other_weights_under_the_same_name_are_never_averaged(plan, tmp_path):
+    bench(plan, tmp_path / "out")
+    command_support.save_model(Path(plan.models[0]), seed=5)
+    bench(replace(plan, seeds=(0,)), tmp_path / "out")
+    assert seeds_shown(tmp_path / "out") == "1"
+
+
+def test_weights_that_were_only_written_again_make_one_row_of_a_seed(plan, tmp_path):
+    bench(replace(plan, seeds=(0,)), tmp_path / "out")
+    command_support.save_model(Path(plan.models[0]))
+    assert len(bench(replace(plan, seeds=(0, 1)), tmp_path / "out").rows) == 2
+    assert len((tmp_path / "out" / "cells.jsonl").read_text().splitlines()) == 3
+    assert seeds_shown(tmp_path / "out") == "2"
+
+
+def test_an_editor_trained_again_or_a_class_changed_is_another_making(plan, tmp_path, monkeypatch):
+    from malmend.bench.making import making
+
+    monkeypatch.chdir(tmp_path)
+    facts, source = command_support.make_facts(4), tmp_path / "averaged_method.py"
+    source.write_text(
+        "from dataclasses import dataclass\n@dataclass\nclass Mine:\n    x: int = 1\n"
+    )
+    methods = {"mine": {"editor": str(tmp_path)}, "own": {"class": "averaged_method:Mine"}}
+    made: dict[str, list[str]] = {name: [] for name in methods}
+    for path in (tmp_path / "editor.json", tmp_path / "editor.safetensors", source):
+        path.write_text(f"{path.read_text() if path == source else ''}# changed\n")
+        for cell in replace(plan, methods=methods, seeds=(0, 1)).cells():
+            made[cell.name].append(making(cell, facts, plan, "base"))
+    assert {name: len(set(found)) for name, found in made.items()} == {"mine": 2, "own": 2}
+    assert made["mine"][0] == made["mine"][1]  # two seeds
+    cell = next(iter(plan.cells()))
+    assert making(cell, facts, plan, "base") != making(cell, facts, plan, "other")
+    assert making(cell, facts, plan, "base") != making(cell, facts[1:], plan, "base")
+
+
+@pytest.mark.parametrize("part", ["given", "asked", "facts", "malmend", "unsaid", "base"])
+def test_older_rows_go_by_what_they_say_of_themselves(part):
+    row = {"model": "m", "protocol": "together", "m": 2, "name": "ft", part: "a"}
+    rows = [row | {"seed": 0}, row | {"seed": 1}, row | {"seed": 1, "n": 2}]
+    assert latest(rows) == [rows[0], rows[2]]
+    assert latest([*rows, row | {"seed": 2, part: "b"}]) == [row | {"seed": 2, part: "b"}]
+    newer = row | {"seed": 2, "made": "x"}
+    assert latest([*rows, newer]) == [newer]
+
+
+def test_bounds_of_sizes_do_not_part_rows(plan, tmp_path):
+    bench(replace(plan, seeds=(0,)), tmp_path / "out")
+    bench(replace(plan, seeds=(1,), methods={"ft": FT | {"most": 8}}), tmp_path / "out")
+    assert seeds_shown(tmp_path / "out") == "2"
