@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+import torch
 
 import command_support
 from malmend.bench import run as bench_module
@@ -76,7 +79,37 @@ def test_results_are_not_mixed_with_what_is_read(plan, tmp_path, name):
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_a_fault_of_the_program_is_no_failed_cell(plan, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_module, "run_cell", lambda *given: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ZeroDivisionError("division by zero"), "ZeroDivisionError: division by zero"),
+        (torch.linalg.LinAlgError("not positive\nat all"), "_LinAlgError: not positive"),
+        (ValueError(), "ValueError"),
+        (MalmendError("So it is.\nIn full."), "So it is."),
+        (MemoryError("x"), "there was not enough memory"),
+    ],
+)
+def test_whatever_a_method_raises_stops_no_other(plan, tmp_path, monkeypatch, error, said):
+    """Once only what malmend raises on purpose, and a lack of memory."""
+    run = bench_module.run_cell
+
+    def run_or_raise(asking, cell, *rest):
+        if cell.name == "bad":
+            raise error
+        return run(asking, cell, *rest)
+
+    monkeypatch.setattr(bench_module, "run_cell", run_or_raise)
+    with pytest.raises(MalmendError) as caught:
+        bench(replace(plan, sizes=(2,)), tmp_path)
+    (line,) = str(caught.value).splitlines()[1:]
+    assert line.endswith(f"bad, m 2, together, seed 0: {said}")
+    assert names(tmp_path) == [("ft", 2)]
+
+
+def test_an_interrupt_stops_all(plan, tmp_path, monkeypatch):
+    def interrupt(*_given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench_module, "run_cell", interrupt)
+    with pytest.raises(KeyboardInterrupt):
         bench(plan, tmp_path)
