@@ -70,7 +70,7 @@ def pushed(address: str) -> None:
 def differing(result: DiffResult) -> None:
     """One line per weight that differs, then what only one model has."""
     found = result.comparison
-    edited, rounded = found.edited, len(found.differences) - len(found.edited)
+    edited, rounded = found.edited, len(found.rounded)
     if edited:
         table = Table(title=f"{escape(result.model)} and {escape(result.other)}")
         for heading in ("weight", "shape", "norm", "rank"):

@@ -54,6 +54,46 @@ def test_rounding_is_told_from_an_edit(dtype, swapped):
     assert all(one.rank is None and one.norm < 0.01 for one in others)
 
 
+def test_a_small_change_of_plain_numbers_is_no_rounding(tmp_path):
+    """Norms at 1.0 are exact in bfloat16, and 1.003 rounds to 1.0: a model is kept as a whole."""
+    loaded, other = loaded_of("llama"), loaded_of("llama")
+    norms = [name for name, _ in loaded.model.named_parameters() if "norm" in name]
+    for name in norms:
+        loaded.model.get_parameter(name).data.fill_(1.0)
+        other.model.get_parameter(name).data.fill_(1.003)
+    name = "model.layers.3.mlp.down_proj.weight"
+    other.model.get_parameter(name).data += 1
+    for pair in ((loaded, other), (other, loaded)):
+        found = compared(*(one.model for one in pair))
+        assert {one.name for one in found.edited} == {*norms, name}
+        assert found.rounded == ()
+        with pytest.raises(PatchError, match=r"norm\.weight differs and is no weight of a linear"):
+            diff(*pair, out=tmp_path / "patch")
+
+
+def test_what_a_patch_leaves_out_as_rounding_is_said(tmp_path):
+    loaded, said = loaded_of("llama"), list[str]()
+    rounded = cast_copy(merged(loaded, patch_for(loaded, layers=1), "bfloat16"), "float32")
+    result = diff(loaded, rounded, out=tmp_path / "patch", told=said.append)
+    (line,) = said
+    names = [one.name for one in result.comparison.rounded]
+    assert line == (
+        f"The patch leaves out what differs by rounding alone, {len(names)} weights: "
+        f"{', '.join(names[:3])} and {len(names) - 3} more"
+    )
+    diff(loaded, merged(loaded, patch_for(loaded), "float32"), out=tmp_path / "p", told=said.append)
+    assert len(said) == 1
+
+
+def test_whole_numbers_of_a_buffer_say_nothing_of_the_precision():
+    """257 is no number of bfloat16."""
+    loaded = loaded_of("llama")
+    rounded = cast_copy(merged(loaded, patch_for(loaded, layers=1), "bfloat16"), "float32")
+    for one in (loaded, rounded):
+        one.model.register_buffer("places", torch.tensor([257]))
+    assert len(compared(loaded.model, rounded.model).rounded) > 10
+
+
 def test_the_rank_of_an_edit_that_was_rounded_too():
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(60, 80, generator=generator)

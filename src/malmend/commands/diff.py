@@ -19,6 +19,8 @@ from malmend.shipping.compare import Comparison, compared
 from malmend.shipping.layers import not_plain
 from malmend.workbench import opened
 
+SHOWN = 3  # names of weights that a patch leaves out
+
 
 @dataclass(frozen=True, eq=False)
 class DiffResult:
@@ -54,10 +56,12 @@ def diff(
         model: a name, a folder, a GGUF file, or a loaded model.
         other: likewise.
         out: path of a patch that makes the other model of this one, to be measured with ``eval``
-            and taken off; refused unless all that differs are linear layers' weights.
+            and taken off; refused unless all that differs, but by rounding to a coarser precision
+            of the other model's, are linear layers' weights.
         dtype: both are loaded in.
         progress: called with stage and share done.
-        told: called about a file that the patch will replace, before the work.
+        told: called about a file that the patch will replace, before the work, and with what the
+            patch leaves out.
 
     Raises:
         MalmendError: a model cannot be read, or the difference is no patch.
@@ -74,6 +78,13 @@ def diff(
     if out is None:
         return DiffResult(mine.name, theirs.name, found)
     patch = save_patch(_patch(mine, theirs, found), out)
+    if left := [one.name for one in found.rounded]:
+        told(
+            f"The patch leaves out what differs by rounding alone, {len(left):,} "
+            f"weight{'s' * (len(left) != 1)}: {', '.join(left[:SHOWN])}"
+            + f" and {len(left) - SHOWN:,} more"
+            * (len(left) > SHOWN)
+        )
     return DiffResult(mine.name, theirs.name, found, patch, Path(out))
 
 

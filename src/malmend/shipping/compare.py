@@ -2,16 +2,18 @@
 
 Two models that hold the same numbers in unlike precision differ everywhere, by rounding.  So a
 weight is *edited* only where rounding one model's weight to the other's precision does not give
-the other's.  The precision of a weight is the coarsest dtype that holds all of its numbers: what is
-loaded in float32 may have been kept in bfloat16.
+the other's.  The precision of a model is the coarsest dtype that holds all of its numbers: what is
+loaded in float32 may have been kept in bfloat16.  One weight says nothing of it: a norm's ones are
+exact in every dtype.
 
 The rank of a difference counts singular values above what rounding alone would give it: (S3) of
-malmend.numerics.truncation, with the larger of the two weights and the coarser precision.
+malmend.numerics.truncation, with the larger of the two weights and the coarsest dtype that holds
+one of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,7 +36,8 @@ class Difference:
     Attributes:
         name: the parameter's.
         shape: as the model keeps it.
-        kind: "edited", or "rounding" where one is the other in coarser precision.
+        kind: "edited", or "rounding" where its model is kept in less precision than the other and
+            holds the other's weight rounded to it.
         norm: |other - model| / |model|, Frobenius; infinite where the model's is zero.
         rank: of the difference, by (S3); None but for edited matrices.
     """
@@ -65,6 +68,11 @@ class Comparison:
     reshaped: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
 
     @property
+    def rounded(self) -> tuple[Difference, ...]:
+        """Those that are rounding."""
+        return tuple(one for one in self.differences if one.kind == "rounding")
+
+    @property
     def edited(self) -> tuple[Difference, ...]:
         """Those that are more than rounding."""
         return tuple(one for one in self.differences if one.kind == "edited")
@@ -84,10 +92,10 @@ def compared(
         if mine[name].shape != theirs[name].shape
     }
     count = counted(progress, "comparing weights", max(1, len(both)))
-    found = []
+    found, coarse = [], _coarser(mine.values(), theirs.values())
     for name in both:
         if name not in reshaped and not torch.equal(mine[name], theirs[name]):
-            found.append(_difference(name, mine[name], theirs[name]))
+            found.append(_difference(name, mine[name], theirs[name], coarse))
         count(1)
     return Comparison(
         tuple(found),
@@ -98,7 +106,13 @@ def compared(
     )
 
 
-def _difference(name: str, mine: Tensor, theirs: Tensor) -> Difference:
+def _coarser(mine: Iterable[Tensor], theirs: Iterable[Tensor]) -> torch.dtype | None:
+    """The precision of the model that is kept in less; None where both are kept alike."""
+    coarse, fine = sorted(map(_precision, (mine, theirs)), key=PRECISIONS.index)
+    return None if coarse == fine else coarse
+
+
+def _difference(name: str, mine: Tensor, theirs: Tensor, coarse: torch.dtype | None) -> Difference:
     shape = tuple(mine.shape)
     for one in (mine, theirs):
         if not one.isfinite().all():
@@ -109,17 +123,20 @@ def _difference(name: str, mine: Tensor, theirs: Tensor) -> Difference:
     moved = theirs.double() - mine.double()
     size = mine.double().norm().item()
     norm = moved.norm().item() / size if size else float("inf")
-    coarse, fine = sorted((_precision(mine), _precision(theirs)), key=PRECISIONS.index)
-    if coarse != fine and torch.equal(mine.to(coarse), theirs.to(coarse)):
+    if coarse is not None and torch.equal(mine.to(coarse), theirs.to(coarse)):
         return Difference(name, shape, "rounding", norm, None)
-    rank = difference_rank(mine, theirs, torch.finfo(coarse).eps) if mine.ndim == 2 else None
+    rank = None
+    if mine.ndim == 2:
+        held = min((_precision([one]) for one in (mine, theirs)), key=PRECISIONS.index)
+        rank = difference_rank(mine, theirs, torch.finfo(held).eps)
     return Difference(name, shape, "edited", norm, rank)
 
 
-def _precision(weight: Tensor) -> torch.dtype:
-    """The coarsest dtype that holds all numbers."""
+def _precision(weights: Iterable[Tensor]) -> torch.dtype:
+    """The coarsest dtype that holds all numbers; whole numbers of a buffer are in none."""
+    some = [one for one in weights if one.is_floating_point()]
     for dtype in PRECISIONS[:-1]:
-        if torch.equal(weight.to(dtype).to(weight.dtype), weight):
+        if all(torch.equal(one.to(dtype).to(one.dtype), one) for one in some):
             return dtype
     return PRECISIONS[-1]
 
