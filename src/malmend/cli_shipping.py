@@ -15,12 +15,12 @@ def export(arguments: list[str], what: str) -> None:
     parser = parser_of("export", what)
     parser.add_argument("patch", type=str, help="a patch")
     parser.add_argument("folder", type=str, help="folder to make")
-    derive(parser, export, {"patch", "folder", "to", "model"})
+    derive(parser, export, {"patch", "folder", "to", "model", "told"})
     parser.add_argument("--to", type=str, required=True, help="lora or merged")
     parser.add_argument("--model", type=str, help="the base, where the patch's name is not its own")
     given: dict[str, Any] = parse(parser, arguments)
     with show.bars() as bars:
-        result = export(**given, progress=bars)
+        result = export(**given, progress=bars, told=show.status)
     show_shipping.exported(result)
 
 

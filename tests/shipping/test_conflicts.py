@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -134,3 +136,24 @@ def test_paths_of_one_name_are_told_apart(tiny, patch, tmp_path):
     save_patch_of(tiny, tmp_path / "patch", 3, seed=40)
     found = conflicts(tiny.loaded, [patch, tmp_path / "patch"])
     assert found.patches == (str(patch), str(Path(tmp_path) / "patch"))
+
+
+def test_skipped_facts_are_told(tiny, patch, tmp_path):
+    """Of both commands that ask facts of what is shipped; nothing was said."""
+    lines = Path(tiny.facts).read_text().splitlines()
+    first = json.loads(lines[0])
+    extra = [first | {"id": "again"}, first | {"id": "other", "answer": "Elsewhere"}]
+    facts = tmp_path / "facts.jsonl"
+    facts.write_text("\n".join([*lines, *map(json.dumps, extra)]))
+    shutil.copy(patch, tmp_path / "other.safetensors")
+    said = list[str]()
+    given = {"decode_facts": 0, "told": said.append}
+    both = [patch, tmp_path / "other.safetensors"]
+    conflicts(tiny.loaded, [str(one) for one in both], [str(facts), tiny.facts], **given)
+    export(patch, tmp_path / "lora", model=tiny.loaded, facts=facts, **given)
+    skipped = "Skipped 2 facts: 1 duplicate and 1 contradiction of earlier ones."
+    assert [line for line in said if line.startswith("Skipped")] == [skipped] * 2
+    assert [line.rpartition(": ")[2] for line in said if line.startswith("  ")] == [
+        f"duplicate of {facts}:1",
+        f"contradiction of {facts}:1",
+    ] * 2

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from malmend.errors import MalmendError
 from malmend.facts.fact import FactSet
+from malmend.facts.lint import skipped_said
 from malmend.facts.tokens import EndOfAnswer
 from malmend.given import checked
 from malmend.models.load import LoadedModel
@@ -70,7 +71,8 @@ def conflicts(
         device: it is put on: "cpu", "cuda" or another accelerator that torch finds, one of several
             as "cuda:1", or "auto" for spread over all.
         progress: called with stage and share done.
-        told: called where the facts that are asked do not begin with a patch's own.
+        told: called about facts that were skipped, and where those that are asked do not begin with
+            a patch's own.
 
     Raises:
         MalmendError: any bad input, in one sentence.
@@ -89,6 +91,9 @@ def conflicts(
     asked = [
         _asked(model, patch, path, limit) for patch, path in zip(read.values(), facts, strict=False)
     ]
+    for _, chosen in asked:
+        for line in skipped_said(chosen.skipped, strict=False):
+            told(line)
     loaded = opened(model, dtype, device)
     known = {name: based_on(patch, loaded) for name, patch in read.items()}
     for patch in known.values():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from malmend.errors import MalmendError, PatchError, nearest
 from malmend.facts.fact import FactSet
+from malmend.facts.lint import skipped_said
 from malmend.facts.readers import read_text
 from malmend.files import folder_beside, new_folder
 from malmend.given import checked
@@ -63,6 +64,7 @@ def export(
     force: bool = False,
     trunk: TrunkSettings = TrunkSettings(),
     progress: Progress = silent,
+    told: Callable[[str], None] = lambda line: None,
 ) -> ExportResult:
     """Writes what others can load without malmend: a LoRA adapter, or a whole model.
 
@@ -82,6 +84,7 @@ def export(
         force: accept a patch that was made for another base.
         trunk: grouping of questions and the disk budget for trunk activations.
         progress: called with stage and share done.
+        told: called about facts that were skipped, before the work.
 
     Raises:
         MalmendError: any bad input, in one sentence.
@@ -96,6 +99,8 @@ def export(
     known = None
     if facts is not None:  # whatever is wrong with them is found before a weight is read
         known = checked_facts(facts, encoder_for(base, end), limit, **aims)
+        for line in skipped_said(known.skipped, strict=False):
+            told(line)
     dtype = dtype or (base_dtype(base) if to == "merged" else "float32")
     cutting = _cutting(rank, text, known)
     loaded = opened(base)
