@@ -25,10 +25,9 @@ from malmend.editors.calibration_file import (
 from malmend.editors.keymoments import first_of, key_moments, passages_of
 from malmend.editors.settings import EditorSettings
 from malmend.errors import MalmendError
-from malmend.facts.alternatives import same_answer
 from malmend.facts.apart import apart
 from malmend.facts.encoded import Encoded
-from malmend.facts.fact import Fact, FactSet, Question, spread
+from malmend.facts.fact import Fact, FactSet, Question, same_class, spread
 from malmend.facts.readers import read_facts, read_questions, read_text
 from malmend.facts.tokens import Encoder
 from malmend.kept import kept
@@ -251,8 +250,8 @@ def _statement(fact: Fact, classes: Sequence[str]) -> Fact:
 
 def _with_another(fact: Fact, classes: Sequence[str]) -> Fact:
     """The fact with another class to be moved to, whether its file names one or not."""
-    others = [name for name in classes if not same_answer(name, fact.answer)]
-    known = any(same_answer(name, fact.alternative or "") for name in others)
+    others = [name for name in classes if not same_class(name, fact.answer)]
+    known = any(same_class(name, fact.alternative or "") for name in others)
     return fact if known else replace(fact, alternative=others[0])
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from malmend.errors import FactsError
-from malmend.facts.fact import Fact, Question, Skipped
+from malmend.facts.fact import Fact, Question, Skipped, same_answer, same_class
 from malmend.facts.lint import (
     default_id,
     leaks,
@@ -105,12 +105,53 @@ def test_leaks_of_clean_facts():
     assert leaks([]) == []
 
 
+WHOLE = Fact("a", "The capital of Kiribati is", "Tarawa", "Kiribati", ("Kiribati's capital is",))
+
+
 @pytest.mark.parametrize("field", ["id", "prompt", "answer", "subject"])
 def test_half_of_a_surrogate_pair_is_refused_in_facts_from_python_too(field):
-    whole = Fact("a", "The capital of Kiribati is", "Tarawa", "Kiribati")
-    with pytest.raises(FactsError, match="holds half of a surrogate pair"):
-        given_facts([replace(whole, **{field: "\ud800"})])
-    assert given_facts([whole]).facts == (whole,)
+    with pytest.raises(FactsError, match=f"field '{field}': holds half of a surrogate pair"):
+        given_facts([replace(WHOLE, **{field: "\ud800"})])
+    assert given_facts([WHOLE]).facts == (WHOLE,)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"id": ""}, "'id': is empty"),
+        ({"relation": " "}, "'relation': is empty"),
+        ({"subject": ""}, "'subject': is empty"),
+        ({"prompt": "a\x1bb"}, "'prompt': holds the control character"),
+        ({"paraphrases": ("Kiribati?", " ")}, r"'paraphrases\[2\]': is empty"),
+        ({"unrelated": (Question(""),)}, r"'unrelated\[1\]': is empty"),
+        ({"neighbours": [Question("a", "\x00")]}, r"'neighbours\[1\].answer': holds the control"),
+        ({"reversed": Question("Tarawa is in")}, "'reversed.answer': is null"),
+        ({"alternative": " Tarawa"}, "'alternative': is ' Tarawa', the answer itself"),
+    ],
+)
+def test_facts_from_python_are_held_to_the_rule_of_files(changed, said):
+    """Once only to halves of a surrogate pair."""
+    with pytest.raises(FactsError, match=f"fact '.*': field {said}"):
+        given_facts([replace(WHOLE, **changed)])
+
+
+def test_an_id_is_taken_by_a_fact_that_is_skipped_too():
+    """As in a file; but not where the very same fact is given twice, or ids are the default."""
+    with pytest.raises(FactsError, match="2 facts have the id 'a'; give each its own"):
+        given_facts([WHOLE, replace(WHOLE, answer="Suva")])
+    assert len(given_facts([WHOLE, WHOLE]).skipped) == 1
+    bare = replace(WHOLE, id=default_id(WHOLE.prompt))
+    assert len(given_facts([bare, replace(bare, answer="Suva")]).skipped) == 1
+
+
+def test_one_rule_says_which_answers_are_the_same():
+    """There were three; case counts but in the names of classes."""
+    for other in ("Sa\u0303o  Tom\u00e9 ", "S\u00e3o\tTom\u00e9"):
+        assert same_answer("S\u00e3o Tom\u00e9", other)
+    assert not same_answer("us", "US")
+    assert same_class(" SUPPORTS", "supports")
+    assert same_class("e\u0301t\u00e9", "\u00c9TE\u0301")
+    assert not same_class("supports", "support")
 
 
 def test_what_nobody_sees_is_warned_of_by_line_and_field():

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from malmend.errors import FactsError
-from malmend.facts.fact import Fact, FactSet
+from malmend.facts.fact import Fact, FactSet, same_class
 
 
 def towards_alternatives(facts: FactSet) -> FactSet:
@@ -53,10 +53,10 @@ def away_from(facts: FactSet, said: Sequence[str], classes: Sequence[str]) -> Fa
     turned, lacking = [], []
     for fact, label in zip(facts, said, strict=True):
         target = fact.answer
-        if same_answer(label, target):
-            others = [name for name in classes if not same_answer(name, label)]
+        if same_class(label, target):
+            others = [name for name in classes if not same_class(name, label)]
             target = fact.alternative or (others[0] if len(others) == 1 else "")
-        if not target or same_answer(label, target):
+        if not target or same_class(label, target):
             lacking.append(fact)
         turned.append(replace(fact, answer=target, alternative=None, reversed=None))
     if lacking:
@@ -77,8 +77,3 @@ def _lacking(facts: FactSet, lacking: Sequence[Fact], what: str, otherwise: str)
     error = FactsError(f"{facts.source}: {what} ({first}{lacking[0].where}); {otherwise}.")
     error.faults = tuple(f"{one.where}: field 'alternative': is missing" for one in lacking)
     return error
-
-
-def same_answer(one: str, other: str) -> bool:
-    """Whether two answers, or names of classes, are one but for case and outer blanks."""
-    return one.strip().casefold() == other.strip().casefold()

@@ -90,10 +90,19 @@ class Skipped:
         return "duplicate" if same else "contradiction"
 
 
+def in_one_form(text: str) -> str:
+    """A text whose runs of white space are one space, and letters and their accents together."""
+    return normalize("NFC", " ".join(text.split()))
+
+
 def same_answer(one: str, other: str) -> bool:
-    """Whether two answers are one, whose letters and accents may stand apart."""
-    # Blanks around an answer are no part of it: they are left out where it becomes tokens.
-    return normalize("NFC", one.strip()) == normalize("NFC", other.strip())
+    """Whether two answers are one: how they are spaced, or an accent kept, makes no other."""
+    return in_one_form(one) == in_one_form(other)
+
+
+def same_class(one: str, other: str) -> bool:
+    """Whether an answer names a class of a model: the same answer, in whatever case."""
+    return same_answer(one.casefold(), other.casefold())
 
 
 @dataclass(frozen=True, slots=True)

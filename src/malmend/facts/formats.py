@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from malmend.errors import nearest
 from malmend.facts import lint
 from malmend.facts.entry import Entry, described, short
-from malmend.facts.fact import Fact, Question
+from malmend.facts.fact import Fact, Question, same_answer
 
 OWN_FIELDS = (
     *("id", "subject", "prompt", "answer", "paraphrases", "unrelated", "tags"),
@@ -93,7 +93,7 @@ def own_fact(entry: Entry) -> Fact | None:
     neighbours, reversed = entry.questions("neighbours"), entry.question("reversed")
     if prompt is None or answer is None:
         return None
-    if alternative is not None and lint.same_prompt(alternative) == lint.same_prompt(answer):
+    if alternative is not None and same_answer(alternative, answer):
         entry.fault("alternative", f"is {short(alternative)}, the answer itself")
     return Fact(
         id=given or lint.default_id(prompt),
@@ -146,7 +146,7 @@ def _benchmark_fact(
     subject, relation = entry.optional("subject"), entry.optional("relation")
     if prompt is None or answer is None:
         return None
-    if alternative and lint.same_prompt(alternative) == lint.same_prompt(answer):
+    if alternative and same_answer(alternative, answer):
         alternative = None  # these files repeat the answer at times
     return Fact(
         id=lint.default_id(prompt),

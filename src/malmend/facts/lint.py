@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from malmend.facts.entry import EXPECTED, Entry, Faults, short
-from malmend.facts.fact import Fact, Question, Skipped, same_answer
+from malmend.facts.fact import Fact, Question, Skipped, in_one_form, same_answer
 
 # Soft hyphen, zero width space, marks of direction, separators of lines, word joiner with what
 # follows it, and byte order mark; not U+200C and U+200D, which Persian, Hindi and emoji are
@@ -18,12 +18,11 @@ UNSEEN = re.compile("[\u00ad\u200b\u200e\u200f\u2028-\u202e\u2060-\u2064\u2066-\
 
 
 def same_prompt(prompt: str) -> str:
-    """The key under which two prompts are the same prompt: every run of white space is one space.
+    """The key under which two prompts are the same prompt.
 
-    A letter and its accent may stand apart.  Case is kept: "us" and "US" are different prompts to a
-    model.
+    Case is kept: "us" and "US" are different prompts to a model.
     """
-    return unicodedata.normalize("NFC", " ".join(prompt.split()))
+    return in_one_form(prompt)
 
 
 def default_id(prompt: str) -> str:
@@ -166,17 +165,24 @@ def _texts(fact: Fact) -> Iterator[tuple[str, str]]:
         yield from ((name, question.prompt), (f"{name}.answer", question.answer or ""))
 
 
-def repeated_ids(usable: list[tuple[Fact, Entry]]) -> Faults:
-    """A fault per fact whose id an earlier fact has."""
-    faults: Faults = []
-    first: dict[str, tuple[Fact, Entry]] = {}
-    for fact, entry in usable:
-        other, place = first.setdefault(fact.id, (fact, entry))
+def taken_ids(facts: Iterable[Fact]) -> Iterator[tuple[Fact, Fact]]:
+    """Every fact whose id an earlier fact has, with that one."""
+    first: dict[str, Fact] = {}
+    for fact in facts:
+        other = first.setdefault(fact.id, fact)
         # a repeated prompt without ids has one default id twice: it is skipped, not refused
         repeats = same_prompt(fact.prompt) == same_prompt(other.prompt)
         if other is not fact and not (repeats and fact.id == default_id(fact.prompt)):
-            what = f"field 'id': {short(fact.id)} is taken by {place.where}; {EXPECTED['id']}"
-            faults.append((entry.line, f"{entry.where}: {what}"))
+            yield fact, other
+
+
+def repeated_ids(facts: Iterable[Fact], entries: dict[int, Entry]) -> Faults:
+    """A fault per fact of :func:`taken_ids`; ``entries`` are found by ``Fact.line``."""
+    faults: Faults = []
+    for fact, other in taken_ids(facts):
+        here, there = entries[fact.line], entries[other.line]
+        what = f"field 'id': {short(fact.id)} is taken by {there.where}; {EXPECTED['id']}"
+        faults.append((here.line, f"{here.where}: {what}"))
     return faults
 
 

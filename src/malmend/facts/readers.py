@@ -6,7 +6,6 @@ objects (see :data:`malmend.facts.formats.FORMATS`).
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -16,9 +15,9 @@ from typing import NoReturn
 
 from malmend.errors import FactsError, MalmendError, nearest
 from malmend.facts import lint
-from malmend.facts.entry import Entry, Faults, encodes, short
+from malmend.facts.entry import Entry, Faults, short
 from malmend.facts.fact import Fact, FactSet, Question
-from malmend.facts.formats import CLAIMS, OWN, READERS, likely, telling, told
+from malmend.facts.formats import CLAIMS, OWN, OWN_FIELDS, READERS, likely, own_fact, telling, told
 from malmend.facts.objects import entries_of, has_objects, is_list, looks_like, wrapped
 from malmend.given import faults_of
 
@@ -47,9 +46,9 @@ def read_facts(path: str | Path, limit: int | None = None, strict: bool = False)
     read = [(read_fact(entry), entry) for entry in entries]
     usable = [(replace(fact, at=entry.where), entry) for fact, entry in read if fact is not None]
     kept, skipped = lint.skip_repeats(fact for fact, _ in usable)
-    faults += lint.repeated_ids(usable)
+    places = {entry.number: entry for _, entry in usable}
+    faults += lint.repeated_ids((fact for fact, _ in usable), places)
     if strict:
-        places = {entry.number: entry for _, entry in usable}
         faults += lint.repeated_prompts(skipped, places)
         for fact, what in lint.wordings(kept):
             faults.append((places[fact.line].line, f"{places[fact.line].where}: {what}"))
@@ -59,10 +58,11 @@ def read_facts(path: str | Path, limit: int | None = None, strict: bool = False)
 
 
 def given_facts(facts: Sequence[Fact], limit: int | None = None, strict: bool = False) -> FactSet:
-    """Facts from Python, under the rules of :func:`read_facts` for repeats and the limit.
+    """Facts from Python, under the rules of :func:`read_facts`.
 
     Raises:
-        FactsError: there are none; when ``strict``, for every repeated prompt, and every
+        FactsError: there are none; every field that a file could not have so, and every id that is
+            there twice; when ``strict``, for every repeated prompt, and every
             paraphrase that is no other wording of its fact alone.
         MalmendError: when ``limit`` is below 1.
     """
@@ -74,19 +74,15 @@ def given_facts(facts: Sequence[Fact], limit: int | None = None, strict: bool = 
     if not read.facts:
         raise FactsError("No facts were given, expected at least one.")
     _check_are_facts(read)
-    halves = "holds half of a surrogate pair; give whole characters"
-    faults = [
-        (0, f"{fact.where}: {halves}")
-        for fact in read.facts
-        if not encodes(json.dumps(asdict(replace(fact, at="")), ensure_ascii=False))
+    faults: Faults = []
+    for fact in read.facts:
+        own_fact(_as_entry(fact, faults))
+    taken = Counter(fact.id for fact, _ in lint.taken_ids(read.facts))
+    faults += [
+        (0, f"{read.source}: {count + 1} facts have the id {short(name)}; give each its own")
+        for name, count in taken.items()
     ]
     kept, skipped = lint.skip_repeats(read.facts)
-    counts = Counter(fact.id for fact in kept)
-    faults += [
-        (0, f"{read.source}: {count} facts have the id {short(name)}; give each its own")
-        for name, count in counts.items()
-        if count > 1
-    ]
     if faults:
         _refuse(read.source, faults)
     if strict:
@@ -95,6 +91,13 @@ def given_facts(facts: Sequence[Fact], limit: int | None = None, strict: bool = 
         if found:
             _refuse(read.source, [(0, one) for one in found])
     return FactSet(read.source, kept[:limit], (*read.skipped, *skipped))
+
+
+def _as_entry(fact: Fact, faults: Faults) -> Entry:
+    """A fact from Python as an object of malmend's own format, to be checked as one."""
+    given = {name: value for name, value in asdict(fact).items() if name in OWN_FIELDS}
+    fields = {name: list(v) if isinstance(v, tuple) else v for name, v in given.items()}
+    return Entry(fact.where, 0, 0, fields, faults)
 
 
 def _check_are_facts(known: FactSet) -> None:
