@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from command_support import CALIBRATION, EAGER, Tiny, as_lines, make_facts, make
 from malmend.cli import main
 from malmend.editors.settings import training_free
 from malmend.errors import FactsError, MalmendError, ModelError
+from malmend.evaluation import perplexity as perplexity_module
 from malmend.facts.fact import Question
 from malmend.facts.tokens import Encoder
 from malmend.models.load import prepared
@@ -190,6 +192,16 @@ def test_without_a_text_perplexity_is_of_lines_that_the_prior_has_not_read(tiny)
     given = malmend.eval(tiny.loaded, FEW, decode_facts=0, text=tiny.text)
     assert given.about["text"] == tiny.text
     assert given.perplexity["unedited"] != found.perplexity["unedited"]
+
+
+def test_of_a_long_text_it_is_said_that_only_its_first_tokens_are_read(tiny, monkeypatch):
+    tokens = len(tiny.loaded.tokenizer(Path(tiny.text).read_text())["input_ids"])
+    monkeypatch.setattr(perplexity_module, "MOST_READ", tokens - 1)
+    found = malmend.eval(tiny.loaded, FEW, decode_facts=0, text=tiny.text)
+    assert found.about["text"] == (f"{tiny.text}, its first {tokens - 1:,} of {tokens:,} tokens")
+    monkeypatch.setattr(perplexity_module, "MOST_READ", tokens)
+    found = malmend.eval(tiny.loaded, FEW, decode_facts=0, text=tiny.text)
+    assert found.about["text"] == tiny.text
 
 
 def test_perplexity_may_be_left_out(tiny):

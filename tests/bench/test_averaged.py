@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import command_support
 from malmend.bench.plan import Plan
+from malmend.bench.results import Results
 from malmend.bench.run import bench, bench_table
 from malmend.bench.table import latest
 
@@ -103,3 +105,41 @@ def test_bounds_of_sizes_do_not_part_rows(plan, tmp_path):
     bench(replace(plan, seeds=(0,)), tmp_path / "out")
     bench(replace(plan, seeds=(1,), methods={"ft": FT | {"most": 8}}), tmp_path / "out")
     assert seeds_shown(tmp_path / "out") == "2"
+
+
+@pytest.mark.parametrize(
+    ("found", "shown"),
+    [
+        ([26.83, 26.85], "26.84 ± 0.01"),
+        ([3.2e30], "3.2e+30"),
+        ([3.2e30, 3.4e30], "3.3e+30 ± 1.4e+29"),
+        ([1e100, 30.0], "over 5.0e+99"),
+        ([1e100, 1e304], "over 1e+100"),
+        ([1e100], "over 1e+100"),
+    ],
+)
+def test_a_large_perplexity_is_short_and_read_back(found, shown, tmp_path):
+    """An older row's, of 1e304, was refused, and the table had 300 digits of it."""
+    results = Results(tmp_path)
+    for seed, value in enumerate(found):
+        one = row("ft", seed) | {"perplexity": {"unedited": 9.5, "edited": value}}
+        results.add(str(seed), one)
+    (line,) = [line for line in bench_table(tmp_path).splitlines() if "| ft |" in line]
+    assert f"| {shown} |" in line
+
+
+def row(name: str, seed: int) -> dict[str, Any]:
+    scores = {"ES": {"token_ratio": 0.5}}
+    return {
+        "model": "m",
+        "protocol": "together",
+        "m": 4,
+        "name": name,
+        "seed": seed,
+        "unedited": scores,
+        "edited": scores,
+        "edit_seconds": 2.0,
+        "seconds": 3.0,
+        "failures": [],
+        "patch": {},
+    }

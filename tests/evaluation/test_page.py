@@ -72,7 +72,7 @@ def test_hostile_text_in_every_field_stays_text():
     # prompt, both replies, the gold answer and the fact's id.
     assert sum(HOSTILE in part for part in read.texts["bdi"]) == 16
     assert HOSTILE in read.texts["title"][0]
-    assert {"value": HOSTILE} in read.of("option")
+    assert {"value": "5"} in read.of("option")  # the first fact that has it
 
 
 def test_the_facts_stand_in_the_page_as_they_are():
@@ -382,3 +382,24 @@ def test_one_is_one_and_an_interval_leaves_no_range():
     assert "±" not in shares
     assert re.search(r"66\.7% \(\d+\.\d–\d+\.\d\)", shares)
     assert "In brackets is a 95% interval." in shares
+
+
+def test_a_failure_in_chat_alone_is_a_failure():
+    asked = [pair("ES", 0, 0.0, 1.0, "In Mars is", generated_after=1.0, generated_chat=0.0)]
+    assert view.flags(row("f", asked)) == ["failure", "chat"]
+
+
+def test_what_moved_farthest_comes_first():
+    asked = [
+        pair("NS", 0, 1.0, 0.0, prompt, kl=(far,), moved=True)
+        for prompt, far in (("near", 0.1), ("far", 2.0), ("between", 1.0))
+    ]
+    found = view.moved(replace(report(), rows=[row("f", asked)]))
+    assert [one.prompt for one in found] == ["far", "between", "near"]
+
+
+def test_a_value_on_an_edge_is_in_the_bin_above():
+    values = (figures.EDGES[3], figures.EDGES[-1])
+    asked = [pair("NS", 0, 1.0, 0.0, str(far), kl=(far,), moved=True) for far in values]
+    (spread,) = figures.spreads(replace(report(), rows=[row("f", asked)]))
+    assert [at for at, count in enumerate(spread.bins) if count] == [4, len(figures.EDGES)]

@@ -268,7 +268,7 @@ def test_four_thousand_facts_stay_quick(opened):
     assert took < 5000  # milliseconds; a tenth of a second where nothing else runs
     assert page.one("#shown").text == "410 of 4,096 facts."
     assert page.shown == [f"f{10 * index}" for index in range(50)]
-    page.one("#relation option[value=r3]").click()
+    page.one("#relation option[value='3']").click()  # r3, of the fourth fact
     assert page.shown[:3] == ["f10", "f80", "f150"]
     page.one("#sort option[value=prompt]").click()
     assert page.shown[0] == "f10"
@@ -347,6 +347,53 @@ def test_the_tiles_leave_no_gap(opened, width, kinds):
     assert max(map(len, rows)) == (2 if width < 640 else 4 if "LS" in kinds else 3)
     assert len({round(row[0]["left"]) for row in rows}) == 1
     assert max(row[-1]["right"] for row in rows) - min(row[-1]["right"] for row in rows) < 1.5
+
+
+def test_questions_without_an_answer_are_no_wrong_ones(opened):
+    """Of an unedited model they were counted: 0 of 1 neighbours right."""
+    asked = [
+        pair("ES", 0, 1.0, 1.0, "In Mars is"),
+        pair("NS", 0, 1.0, 1.0, "In Moon is", moved=False),
+        pair("NS", 0, None, None, "In Sun is", gold=None, moved=True),
+        pair("LS", 0, None, None, "Who?", gold=None, moved=False),
+    ]
+    page = opened(replace(report(edited=False), rows=[row("f", asked, edited=False)]))
+    assert page.one("[data-id=f] td:last-child div").text == "1 of 1 neighbours right"
+    page = opened(replace(report(), rows=[row("f", asked)]))
+    lines = ["1 of 2 neighbours as before", "1 of 1 unrelated as before"]
+    assert page.one("[data-id=f] td:last-child div").text.splitlines() == lines
+
+
+def test_the_search_finds_what_was_said_in_chat(opened):
+    page = opened(report())
+    page.one("#search").send_keys("i am")
+    assert page.shown == ["spoken"]
+
+
+@pytest.mark.parametrize("name", ["a\rb", "", " a  b", "0", "1"])
+def test_a_relation_is_filtered_whatever_its_name(opened, name):
+    """Of a carriage return an option's value made a line feed."""
+    rows = list(report().rows)
+    rows[2] = replace(rows[2], relation=name)
+    page = opened(replace(report(), rows=rows))
+    page.one("#relation option[value='2']").click()
+    assert page.shown == ["paraphrase"]
+    page.one("#relation option[value='']").click()
+    assert page.shown == KEPT["all"]
+
+
+@pytest.mark.parametrize("width", [320, 390])
+def test_a_large_perplexity_overflows_no_narrow_screen(opened, width):
+    large = {"unedited": 3.2e30, "edited": 1e304}
+    page = opened(replace(report(), perplexity=large))
+    page.open(width)
+    assert page.js("return document.documentElement.scrollWidth") <= width
+    assert "over 1e+100\n3.2e+30 unedited" in page.one(".tiles li:last-child").text
+    cut = page.js(
+        "return [...document.querySelectorAll('.tiles li *')]"
+        ".filter((one) => one.scrollWidth > one.clientWidth + 1 && one.clientWidth).length"
+    )
+    assert cut == 0
 
 
 def test_all_filters_stand_in_one_row_of_a_wide_screen(opened):

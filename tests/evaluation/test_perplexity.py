@@ -11,8 +11,9 @@ import torch
 
 import helpers
 from malmend.editors.keymoments import passages_of, text_moment
+from malmend.evaluation import figures
 from malmend.evaluation import perplexity as perplexity_module
-from malmend.evaluation.perplexity import LEAST, MOST, perplexity, unread
+from malmend.evaluation.perplexity import HIGHEST, LEAST, MOST, perplexity, unread
 from malmend.facts.tokens import Encoder
 from malmend.models.load import prepared
 from malmend.models.sites import find_sites
@@ -128,3 +129,46 @@ def test_edited_layers_alone_read_a_text_again(tmp_path, monkeypatch):
     whole = perplexity(loaded, Trunk(model, []), given)
     assert edited == pytest.approx(whole, rel=1e-9)
     assert abs(edited / unedited - 1) > 1e-3
+
+
+def test_a_text_is_read_from_its_start_up_to_a_bound(monkeypatch):
+    model = helpers.tiny_llama(len(WORDS) + 4, initializer_range=0.3)
+    loaded, trunk = prepared(model, helpers.words(WORDS), "tiny"), Trunk(model, find_sites(model))
+    words = random.Random(3).choices(WORDS, k=40)
+    monkeypatch.setattr(perplexity_module, "MOST_READ", 12)
+    found = perplexity(loaded, trunk, " ".join(words))
+    assert found == perplexity(loaded, trunk, " ".join(words[:12]))
+    assert found != perplexity(loaded, trunk, " ".join(words[:11]))
+
+
+@pytest.mark.parametrize(
+    ("mean", "wanted"),
+    [(100.0, math.exp(100)), (231.0, HIGHEST), (800.0, HIGHEST), (math.inf, HIGHEST)],
+)
+def test_one_bound_stands_for_what_is_above_it(mean, wanted, monkeypatch):
+    """It was 1e304, which a bench could not read back."""
+
+    def lost(_trunk, terms, grads):
+        count = sum(one.counted for one in terms[0].questions)
+        return [[torch.tensor([mean * count])]]
+
+    monkeypatch.setattr(perplexity_module, "weight_grads", lost)
+    model = helpers.tiny_llama(len(WORDS) + 4)
+    loaded = prepared(model, helpers.words(WORDS), "tiny")
+    assert perplexity(loaded, Trunk(model, find_sites(model)), "w1 w2 w3") == wanted
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (None, ""),
+        (9.5, "9.50"),
+        (999_999.0, "999999.00"),
+        (1e6, "1.0e+06"),
+        (3.2e30, "3.2e+30"),
+        (HIGHEST, "over 1e+100"),
+        (1e304, "over 1e+100"),
+    ],
+)
+def test_a_large_perplexity_is_short(value, shown):
+    assert figures.perplexity(value) == shown

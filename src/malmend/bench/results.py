@@ -18,7 +18,7 @@ NAME = "cells.jsonl"
 FIELDS = {"model", "name", "protocol", "m", "seed", "unedited", "edited", "edit_seconds", "seconds"}
 FIELDS |= {"failures", "patch"}
 SAID = ("prompt", "wanted", "unedited", "edited")  # of a failure
-MOST = 1e300  # of a number; the mean of larger ones is none
+MOST = 1e305  # of a number; the mean of larger ones is none, and older perplexities go up to 1e304
 
 
 class Results:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from itertools import chain
 from typing import Any
 
 from malmend.bench.making import alike
 from malmend.bench.results import NAME
+from malmend.evaluation.figures import perplexity
+from malmend.evaluation.perplexity import HIGHEST
 
 # Heading, kind of question, metric.
 COLUMNS = (
@@ -154,13 +155,25 @@ def _cells(rows: Sequence[Row], model: str, used: Sequence[tuple[str, str, str]]
     return [_shown([figure(row, model, kind, metric) for row in rows]) for _, kind, metric in used]
 
 
-def _shown(values: Sequence[float | None], digits: int = 3) -> str:
+def _shown(values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
     if not known:
         return ""
-    mean = f"{statistics.fmean(known):.{digits}f}"
+    mean = f"{statistics.fmean(known):.3f}"
     if len(known) > 1:
-        mean += f" ± {statistics.stdev(known):.{digits}f}"
+        mean += f" ± {statistics.stdev(known):.3f}"
+    return mean + _of_fewer(known, values)
+
+
+def _perplexities(values: Sequence[float | None]) -> str:
+    known = [min(value, HIGHEST) for value in values if value is not None]
+    if not known:
+        return ""
+    mean, most = perplexity(statistics.fmean(known)), max(known)
+    if most == HIGHEST:  # of which it is known only that it is no less, so of the mean
+        mean = mean if mean.startswith("over") else f"over {mean}"
+    elif len(known) > 1:
+        mean += f" ± {perplexity(statistics.stdev(known))}"
     return mean + _of_fewer(known, values)
 
 
@@ -190,7 +203,7 @@ OTHERS: tuple[
     (
         "perplexity",
         lambda row, model: row.get("perplexity", {}).get(model),
-        partial(_shown, digits=2),
+        _perplexities,
     ),
     ("residual", _of_edit(lambda row: row["patch"].get("mean_residual")), _residuals),
     ("on edited keys", _of_edit(lambda row: row["patch"].get("residual_after")), _residuals),

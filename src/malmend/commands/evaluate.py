@@ -10,7 +10,7 @@ from malmend.editors.calibration import CalibrationSettings
 from malmend.errors import FactsError, MalmendError
 from malmend.evaluation.examiner import Examiner
 from malmend.evaluation.page import page_folder, write_page
-from malmend.evaluation.perplexity import PlainText, perplexity, unread
+from malmend.evaluation.perplexity import PlainText, perplexity, unread, whole_or_first
 from malmend.evaluation.protocols import groups_of, scores
 from malmend.evaluation.replies import Replies, rows_of
 from malmend.evaluation.report import Report
@@ -74,8 +74,9 @@ def evaluate(
             answers are asked for through it too, where the model has one.
         decode_facts: for how many of the facts the model also answers free-running (the slow
             part); null for all.
-        text: a text file for perplexity before and after, in place of the lines of the project's
-            own text that the prior has not read; "none" measures none.
+        text: a text file for perplexity before and after, of which the first 20,000 tokens are
+            read, in place of the lines of the project's own text that the prior has not read;
+            "none" measures none.
         report: a folder for the report as an HTML page, with its figures as JSON beside.
         force: accept a patch that was made for another base.
         trunk: grouping of questions and the disk budget for trunk activations.
@@ -168,7 +169,7 @@ def _plain_text(given: str | Path | None, encoder: Encoder) -> PlainText | None:
             "Perplexity is of decoders only, and this model has an encoder; leave out --text."
         )
     if given is not None:
-        return PlainText(read_text(given), str(given))
+        return whole_or_first(encoder, read_text(given), str(given))
     return unread(encoder, read_text(shipped("text.txt")), CalibrationSettings().text_tokens)
 
 

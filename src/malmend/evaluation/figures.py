@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from malmend.evaluation.perplexity import HIGHEST
 from malmend.evaluation.protocols import PROTOCOLS, Group, between
 from malmend.evaluation.replies import HELD, KINDS, Kind
 from malmend.evaluation.report import Report
@@ -184,7 +185,7 @@ def tiles(report: Report) -> list[Tile]:
     ]
     if report.perplexity:
         values = [report.perplexity.get(key) for key in ("unedited", "edited")]
-        before, after = ("" if value is None else f"{value:.2f}" for value in values)
+        before, after = map(perplexity, values)
         out.append(Tile("Perplexity", "of plain text; lower is better", before, after))
     return out
 
@@ -267,6 +268,15 @@ def counted(number: int, thing: str) -> str:
 def percent(value: float | None) -> str:
     """A share in percent; nothing for None."""
     return "" if value is None else f"{100 * value:.1f}%"
+
+
+def perplexity(value: float | None) -> str:
+    """A perplexity, of which large ones are short; nothing for None."""
+    if value is None:
+        return ""
+    if value >= HIGHEST:
+        return f"over {HIGHEST:.0e}"
+    return f"{value:.2f}" if value < 1e6 else f"{value:.1e}"
 
 
 def kl(value: float | None) -> str:

@@ -107,6 +107,7 @@ def _environment() -> Environment:
     filters: dict[str, Callable[..., str]] = {
         "percent": figures.percent,
         "kl": figures.kl,
+        "perplexity": figures.perplexity,
         "count": "{:,}".format,
         "counted": figures.counted,
         "plain": _plain,

@@ -16,6 +16,7 @@ from malmend.numerics.chunks import chunks
 
 LEAST, MOST = 1_000, 4_000  # tokens of the lines that the prior has not read
 WINDOW, MOST_READ = 256, 20_000  # tokens of a text: read together, and in all
+HIGHEST = 1e100  # stands for whatever is above, as where a probability is 0
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,19 @@ def unread(encoder: Encoder, text: str, read: int) -> PlainText | None:
     return PlainText("\n".join(lines[first:last]), source)
 
 
+def whole_or_first(encoder: Encoder, words: str, name: str) -> PlainText:
+    """A text that was given; where only its first part will be read, its name says so."""
+    tokens = len(encoder.tokenizer(words, add_special_tokens=False)["input_ids"])
+    part = f", its first {MOST_READ:,} of {tokens:,} tokens" if tokens > MOST_READ else ""
+    return PlainText(words, f"{name}{part}")
+
+
 def perplexity(loaded: LoadedModel, trunk: Trunk, text: str) -> float:
     """exp of the mean negative log-likelihood per token of plain text.
 
     Read in windows of :data:`WINDOW` tokens (fewer, where the model has fewer positions) without
     overlap; the first token of each is not predicted.  At most :data:`MOST_READ` are read, from the
-    start.
+    start.  What is above :data:`HIGHEST` is given as that.
 
     Args:
         loaded: the model, as its weights now are.
@@ -76,4 +84,4 @@ def perplexity(loaded: LoadedModel, trunk: Trunk, text: str) -> float:
     mean = losses_Q.sum().item() / sum(one.counted for one in windows)
     if math.isnan(mean):
         raise MalmendError("The model's logits are NaN on the text; load it in float32.")
-    return math.exp(min(mean, 700.0))  # beyond that a float cannot say it
+    return math.exp(mean) if mean < math.log(HIGHEST) else HIGHEST

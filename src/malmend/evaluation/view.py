@@ -145,9 +145,13 @@ def filters(report: Report) -> list[dict[str, Any]]:
     ]
 
 
-def relations(report: Report) -> list[str]:
-    """The relations that facts have, by name."""
-    return sorted({row.relation for row in report.rows if row.relation is not None})
+def relations(report: Report) -> dict[str, int]:
+    """The relations that facts have, by name, each with the place of the first fact that has it."""
+    first: dict[str, int] = {}
+    for place, row in enumerate(report.rows):
+        if row.relation is not None:
+            first.setdefault(row.relation, place)
+    return dict(sorted(first.items()))
 
 
 def entries(report: Report) -> list[dict[str, Any]]:

@@ -12,7 +12,11 @@
   facts.forEach((fact, index) => {
     fact.index = index;
     fact.far = Math.max(-1, ...fact.asked.map((one) => one.kl ?? -1));
-    const said = fact.asked.flatMap((one) => [one.prompt, one.gold, one.before.text, one.before.top, one.after?.text, one.after?.top]);
+    const said = fact.asked.flatMap((one) => [
+      one.prompt,
+      one.gold,
+      ...[one.before, one.after ?? {}].flatMap((its) => [its.text, its.top, its.chat]),
+    ]);
     fact.text = [fact.id, fact.prompt, fact.answer, fact.subject, ...said].filter(Boolean).join("\n").toLowerCase();
   });
 
@@ -94,10 +98,11 @@
   function tally(fact) {
     const shown = make("div");
     for (const kind of ["GS", "NS", "LS", "RS"]) {
-      const asked = fact.asked.filter((one) => one.kind === kind);
-      if (!asked.length) continue;
       const stays = (kind === "NS" || kind === "LS") && edited;
-      const good = asked.filter((one) => (stays ? !one.moved : (one.after ?? one.before).exact)).length;
+      const right = (one) => (one.after ?? one.before).exact; // of a question without an answer nothing
+      const asked = fact.asked.filter((one) => one.kind === kind && (stays || right(one) !== undefined));
+      if (!asked.length) continue;
+      const good = asked.filter((one) => (stays ? !one.moved : right(one))).length;
       const words = { GS: "paraphrases right", NS: `neighbours ${stays ? "as before" : "right"}`, LS: `unrelated ${stays ? "as before" : "right"}`, RS: "reversed right" }[kind];
       shown.append(make("div", "", `${good} of ${asked.length} ${words}`));
     }
@@ -163,11 +168,12 @@
   function chosen() {
     const filter = document.querySelector("input[name=filter]:checked");
     const words = by("search").value.trim().toLowerCase();
-    const relation = by("relation")?.value ?? "";
+    // An option names the first fact that has its relation: a carriage return in its value would get lost.
+    const relation = facts[by("relation")?.value || -1]?.relation;
     const kept = facts.filter(
       (fact) =>
         (filter.value === "all" || fact.flags.includes(filter.value)) &&
-        (!relation || fact.relation === relation) &&
+        (relation === undefined || fact.relation === relation) &&
         (!words || fact.text.includes(words)),
     );
     by("meaning").textContent = filter.dataset.meaning;
