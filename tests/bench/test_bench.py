@@ -7,8 +7,10 @@ import json
 import math
 import re
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ import helpers
 import malmend
 from command_support import malmend as command
 from malmend.bench import asking as asking_module
+from malmend.bench import cell as cell_module
 from malmend.bench import making as making_module
 from malmend.bench import run as bench_module
 from malmend.bench.asking import Asking
@@ -573,6 +576,21 @@ def test_failures_are_of_every_kind_and_are_what_eval_says(plan, tiny, tmp_path)
     assert all(one["unedited"] != one["edited"] for one in moved)
 
 
+@pytest.mark.parametrize("most", [[5, 3], [3, 5]])
+def test_of_facts_alone_the_most_memory_of_all_is_kept(plan, tiny, monkeypatch, most):
+    taken = iter(most)
+
+    @contextmanager
+    def peak_memory():
+        yield SimpleNamespace(most=next(taken))
+
+    monkeypatch.setattr(cell_module, "peak_memory", peak_memory)
+    given = {"ft": METHODS["ft"]}
+    (cell,) = replace(plan, sizes=(2,), seeds=(0,), protocols=("alone",), methods=given).cells()
+    done = run_cell(Asking(tiny.loaded, plan), cell, command_support.make_facts(2), silent)
+    assert done["edit_bytes"] == 5
+
+
 def test_a_mixture_of_experts_is_compared_by_methods_that_need_no_usual_layer(plan, tmp_path):
     tokenizer = helpers.byte_level()
     for part in (helpers.mixture(tokenizer), tokenizer):
@@ -613,6 +631,9 @@ def test_figures_are_drawn_and_hold_the_points(tmp_path):
     ]
     lines = {line.get_label(): line for line in panels["ES (token ratio)"].get_lines()}
     assert list(lines["one"].get_xdata()) == [4, 16]
+    band = panels["ES (token ratio)"].collections[0].get_paths()[0].vertices
+    of_16 = sorted({round(y, 6) for x, y in band if x == 16})
+    assert of_16 == pytest.approx([0.8 - 0.141421, 0.8 + 0.141421], abs=1e-5)
     assert list(lines["one"].get_ydata()) == pytest.approx([1.0, 0.8])
 
 
