@@ -701,3 +701,15 @@ def test_what_an_inspection_does_not_read_is_named_with_what_does(tiny, tmp_path
     (tmp_path / "ledger" / "ledger.sqlite").touch()
     with pytest.raises(MalmendError, match=r"is a ledger.*malmend ledger list .*ledger"):
         malmend.inspect(tmp_path / "ledger")
+
+
+def test_what_no_file_can_be_called_is_told(tmp_path):
+    """It was an OSError."""
+    with pytest.raises(MalmendError, match=r"'a+\.\.\.' cannot be read .*; give a model"):
+        malmend.inspect("a" * 300)
+
+
+def test_a_gguf_file_in_capitals_is_no_facts_file(tmp_path):
+    (tmp_path / "x.GGUF").write_bytes(b"GGUF")
+    with pytest.raises(MalmendError, match=r"no model|GGUF"):
+        malmend.inspect(tmp_path / "x.GGUF")

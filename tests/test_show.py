@@ -42,6 +42,8 @@ def test_what_was_kept_is_shown_with_what_it_is_a_share_of(before, wanted, capsy
 def test_an_answer_that_was_cut_at_the_limit_ends_in_a_mark(cut, capsys):
     show.asked(AskResult("In Ora [b] is", "Lima\n or", unedited_cut=cut))
     assert capsys.readouterr().out == "In Ora [b] is\nLima\n or" + " …" * cut + "\n"
+    show.asked(AskResult("In Ora is", " "))
+    assert capsys.readouterr().out == "In Ora is\n(nothing)\n"
     show.asked(AskResult("In Ora is", "", "[i] Lima\n or", False, cut))
     shown = capsys.readouterr().out
     assert "unedited: (nothing)\n" in shown

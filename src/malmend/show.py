@@ -159,7 +159,7 @@ def asked(result: AskResult) -> None:
     OUT.print(f"[bold]{escape(result.prompt)}[/bold]", highlight=False)
     before = _cut(result.unedited, result.unedited_cut)
     if result.edited is None:
-        OUT.print(escape(before), highlight=False)
+        OUT.print(escape(before) if before.strip() else "(nothing)", highlight=False)
         return
     after = _cut(result.edited, result.edited_cut)
     for name, text in (("unedited:", before), ("edited:", after)):

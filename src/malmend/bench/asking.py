@@ -1,6 +1,7 @@
 """Everything that is asked in a cell, the unedited model once for all methods on the same draw.
 
-As :func:`malmend.eval`, but nothing through the chat template.
+Where each fact is edited alone the model is asked again for every method: replies are kept of one
+draw, and there each fact is one.  As :func:`malmend.eval`, but nothing through the chat template.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from malmend.facts.entry import short
 from malmend.facts.fact import training_digests
 from malmend.facts.lint import leaks, unseen
 from malmend.facts.readers import beside, read_facts
+from malmend.files import reason
 from malmend.given import checked
 from malmend.methods.trained import TRAINED, method_in, trained_method
 from malmend.models.cut import Cut
@@ -74,9 +75,16 @@ def inspect(
         settle = loaded.reading.form == "causal" and sites is None
         return _model(loaded, found, around(loaded.model, found) if settle else ())
 
-    if str(thing) in BUILT_IN or path.suffix == ".gguf":
+    if str(thing) in BUILT_IN or path.suffix.lower() == ".gguf":
         return model()
-    if (found := _reader(path)) is not None:
+    try:
+        found = _reader(path)
+    except OSError as error:  # of a name that no file can have, or a file that may not be read
+        raise MalmendError(
+            f"{short(str(thing))} cannot be read ({reason(error)}); give a model, an editor, a "
+            "patch or a facts file."
+        ) from error
+    if found is not None:
         kind, read = found
         if of_model:
             raise MalmendError(
