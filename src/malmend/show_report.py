@@ -48,7 +48,7 @@ def report(result: Report) -> None:
             table.add_row(name, one.metric.replace("_", " "), *cells)
         table.add_section()
     if result.perplexity:
-        cells = map(figures.perplexity, result.perplexity.values())
+        cells = list(map(figures.perplexity, result.perplexity.values()))
         table.add_row("text", "perplexity", *cells)
     OUT.print(table)
     if result.perplexity and result.about.get("text"):
