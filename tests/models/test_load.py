@@ -366,11 +366,13 @@ def test_tied_weights_are_not_missing(tmp_path):
     assert loaded.fingerprint == fingerprint(tiny.model_of("gpt2", torch.float32))
 
 
+@pytest.mark.parametrize("name", ["broken.gguf", "BROKEN.GGUF"])
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF\x03\0\0\0", b"hello" * 100])
-def test_a_broken_gguf_file(tmp_path, content):
-    path = tmp_path / "broken.gguf"
+def test_a_broken_gguf_file(tmp_path, content, name):
+    path = tmp_path / name
     path.write_bytes(content)
     assert str(path) in refused(path)
+    assert "hub name" not in refused(path)  # which is said of what is no file of a model
     with pytest.raises(ModelError):
         load_tokenizer(str(path))
     # And no half-made copy stays to be found.

@@ -47,3 +47,11 @@ def test_the_wrong_file_is_not_compared_with_every_prompt(monkeypatch):
     held = active(*((f"Mount {i} is in", "Chile") for i in range(10)))
     assert len(faults_of(paired, held, known)) == 50
     assert tried == ["Lake 0 is in", "Lake 1 is in", "Lake 2 is in"]
+
+
+def test_an_answer_in_another_form_of_the_same_letters_is_the_same():
+    known = FactSet("f", (Fact("b", "Q", "Me\N{COMBINING ACUTE ACCENT}xico  City"),))
+    fresh, duplicates = unlike(
+        active(("Q", "M\N{LATIN SMALL LETTER E WITH ACUTE}xico City")), known, False
+    )
+    assert (fresh, duplicates) == ([], [*known])

@@ -84,7 +84,7 @@ def _locate(name: str) -> tuple[str, str | None]:
         is_gguf = inside.endswith(".gguf")
         return (str(folder), inside) if is_gguf else (str(folder / inside), None)
     path = Path(name).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
+    if path.suffix.lower() == ".gguf" and path.is_file():
         check_gguf(path)
         return str(path.parent), path.name
     if path.is_dir():
@@ -103,7 +103,7 @@ def _locate(name: str) -> tuple[str, str | None]:
         return str(path), None
     if (
         path.exists()
-        or path.suffix == ".gguf"
+        or path.suffix.lower() == ".gguf"
         or name.count("/") != 1
         or name.startswith((".", "/"))
     ):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from malmend.errors import FactsError, nearest
 from malmend.facts.entry import short
-from malmend.facts.fact import Fact, FactSet
+from malmend.facts.fact import Fact, FactSet, same_answer
 from malmend.facts.lint import same_prompt
 from malmend.shipping.ledger_entries import Entry
 
@@ -24,7 +24,7 @@ def unlike(active: Sequence[Entry], known: FactSet, strict: bool) -> tuple[list[
     fresh, duplicates, faults = [], [], []
     for fact in known:
         other = by_prompt.get(same_prompt(fact.prompt))
-        if other is not None and _same_answer(fact, other):
+        if other is not None and same_answer(fact.answer, other.answer):
             duplicates.append(fact)
             if strict:
                 faults.append(f"{fact.where}: the ledger holds it already as {other.id!r}")
@@ -66,7 +66,7 @@ def paired(
                 f"{fact.where}: no active fact has the prompt {short(fact.prompt)}"
                 f"{near}; give it to `malmend ledger add`"
             )
-        elif _same_answer(fact, other):
+        elif same_answer(fact.answer, other.answer):
             duplicates.append(fact)
             if strict:
                 faults.append(f"{fact.where}: the ledger holds it already as {other.id!r}")
@@ -85,10 +85,6 @@ def _raise(known: FactSet, faults: Sequence[str]) -> None:
     if faults:
         count = "1 fact does" if len(faults) == 1 else f"{len(faults)} facts do"
         raise FactsError(f"{known.source}: {count} not fit the ledger, which is unchanged:", faults)
-
-
-def _same_answer(fact: Fact, entry: Entry) -> bool:
-    return fact.answer.strip() == entry.answer.strip()
 
 
 def named(facts: Sequence[Fact]) -> str:
