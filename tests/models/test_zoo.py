@@ -16,12 +16,20 @@ from malmend.editors.settings import training_free
 from malmend.models.capture import capture
 from malmend.models.descent import Descent
 from malmend.models.load import prepared
-from malmend.models.sites import find_sites
+from malmend.models.sites import around, find_sites
 from malmend.models.trunk import Trunk
 from malmend.numerics.moments import RunningMoments
 from malmend.patch import applied, make_patch
 
 FAMILY = pytest.mark.parametrize("family", tiny.EVERY)
+LAYOUTS = ("llama", "gpt2", "gemma2", "falcon")  # of blocks; the others for `make thorough`
+IN_LAYOUTS = pytest.mark.parametrize(
+    "family",
+    [
+        family if family in LAYOUTS else pytest.param(family, marks=pytest.mark.slow)
+        for family in tiny.FAMILIES + tiny.ZOO
+    ],
+)
 QUESTIONS = tiny.questions(5)
 # In a Conv1D the weight is K x V; GPT-Neo has only its names.
 STORED_TRANSPOSED = ("gpt2",)
@@ -37,6 +45,13 @@ def head_logits(trunk, questions=QUESTIONS):
     """Padded into one batch, in the questions' order."""
     with torch.no_grad():
         return trunk.logits(trunk.batch(questions))
+
+
+def cut_at_a_block(model, sites):
+    """As for an edit that settles: the layers around these are there too."""
+    trunk = Trunk(model, around(model, sites)).at([site.name for site in sites])
+    assert trunk.cut.place == "block"
+    return trunk
 
 
 def assert_same(found, expected):
@@ -118,9 +133,11 @@ def test_where_the_cut_lies(family):
 
 
 @FAMILY
-def test_captured_pairs_are_those_of_autograd(family):
+@pytest.mark.parametrize("place", [cut, cut_at_a_block])
+def test_captured_pairs_are_those_of_autograd(family, place):
+    """At a block too, where Falcon adds the attention to what the layer gave in place."""
     model = tiny.model_of(family)
-    trunk = cut(model)
+    trunk = cut(model) if place is cut else cut_at_a_block(model, find_sites(model, 2))
     alone = [pairs_alone(model, trunk.sites, question) for question in QUESTIONS]
     for tokens in ("answer", "all"):
         places = [
@@ -133,6 +150,22 @@ def test_captured_pairs_are_those_of_autograd(family):
             assert torch.cat(grads).abs().max() > 0.01
             assert_same(pair.keys_NK, torch.cat(keys))
             assert_same(pair.value_grads_NV, torch.cat(grads))
+
+
+@IN_LAYOUTS
+def test_in_low_precision_pairs_are_those_of_autograd_but_for_rounding(family):
+    model = tiny.model_of(family, torch.bfloat16)
+    trunk = cut(model)
+    assert trunk.cut.place == "block"
+    alone = [pairs_alone(model, trunk.sites, question) for question in QUESTIONS]
+    moves = capture(trunk, QUESTIONS, descent=Descent(2))
+    for index, pair in enumerate(capture(trunk, QUESTIONS)):
+        rows = [(pairs[index], list(one.sources)) for pairs, one in zip(alone, QUESTIONS, strict=True)]
+        keys, grads = (torch.cat([pairs[n][at] for pairs, at in rows]).float() for n in (0, 1))
+        assert (pair.keys_NK - keys).norm() < 0.06 * keys.norm()
+        assert (pair.value_grads_NV - grads).norm() < 0.06 * grads.norm()
+        assert moves[index].value_grads_NV.isfinite().all()
+        assert (moves[index].value_grads_NV.norm(dim=1) > 0).any()
 
 
 @FAMILY

@@ -49,7 +49,8 @@ def tracing(sites: Sequence[Site], grads: bool = True) -> Iterator[list[Trace]]:
             if trace.added is not None:
                 output = output + trace.added.to(output.device).view_as(output)
             if not output.requires_grad:
-                output = output.detach().requires_grad_(True)
+                # Not a leaf itself: a block that runs its parts side by side may add to it in place.
+                output = output + output.new_zeros(()).requires_grad_(True)
 
             def keep(grad: Tensor) -> None:
                 trace.value_grads = grad.reshape(-1, grad.shape[-1])
