@@ -5,6 +5,7 @@ Shape letters: Q questions, A answer tokens, H hidden width, V value width, K ke
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,19 +41,22 @@ def weight_grads(
 
     The losses are Q numbers in float64 on the CPU, the gradients V x K.
 
-    The gradient is accumulated in float32 or wider, whatever the weights' dtype.
+    The gradient is accumulated in float32 or wider, whatever the weights' dtype; before that a term
+    weighs at least a half and less than 1, the power of two that is left comes then.
     """
     device = wide_device(trunk.model)
     losses = [torch.zeros(len(term.questions), dtype=torch.float64) for term in terms]
     totals = dict[str, Tensor]()
     with _weights_in_graph(trunk.sites if grads else ()), torch.set_grad_enabled(grads):
         for term, losses_Q in zip(terms, losses, strict=True):
+            # By one over a number of facts most derivatives would be below the least of float16.
+            factor, power = math.frexp(term.weight)
             kept = list[tuple[list[int], Tensor]]()
             for indices, batch in trunk.batches(term.questions):
                 states_AH = trunk.final_states(batch)
-                weight = term.weight if grads else 0.0
-                losses_A = through_output(trunk, states_AH, term.part(indices, batch), weight)
-                _collect(trunk.sites, totals)
+                part = term.part(indices, batch)
+                losses_A = through_output(trunk, states_AH, part, factor if grads else 0.0)
+                _collect(trunk.sites, totals, 2.0**power)
                 parts = losses_A.to(device).to(torch.float64).split(batch.tokens.sources)
                 kept.append((indices, torch.stack([one_A.sum() for one_A in parts])))
             # Off a GPU only here: after every micro-batch it would have to wait.
@@ -92,8 +96,11 @@ def _weights_in_graph(sites: Sequence[Site]) -> Iterator[None]:
         yield
 
 
-def _collect(sites: Sequence[Site], totals: dict[str, Tensor]) -> None:
-    """Moves each weight's gradient into a wide running sum, so that bfloat16 never accumulates."""
+def _collect(sites: Sequence[Site], totals: dict[str, Tensor], scale: float) -> None:
+    """Moves each weight's gradient, times ``scale``, into a wide running sum.
+
+    So bfloat16 never accumulates.
+    """
     for site in sites:
         grad = site.weight.grad
         if grad is None:
@@ -101,7 +108,7 @@ def _collect(sites: Sequence[Site], totals: dict[str, Tensor]) -> None:
         wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
         grad_VK = site.oriented(grad).to(wide)
         if site.name in totals:
-            totals[site.name] += grad_VK
+            totals[site.name].add_(grad_VK, alpha=scale)
         else:
-            totals[site.name] = grad_VK.clone()
+            totals[site.name] = scale * grad_VK
         site.weight.grad = None
