@@ -221,3 +221,16 @@ def test_logits_of_nan_agree_with_nothing():
         assert not cut.agree(broken, whole)
         assert not cut.agree(whole, broken)
         assert not cut.agree(broken, broken)
+
+
+@pytest.mark.parametrize("family", ["XLM", "Flaubert"])
+@pytest.mark.parametrize("head", ["ForSequenceClassification", "WithLMHeadModel"])
+def test_blocks_in_parallel_lists(family, head):
+    # Of attentions, feed-forward parts and norms, all of one length, the first were taken for the
+    # blocks, and their out_lin for the feed-forward's second layer.
+    sizes = {"emb_dim": 16, "n_layers": 3, "n_heads": 2, "vocab_size": 40, "num_labels": 3}
+    config = getattr(transformers, f"{family}Config")(**sizes)
+    model = tiny.random_model(getattr(transformers, f"{family}{head}"), config)
+    lists = r"lists of their own \(transformer.attentions, transformer.ffns\)"
+    refused(model, match=lists)
+    refused(model, pattern="*.ffns.2.lin2", match=lists)

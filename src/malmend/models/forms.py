@@ -133,7 +133,12 @@ def find_stacks(model: PreTrainedModel) -> tuple[Stack, ...]:
 def _longest(
     model: PreTrainedModel, inside: nn.Module, length: int | None
 ) -> tuple[str, nn.ModuleList]:
-    """The longest list of modules of one class, the outermost of several."""
+    """The longest list of modules of one class, the outermost of several.
+
+    Raises:
+        ModelError: there is none, or several beside one another, as XLM's attentions and
+            feed-forward parts are.
+    """
     within = set(inside.modules())
     stacks = [
         (name, module)
@@ -149,7 +154,22 @@ def _longest(
             f"needs; give {KINDS} whose layers are modules of one class, each with weights of "
             "its own."
         )
-    return max(stacks, key=lambda stack: len(stack[1]))
+    longest = max(stacks, key=lambda stack: len(stack[1]))
+    place = longest[0].rpartition(".")[0]
+    beside = [
+        name
+        for name, module in stacks
+        if name.rpartition(".")[0] == place
+        and len(module) == len(longest[1])
+        and any(weight.ndim >= 2 for weight in module.parameters())
+    ]
+    if len(beside) > 1:
+        raise ModelError(
+            f"{type(model).__name__} keeps the parts of its blocks in lists of their own "
+            f"({', '.join(beside)}), expected one list of whole blocks; give {KINDS} of another "
+            "make."
+        )
+    return longest
 
 
 def cannot_run(model: PreTrainedModel, error: Exception, what: str) -> ModelError:
