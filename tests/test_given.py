@@ -187,3 +187,16 @@ def test_settings_that_no_editor_has_are_refused(kind, given, said):
 def test_sites_that_are_misspelt_are_refused(given, tiny):
     with pytest.raises(ModelError, match=f"{next(iter(given))} is "):
         find_sites(tiny.loaded.model, **given)
+
+
+def test_a_model_in_training_mode_is_refused_as_that(tiny):
+    """Dropout let it seem to see later tokens; of its parts one in that mode is enough."""
+    model = tiny.loaded.model
+    for part in (model, list(model.modules())[-1]):
+        part.train()
+        try:
+            with pytest.raises(ModelError, match=r"is in training mode, .* call eval\(\)"):
+                workbench.opened(tiny.loaded)
+        finally:
+            model.eval()
+    assert workbench.opened(tiny.loaded) is tiny.loaded

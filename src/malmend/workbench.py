@@ -187,10 +187,15 @@ def opened(model: str | LoadedModel, dtype: str = DTYPE, device: str = CPU) -> L
     """A model by name, or one that is loaded already.
 
     Raises:
-        ModelError: of a loaded one another dtype or device is asked for.
+        ModelError: of a loaded one another dtype or device is asked for, or it is being trained.
     """
     if not isinstance(model, LoadedModel):
         return load_model(model, dtype, device)
+    if any(module.training for module in model.model.modules()):
+        raise ModelError(
+            f"{model.name} is in training mode, in which dropout changes what it says each time, "
+            "expected evaluation mode; call eval() on the model first."
+        )
     places = places_of(model.model)
     on_it = all(f"{one}:".startswith(f"{device}:") for one in places.split(", "))
     is_there = device == CPU or on_it or (device == SPREAD and places != CPU)
