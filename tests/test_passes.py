@@ -541,6 +541,23 @@ def test_a_settled_edit_that_misses_more_is_taken_back(tiny, monkeypatch, briefl
     assert (said["rounds"], said["around"]) == (0.0, False)
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "stays"),
+    [(0.0, 0.01, True), (0.0, 0.0101, False), (0.02, 0.02, True), (0.02, 0.021, False)],
+)
+def test_a_settled_edit_may_miss_a_hundredth_or_what_the_solves_did(
+    tiny, monkeypatch, briefly, before, after, stays
+):
+    def untouched(_trunk, _priors, shifts, *_rest, **_more):
+        return dict(shifts)
+
+    monkeypatch.setattr(settling, "settle", untouched)
+    counting(monkeypatch, before, after)
+    refine = replace(SETTLED, around=False)
+    said = malmend.edit(tiny.loaded, FEW, refine=refine, **own(tiny)).patch.provenance
+    assert said["rounds"] == (SETTLED.rounds if stays else 0.0)
+
+
 def test_an_edit_of_every_token_settles_in_the_metric_of_so_many(tiny, monkeypatch, briefly):
     given = {}
     find = edits.find_by_editor

@@ -146,6 +146,45 @@ def test_rows_are_the_descended_keys_and_moves_of_moved_tokens(
         torch.testing.assert_close(pair.value_grads_NV, -torch.cat(move), rtol=1e-6, atol=1e-9)
 
 
+def test_no_second_step_is_longer_than_ten_times_the_first(disturbed, monkeypatch):
+    """Of a token whose gradient all but vanishes while its loss stays, as behind a norm."""
+    _, trunk, _, shifts, held = disturbed
+    real, steps = restore._brought_back, []
+
+    def fading(_trunk, _batch, is_moved_A, before_MX):
+        taken = 0
+
+        def kl_from(*given):
+            part = output.kl_from(*given)
+
+            def faded(rows, at_AW):
+                nonlocal taken
+                kl_A, by_AW = part(rows, at_AW)
+                taken += 1
+                return torch.ones_like(kl_A), by_AW * 1e-6 ** (taken - 1)
+
+            return faded
+
+        found = []
+        for count in (1, 2):
+            taken = 0
+            with monkeypatch.context() as patch:
+                patch.setattr(restore, "kl_from", kl_from)
+                patch.setattr(restore, "STEPS", count)
+                found.append(real(_trunk, _batch, is_moved_A, before_MX))
+        steps.append(found)
+        return found[-1]
+
+    monkeypatch.setattr(restore, "_brought_back", fading)
+    with shifted(list(trunk.sites), shifts):
+        restoring(trunk, held, 1000)
+    assert steps
+    for once, twice in steps:
+        for (_, one_MV), (_, two_MV) in zip(once, twice, strict=True):
+            first_M, second_M = one_MV.norm(dim=1), (two_MV - one_MV).norm(dim=1)
+            torch.testing.assert_close(second_M, 10 * first_M, rtol=1e-9, atol=0)
+
+
 def test_no_more_rows_than_asked_for_and_the_most_moved_first(disturbed, monkeypatch):
     _, trunk, _, shifts, held = disturbed
     monkeypatch.setattr(restore, "MOVED", 0.7)
