@@ -160,7 +160,9 @@ def test_in_low_precision_pairs_are_those_of_autograd_but_for_rounding(family):
     alone = [pairs_alone(model, trunk.sites, question) for question in QUESTIONS]
     moves = capture(trunk, QUESTIONS, descent=Descent(2))
     for index, pair in enumerate(capture(trunk, QUESTIONS)):
-        rows = [(pairs[index], list(one.sources)) for pairs, one in zip(alone, QUESTIONS, strict=True)]
+        rows = [
+            (pairs[index], list(one.sources)) for pairs, one in zip(alone, QUESTIONS, strict=True)
+        ]
         keys, grads = (torch.cat([pairs[n][at] for pairs, at in rows]).float() for n in (0, 1))
         assert (pair.keys_NK - keys).norm() < 0.06 * keys.norm()
         assert (pair.value_grads_NV - grads).norm() < 0.06 * grads.norm()

@@ -49,7 +49,7 @@ def tracing(sites: Sequence[Site], grads: bool = True) -> Iterator[list[Trace]]:
             if trace.added is not None:
                 output = output + trace.added.to(output.device).view_as(output)
             if not output.requires_grad:
-                # Not a leaf itself: a block that runs its parts side by side may add to it in place.
+                # Not a leaf itself: a block of parts side by side may add to it in place.
                 output = output + output.new_zeros(()).requires_grad_(True)
 
             def keep(grad: Tensor) -> None:
