@@ -191,10 +191,10 @@ def test_an_edit_is_settled_from_its_last_kept_solve_in_every_frame(tiny, monkey
 @pytest.mark.parametrize(
     ("form", "facts", "given", "passes", "rounds"),
     [
-        ("causal", 256, {}, None, 0.0),
-        ("causal", 257, {}, 1, 3.0),
-        ("causal", 257, {"passes": 3}, 3, 0.0),
-        ("causal", 257, {"rounds": 0.0}, None, 0.0),
+        ("causal", 128, {}, None, 0.0),
+        ("causal", 129, {}, 1, 3.0),
+        ("causal", 129, {"passes": 3}, 3, 0.0),
+        ("causal", 129, {"rounds": 0.0}, None, 0.0),
         ("causal", 2, {"rounds": 4.0}, 1, 4.0),
         ("causal", 2, {"rounds": 4.0, "passes": 2}, 2, 4.0),
         ("classes", 1000, {}, None, 0.0),

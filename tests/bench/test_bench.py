@@ -745,13 +745,13 @@ def test_what_was_done_under_other_defaults_is_done_again_and_never_averaged(
 @pytest.mark.parametrize(
     ("given", "size", "settles"),
     [
-        ({"malmen": {"rounds": 0.0}}, 257, False),
+        ({"malmen": {"rounds": 0.0}}, 129, False),
         ({"malmen": {"rounds": 2.0, "steps": 50}}, 2, True),
-        ({"malmen": {}}, 256, False),
-        ({"malmen": {}}, 257, True),
-        ({"malmen": {"passes": 1}}, 257, False),
-        ({"ft": METHODS["ft"]}, 257, False),
-        ({"context": {}}, 257, False),
+        ({"malmen": {}}, 128, False),
+        ({"malmen": {}}, 129, True),
+        ({"malmen": {"passes": 1}}, 129, False),
+        ({"ft": METHODS["ft"]}, 129, False),
+        ({"context": {}}, 129, False),
     ],
 )
 def test_how_edits_settle_counts_where_they_do(plan, monkeypatch, given, size, settles):
@@ -763,7 +763,7 @@ def test_how_edits_settle_counts_where_they_do(plan, monkeypatch, given, size, s
 
 
 def test_facts_alone_are_few(plan):
-    cell = next(iter(replace(plan, methods={"malmen": {}}, sizes=(257,)).cells()))
+    cell = next(iter(replace(plan, methods={"malmen": {}}, sizes=(129,)).cells()))
     assert making_module.unsaid(replace(cell, protocol="alone")) == making_module.UNSAID
 
 

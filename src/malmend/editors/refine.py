@@ -53,7 +53,7 @@ from malmend.processes import ALONE, Processes
 PROMPT = "{prompt}"
 CHAT = "chat"
 USUAL, MOST, ENOUGH = 3, 4, 0.01  # solves, and the share of missed tokens that needs no more
-UNSETTLED, ROUNDS = 256, 3.0  # facts at most that do not settle; the rounds of larger edits
+UNSETTLED, ROUNDS = 128, 3.0  # facts at most that do not settle; the rounds of larger edits
 MOST_WORDINGS = 10
 MOST_PASSES = 100  # four do, and each costs as much as the first
 MOST_WEIGHT = 1000  # of what is asked back: far heavier ones leave nothing of the edits
@@ -85,7 +85,7 @@ class RefineSettings:
             in chat, while the edit settles, that is, while its shift is descended after the solves
             (settle.py), in 80 steps at least; 0 for not at all, and what follows here then does
             nothing.  Of a decoder only.
-            Null for 3 of a decoder's edit of more than 256 facts whose ``passes`` nobody gave, and
+            Null for 3 of a decoder's edit of more than 128 facts whose ``passes`` nobody gave, and
             else for 0.
         steps: of settling at most; with more facts each is read less often.
         wordings: in how many other wordings at most each fact is read besides while it settles: the
