@@ -15,10 +15,11 @@ It is not sure to get there, so the caller keeps the last pass after which no mo
 prompts' tokens are missed (:func:`missed`) than after the best before it, or no more than a
 hundredth of them.
 
-Frames are other settings that a prompt is put in during the later passes, each with rows of its
-own; a fact that holds in several holds better in words that nobody gave.  One of them is the
-model's chat template: an edit of the plain prompts alone is not there when the model is asked in a
-chat.  Its keys lie far from the prompts', so its rows ask for more (``chat_gain``).
+Frames are other settings that a prompt is put in during the later passes (or in the only one, where
+that is asked: :attr:`RefineSettings.frames_at_once`), each with rows of its own; a fact that holds
+in several holds better in words that nobody gave.  One of them is the model's chat template: an
+edit of the plain prompts alone is not there when the model is asked in a chat.  Its keys lie far
+from the prompts', so its rows ask for more in a later pass (``chat_gain``).
 
 Not in MALMEN, which solves once; ``passes: 1`` is the published form.
 """
