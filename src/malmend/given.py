@@ -38,7 +38,7 @@ def checked(*own: str) -> Callable[[Function], Function]:
             given = bound.arguments
             for name, value in given.items():
                 kinds = get_args(hints.get(name)) or (hints.get(name),)
-                if Path in kinds and value == "":  # which would be the current folder
+                if Path in kinds and isinstance(value, str) and not value:  # the current folder
                     raise MalmendError(f"{name} is empty, expected a path; give one.")
                 if isinstance(value, Path) and str in kinds and Path not in kinds:
                     given[name] = str(value)  # a model's folder

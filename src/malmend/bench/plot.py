@@ -39,13 +39,6 @@ def plot(rows: Sequence[Row], folder: Path) -> list[Path]:
     Raises:
         MalmendError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise MalmendError(
-            "Figures need matplotlib, which is not installed; run pip install matplotlib."
-        ) from error
-    matplotlib.use("Agg")
     found, written = groups(rows), []
     for model, protocol in dict.fromkeys(key[:2] for key in found):
         mine = {key[2:]: some for key, some in found.items() if key[:2] == (model, protocol)}
@@ -68,8 +61,12 @@ def _file_name(model: str) -> str:
 
 
 def _drawn(mine: dict[Any, list[Row]], title: str) -> Any:
-    from matplotlib.figure import Figure
-
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MalmendError(
+            "Figures need matplotlib, which is not installed; run pip install matplotlib."
+        ) from error
     rows = [row for some in mine.values() for row in some]
     panels = [(name, of) for name, of in PANELS if any(of(row) is not None for row in rows)]
     columns = min(3, len(panels))

@@ -43,7 +43,7 @@ from malmend.processes import ALONE, Processes
 MOVED, BACK = 0.15, 0.05  # nats at which a token counts as moved, and as brought back
 STEPS, RATE = 2, 1.5
 EACH, FEWEST = 20, 2000  # positions that are read for each edited token, and at least
-NUMBERS = (MOVED, BACK, STEPS, RATE, EACH, FEWEST)
+NUMBERS = (MOVED, BACK, STEPS, RATE, EACH, FEWEST, LONGER)
 
 
 @dataclass(frozen=True, eq=False)

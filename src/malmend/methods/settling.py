@@ -6,7 +6,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 
 from malmend.editors import draws
@@ -32,6 +31,7 @@ from malmend.models.device import places_of
 from malmend.models.source import cache_folder
 from malmend.models.trunk import Trunk
 from malmend.numerics.prior import Prior
+from malmend.patch import versions
 from malmend.processes import Processes
 from malmend.progress import Progress, counted
 from malmend.workbench import Workbench
@@ -117,7 +117,7 @@ class Settling:
         Not by what the solves found, which an accelerator rounds otherwise each time.
         """
         loaded, editor = self.bench.loaded, self.editor
-        of_model = (loaded.digest, loaded.dtype, places_of(loaded.model), version("torch"))
+        of_model = (loaded.digest, loaded.dtype, places_of(loaded.model), versions())
         refine = replace(self.refine, steps=self.steps)  # a bound that does not bind is none
         solves = (editor.checksum(), editor.settings, refine, UNSAID, SETTLING)
         kept = [(one.held.questions, one.each, one.weight) for one in keeping]
