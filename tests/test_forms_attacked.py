@@ -83,11 +83,11 @@ def test_finetune_does_not_go_on_with_other_classes(others, tmp_path):
 def test_classes_that_differ_in_case_alone_are_refused(tmp_path, capsys):
     model = folders.save_base("bert", tmp_path / "bert")
     facts = claims(tmp_path / "claims.json", ["SUPPORTS", "Supports"] * 4)
-    with pytest.raises(ModelError, match="'SUPPORTS' and 'Supports' differ in case alone"):
+    with pytest.raises(ModelError, match="'SUPPORTS' and 'Supports' differ in case, spacing"):
         finetune(model, facts, tmp_path / "out", ONE)
     named = folders.save_base("bert", tmp_path / "named", classes=("yes", "YES"))
     said = folders.refused(capsys, "inspect", named)
-    assert "'yes' and 'YES' differ in case alone" in said
+    assert "'yes' and 'YES' differ in case, spacing or encoding alone" in said
 
 
 def test_facts_of_one_class_are_named_and_not_the_model(tmp_path):

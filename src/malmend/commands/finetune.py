@@ -22,7 +22,7 @@ from malmend.commands.finetune_epochs import CHECKPOINT, Epochs, best_epoch
 from malmend.commands.training_folder import check_unlike
 from malmend.errors import MalmendError
 from malmend.facts.encoded import Encoded
-from malmend.facts.fact import Fact, FactSet, Question, subject_hash
+from malmend.facts.fact import Fact, FactSet, Question, class_key, subject_hash
 from malmend.facts.lint import skipped_said, unseen, unseen_said
 from malmend.facts.readers import given_facts, read_facts
 from malmend.facts.tokens import Encoder, EndOfAnswer
@@ -94,8 +94,9 @@ def finetune(
     labels = _labels(known)
 
     def fresh() -> LoadedModel:
-        torch.manual_seed(settings.seed)
-        return prepared(*load_base(model, sorted(labels), device), name=model)
+        with torch.random.fork_rng(devices=[]):  # a head that is made up is, on the CPU
+            torch.default_generator.manual_seed(settings.seed)
+            return prepared(*load_base(model, sorted(labels), device), name=model)
 
     first = fresh()
     encoder = encoder_for(first, end_of_answer)
@@ -149,8 +150,8 @@ def _counted(classes: Sequence[str], labels: Counter[str]) -> list[str]:
     """Each class and how often the labels name it, as answers are read: whatever their case."""
     counts: Counter[str] = Counter()
     for label, count in labels.items():
-        counts[label.casefold()] += count
-    return [f"{name} ({counts[name.casefold()]:,})" for name in classes]
+        counts[class_key(label)] += count
+    return [f"{name} ({counts[class_key(name)]:,})" for name in classes]
 
 
 def _together(sets: Sequence[FactSet]) -> FactSet:

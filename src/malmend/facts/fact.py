@@ -100,9 +100,14 @@ def same_answer(one: str, other: str) -> bool:
     return in_one_form(one) == in_one_form(other)
 
 
+def class_key(name: str) -> str:
+    """What two names of one class have alike, as the same answer has, in whatever case."""
+    return in_one_form(name.casefold())
+
+
 def same_class(one: str, other: str) -> bool:
-    """Whether an answer names a class of a model: the same answer, in whatever case."""
-    return same_answer(one.casefold(), other.casefold())
+    """Whether an answer names a class of a model."""
+    return class_key(one) == class_key(other)
 
 
 @dataclass(frozen=True, slots=True)

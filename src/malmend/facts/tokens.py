@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 
 from malmend.errors import MalmendError, nearest
 from malmend.facts.encoded import Encoded, Form
-from malmend.facts.fact import Fact, Question
+from malmend.facts.fact import Fact, Question, class_key
 from malmend.facts.tokenizer import EndOfAnswer, check_survives, end_ids, special_ids, tokenized
 
 TRIED = "What is it?"  # what a chat template is tried with
@@ -243,14 +243,14 @@ class Encoder:
             ids = self.ids_of(answer.strip())[0][len(self.prefix) - 1 :]
             check_survives(self.tokenizer, self._special, answer, ids)
             return ids
-        names = [name.casefold() for name in self.reading.classes]
-        if answer.strip().casefold() not in names:
+        names = [class_key(name) for name in self.reading.classes]
+        if class_key(answer) not in names:
             raise MalmendError(
                 f"the answer {answer!r} is no class of this model"
                 f"{nearest(answer, self.reading.classes) or ','} expected one of "
                 f"{', '.join(map(repr, self.reading.classes))}"
             )
-        return (names.index(answer.strip().casefold()),)
+        return (names.index(class_key(answer)),)
 
     def _decoder_prefix(self) -> tuple[int, ...]:
         """The start token, and what the tokenizer puts in front of every text (BART's BOS)."""

@@ -115,27 +115,34 @@ class Finetuner:
         """Every question once."""
         start, total, done = time.perf_counter(), 0.0, 0
         name = f"{self.settings.seed} {self.phase} {self.epoch}"
-        torch.manual_seed(random.Random(name).getrandbits(60))
-        self.model.train()
-        for batch in self._batches(random.Random(name)):
-            tokens = collate(batch)
-            labels_A = tokens.labels_A.to(self.model.device)
-            loss = answer_nll(answer_logits(self.model, tokens), labels_A).sum() / len(batch)
-            if not loss.isfinite():
-                raise MalmendError(
-                    f"Fine-tuning diverged in epoch {self.epoch + 1} (the loss is {loss.item()}); "
-                    "lower --rate and start again in another --out."
-                )
-            self.optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            self.optimiser.step()
-            total, done = total + loss.item() * len(batch), done + len(batch)
-            self.progress(done / len(self.questions))
+        place = self.model.device
+        # The caller's draws are as if there had been no dropout.
+        with torch.random.fork_rng([place] if place.type == "cuda" else []):
+            torch.manual_seed(random.Random(name).getrandbits(60))
+            self.model.train()
+            for batch in self._batches(random.Random(name)):
+                total, done = total + self._step(batch) * len(batch), done + len(batch)
+                self.progress(done / len(self.questions))
         self.model.eval()
         self.epoch += 1
         right = share_right(self.model, self.judged)
         seconds = time.perf_counter() - start
         return EpochRecord(self.phase, self.epoch, total / done, right, seconds)
+
+    def _step(self, batch: Sequence[Encoded]) -> float:
+        """A step of Adam; the loss before it, a mean over the questions."""
+        tokens = collate(batch)
+        labels_A = tokens.labels_A.to(self.model.device)
+        loss = answer_nll(answer_logits(self.model, tokens), labels_A).sum() / len(batch)
+        if not loss.isfinite():
+            raise MalmendError(
+                f"Fine-tuning diverged in epoch {self.epoch + 1} (the loss is {loss.item()}); "
+                "lower --rate and start again in another --out."
+            )
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimiser.step()
+        return loss.item()
 
     def _batches(self, generator: random.Random) -> Iterator[list[Encoded]]:
         """Questions of like length together, the batches in any order."""

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from malmend.errors import ModelError
 from malmend.facts.encoded import Encoded, Form, TokenBatch, collate
+from malmend.facts.fact import class_key
 from malmend.facts.tokens import Reading
 from malmend.files import reason
 
@@ -84,14 +85,14 @@ def class_names(config: Any) -> tuple[str, ...]:
 
 
 def check_told_apart(classes: Sequence[str]) -> None:
-    """Raises ModelError for two classes that differ in case alone: answers are read without it."""
+    """Raises ModelError for two classes that no answer could tell apart (:func:`class_key`)."""
     first: dict[str, str] = {}
     for name in classes:
-        other = first.setdefault(name.casefold(), name)
+        other = first.setdefault(class_key(name), name)
         if other is not name:
             raise ModelError(
-                f"The classes {other!r} and {name!r} differ in case alone, so that an answer could "
-                "not tell them apart; write each class one way."
+                f"The classes {other!r} and {name!r} differ in case, spacing or encoding alone, "
+                "so that an answer could not tell them apart; write each class one way."
             )
 
 
