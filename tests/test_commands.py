@@ -350,7 +350,32 @@ def test_a_model_with_a_patch_on_it_is_refused(tiny, tmp_path, monkeypatch, comm
     call()
 
 
-@pytest.mark.parametrize("command", ["edit", "eval", "train"])
+def test_the_report_of_an_edit_is_of_the_facts_that_were_read(tiny, tmp_path):
+    """They were read again after the work, when a file may be another, and an iterator over."""
+    done = malmend.edit(tiny.loaded, iter(FEW), settings=LAST, report=tmp_path / "a", **eager(tiny))
+    assert done.page == tmp_path / "a" / "index.html"
+    path = tmp_path / "facts.jsonl"
+    path.write_text(as_lines(FEW))
+
+    def rewritten(*_said):
+        path.write_text(as_lines(make_facts(2, seed=9)))
+
+    malmend.edit(
+        tiny.loaded,
+        path,
+        settings=LAST,
+        report=tmp_path / "b",
+        progress=rewritten,
+        **eager(tiny),
+    )
+    rows = [
+        [row["prompt"] for row in json.loads((tmp_path / name / "report.json").read_text())["rows"]]
+        for name in "ab"
+    ]
+    assert rows[0] == rows[1] == [fact.prompt for fact in FEW]
+
+
+@pytest.mark.parametrize("command", ["edit", "eval", "train", "export", "diff", "ledger"])
 def test_another_thread_is_refused_meanwhile(tiny, tmp_path, command):
     """It would take the shifts and hooks that are on the model for the model's own."""
     known, refused = tiny.facts, []
@@ -374,10 +399,34 @@ def test_another_thread_is_refused_meanwhile(tiny, tmp_path, command):
         "edit": own(tiny) | {"progress": meanwhile, "limit": 2},
         "eval": {"progress": meanwhile, "limit": 2, "decode_facts": 0},
         "train": own(tiny) | short | {"stepped": meanwhile},
-    }[command]
-    getattr(malmend, command)(tiny.loaded, known, **more)
-    assert [type(one) for one in refused] == [PatchError] * 3
+    }
+    if command in more:
+        getattr(malmend, command)(tiny.loaded, known, **more[command])
+    elif command == "export":
+        asked = {"facts": tiny.calibrate, "limit": 2, "progress": meanwhile}
+        malmend.export(patch, tmp_path / "adapter", model=tiny.loaded, **asked)
+    elif command == "diff":
+        malmend.diff(tiny.loaded, tiny.loaded, progress=meanwhile)
+    else:
+        _through_a_ledger(tiny, tmp_path / "ledger", refused, meanwhile)
+    assert refused
+    assert [type(one) for one in refused] == [PatchError] * len(refused)
     assert all("is used by another thread" in str(one) for one in refused)
+
+
+def _through_a_ledger(tiny, folder, refused, meanwhile):
+    """Each command is one that another thread is refused beside."""
+    found = []
+    malmend.ledger.init(folder, tiny.loaded, progress=meanwhile, **own(tiny))
+    for command, facts in (("add", [FEW[:1]]), ("replace", [_turned(FEW[:1])]), ("verify", [])):
+        found, refused[:] = [*found, *refused], []
+        getattr(malmend.ledger, command)(folder, *facts, model=tiny.loaded, progress=meanwhile)
+        assert refused, command
+    refused[:] = [*found, *refused]
+
+
+def _turned(facts):
+    return [replace(fact, answer=FEW[1].answer) for fact in facts]
 
 
 def test_a_patch_that_fails_to_come_on_leaves_the_model_usable(tiny):

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 import tiny
 from malmend import patch as patch_module
 from malmend import patch_file
-from malmend.errors import MalmendError, PatchError
+from malmend.errors import MalmendError, ModelError, PatchError
 from malmend.files import written_beside
 from malmend.models.load import prepared
 from malmend.models.sites import find_sites
@@ -238,6 +238,29 @@ def test_what_one_thread_uses_is_no_other_threads():
         with applied(loaded, patch):
             pool.submit(others).result()
         pool.submit(check_bare, loaded).result()
+
+
+def test_a_model_that_was_trained_in_place_is_refused():
+    """Its digest names what is kept of the weights that were loaded, its fingerprint the base."""
+    loaded = loaded_of()
+    patch, known = patch_for(loaded), loaded.digest
+    weight = loaded.model.get_input_embeddings().weight
+    weight.data = weight.data.clone()  # moved alone
+    check_bare(loaded)
+    assert loaded.digest == known
+    # What the fingerprint, in bfloat16, does not see.
+    weight[0, 0] = weight[0, 0].bfloat16() * (1 + 2**-12)
+    assert prepared(loaded.model, None).fingerprint == loaded.fingerprint
+    with applied(loaded, patch):
+        pass
+    assert loaded.digest not in ("", known)
+    weight += 1.0
+    for used_so in (lambda: check_bare(loaded), lambda: applied(loaded, patch).__enter__()):
+        with pytest.raises(ModelError, match="tiny were changed since it was loaded"):
+            used_so()
+    again = prepared(loaded.model, None)
+    check_bare(again)
+    assert again.fingerprint != loaded.fingerprint
 
 
 def test_weights_are_back_although_that_is_interrupted():

@@ -8,13 +8,14 @@ S = left @ right.  R is then its own rank bound min(tokens, K, V), so nothing is
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import wraps
 from importlib.metadata import version
 from threading import Lock, get_ident
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -35,6 +36,9 @@ class _On:
     off: ExitStack
     ended: bool = False
 
+
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
 
 # The patches on a model now, in the order in which they came, and the threads that use it.
 _ON: WeakKeyDictionary[PreTrainedModel, list[_On]] = WeakKeyDictionary()
@@ -136,6 +140,20 @@ def used(model: str | LoadedModel) -> Iterator[None]:
             users.remove(me)
 
 
+def by_one_thread(function: Callable[Given, Result]) -> Callable[Given, Result]:
+    """The function, with every loaded model that it is given :func:`used` while it runs."""
+
+    @wraps(function)
+    def run(*args: Given.args, **named: Given.kwargs) -> Result:
+        with ExitStack() as claims:
+            for one in (*args, *named.values()):
+                if isinstance(one, LoadedModel):
+                    claims.enter_context(used(one))
+            return function(*args, **named)
+
+    return run
+
+
 def _check_mine(loaded: LoadedModel) -> None:
     if any(one != get_ident() for one in _USERS.get(loaded.model, ())):
         raise PatchError(
@@ -155,8 +173,11 @@ def applied(loaded: LoadedModel, patch: Patch, force: bool = False) -> Iterator[
     Raises:
         PatchError: the patch was made for another base, or for other layers; or another thread uses
             the model.
+        ModelError: the weights are no longer those that were loaded.
     """
     with used(loaded):
+        if not _ON.get(loaded.model):
+            loaded.check_unchanged()
         check_base(loaded, patch, force)
         sites, on = sites_of(loaded.model, patch), _ON.setdefault(loaded.model, [])
         mine = _On(ExitStack())
@@ -179,6 +200,9 @@ def check_bare(loaded: LoadedModel) -> None:
     """Raises PatchError while a patch is on the model, or another thread uses it.
 
     What is found of a model is kept under the digest of it unedited.
+
+    Raises:
+        ModelError: its weights are no longer those that were loaded.
     """
     _check_mine(loaded)
     if _ON.get(loaded.model):
@@ -186,6 +210,7 @@ def check_bare(loaded: LoadedModel) -> None:
             f"The model {loaded.name} cannot be used here while a patch is on it; leave the block "
             "of applied(...) first, or give the patch to eval."
         )
+    loaded.check_unchanged()
 
 
 @contextmanager

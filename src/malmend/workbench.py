@@ -20,7 +20,7 @@ from malmend.errors import FactsError, MalmendError, ModelError
 from malmend.evaluation.classes import away as away_from_said
 from malmend.facts.alternatives import towards_alternatives
 from malmend.facts.fact import Fact, FactSet, facts_digest
-from malmend.facts.readers import given_facts, read_facts, read_text
+from malmend.facts.readers import facts_of, read_text
 from malmend.facts.tokens import Encoder, EndOfAnswer
 from malmend.models.budget import MemoryPlan, Work, plan_memory, within
 from malmend.models.device import CPU, SPREAD, places_of
@@ -139,10 +139,7 @@ def checked_facts(
         )
     if away and alternative:
         raise MalmendError("--away and --alternative aim at different answers; give one of them.")
-    if isinstance(facts, str | Path):
-        known = read_facts(facts, limit, strict)
-    else:
-        known = given_facts(facts, limit, strict)
+    known = facts_of(facts, limit, strict)
     if alternative:
         known = towards_alternatives(known)
     check_encodes(known, encoder)

@@ -107,7 +107,10 @@ def test_what_the_model_knows_is_said_before_the_work(tiny, knowing, tmp_path, m
         patched.setattr("malmend.commands.ledger_facts.taken", stops)
         with pytest.raises(KeyboardInterrupt):
             malmend.ledger.add(ledger, [*KNOWN, *FACTS], model=knowing, told=lines.append)
-    assert "answers 2 facts (paris, lima) right already; added all the same" in lines[0]
+    assert (
+        "answers 2 facts (paris, lima) right already; taken in all the same (--skip-known"
+        in lines[0]
+    )
     add = malmend.ledger.add
     done = add(ledger, [*KNOWN, FACTS[0]], skip_known=True, model=knowing, told=lines.append)
     assert "left out" in lines[1]

@@ -11,7 +11,7 @@ from malmend.evaluation.generate import Answer, generate
 from malmend.given import checked
 from malmend.models.load import LoadedModel
 from malmend.models.trunk import Trunk
-from malmend.patch import Patch, applied, check_bare, used
+from malmend.patch import Patch, applied, by_one_thread, check_bare
 from malmend.shipping.adapter import based_on, read_patch
 from malmend.workbench import encoder_for, opened
 
@@ -30,6 +30,7 @@ class AskResult:
     edited_cut: bool = False
 
 
+@by_one_thread
 @checked("patch")
 def ask(
     model: str | LoadedModel,
@@ -72,12 +73,11 @@ def ask(
             return Answer(f"{name} ({share:.3f})")
         return generate(loaded, encoder, [prompt], max_new_tokens, whole=True)[0]
 
-    with used(model):
-        if patch is not None:
-            check_bare(loaded)  # else what is said without it would be said with another
-        before = answer()
-        if patch is None:
-            return AskResult(prompt, before.text, unedited_cut=before.cut)
-        with applied(loaded, patch, force):
-            after = answer()
-        return AskResult(prompt, before.text, after.text, before.cut, after.cut)
+    if patch is not None:
+        check_bare(loaded)  # else what is said without it would be said with another
+    before = answer()
+    if patch is None:
+        return AskResult(prompt, before.text, unedited_cut=before.cut)
+    with applied(loaded, patch, force):
+        after = answer()
+    return AskResult(prompt, before.text, after.text, before.cut, after.cut)

@@ -14,7 +14,7 @@ from malmend.facts.tokens import EndOfAnswer
 from malmend.given import checked
 from malmend.models.load import LoadedModel
 from malmend.models.trunk import TrunkSettings
-from malmend.patch import Patch
+from malmend.patch import Patch, by_one_thread
 from malmend.progress import Progress, silent
 from malmend.shipping.adapter import based_on, read_patch
 from malmend.shipping.conflict import Meeting, meetings, stacked
@@ -43,6 +43,7 @@ class ConflictsResult:
     asked: Mapping[str, Asking] = field(repr=False)
 
 
+@by_one_thread
 @checked()
 def conflicts(
     model: str | LoadedModel,

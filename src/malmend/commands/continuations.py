@@ -13,6 +13,7 @@ from malmend.facts.readers import read_text
 from malmend.files import writable, written_beside
 from malmend.given import checked
 from malmend.models.load import LoadedModel
+from malmend.patch import by_one_thread
 from malmend.workbench import encoder_for
 
 
@@ -25,6 +26,7 @@ class ContinuationsResult:
     skipped: tuple[Skipped, ...] = field(default=(), repr=False)
 
 
+@by_one_thread
 @checked()
 def continuations(
     model: str | LoadedModel,

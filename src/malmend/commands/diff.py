@@ -12,7 +12,7 @@ from malmend.given import checked
 from malmend.models.identity import settings_of, unlike_settings
 from malmend.models.load import LoadedModel
 from malmend.models.sites import Site
-from malmend.patch import Patch, check_bare, now, versions
+from malmend.patch import Patch, by_one_thread, check_bare, now, versions
 from malmend.patch_file import replaced, save_patch
 from malmend.progress import Progress, silent
 from malmend.shipping.compare import Comparison, compared
@@ -41,6 +41,7 @@ class DiffResult:
     path: Path | None = None
 
 
+@by_one_thread
 @checked()
 def diff(
     model: str | LoadedModel,

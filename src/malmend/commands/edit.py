@@ -21,6 +21,7 @@ from malmend.evaluation.examiner import Examiner
 from malmend.evaluation.page import PAGE, check_apart, page_folder
 from malmend.facts.fact import Fact, FactSet, facts_digest
 from malmend.facts.lint import skipped_said, unseen, unseen_said
+from malmend.facts.readers import facts_of
 from malmend.files import writable
 from malmend.given import checked
 from malmend.memory import size_of
@@ -29,7 +30,7 @@ from malmend.models.budget import watched
 from malmend.models.device import places_of
 from malmend.models.load import LoadedModel
 from malmend.models.trunk import TrunkSettings
-from malmend.patch import Patch, applied, make_patch, now, used, versions
+from malmend.patch import Patch, applied, by_one_thread, make_patch, now, versions
 from malmend.patch_file import load_patch, replaced, save_patch
 from malmend.processes import ALONE, Processes
 from malmend.progress import Progress, silent
@@ -72,6 +73,7 @@ class EditResult:
     peak: int | None = None
 
 
+@by_one_thread
 @checked("facts")
 def edit(
     model: str | LoadedModel,
@@ -146,32 +148,32 @@ def edit(
     given = (calibrate, text, calibration, refine, memory, processes)
     by = method_for(editor, settings, method, *given)
     encoder = encoder_for(model, by.method.end_of_answer)
-    known = checked_facts(facts, encoder, limit, strict, alternative, away)
+    read = facts_of(facts, limit, strict)  # once: a file may change meanwhile, an iterator ends
+    known = checked_facts(read, encoder, strict=strict, alternative=alternative, away=away)
     check_calibration(encoder, calibrate, text)
     processes.check_enough(len(known))
     by = by.ready(encoder, len(known))
     if report is not None:  # whatever would stop it is found before the work
         chat_encoder(encoder, known, DECODED)
         page_folder(report, facts, calibrate, text, out, model)
-    with used(model):
-        loaded = opened(model, dtype, device)
-        by = by.on(loaded)
-        over = [] if out is None else replaced(out)
-        for line in (*by.said(), *over, *skipped_said(known.skipped), *unseen_said(unseen(known))):
-            told(line)
-        sites = by.method.sites_in(loaded.model)
-        bench = lay_out(loaded, sites, by.method.end_of_answer, trunk=trunk)
-        known = aimed(bench, known, away)
-        aims = {"alternative": alternative, "away": away, "created": now()}
-        bench, plan = by.within(bench, known.facts, memory)
-        with watched(plan, told) as peak:
-            done = _edited(bench, by.method, known, aims, out, progress, processes)
-        done = replace(done, peak=peak())
-        if report is None or not processes.is_first:
-            return done
-        asked = (loaded, facts, done.patch, limit, strict, alternative, away)
-        evaluate(*asked, decode_facts=DECODED, report=report, trunk=trunk, progress=progress)
-        return replace(done, page=Path(report) / PAGE)
+    loaded = opened(model, dtype, device)
+    by = by.on(loaded)
+    over = [] if out is None else replaced(out)
+    for line in (*by.said(), *over, *skipped_said(known.skipped), *unseen_said(unseen(known))):
+        told(line)
+    sites = by.method.sites_in(loaded.model)
+    bench = lay_out(loaded, sites, by.method.end_of_answer, trunk=trunk)
+    known = aimed(bench, known, away)
+    aims = {"alternative": alternative, "away": away, "created": now()}
+    bench, plan = by.within(bench, known.facts, memory)
+    with watched(plan, told) as peak:
+        done = _edited(bench, by.method, known, aims, out, progress, processes)
+    done = replace(done, peak=peak())
+    if report is None or not processes.is_first:
+        return done
+    asked = (loaded, read, done.patch, None, strict, alternative, away)
+    evaluate(*asked, decode_facts=DECODED, report=report, trunk=trunk, progress=progress)
+    return replace(done, page=Path(report) / PAGE)
 
 
 def _edited(

@@ -23,7 +23,7 @@ from malmend.models.device import places_of
 from malmend.models.load import LoadedModel
 from malmend.models.sites import Site, usual_sites
 from malmend.models.trunk import TrunkSettings
-from malmend.patch import Patch, applied, check_base, sites_of, used
+from malmend.patch import Patch, applied, by_one_thread, check_base, sites_of
 from malmend.progress import Progress, counted, silent
 from malmend.shipping.adapter import based_on, read_patch
 from malmend.shipping.measure import check_decoded
@@ -40,6 +40,7 @@ from malmend.workbench import (
 )
 
 
+@by_one_thread
 @checked("facts", "patch")
 def evaluate(
     model: str | LoadedModel,
@@ -102,35 +103,34 @@ def evaluate(
         page_folder(report, *inputs)
     for line in skipped_said(known.skipped):
         told(line)
-    with used(model):
-        loaded = opened(model, dtype, device)
-        patch = None if patch is None else based_on(patch, loaded)
-        bench = lay_out(loaded, _sites(loaded, patch, force), encoder.end_of_answer, chat, trunk)
-        known = aimed(bench, known, away)
-        for line in others_asked(patch.provenance, known.facts, "The patch") if patch else ():
-            told(line)
-        examiner = Examiner(loaded, bench.trunk, bench.encoder, chat=chatted)
-        questions = examiner.count(known, decode_facts) * (2 if patch else 1)
-        examiner.progress = counted(progress, "asking", questions)
-        before = examiner.examine(known, decode_facts, remember=True)
-        surprise = _perplexity("unedited", bench, plain, progress)
-        after = None
-        if patch is not None:
-            with applied(loaded, patch, force):
-                after = examiner.examine(known, decode_facts)
-                surprise |= _perplexity("edited", bench, plain, progress)
-        progress("asking", 1.0)
-        asked = {
-            "alternative": alternative,
-            "away": away,
-            "chat": chat,
-            "decoded_facts": len(known) if decode_facts is None else min(decode_facts, len(known)),
-            "text": plain.source if plain else "none" if text == "none" else None,
-        }
-        found = _report(known, before, after, surprise, _about(loaded, known, patch) | asked)
-        if report is not None:
-            write_page(found, report)
-        return found
+    loaded = opened(model, dtype, device)
+    patch = None if patch is None else based_on(patch, loaded)
+    bench = lay_out(loaded, _sites(loaded, patch, force), encoder.end_of_answer, chat, trunk)
+    known = aimed(bench, known, away)
+    for line in others_asked(patch.provenance, known.facts, "The patch") if patch else ():
+        told(line)
+    examiner = Examiner(loaded, bench.trunk, bench.encoder, chat=chatted)
+    questions = examiner.count(known, decode_facts) * (2 if patch else 1)
+    examiner.progress = counted(progress, "asking", questions)
+    before = examiner.examine(known, decode_facts, remember=True)
+    surprise = _perplexity("unedited", bench, plain, progress)
+    after = None
+    if patch is not None:
+        with applied(loaded, patch, force):
+            after = examiner.examine(known, decode_facts)
+            surprise |= _perplexity("edited", bench, plain, progress)
+    progress("asking", 1.0)
+    asked = {
+        "alternative": alternative,
+        "away": away,
+        "chat": chat,
+        "decoded_facts": len(known) if decode_facts is None else min(decode_facts, len(known)),
+        "text": plain.source if plain else "none" if text == "none" else None,
+    }
+    found = _report(known, before, after, surprise, _about(loaded, known, patch) | asked)
+    if report is not None:
+        write_page(found, report)
+    return found
 
 
 def _report(

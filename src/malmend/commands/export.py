@@ -17,7 +17,7 @@ from malmend.given import checked
 from malmend.models.load import DTYPES, LoadedModel
 from malmend.models.source import lasting
 from malmend.models.trunk import TrunkSettings
-from malmend.patch import Patch, now
+from malmend.patch import Patch, by_one_thread, now
 from malmend.progress import Progress, silent
 from malmend.shipping.adapter import based_on, read_patch
 from malmend.shipping.card import CARD, card
@@ -49,6 +49,7 @@ class ExportResult:
     metrics: Measured = field(repr=False)
 
 
+@by_one_thread
 @checked("patch")
 def export(
     patch: str | Path | Patch,

@@ -24,7 +24,7 @@ from malmend.models.device import places_of
 from malmend.models.load import LoadedModel
 from malmend.models.trunk import TrunkSettings
 from malmend.one_writer import only_writer
-from malmend.patch import used
+from malmend.patch import by_one_thread
 from malmend.workbench import aimed, checked_facts, encoder_for, lay_out, opened
 
 
@@ -36,6 +36,7 @@ class LearnResult:
     records: tuple[Any, ...] = field(repr=False)
 
 
+@by_one_thread
 @checked("facts", "locality")
 def learn(
     model: str | LoadedModel,
@@ -87,7 +88,7 @@ def learn(
     known = checked_facts(facts, encoder, limit, strict, alternative, away)
     others = given_questions(locality)
     check_folder(folder)
-    with used(model), only_writer(folder, "--out"):
+    with only_writer(folder, "--out"):
         loaded = opened(model, dtype, device)
         sites = settings.sites_in(loaded.model)
         bench = lay_out(loaded, sites, settings.end_of_answer, trunk=trunk)

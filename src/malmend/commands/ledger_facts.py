@@ -17,6 +17,7 @@ from malmend.facts.lint import unseen, unseen_said
 from malmend.given import checked
 from malmend.models.load import LoadedModel
 from malmend.models.trunk import TrunkSettings
+from malmend.patch import by_one_thread
 from malmend.progress import Progress, silent
 from malmend.shipping.ledger import Ledger, Signed
 from malmend.shipping.ledger_about import About
@@ -97,6 +98,7 @@ class Verification:
         return [row for row in self.rows if not row.holds]
 
 
+@by_one_thread
 @checked("facts")
 def add(
     ledger: str | Path,
@@ -154,6 +156,7 @@ def add(
         return dataclasses.replace(done, duplicates=duplicates)
 
 
+@by_one_thread
 @checked("facts")
 def replace(
     ledger: str | Path,
@@ -204,6 +207,7 @@ def replace(
         return dataclasses.replace(done, duplicates=duplicates)
 
 
+@by_one_thread
 @checked()
 def verify(
     ledger: str | Path,
@@ -257,7 +261,7 @@ class _Work:
         held, rule = self.held, self.held.about.rule
         watch = Watch(self.bench, facts, rule, self.progress)
         known = [fact for fact, is_known in zip(facts, watch.known(), strict=True) if is_known]
-        self._tell_known(known, skip_known)
+        self._tell_known(known, action, skip_known)
         left_out = {fact.id for fact in known} if skip_known else set()
         fresh = [fact for fact in facts if fact.id not in left_out]
         if not fresh:
@@ -280,9 +284,10 @@ class _Work:
         made = held.commit(moved, action, self.signed, "replaced", found.retention)
         return LedgerChange(made, entries, old, known=known, warning=warning)
 
-    def _tell_known(self, known: Sequence[Fact], skip_known: bool) -> None:
+    def _tell_known(self, known: Sequence[Fact], action: str, skip_known: bool) -> None:
         if known:
-            what = "left out" if skip_known else "added all the same (--skip-known leaves them out)"
+            option = " (--skip-known leaves them out)" * (action == "add")  # which alone has it
+            what = "left out" if skip_known else f"taken in all the same{option}"
             self.told(f"The unedited model answers {named(known)} right already; {what}.")
 
 

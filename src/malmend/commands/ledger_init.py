@@ -23,7 +23,7 @@ from malmend.models.identity import bits
 from malmend.models.load import LoadedModel
 from malmend.models.source import lasting
 from malmend.models.trunk import TrunkSettings
-from malmend.patch import now
+from malmend.patch import by_one_thread, now
 from malmend.progress import Progress, silent
 from malmend.shipping.ledger import EDITOR, Signed
 from malmend.shipping.ledger_about import About, plain_settings
@@ -55,6 +55,7 @@ NOT_ADDITIVE = {
 }
 
 
+@by_one_thread
 @checked("rule")
 def init(
     ledger: str | Path,

@@ -39,7 +39,7 @@ from malmend.models.load import LoadedModel
 from malmend.models.store import ActivationStore
 from malmend.models.trunk import TrunkSettings
 from malmend.one_writer import only_writer
-from malmend.patch import used
+from malmend.patch import by_one_thread
 from malmend.processes import ALONE, Processes
 from malmend.progress import Progress, silent
 from malmend.workbench import (
@@ -74,6 +74,7 @@ class TrainResult:
     peak: int | None = None
 
 
+@by_one_thread
 @checked("facts")
 def train(
     model: str | LoadedModel,
@@ -139,7 +140,7 @@ def train(
     others = given_questions(locality)
     check_trainable(known.facts, others, training.facts_per_step, "--facts-per-step")
     check_folder(folder)  # before the model is loaded, but only once the facts are good
-    with used(model), only_writer(folder, "--out") if processes.is_first else nullcontext():
+    with only_writer(folder, "--out") if processes.is_first else nullcontext():
         loaded = opened(model, dtype, device)
         # What "auto" stands for is said in the editor's folder, and may be given when resuming.
         settings = replace(settings, tokens=resolved(settings.tokens, loaded.reading.form))

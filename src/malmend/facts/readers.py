@@ -113,6 +113,15 @@ def _check_are_facts(known: FactSet) -> None:
         _refuse(known.source, wrong)
 
 
+def facts_of(
+    facts: str | Path | Sequence[Fact], limit: int | None = None, strict: bool = False
+) -> FactSet:
+    """Of a file as :func:`read_facts`, from Python as :func:`given_facts`."""
+    if isinstance(facts, str | Path):
+        return read_facts(facts, limit, strict)
+    return given_facts(facts, limit, strict)
+
+
 def read_questions(path: str | Path) -> tuple[Question, ...]:
     """Read questions whose answers must not move, from a facts file or one prompt per line.
 

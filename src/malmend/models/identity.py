@@ -16,6 +16,8 @@ NO_MATTER = {"architectures", "dtype", "torch_dtype", "initializer_range", "prob
 NO_MATTER |= {"use_cache", "return_dict", "output_attentions", "output_hidden_states"}
 NO_MATTER |= {"bos_token_id", "eos_token_id", "pad_token_id"}
 
+State = tuple[tuple[int, int], ...]
+
 
 def settings_of(model: PreTrainedModel) -> dict[str, Any]:
     """The configuration, without where it lay and by what it was written."""
@@ -36,6 +38,12 @@ def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
     found = {name: one.detach() for name, one in model.named_parameters()}
     saved = model.state_dict()
     return found | {name: one for name, one in model.named_buffers() if name in saved}
+
+
+def state_of(model: nn.Module) -> State:
+    """Of every weight where it lies and how often it was written to: as long as no one writes to
+    it past torch, it is the same numbers while this is the same."""
+    return tuple((one.data_ptr(), one._version) for one in weights_of(model).values())
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

@@ -24,11 +24,12 @@ from transformers.utils import logging as transformers_logging
 
 from malmend.errors import ModelError
 from malmend.facts.encoded import Form
+from malmend.facts.fact import class_key
 from malmend.facts.tokens import Reading
 from malmend.models.device import CPU, SPREAD, device_of
 from malmend.models.explain import explained
 from malmend.models.forms import check_told_apart, class_names, form_of, reading_of
-from malmend.models.identity import digest, fingerprint
+from malmend.models.identity import State, digest, fingerprint, state_of
 from malmend.models.source import SAFE, check_whole, source_of
 
 LOADERS: dict[Form, Any] = {
@@ -53,6 +54,28 @@ class LoadedModel:
     model: PreTrainedModel = field(repr=False)
     tokenizer: Any = field(repr=False)
     fingerprint: str
+    _seen: list[State] = field(default_factory=list, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._seen.append(state_of(self.model))
+
+    def check_unchanged(self) -> None:
+        """Raises ModelError where the weights are others than when they were prepared.
+
+        What is found of a model is kept by its digest, which a training in place leaves behind.
+        Call while no patch is on.
+        """
+        now = state_of(self.model)
+        if now == self._seen[-1]:
+            return
+        # They were written to, or moved: it may have been with the same numbers.
+        if fingerprint(self.model) != self.fingerprint:
+            raise ModelError(
+                f"The weights of {self.name} were changed since it was loaded, so that what is "
+                "known of it is of another model; wrap it again by prepared(model, tokenizer)."
+            )
+        self.__dict__.pop("digest", None)  # they may differ below what the fingerprint sees
+        self._seen[:] = [now]
 
     @property
     def positions(self) -> int | None:
@@ -205,7 +228,7 @@ def load_base(name: str, classes: Sequence[str], device: str = CPU) -> tuple[Pre
             form = "causal"
         else:
             known = class_names(config)
-            if {name.casefold() for name in known} & {name.casefold() for name in classes}:
+            if set(map(class_key, known)) & set(map(class_key, classes)):
                 classes = known  # of a label that is none of them the facts' check will tell
             _check_classes(classes)
             keywords["id2label"] = dict(enumerate(classes))
