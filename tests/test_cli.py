@@ -178,7 +178,7 @@ OPTIONS = {
     | CALIBRATION
     | EDITOR
     | {"--editor", "--author", "--rule", "--rule.retention", "--rule.questions", "--rule.refuse"}
-    | {"--device"},
+    | {"--device", "--frames"},
     "ledger add": WITH_MODEL | FACTS | {"--skip-known", "--device"},
     "ledger replace": WITH_MODEL | FACTS - {"--away"} | {"--device"},
     "ledger verify": WITH_MODEL - {"--author"} | {"--device"},

@@ -42,6 +42,7 @@ def model() -> LoadedModel:
 
 def patch(size: float = 0.3, seed: int = 0) -> Patch:
     """A random shift of the last two blocks."""
+    facts()  # made of what the unedited model says, so before this is on
     generator = torch.Generator().manual_seed(seed)
     sites = find_sites(model().model, 2)
     factors = {s.name: (size * torch.randn(s.shape_VK, generator=generator),) for s in sites}
