@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 
 import command_support
 from command_support import CALIBRATION, Tiny, malmend, save_model
-from malmend import cli
 from malmend import edit as edit_facts
 from malmend import train as train_editor
+from malmend.cli import run as run_module
 from malmend.commands import edit as edit_module
 from malmend.commands import edits as edits_module
 from malmend.commands import evaluate as evaluate_module
@@ -834,7 +834,9 @@ def test_one_of_several_processes_ends_at_once(place, monkeypatch):
     """It may wait for the others, where no signal is heard; torchrun says that it ended them."""
     seen = []
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(cli, "_run", lambda _: seen.append(signal.getsignal(signal.SIGTERM)) or 0)
+    monkeypatch.setattr(
+        run_module, "_run", lambda _: seen.append(signal.getsignal(signal.SIGTERM)) or 0
+    )
     assert malmend(*place.train()) == 0
     monkeypatch.delenv("WORLD_SIZE")
     assert malmend(*place.train()) == 0
@@ -850,7 +852,7 @@ def test_a_childs_end_is_its_own(place, monkeypatch):
             terminated()
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
-    monkeypatch.setattr(cli, "_run", forking)
+    monkeypatch.setattr(run_module, "_run", forking)
     assert malmend(*place.edit()) == -signal.SIGTERM
 
 

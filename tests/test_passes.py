@@ -15,7 +15,8 @@ import torch
 import command_support
 import malmend
 from command_support import CALIBRATION, make_facts, make_model
-from malmend import material, show, workbench
+from malmend import material, workbench
+from malmend.cli import show
 from malmend.commands import edits
 from malmend.commands.choice import choose
 from malmend.commands.edits import ByEditor

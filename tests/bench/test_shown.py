@@ -7,8 +7,8 @@ import io
 import pytest
 from rich.cells import cell_len
 
-from malmend import show, show_bench
 from malmend.bench.table import failures, markdown
+from malmend.cli import show, show_bench
 
 ASKED = ("token_ratio", "exact", "generated", "retention", "kl")
 

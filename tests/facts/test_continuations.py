@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import helpers
-from malmend import show
+from malmend.cli import show
 from malmend.commands.continuations import continuations as command
 from malmend.errors import FactsError, MalmendError
 from malmend.facts.continuations import continuations

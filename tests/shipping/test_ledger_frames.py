@@ -15,7 +15,7 @@ from ledger_support import QUIET, added, apart, assert_same, own
 import command_support
 import malmend
 from command_support import Tiny, make_facts
-from malmend import cli_ledger
+from malmend.cli import ledger as ledger_command
 from malmend.commands import ledger as actions
 from malmend.commands.choice import choose
 from malmend.commands.edits import ByEditor
@@ -163,7 +163,7 @@ def test_the_command_line_names_what_does_not_hold_in_a_chat(
         for row, told in zip(found.rows, (1.0, 0.0), strict=True)
     ]
     monkeypatch.setattr(actions, "verify", lambda **_given: replace(found, rows=rows))
-    cli_ledger.run(["verify", str(ledger)])
+    ledger_command.run(["verify", str(ledger)])
     said = capsys.readouterr().out
     assert "In a chat 1 of 2 facts hold.\n" in said
     assert (

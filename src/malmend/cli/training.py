@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from malmend.errors import MalmendError
-from malmend.options import (
+from malmend.cli.options import (
     add_editor_settings,
     add_trained,
     derive,
@@ -15,11 +14,12 @@ from malmend.options import (
     take_editor_settings,
     take_method,
 )
+from malmend.errors import MalmendError
 
 
 def train(arguments: list[str], what: str) -> None:
     """An editor, or another trained method."""
-    from malmend import show
+    from malmend.cli import show
     from malmend.commands.train import train
     from malmend.editors.settings import published, published_mend
     from malmend.editors.train_settings import (
@@ -73,7 +73,7 @@ def train(arguments: list[str], what: str) -> None:
 
 def _train_together(given: dict[str, Any], training: Any, settings: Any, processes: Any) -> None:
     """Trains among the processes of a run, or alone; the first says how it goes."""
-    from malmend import show, show_training
+    from malmend.cli import show, show_training
     from malmend.commands.train import train
 
     with show.bars() as bars:
@@ -105,7 +105,7 @@ def _train_together(given: dict[str, Any], training: Any, settings: Any, process
 
 def _learn(given: dict[str, Any], usual: dict[str, Any]) -> None:
     """Trains a method that is no editor; none of an editor's options suit it."""
-    from malmend import show, show_training
+    from malmend.cli import show, show_training
     from malmend.commands.learn import learn
     from malmend.methods.trained import TRAINED
     from malmend.processes import refuse_several
@@ -136,7 +136,7 @@ def _learn(given: dict[str, Any], usual: dict[str, Any]) -> None:
 
 def finetune(arguments: list[str], what: str) -> None:
     """A model that knows what is to be edited."""
-    from malmend import show, show_training
+    from malmend.cli import show, show_training
     from malmend.commands.finetune import finetune
     from malmend.models.finetune import FinetuneSettings
 

@@ -8,6 +8,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from malmend.cli.show import OUT
 from malmend.commands.conflicts import ConflictsResult
 from malmend.commands.diff import DiffResult
 from malmend.commands.export import ExportResult
@@ -17,7 +18,6 @@ from malmend.evaluation.replies import KINDS
 from malmend.shipping.conflict import Overlap
 from malmend.shipping.measure import Measured, of_facts
 from malmend.shipping.truncate import VLLM_RANKS, served_rank
-from malmend.show import OUT
 
 MOST_NAMES = 10  # of layers that are in one model only
 MOST_ROWS = 60  # of the table of differences

@@ -9,13 +9,13 @@ from rich.cells import cell_len
 from rich.markup import escape
 from rich.table import Table
 
+from malmend.cli.show import OUT, asked, counted, edited, page, percent, trained_on
 from malmend.commands.demo import DemoResult
 from malmend.errors import harmless
 from malmend.evaluation import figures
 from malmend.evaluation.protocols import Group, Scores
 from malmend.evaluation.report import Report
 from malmend.facts.lint import unseen_said
-from malmend.show import OUT, asked, counted, edited, page, percent, trained_on
 
 # Columns of the tables of groups: a kind and a metric.
 GROUPED = (

@@ -8,10 +8,10 @@ from typing import Any
 
 from rich.markup import escape
 
-from malmend import show
+from malmend.cli import show
+from malmend.cli.options import add_editor_settings, derive, parse, parser_of, take_editor_settings
 from malmend.commands import ledger as actions
 from malmend.errors import LedgerError, MalmendError, nearest
-from malmend.options import add_editor_settings, derive, parse, parser_of, take_editor_settings
 from malmend.shipping.ledger_entries import Entry, Generation
 
 ACTIONS = {

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from malmend import show, show_report
+from malmend.cli import show, show_report
 from malmend.commands.ask import AskResult
 from malmend.commands.inspect import Inspection
 from malmend.evaluation.protocols import Group, scores

@@ -1,4 +1,4 @@
-"""The command line: ``malmend COMMAND ...``.  Only the cli*.py and show*.py print and exit.
+"""The command line: ``malmend COMMAND ...``.  Nothing outside ``malmend.cli`` prints or exits.
 
 Options are derived by jsonargparse from the functions in ``malmend.commands`` and the frozen
 settings dataclasses that they take; nothing is declared twice.  ``train --config FILE`` reads the
@@ -16,8 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from malmend.errors import MalmendError, Resumable, harmless, is_out_of_memory, nearest
-from malmend.options import (
+from malmend.cli.options import (
     add_editor_settings,
     add_methods,
     derive,
@@ -26,6 +25,7 @@ from malmend.options import (
     take_editor_settings,
     take_method,
 )
+from malmend.errors import MalmendError, Resumable, harmless, is_out_of_memory, nearest
 
 COMMANDS = {
     "edit": "edit facts into a model and write a patch",
@@ -149,14 +149,14 @@ def _run(arguments: list[str]) -> int:
         "cache": _cache,
         "demo": _demo,
     }
-    from malmend.show import notes
+    from malmend.cli.show import notes
 
     with notes():
         return runners[name](arguments[1:]) or 0
 
 
 def _edit(arguments: list[str]) -> None:
-    from malmend import show
+    from malmend.cli import show
     from malmend.commands.edit import edit
     from malmend.editors.settings import EditorSettings
     from malmend.methods.table import METHODS
@@ -203,7 +203,7 @@ def _edit(arguments: list[str]) -> None:
 
 
 def _eval(arguments: list[str]) -> None:
-    from malmend import show, show_report
+    from malmend.cli import show, show_report
     from malmend.commands.evaluate import evaluate
     from malmend.evaluation.page import check_apart
     from malmend.files import writable
@@ -232,7 +232,7 @@ def _eval(arguments: list[str]) -> None:
 
 
 def _ask(arguments: list[str]) -> None:
-    from malmend import show
+    from malmend.cli import show
     from malmend.commands.ask import ask
 
     parser = parser_of("ask", COMMANDS["ask"])
@@ -246,7 +246,7 @@ def _ask(arguments: list[str]) -> None:
 
 
 def _continuations(arguments: list[str]) -> None:
-    from malmend import show
+    from malmend.cli import show
     from malmend.commands.continuations import continuations
 
     parser = parser_of("continuations", COMMANDS["continuations"])
@@ -258,13 +258,13 @@ def _continuations(arguments: list[str]) -> None:
 
 
 def _ledger(arguments: list[str]) -> int:
-    from malmend.cli_ledger import run
+    from malmend.cli.ledger import run
 
     return run(arguments)
 
 
 def _inspect(arguments: list[str]) -> None:
-    from malmend import show
+    from malmend.cli import show
     from malmend.commands.inspect import inspect
 
     parser = parser_of("inspect", COMMANDS["inspect"])
@@ -274,7 +274,7 @@ def _inspect(arguments: list[str]) -> None:
 
 
 def _cache(arguments: list[str]) -> None:
-    from malmend import show
+    from malmend.cli import show
     from malmend.commands.cache import cache
 
     parser = parser_of("cache", COMMANDS["cache"])
@@ -283,17 +283,17 @@ def _cache(arguments: list[str]) -> None:
 
 
 def _elsewhere(part: str, name: str) -> Callable[[list[str]], None]:
-    """A command of ``cli_PART.py``, which is read only when it runs."""
+    """A command of ``cli/PART.py``, which is read only when it runs."""
 
     def run(arguments: list[str]) -> None:
-        module = importlib.import_module(f"malmend.cli_{part}")
+        module = importlib.import_module(f"malmend.cli.{part}")
         getattr(module, name)(arguments, COMMANDS[name])
 
     return run
 
 
 def _demo(arguments: list[str]) -> None:
-    from malmend import show, show_report
+    from malmend.cli import show, show_report
     from malmend.commands.demo import demo
 
     parser = parser_of("demo", COMMANDS["demo"])

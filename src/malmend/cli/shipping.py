@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from malmend.options import derive, parse, parser_of
+from malmend.cli.options import derive, parse, parser_of
 
 
 def export(arguments: list[str], what: str) -> None:
     """A patch as an adapter or a model."""
-    from malmend import show, show_shipping
+    from malmend.cli import show, show_shipping
     from malmend.commands.export import export
 
     parser = parser_of("export", what)
@@ -26,7 +26,7 @@ def export(arguments: list[str], what: str) -> None:
 
 def push(arguments: list[str], what: str) -> None:
     """An exported folder to the hub."""
-    from malmend import show_shipping
+    from malmend.cli import show_shipping
     from malmend.commands.push import push
 
     parser = parser_of("push", what)
@@ -38,7 +38,7 @@ def push(arguments: list[str], what: str) -> None:
 
 def diff(arguments: list[str], what: str) -> None:
     """Two models side by side."""
-    from malmend import show, show_shipping
+    from malmend.cli import show, show_shipping
     from malmend.commands.diff import diff
 
     parser = parser_of("diff", what)
@@ -53,7 +53,7 @@ def diff(arguments: list[str], what: str) -> None:
 
 def conflicts(arguments: list[str], what: str) -> None:
     """Several patches on one model."""
-    from malmend import show, show_shipping
+    from malmend.cli import show, show_shipping
     from malmend.commands.conflicts import conflicts
 
     parser = parser_of("conflicts", what)

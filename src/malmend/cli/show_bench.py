@@ -9,8 +9,8 @@ from rich.cells import cell_len
 from rich.markup import escape
 from rich.table import Table
 
+from malmend.cli.show import OUT, plain
 from malmend.errors import harmless
-from malmend.show import OUT, plain
 
 KEYS = 2  # columns that say what a row is of: m and the method
 WIDEST = 28  # signs of a method's name in a line

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 
+from malmend.cli.options import derive, parse, parser_of
 from malmend.errors import MalmendError, nearest
-from malmend.options import derive, parse, parser_of
 
 
 def bench(arguments: list[str], what: str) -> None:
     """Runs a plan, or shows what one gave."""
-    from malmend import show, show_bench
     from malmend.bench.run import bench, bench_plot, bench_table
     from malmend.bench.table import markdown
+    from malmend.cli import show, show_bench
 
     if arguments[:1] == ["table"]:
         parser = parser_of("bench table", "what a bench gave, as Markdown")

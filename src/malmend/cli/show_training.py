@@ -6,11 +6,11 @@ from typing import Any
 
 from rich.markup import escape
 
+from malmend.cli.show import ERR, OUT, counted, peak
 from malmend.commands.finetune import FinetuneResult
 from malmend.commands.train import TrainResult
 from malmend.editors.training import StepRecord
 from malmend.models.finetune import EpochRecord
-from malmend.show import ERR, OUT, counted, peak
 
 
 def step(record: StepRecord, steps: int) -> None:
