@@ -83,8 +83,8 @@ TRAINED = {
     ),
 }
 # Every command, and of the ledger its actions.
-SHOWN = {name: what for name, what in COMMANDS.items() if name != "ledger"}
-SHOWN |= {f"ledger {name}": what for name, what in ACTIONS.items()}
+SHOWN = {name: what for name, (_, what) in COMMANDS.items() if name != "ledger"}
+SHOWN |= {f"ledger {name}": what for name, (_, what) in ACTIONS.items()}
 # The whole public surface: a change here is a change for users.
 OPTIONS = {
     "edit": MODEL
@@ -244,7 +244,7 @@ def test_every_option_is_explained(command, capsys):
 def test_the_ledger_shows_its_actions(capsys):
     assert malmend("ledger") == 2
     shown = capsys.readouterr().out
-    assert all(f"  {name} " in shown and what in shown for name, what in ACTIONS.items())
+    assert all(f"  {name} " in shown and what in shown for name, (_, what) in ACTIONS.items())
     assert malmend("ledger", "--help") == 0
     assert capsys.readouterr().out == shown
 
@@ -252,7 +252,7 @@ def test_the_ledger_shows_its_actions(capsys):
 def test_without_a_command_the_usage_is_shown(capsys):
     assert malmend() == 2
     shown = capsys.readouterr().out
-    assert all(f"  {name} " in shown and what in shown for name, what in COMMANDS.items())
+    assert all(f"  {name} " in shown and what in shown for name, (_, what) in COMMANDS.items())
     for word in ("help", "-h", "--help"):
         assert malmend(word) == 0
         assert capsys.readouterr().out == shown

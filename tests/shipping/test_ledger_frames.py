@@ -163,7 +163,7 @@ def test_the_command_line_names_what_does_not_hold_in_a_chat(
         for row, told in zip(found.rows, (1.0, 0.0), strict=True)
     ]
     monkeypatch.setattr(actions, "verify", lambda **_given: replace(found, rows=rows))
-    ledger_command.run(["verify", str(ledger)])
+    ledger_command.ledger(["verify", str(ledger)], "")
     said = capsys.readouterr().out
     assert "In a chat 1 of 2 facts hold.\n" in said
     assert (

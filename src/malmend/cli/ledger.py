@@ -14,28 +14,17 @@ from malmend.commands import ledger as actions
 from malmend.errors import LedgerError, MalmendError, nearest
 from malmend.shipping.ledger_entries import Entry, Generation
 
-ACTIONS = {
-    "init": "begin a ledger: fix the model, the editor and its calibration",
-    "add": "add facts; the shift is as if all had been added at once",
-    "revoke": "take facts out, as if they had never been added",
-    "replace": "give prompts that the ledger holds other answers",
-    "list": "the facts that the model carries",
-    "verify": "ask the model every active fact; exit code 3 where one does not hold",
-    "history": "every generation, and what it did",
-    "rollback": "make the facts of an earlier generation active again",
-    "patch": "write the current generation as a patch",
-}
 FAILING = 3  # exit code of a `verify` that found facts that do not hold
 SHOWN = 20  # facts of a list that are named one by one
 
 
-def run(arguments: list[str]) -> int:
+def ledger(arguments: list[str], _what: str) -> int:
     """Runs one action and returns the exit code."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         show.plain(
             "usage: malmend ledger ACTION ...   (malmend ledger ACTION --help says more)\n\n"
         )
-        show.plain("".join(f"  {name:<10} {what}\n" for name, what in ACTIONS.items()))
+        show.plain("".join(f"  {name:<10} {what}\n" for name, (_, what) in ACTIONS.items()))
         return 0 if arguments else 2
     name, *rest = arguments
     if name not in ACTIONS:
@@ -43,22 +32,12 @@ def run(arguments: list[str]) -> int:
             f"There is no action {name!r} of malmend ledger{nearest(name, ACTIONS) or '.'} "
             f"Expected one of {', '.join(ACTIONS)}."
         )
-    runners: dict[str, Callable[[list[str]], int | None]] = {
-        "init": _init,
-        "add": _add,
-        "revoke": _revoke,
-        "replace": _replace,
-        "list": _list,
-        "verify": _verify,
-        "history": _history,
-        "rollback": _rollback,
-        "patch": _patch,
-    }
-    return runners[name](rest) or 0
+    run, _ = ACTIONS[name]
+    return run(rest) or 0
 
 
 def _parser(action: str) -> Any:
-    parser = parser_of(f"ledger {action}", ACTIONS[action])
+    parser = parser_of(f"ledger {action}", ACTIONS[action][1])
     parser.add_argument("ledger", type=str, help="the ledger's folder")
     return parser
 
@@ -277,3 +256,17 @@ def _facts(count: int) -> str:
 
 def _say(line: str) -> None:
     show.OUT.print(escape(line), highlight=False, soft_wrap=True)
+
+
+# What runs each action, and what it does, for a person.
+ACTIONS: dict[str, tuple[Callable[[list[str]], int | None], str]] = {
+    "init": (_init, "begin a ledger: fix the model, the editor and its calibration"),
+    "add": (_add, "add facts; the shift is as if all had been added at once"),
+    "revoke": (_revoke, "take facts out, as if they had never been added"),
+    "replace": (_replace, "give prompts that the ledger holds other answers"),
+    "list": (_list, "the facts that the model carries"),
+    "verify": (_verify, "ask the model every active fact; exit code 3 where one does not hold"),
+    "history": (_history, "every generation, and what it did"),
+    "rollback": (_rollback, "make the facts of an earlier generation active again"),
+    "patch": (_patch, "write the current generation as a patch"),
+}

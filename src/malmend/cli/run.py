@@ -27,24 +27,6 @@ from malmend.cli.options import (
 )
 from malmend.errors import MalmendError, Resumable, harmless, is_out_of_memory, nearest
 
-COMMANDS = {
-    "edit": "edit facts into a model and write a patch",
-    "train": "train an editor (MALMEN or MEND); run again to resume",
-    "eval": "how well a model, edited or not, answers",
-    "ask": "let a model answer one prompt, with and without a patch",
-    "finetune": "fine-tune a model on facts, so that it knows what is to be edited",
-    "continuations": "make facts of a text: passages and the tokens that follow them",
-    "bench": "methods side by side: run a plan; bench table and bench plot show it",
-    "export": "make a LoRA adapter or a whole model of a patch",
-    "push": "upload an exported folder to the Hugging Face hub",
-    "diff": "which layers of two models differ, and the difference as a patch",
-    "conflicts": "where patches meet, and what stacking them does to their facts",
-    "ledger": "which facts a model carries: add, revoke, replace, verify, roll back",
-    "inspect": "what is in a model, an editor, a patch or a facts file",
-    "cache": "what is kept of models and facts, and how to be rid of it",
-    "demo": "the main job on a real model, start to finish",
-}
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.  Returns the exit code: 0, 1 (no memory, say) or 2 (bad input).
@@ -113,7 +95,7 @@ def _heard(came: list[int]) -> Iterator[None]:
 def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print("usage: malmend COMMAND ...   (malmend COMMAND --help says more)\n")
-        print("\n".join(f"  {name:<13} {what}" for name, what in COMMANDS.items()))
+        print("\n".join(f"  {name:<13} {what}" for name, (_, what) in COMMANDS.items()))
         return 0 if arguments else 2
     if arguments[0] in ("-V", "--version"):
         from importlib.metadata import version
@@ -130,39 +112,25 @@ def _run(arguments: list[str]) -> int:
         from malmend.processes import refuse_several
 
         refuse_several(f"malmend {name}")
+    run, what = COMMANDS[name]
     # Warnings of the libraries below are for developers, who have the tests for them.
     warnings.simplefilter("ignore")
-    runners: dict[str, Callable[[list[str]], int | None]] = {
-        "edit": _edit,
-        "train": _elsewhere("training", "train"),
-        "eval": _eval,
-        "ask": _ask,
-        "finetune": _elsewhere("training", "finetune"),
-        "continuations": _continuations,
-        "bench": _elsewhere("bench", "bench"),
-        "export": _elsewhere("shipping", "export"),
-        "push": _elsewhere("shipping", "push"),
-        "diff": _elsewhere("shipping", "diff"),
-        "conflicts": _elsewhere("shipping", "conflicts"),
-        "ledger": _ledger,
-        "inspect": _inspect,
-        "cache": _cache,
-        "demo": _demo,
-    }
     from malmend.cli.show import notes
 
     with notes():
-        return runners[name](arguments[1:]) or 0
+        if isinstance(run, str):
+            run = getattr(importlib.import_module(f"malmend.cli.{run}"), name)
+        return run(arguments[1:], what) or 0
 
 
-def _edit(arguments: list[str]) -> None:
+def _edit(arguments: list[str], what: str) -> None:
     from malmend.cli import show
     from malmend.commands.edit import edit
     from malmend.editors.settings import EditorSettings
     from malmend.methods.table import METHODS
     from malmend.processes import joined, refuse_several
 
-    parser = parser_of("edit", COMMANDS["edit"])
+    parser = parser_of("edit", what)
     parser.add_argument("model", type=str, help="name, folder or GGUF file")
     parser.add_argument("facts", type=str, help="facts file")
     own = {"model", "facts", "out", "editor", "settings", "method", "processes", "told"}
@@ -202,13 +170,13 @@ def _edit(arguments: list[str]) -> None:
         show.edited(result)
 
 
-def _eval(arguments: list[str]) -> None:
+def _eval(arguments: list[str], what: str) -> None:
     from malmend.cli import show, show_report
     from malmend.commands.evaluate import evaluate
     from malmend.evaluation.page import check_apart
     from malmend.files import writable
 
-    parser = parser_of("eval", COMMANDS["eval"])
+    parser = parser_of("eval", what)
     parser.add_argument("model", type=str, help="name, folder or GGUF file")
     parser.add_argument("facts", type=str, help="facts file")
     parser.add_argument(
@@ -231,11 +199,11 @@ def _eval(arguments: list[str]) -> None:
         show.page(given["report"])
 
 
-def _ask(arguments: list[str]) -> None:
+def _ask(arguments: list[str], what: str) -> None:
     from malmend.cli import show
     from malmend.commands.ask import ask
 
-    parser = parser_of("ask", COMMANDS["ask"])
+    parser = parser_of("ask", what)
     parser.add_argument("model", type=str, help="name, folder or GGUF file")
     parser.add_argument("prompt", type=str, help="a question, or text to go on with")
     parser.add_argument(
@@ -245,11 +213,11 @@ def _ask(arguments: list[str]) -> None:
     show.asked(ask(**parse(parser, arguments)))
 
 
-def _continuations(arguments: list[str]) -> None:
+def _continuations(arguments: list[str], what: str) -> None:
     from malmend.cli import show
     from malmend.commands.continuations import continuations
 
-    parser = parser_of("continuations", COMMANDS["continuations"])
+    parser = parser_of("continuations", what)
     parser.add_argument("model", type=str, help="name, folder or GGUF file")
     parser.add_argument("text", type=str, help="text file, a passage per line")
     parser.add_argument("--out", type=str, required=True, help="path of the facts file to write")
@@ -257,48 +225,56 @@ def _continuations(arguments: list[str]) -> None:
     show.continued(continuations(**parse(parser, arguments)))
 
 
-def _ledger(arguments: list[str]) -> int:
-    from malmend.cli.ledger import run
-
-    return run(arguments)
-
-
-def _inspect(arguments: list[str]) -> None:
+def _inspect(arguments: list[str], what: str) -> None:
     from malmend.cli import show
     from malmend.commands.inspect import inspect
 
-    parser = parser_of("inspect", COMMANDS["inspect"])
+    parser = parser_of("inspect", what)
     parser.add_argument("thing", type=str, help="a model, editor, patch, adapter or facts file")
     derive(parser, inspect, {"thing"})
     show.inspected(inspect(**parse(parser, arguments)))
 
 
-def _cache(arguments: list[str]) -> None:
+def _cache(arguments: list[str], what: str) -> None:
     from malmend.cli import show
     from malmend.commands.cache import cache
 
-    parser = parser_of("cache", COMMANDS["cache"])
+    parser = parser_of("cache", what)
     derive(parser, cache, set())
     show.cached(cache(**parse(parser, arguments)))
 
 
-def _elsewhere(part: str, name: str) -> Callable[[list[str]], None]:
-    """A command of ``cli/PART.py``, which is read only when it runs."""
-
-    def run(arguments: list[str]) -> None:
-        module = importlib.import_module(f"malmend.cli.{part}")
-        getattr(module, name)(arguments, COMMANDS[name])
-
-    return run
-
-
-def _demo(arguments: list[str]) -> None:
+def _demo(arguments: list[str], what: str) -> None:
     from malmend.cli import show, show_report
     from malmend.commands.demo import demo
 
-    parser = parser_of("demo", COMMANDS["demo"])
+    parser = parser_of("demo", what)
     derive(parser, demo, {"told"})
     given = parse(parser, arguments)
     with show.bars() as bars:
         result = demo(**given, progress=bars, told=show.status)
     show_report.demonstrated(result)
+
+
+# What runs each command, and what it does, for a person.  A string is a module of malmend.cli with
+# a function of the command's name; it is read only when that runs.
+COMMANDS: dict[str, tuple[str | Callable[[list[str], str], int | None], str]] = {
+    "edit": (_edit, "edit facts into a model and write a patch"),
+    "train": ("training", "train an editor (MALMEN or MEND); run again to resume"),
+    "eval": (_eval, "how well a model, edited or not, answers"),
+    "ask": (_ask, "let a model answer one prompt, with and without a patch"),
+    "finetune": ("training", "fine-tune a model on facts, so that it knows what is to be edited"),
+    "continuations": (
+        _continuations,
+        "make facts of a text: passages and the tokens that follow them",
+    ),
+    "bench": ("bench", "methods side by side: run a plan; bench table and bench plot show it"),
+    "export": ("shipping", "make a LoRA adapter or a whole model of a patch"),
+    "push": ("shipping", "upload an exported folder to the Hugging Face hub"),
+    "diff": ("shipping", "which layers of two models differ, and the difference as a patch"),
+    "conflicts": ("shipping", "where patches meet, and what stacking them does to their facts"),
+    "ledger": ("ledger", "which facts a model carries: add, revoke, replace, verify, roll back"),
+    "inspect": (_inspect, "what is in a model, an editor, a patch or a facts file"),
+    "cache": (_cache, "what is kept of models and facts, and how to be rid of it"),
+    "demo": (_demo, "the main job on a real model, start to finish"),
+}
