@@ -43,12 +43,12 @@ from malmend.evaluation.replies import Replies
 from malmend.facts.fact import Fact
 from malmend.facts.readers import read_text
 from malmend.files import written_beside
+from malmend.ledgers.access import reading
 from malmend.material import held_out_questions
 from malmend.methods.ultraedit import UltraEdit
 from malmend.models.capture import capture
 from malmend.patch import shifted
 from malmend.progress import silent
-from malmend.shipping.ledger_access import reading
 from malmend.workbench import Workbench, lay_out, shipped
 
 OUT = Path(__file__).resolve().parent / "out" / "lifelong.json"

@@ -12,8 +12,8 @@ import helpers
 import malmend
 from command_support import CALIBRATION
 from malmend.errors import MalmendError
+from malmend.ledgers.watch import StopRule
 from malmend.models.load import LoadedModel, load_model
-from malmend.shipping.ledger_watch import StopRule
 
 tiny = command_support.tiny
 cache = command_support.cache

@@ -1,7 +1,7 @@
 """`kill -9` in training, editing and exporting, at any of their steps, over and over.
 
 After each kill every file that has its own name is whole; what was begun anew ends with the very
-bytes of a run that nobody stopped.  Of the ledger see shipping/test_ledger_killed.py.
+bytes of a run that nobody stopped.  Of the ledger see ledgers/test_ledger_killed.py.
 """
 
 from __future__ import annotations

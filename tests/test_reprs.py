@@ -12,7 +12,7 @@ from malmend.commands.continuations import ContinuationsResult
 from malmend.commands.ledger_facts import LedgerChange, Verification, Verified
 from malmend.evaluation.replies import Asked
 from malmend.facts.fact import Question
-from malmend.shipping.ledger_entries import Entry, Generation
+from malmend.ledgers.entries import Entry, Generation
 
 tiny = command_support.tiny
 cache = command_support.cache

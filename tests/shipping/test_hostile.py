@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 import command_support
 import malmend
 from malmend.errors import LedgerError, MalmendError, PatchError
+from malmend.ledgers.watch import StopRule
 from malmend.models.load import load_model
 from malmend.patch_file import load_patch
 from malmend.processes import started
 from malmend.shipping.adapter import read_adapter
-from malmend.shipping.ledger_watch import StopRule
 
 tiny = command_support.tiny
 cache = command_support.cache

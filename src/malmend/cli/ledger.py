@@ -12,7 +12,7 @@ from malmend.cli import show
 from malmend.cli.options import add_editor_settings, derive, parse, parser_of, take_editor_settings
 from malmend.commands import ledger as actions
 from malmend.errors import LedgerError, MalmendError, nearest
-from malmend.shipping.ledger_entries import Entry, Generation
+from malmend.ledgers.entries import Entry, Generation
 
 FAILING = 3  # exit code of a `verify` that found facts that do not hold
 SHOWN = 20  # facts of a list that are named one by one
@@ -56,7 +56,7 @@ def _with_model(action: str, function: Callable[..., Any], skip: set[str]) -> An
 
 def _init(arguments: list[str]) -> None:
     from malmend.editors.settings import EditorSettings
-    from malmend.shipping.ledger_watch import StopRule
+    from malmend.ledgers.watch import StopRule
 
     parser = _parser("init")
     parser.add_argument("model", type=str, help="name, folder or GGUF file")

@@ -17,13 +17,13 @@ from malmend.facts.lint import leaks, unseen
 from malmend.facts.readers import beside, read_facts
 from malmend.files import reason
 from malmend.given import checked
+from malmend.ledgers.tables import FILE as LEDGER
 from malmend.methods.trained import TRAINED, method_in, trained_method
 from malmend.models.cut import Cut
 from malmend.models.load import LoadedModel, load_model
 from malmend.models.sites import Linear, Side, Site, around, find_sites
 from malmend.models.source import BUILT_IN
 from malmend.shipping.adapter import is_adapter, read_patch
-from malmend.shipping.ledger_table import FILE as LEDGER
 
 FORMS = {
     "causal": "decoder",

@@ -21,15 +21,15 @@ from malmend.errors import LedgerError
 from malmend.facts.fact import facts_digest
 from malmend.files import writable
 from malmend.given import checked
+from malmend.ledgers.access import WAIT, reading, writing
+from malmend.ledgers.entries import Entry as Entry
+from malmend.ledgers.entries import Generation as Generation
+from malmend.ledgers.ledger import Ledger, Moved
+from malmend.ledgers.watch import StopRule as StopRule
 from malmend.methods.by_editor import described
 from malmend.patch import Patch, make_patch, versions
 from malmend.patch_file import replaced, save_patch
 from malmend.progress import Progress, silent
-from malmend.shipping.ledger import Ledger, Moved
-from malmend.shipping.ledger_access import WAIT, reading, writing
-from malmend.shipping.ledger_entries import Entry as Entry
-from malmend.shipping.ledger_entries import Generation as Generation
-from malmend.shipping.ledger_watch import StopRule as StopRule
 
 
 @dataclass(frozen=True)

@@ -15,17 +15,17 @@ from malmend.evaluation.replies import Asked
 from malmend.facts.fact import Fact, FactSet
 from malmend.facts.lint import unseen, unseen_said
 from malmend.given import checked
+from malmend.ledgers.about import About
+from malmend.ledgers.access import WAIT, reading, writing
+from malmend.ledgers.check import named, paired, unlike
+from malmend.ledgers.entries import Entry, Generation
+from malmend.ledgers.ledger import Ledger, Signed
+from malmend.ledgers.rows import taken
+from malmend.ledgers.watch import Watch, holds
 from malmend.models.load import LoadedModel
 from malmend.models.trunk import TrunkSettings
 from malmend.patch import by_one_thread
 from malmend.progress import Progress, silent
-from malmend.shipping.ledger import Ledger, Signed
-from malmend.shipping.ledger_about import About
-from malmend.shipping.ledger_access import WAIT, reading, writing
-from malmend.shipping.ledger_check import named, paired, unlike
-from malmend.shipping.ledger_entries import Entry, Generation
-from malmend.shipping.ledger_rows import taken
-from malmend.shipping.ledger_watch import Watch, holds
 from malmend.workbench import Workbench, aimed, checked_facts, encoder_for, lay_out, opened
 
 Told = Callable[[str], None]

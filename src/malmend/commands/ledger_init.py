@@ -18,6 +18,12 @@ from malmend.errors import EditorError, LedgerError
 from malmend.facts.tokens import Encoder
 from malmend.files import new_folder, writable_folder
 from malmend.given import checked
+from malmend.ledgers.about import About, plain_settings
+from malmend.ledgers.entries import Generation, insert_about, insert_generation
+from malmend.ledgers.ledger import EDITOR, Signed
+from malmend.ledgers.sums import sync
+from malmend.ledgers.tables import FILE, created, holds_tables
+from malmend.ledgers.watch import StopRule
 from malmend.methods.trained import TRAINED, method_in
 from malmend.models.identity import bits
 from malmend.models.load import LoadedModel
@@ -25,12 +31,6 @@ from malmend.models.source import lasting
 from malmend.models.trunk import TrunkSettings
 from malmend.patch import by_one_thread, now
 from malmend.progress import Progress, silent
-from malmend.shipping.ledger import EDITOR, Signed
-from malmend.shipping.ledger_about import About, plain_settings
-from malmend.shipping.ledger_entries import Generation, insert_about, insert_generation
-from malmend.shipping.ledger_table import FILE, created, holds_tables
-from malmend.shipping.ledger_watch import StopRule
-from malmend.shipping.sums import sync
 from malmend.workbench import (
     SHIPPED,
     Workbench,

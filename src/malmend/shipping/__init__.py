@@ -1,1 +1,1 @@
-"""An edit on its way to others, and what becomes of it: adapters, merged models, ledgers."""
+"""An edit on its way to others, and what becomes of it: adapters, merged models."""

@@ -25,11 +25,11 @@ from malmend.editors.checkpoint import load_editor, save_editor
 from malmend.editors.editor import Editor, SiteStatistics
 from malmend.editors.settings import training_free
 from malmend.errors import EditorError, FactsError, LedgerError, MalmendError
+from malmend.ledgers import tables
+from malmend.ledgers.access import reading
+from malmend.ledgers.watch import StopRule
 from malmend.models.sites import find_sites
 from malmend.numerics.moments import RunningMoments
-from malmend.shipping import ledger_table
-from malmend.shipping.ledger_access import reading
-from malmend.shipping.ledger_watch import StopRule
 
 tiny = command_support.tiny
 cache = command_support.cache
@@ -538,7 +538,7 @@ def test_a_writer_whose_work_is_done_waits_for_a_reader(tiny, empty):
 
 def test_work_that_cannot_be_committed_is_swept_by_the_next(tiny, empty, monkeypatch):
     """An interrupted commit may have succeeded, so nothing is removed at once."""
-    monkeypatch.setattr(ledger_table, "READERS", 0.1)
+    monkeypatch.setattr(tables, "READERS", 0.1)
     with reading(empty), ThreadPoolExecutor() as pool:
         failed = pool.submit(malmend.ledger.add, empty, FACTS[:2], model=tiny.model, wait=0.1)
         assert "is being written by another process" in str(failed.exception())

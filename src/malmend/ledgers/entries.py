@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from malmend.facts.fact import Fact
-from malmend.shipping.ledger_table import spoilt
+from malmend.ledgers.tables import spoilt
 
 STATUSES = ("active", "revoked", "replaced")
 _OWN_FILE = re.compile(r"(rows|sums)-[0-9a-f]{12}\.safetensors")

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from malmend.shipping.ledger import Ledger
-from malmend.shipping.ledger_table import transaction
+from malmend.ledgers.ledger import Ledger
+from malmend.ledgers.tables import transaction
 
 WAIT = 30.0  # seconds to wait for another process
 

@@ -9,8 +9,8 @@ import forms_folders as folders
 import malmend
 from command_support import CALIBRATION
 from malmend.editors.refine import RefineSettings
-from malmend.shipping.ledger_access import reading
-from malmend.shipping.ledger_watch import StopRule
+from malmend.ledgers.access import reading
+from malmend.ledgers.watch import StopRule
 
 
 @pytest.mark.parametrize("family", ["bert", "t5"])

@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 from malmend.editors.refine import RefineSettings
 from malmend.errors import EditorError, LedgerError
 from malmend.facts.encoded import Form
+from malmend.ledgers.tables import spoilt
+from malmend.ledgers.watch import StopRule
 from malmend.models.identity import bits, settings_of, unlike_settings
 from malmend.models.load import LoadedModel
-from malmend.shipping.ledger_table import spoilt
-from malmend.shipping.ledger_watch import StopRule
 
 
 def plain_settings(model: PreTrainedModel) -> dict[str, Any]:

@@ -21,8 +21,8 @@ from command_support import CALIBRATION, Tiny, make_facts
 from malmend.editors.editor import Editor
 from malmend.editors.refine import RefineSettings
 from malmend.facts.fact import Fact
+from malmend.ledgers.watch import StopRule
 from malmend.patch import Patch
-from malmend.shipping.ledger_watch import StopRule
 
 ONCE = RefineSettings(passes=1)
 QUIET = StopRule(questions=0)

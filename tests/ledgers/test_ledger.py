@@ -18,8 +18,8 @@ import malmend
 from malmend.commands.choice import choose
 from malmend.editors.editor import log_size
 from malmend.errors import EditorError
+from malmend.ledgers.access import reading
 from malmend.models.capture import capture
-from malmend.shipping.ledger_access import reading
 from malmend.workbench import lay_out
 
 tiny = command_support.tiny

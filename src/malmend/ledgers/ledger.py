@@ -1,7 +1,7 @@
 """A ledger: which facts a model carries, and what the least squares need to add and take away.
 
-A folder holds the tables (ledger_table.py), a copy of the editor, the tokens of every fact that was
-ever added (ledger_rows.py) and the sums of those that are active (sums.py).  Keys and value
+A folder holds the tables (tables.py), a copy of the editor, the tokens of every fact that was
+ever added (rows.py) and the sums of those that are active (sums.py).  Keys and value
 gradients are the unedited model's, and the editor is fixed at the start, so a fact's tokens depend
 on that fact alone and the shift is a function of the set of active facts, however it came about.
 The prior is taken at that set's N (equations 13 and 15).
@@ -30,9 +30,8 @@ from malmend.editors.checkpoint import load_editor
 from malmend.editors.editor import Editor
 from malmend.errors import EditorError, LedgerError, nearest
 from malmend.facts.fact import Fact
-from malmend.progress import Progress, silent
-from malmend.shipping.ledger_about import About
-from malmend.shipping.ledger_entries import (
+from malmend.ledgers.about import About
+from malmend.ledgers.entries import (
     Entry,
     Generation,
     change_facts,
@@ -44,9 +43,10 @@ from malmend.shipping.ledger_entries import (
     read_entries,
     read_generations,
 )
-from malmend.shipping.ledger_rows import Taken, rows_of, save_rows
-from malmend.shipping.ledger_table import FILE, spoilt
-from malmend.shipping.sums import Rows, Sums, joined, load_sums, save_sums
+from malmend.ledgers.rows import Taken, rows_of, save_rows
+from malmend.ledgers.sums import Rows, Sums, joined, load_sums, save_sums
+from malmend.ledgers.tables import FILE, spoilt
+from malmend.progress import Progress, silent
 
 EDITOR = "editor"  # the folder's name in the ledger's
 
@@ -77,7 +77,7 @@ class Moved:
 
 
 class Ledger:
-    """A ledger inside one transaction; :mod:`ledger_access` gives it.
+    """A ledger inside one transaction; :mod:`malmend.ledgers.access` gives it.
 
     Raises:
         LedgerError: what the tables hold was not written by this package.

@@ -8,7 +8,7 @@ from malmend.errors import FactsError, nearest
 from malmend.facts.entry import short
 from malmend.facts.fact import Fact, FactSet, same_answer
 from malmend.facts.lint import same_prompt
-from malmend.shipping.ledger_entries import Entry
+from malmend.ledgers.entries import Entry
 
 HINTED = 3  # faults that name a nearest prompt, which all active ones are searched for
 

@@ -14,10 +14,10 @@ from malmend.editors.calibration import CalibrationSettings
 from malmend.errors import LedgerError
 from malmend.evaluation.examiner import Examiner
 from malmend.facts.fact import Fact
+from malmend.ledgers.watch import StopRule
 from malmend.material import _calibration_data, held_out_questions
 from malmend.models.load import prepared
 from malmend.models.sites import find_sites
-from malmend.shipping.ledger_watch import StopRule
 from malmend.workbench import encoder_for, lay_out
 
 tiny = command_support.tiny

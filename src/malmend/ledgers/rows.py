@@ -24,10 +24,10 @@ from malmend.editors.refine import framed
 from malmend.errors import EditorError
 from malmend.facts.fact import Fact
 from malmend.files import reason
+from malmend.ledgers.entries import Entry
+from malmend.ledgers.sums import Rows, checked, damaged, save_durably
 from malmend.models.capture import capture, token_counts
 from malmend.progress import Progress, counted
-from malmend.shipping.ledger_entries import Entry
-from malmend.shipping.sums import Rows, checked, damaged, save_durably
 from malmend.workbench import Workbench
 
 PART = 4096  # facts whose rows are held at a time

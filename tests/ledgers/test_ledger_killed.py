@@ -20,9 +20,9 @@ import command_support
 import malmend
 from command_support import files_in
 from malmend.errors import LedgerError
-from malmend.shipping.ledger_access import reading
-from malmend.shipping.ledger_rows import rows_of
-from malmend.shipping.sums import Sums
+from malmend.ledgers.access import reading
+from malmend.ledgers.rows import rows_of
+from malmend.ledgers.sums import Sums
 
 tiny = command_support.tiny
 cache = command_support.cache
@@ -57,7 +57,7 @@ def named(ledger: Path) -> set[str]:
 def killed(ledger: Path, cache: Path, kills: int, seed: int) -> int:
     """Kills a writer so many times; returns how many generations were committed."""
     generator = random.Random(seed)
-    command = [sys.executable, str(TESTS / "shipping" / "ledger_writer.py")]
+    command = [sys.executable, str(TESTS / "ledgers" / "ledger_writer.py")]
     paths = os.pathsep.join([str(TESTS), *sys.path])
     process = subprocess.Popen(
         [*command, str(ledger), str(cache), str(seed)],
@@ -106,10 +106,10 @@ def test_a_writer_killed_a_hundred_times(tiny, ledger, cache):
 
 STAGES = {
     "tokens are captured": "malmend.commands.ledger_facts.taken",
-    "tokens are written": "malmend.shipping.ledger.save_rows",
-    "sums are solved": "malmend.shipping.sums.solved",
-    "sums are written": "malmend.shipping.ledger.save_sums",
-    "rows are written": "malmend.shipping.ledger.change_facts",
+    "tokens are written": "malmend.ledgers.ledger.save_rows",
+    "sums are solved": "malmend.ledgers.sums.solved",
+    "sums are written": "malmend.ledgers.ledger.save_sums",
+    "rows are written": "malmend.ledgers.ledger.change_facts",
 }
 
 
@@ -135,9 +135,9 @@ def test_what_fails_half_way_never_was(tiny, ledger, monkeypatch, place, error):
 
 def test_a_commit_that_is_interrupted_keeps_its_files(tiny, ledger, monkeypatch):
     """Whether SQLite had committed is not known then, so no file may go."""
-    from malmend.shipping import ledger_table
+    from malmend.ledgers import tables
 
-    connected = ledger_table._connected
+    connected = tables._connected
 
     class Interrupted:
         def __init__(self, db):
@@ -153,7 +153,7 @@ def test_a_commit_that_is_interrupted_keeps_its_files(tiny, ledger, monkeypatch)
             return getattr(self.db, name)
 
     with monkeypatch.context() as patched:
-        patched.setattr(ledger_table, "_connected", lambda *args: Interrupted(connected(*args)))
+        patched.setattr(tables, "_connected", lambda *args: Interrupted(connected(*args)))
         with pytest.raises(KeyboardInterrupt):
             added(tiny, ledger, FACTS[38:])
     assert len(malmend.ledger.list_facts(ledger)) == 60

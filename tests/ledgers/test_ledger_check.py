@@ -9,9 +9,8 @@ import pytest
 from malmend.errors import FactsError
 from malmend.facts.fact import Fact, FactSet
 from malmend.facts.readers import read_facts
-from malmend.shipping import ledger_check
-from malmend.shipping.ledger_check import paired, unlike
-from malmend.shipping.ledger_entries import Entry
+from malmend.ledgers.check import paired, unlike
+from malmend.ledgers.entries import Entry
 
 
 def active(*pairs: tuple[str, str]) -> list[Entry]:
@@ -42,7 +41,9 @@ def test_a_fault_of_a_fact_of_no_file_names_its_id():
 
 def test_the_wrong_file_is_not_compared_with_every_prompt(monkeypatch):
     tried: list[str] = []
-    monkeypatch.setattr(ledger_check, "nearest", lambda given, valid: tried.append(given) or "")
+    monkeypatch.setattr(
+        "malmend.ledgers.check.nearest", lambda given, valid: tried.append(given) or ""
+    )
     known = FactSet("f", tuple(Fact(f"x{i}", f"Lake {i} is in", "Peru", line=i) for i in range(50)))
     held = active(*((f"Mount {i} is in", "Chile") for i in range(10)))
     assert len(faults_of(paired, held, known)) == 50

@@ -1,0 +1,1 @@
+"""Ledgers of what a model carries: tables, tokens and sums on the disk, and what holds."""
