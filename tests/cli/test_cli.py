@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 
 import command_support
 from command_support import files_in, malmend
+from malmend import ledger
 from malmend.cli.ledger import ACTIONS
 from malmend.cli.run import COMMANDS
-from malmend.commands import ledger
 from malmend.commands.ask import ask
 from malmend.editors.network import NetworkSettings
 from malmend.editors.settings import EditorSettings, published, published_mend

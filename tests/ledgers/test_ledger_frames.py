@@ -16,7 +16,6 @@ import command_support
 import malmend
 from command_support import Tiny, make_facts
 from malmend.cli import ledger as ledger_command
-from malmend.commands import ledger as actions
 from malmend.commands.choice import choose
 from malmend.commands.edits import ByEditor
 from malmend.editors.editor import log_size
@@ -162,7 +161,7 @@ def test_the_command_line_names_what_does_not_hold_in_a_chat(
         replace(row, reply=replace(row.reply, generated_chat=told, text_chat="Oslo"))
         for row, told in zip(found.rows, (1.0, 0.0), strict=True)
     ]
-    monkeypatch.setattr(actions, "verify", lambda **_given: replace(found, rows=rows))
+    monkeypatch.setattr(malmend.ledger, "verify", lambda **_given: replace(found, rows=rows))
     ledger_command.ledger(["verify", str(ledger)], "")
     said = capsys.readouterr().out
     assert "In a chat 1 of 2 facts hold.\n" in said

@@ -8,11 +8,11 @@ from typing import Any
 
 from rich.markup import escape
 
+from malmend import ledger as actions
 from malmend.cli import show
 from malmend.cli.options import add_editor_settings, derive, parse, parser_of, take_editor_settings
-from malmend.commands import ledger as actions
 from malmend.errors import LedgerError, MalmendError, nearest
-from malmend.ledgers.entries import Entry, Generation
+from malmend.ledger import Entry, Generation
 
 FAILING = 3  # exit code of a `verify` that found facts that do not hold
 SHOWN = 20  # facts of a list that are named one by one
@@ -56,7 +56,6 @@ def _with_model(action: str, function: Callable[..., Any], skip: set[str]) -> An
 
 def _init(arguments: list[str]) -> None:
     from malmend.editors.settings import EditorSettings
-    from malmend.ledgers.watch import StopRule
 
     parser = _parser("init")
     parser.add_argument("model", type=str, help="name, folder or GGUF file")
@@ -69,10 +68,10 @@ def _init(arguments: list[str]) -> None:
         help="an editor's folder; none; or auto, the one that is shipped for this model",
     )
     parser.add_argument("--method", type=str, default="malmen", help="malmen; others do not add up")
-    parser.add_class_arguments(StopRule, "rule")
+    parser.add_class_arguments(actions.StopRule, "rule")
     add_editor_settings(parser, {"network", "method"})
     given = parse(parser, arguments)
-    rule, method = StopRule(**given.pop("rule")), given["method"]
+    rule, method = actions.StopRule(**given.pop("rule")), given["method"]
     settings = take_editor_settings({**given, "method": "malmen"}, network=False)
     given = {name: value for name, value in given.items() if not hasattr(settings, name)}
     untouched = settings == EditorSettings()

@@ -1,7 +1,4 @@
-"""A ledger of what a model carries; as ``malmend.ledger`` its words are functions.
-
-Here is what needs no model.  The rest stands in ledger_init.py and ledger_facts.py.
-"""
+"""What is done with a ledger without a model; of the rest see ledger_init.py, ledger_facts.py."""
 
 from __future__ import annotations
 
@@ -9,23 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from malmend.commands.ledger_facts import LedgerChange as LedgerChange
-from malmend.commands.ledger_facts import Verification as Verification
-from malmend.commands.ledger_facts import Verified as Verified
-from malmend.commands.ledger_facts import add as add
-from malmend.commands.ledger_facts import replace as replace
-from malmend.commands.ledger_facts import verify as verify
-from malmend.commands.ledger_init import init as init
+from malmend.commands.ledger_facts import LedgerChange
 from malmend.commands.ledger_init import signed_by
 from malmend.errors import LedgerError
 from malmend.facts.fact import facts_digest
 from malmend.files import writable
 from malmend.given import checked
 from malmend.ledgers.access import WAIT, reading, writing
-from malmend.ledgers.entries import Entry as Entry
-from malmend.ledgers.entries import Generation as Generation
+from malmend.ledgers.entries import Entry, Generation
 from malmend.ledgers.ledger import Ledger, Moved
-from malmend.ledgers.watch import StopRule as StopRule
 from malmend.methods.by_editor import described
 from malmend.patch import Patch, make_patch, versions
 from malmend.patch_file import replaced, save_patch
