@@ -22,7 +22,6 @@ from malmend import edit as edit_facts
 from malmend import train as train_editor
 from malmend.cli import run as run_module
 from malmend.commands import edit as edit_module
-from malmend.commands import edits as edits_module
 from malmend.commands import evaluate as evaluate_module
 from malmend.commands import train as train_module
 from malmend.editors import folder as editor_folder
@@ -31,6 +30,7 @@ from malmend.editors.network import NetworkSettings
 from malmend.editors.settings import EditorSettings
 from malmend.editors.train_settings import TrainSettings
 from malmend.errors import MalmendError
+from malmend.methods import editor_method
 from malmend.models.load import load_model
 from malmend.models.sites import find_sites
 
@@ -760,7 +760,7 @@ def interrupted(*_arguments: object, **_keywords: object) -> None:
 
 @pytest.mark.parametrize("at", ["find_by_editor", "opened", "save_patch", "writable"])
 def test_stopped_while_editing(at, place, capsys, monkeypatch):
-    home = edits_module if at == "find_by_editor" else edit_module
+    home = editor_method if at == "find_by_editor" else edit_module
     monkeypatch.setattr(home, at, interrupted)
     before = contents(place.folder)
     assert malmend(*place.edit()) == 130

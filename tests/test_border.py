@@ -16,7 +16,6 @@ import malmend
 from command_support import make_facts
 from malmend.bench.results import Results
 from malmend.bench.run import bench
-from malmend.commands.choice import choose
 from malmend.commands.continuations import continuations
 from malmend.commands.finetune import finetune
 from malmend.commands.learn import learn
@@ -29,6 +28,7 @@ from malmend.facts.fact import Fact
 from malmend.facts.lint import default_id, skip_repeats
 from malmend.files import writable
 from malmend.given import checked
+from malmend.methods.editor_choice import choose
 from malmend.methods.ft import FineTuning
 from malmend.methods.ultraedit import UltraEdit
 from malmend.models.descent import Descent

@@ -12,8 +12,6 @@ import command_support
 import malmend
 from command_support import CALIBRATION, make_facts
 from malmend import workbench
-from malmend.commands import choice, edits
-from malmend.commands.choice import choose
 from malmend.commands.learn import learn
 from malmend.editors.checkpoint import load_editor, save_editor, seen_in_training
 from malmend.editors.network import NetworkSettings
@@ -23,6 +21,8 @@ from malmend.errors import EditorError, MalmendError
 from malmend.facts.fact import subject_hash
 from malmend.facts.readers import read_facts
 from malmend.material import calibrated
+from malmend.methods import editor_choice, editor_method
+from malmend.methods.editor_choice import choose
 from malmend.methods.trained import TRAINED
 from malmend.models.sites import find_sites
 from malmend.workbench import lay_out, shipped
@@ -216,9 +216,9 @@ def test_the_seconds_of_an_edit_are_without_what_is_done_once_for_a_model(tiny, 
 
         monkeypatch.setattr(module, name, slowed)
 
-    slow(edits, "known_facts")
-    slow(edits, "around_sites")
-    slow(choice, "calibrated")
+    slow(editor_method, "known_facts")
+    slow(editor_method, "around_sites")
+    slow(editor_choice, "calibrated")
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     data = {"calibrate": tiny.calibrate, "text": tiny.text, "calibration": CALIBRATION}
     settled = RefineSettings(rounds=0.01, steps=1)

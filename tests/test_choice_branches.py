@@ -15,7 +15,6 @@ import malmend
 from command_support import CALIBRATION, make_facts, make_model
 from command_support import malmend as command
 from malmend import workbench
-from malmend.commands.choice import choose
 from malmend.editors.checkpoint import load_editor, save_editor
 from malmend.editors.network import NetworkSettings
 from malmend.editors.refine import RefineSettings
@@ -23,6 +22,7 @@ from malmend.editors.settings import EditorSettings, training_free
 from malmend.errors import EditorError, MalmendError
 from malmend.facts.fact import subject_hash
 from malmend.material import calibrated
+from malmend.methods.editor_choice import choose
 from malmend.models.load import prepared
 from malmend.models.sites import LAYERS, find_sites
 from malmend.workbench import lay_out, shipped_editor

@@ -12,12 +12,12 @@ import command_support
 import malmend
 from command_support import CALIBRATION, files_in, make_facts
 from malmend import workbench
-from malmend.commands.choice import choose
 from malmend.editors.network import NetworkSettings
 from malmend.editors.settings import EditorSettings, training_free
 from malmend.errors import EditorError, FactsError, MalmendError, ModelError, PatchError
 from malmend.facts.fact import Question
 from malmend.facts.readers import given_facts
+from malmend.methods.editor_choice import choose
 from malmend.methods.memit import Memit
 from malmend.methods.method import Found
 from malmend.models.descent import Descent

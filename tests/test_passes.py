@@ -17,9 +17,6 @@ import malmend
 from command_support import CALIBRATION, make_facts, make_model
 from malmend import material, workbench
 from malmend.cli import show
-from malmend.commands import edits
-from malmend.commands.choice import choose
-from malmend.commands.edits import ByEditor
 from malmend.editors import draws, restore, settle
 from malmend.editors import halfway as halfway_module
 from malmend.editors import refine as refine_module
@@ -31,7 +28,9 @@ from malmend.errors import EditorError, MalmendError, Resumable
 from malmend.facts.fact import Question
 from malmend.facts.tokens import Encoder, Reading
 from malmend.material import to_hold
-from malmend.methods import by_editor, settling
+from malmend.methods import by_editor, editor_method, settling
+from malmend.methods.editor_choice import choose
+from malmend.methods.editor_method import ByEditor
 from malmend.methods.ultraedit import UltraEdit
 from malmend.models import budget
 from malmend.models.budget import MemoryPlan
@@ -104,7 +103,7 @@ def briefly(monkeypatch):
 
     A random model knows no facts.
     """
-    monkeypatch.setattr(edits, "known_facts", lambda _bench, _facts: [])
+    monkeypatch.setattr(editor_method, "known_facts", lambda _bench, _facts: [])
     monkeypatch.setattr(draws, "FEWEST", 4)
     monkeypatch.setattr(draws, "HELD_EACH", 2)
     monkeypatch.setattr(settle, "START", 1.0)
@@ -153,7 +152,9 @@ def test_an_edit_is_settled_from_its_last_kept_solve_in_every_frame(tiny, monkey
         return {name: factor * shift for name, shift in shifts.items()}
 
     known = [encoder_for(tiny.model).encode(one.question) for one in make_facts(5, seed=4)]
-    monkeypatch.setattr(edits, "known_facts", lambda _bench, facts: known if facts else None)
+    monkeypatch.setattr(
+        editor_method, "known_facts", lambda _bench, facts: known if facts else None
+    )
     monkeypatch.setattr(settling, "settle", noted)
     counting(monkeypatch, 0.0, 0.5, 0.0, 0.01)  # the second solve is let go, a hundredth is not
     refine = replace(SETTLED, passes=2, restore=0.0, wordings=3, rounds=900.0)
@@ -561,7 +562,7 @@ def test_a_settled_edit_may_miss_a_hundredth_or_what_the_solves_did(
 
 def test_an_edit_of_every_token_settles_in_the_metric_of_so_many(tiny, monkeypatch, briefly):
     given = {}
-    find = edits.find_by_editor
+    find = editor_method.find_by_editor
 
     def finding(bench, editor, *rest):
         given["editor"] = editor
@@ -571,7 +572,7 @@ def test_an_edit_of_every_token_settles_in_the_metric_of_so_many(tiny, monkeypat
         given["priors"] = priors
         return dict(shifts)
 
-    monkeypatch.setattr(edits, "find_by_editor", finding)
+    monkeypatch.setattr(editor_method, "find_by_editor", finding)
     monkeypatch.setattr(settling, "settle", noted)
     settings = replace(training_free(), tokens="all")
     refine = replace(SETTLED, around=False)

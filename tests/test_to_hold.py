@@ -8,8 +8,6 @@ import pytest
 
 import command_support
 import malmend
-from malmend.commands.choice import choose
-from malmend.commands.edits import ByEditor
 from malmend.editors import draws
 from malmend.editors.refine import RefineSettings
 from malmend.editors.settings import training_free
@@ -17,6 +15,8 @@ from malmend.facts.fact import Fact
 from malmend.facts.readers import read_text
 from malmend.facts.tokens import Encoder, Reading
 from malmend.material import held_out_questions, to_hold
+from malmend.methods.editor_choice import choose
+from malmend.methods.editor_method import ByEditor
 from malmend.workbench import encoder_for, shipped
 
 CALIBRATION = command_support.CALIBRATION
@@ -122,7 +122,8 @@ def test_an_editor_that_solves_once_restores_nothing(smollm2, settings):
 def test_lines_of_wikipedia_are_held_while_an_edit_settles(tiny, monkeypatch, rounds):
     asked = []
     monkeypatch.setattr(
-        "malmend.commands.edits.to_hold", lambda *_given, more=False: asked.append(more) or []
+        "malmend.methods.editor_method.to_hold",
+        lambda *_given, more=False: asked.append(more) or [],
     )
     own = {
         "calibrate": tiny.calibrate,
@@ -147,7 +148,7 @@ def test_nothing_is_read_where_nothing_will_be_restored(tiny, monkeypatch, refin
     def no(*_args):
         raise AssertionError("held without need")
 
-    monkeypatch.setattr("malmend.commands.edits.to_hold", no)
+    monkeypatch.setattr("malmend.methods.editor_method.to_hold", no)
     monkeypatch.setattr(draws, "FEWEST", 3)
     own = {
         "calibrate": tiny.calibrate,

@@ -15,10 +15,10 @@ from ledger_support import added, apart, assert_same, direct, own
 
 import command_support
 import malmend
-from malmend.commands.choice import choose
 from malmend.editors.editor import log_size
 from malmend.errors import EditorError
 from malmend.ledgers.access import reading
+from malmend.methods.editor_choice import choose
 from malmend.models.capture import capture
 from malmend.workbench import lay_out
 

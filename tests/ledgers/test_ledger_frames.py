@@ -16,13 +16,13 @@ import command_support
 import malmend
 from command_support import Tiny, make_facts
 from malmend.cli import ledger as ledger_command
-from malmend.commands.choice import choose
-from malmend.commands.edits import ByEditor
 from malmend.editors.editor import log_size
 from malmend.editors.refine import CHAT, RefineSettings, framed
 from malmend.errors import EditorError, LedgerError
 from malmend.evaluation.generate import matches
 from malmend.facts.encoded import Encoded
+from malmend.methods.editor_choice import choose
+from malmend.methods.editor_method import ByEditor
 from malmend.models.capture import capture
 from malmend.workbench import lay_out
 

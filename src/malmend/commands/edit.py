@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from malmend.commands.evaluate import chat_encoder, evaluate
-from malmend.commands.method_choice import method_for
 from malmend.editors.calibration import CalibrationSettings
 from malmend.editors.editor import Editor
 from malmend.editors.halfway import resumable
@@ -26,6 +25,7 @@ from malmend.files import writable
 from malmend.given import checked
 from malmend.memory import size_of
 from malmend.methods.method import Found, Method, settings_of
+from malmend.methods.method_choice import method_for
 from malmend.models.budget import watched
 from malmend.models.device import places_of
 from malmend.models.load import LoadedModel

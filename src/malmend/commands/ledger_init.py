@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from malmend.commands.choice import Choice, choose
 from malmend.editors.calibration import CalibrationSettings
 from malmend.editors.checkpoint import load_editor, save_editor
 from malmend.editors.editor import Editor
@@ -24,6 +23,7 @@ from malmend.ledgers.ledger import EDITOR, Signed
 from malmend.ledgers.sums import sync
 from malmend.ledgers.tables import FILE, created, holds_tables
 from malmend.ledgers.watch import StopRule
+from malmend.methods.editor_choice import Choice, choose
 from malmend.methods.trained import TRAINED, method_in
 from malmend.models.identity import bits
 from malmend.models.load import LoadedModel

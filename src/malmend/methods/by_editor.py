@@ -1,4 +1,4 @@
-"""Editors as a method: Algorithm 1 (capture, transform, aggregate), then solves or settling."""
+"""An edit by an editor: Algorithm 1 (capture, transform, aggregate), then solves or settling."""
 
 from __future__ import annotations
 

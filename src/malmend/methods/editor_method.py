@@ -10,7 +10,6 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from malmend.commands.choice import Choice
 from malmend.editors import restore, settle
 from malmend.editors.around import Around
 from malmend.editors.calibration import CalibrationSettings
@@ -23,6 +22,7 @@ from malmend.facts.tokens import Encoder, EndOfAnswer
 from malmend.known import known_facts
 from malmend.material import around_sites, to_hold
 from malmend.methods.by_editor import find_by_editor, refinable
+from malmend.methods.editor_choice import Choice
 from malmend.methods.method import Found
 from malmend.methods.settling import Holding
 from malmend.models.budget import MemoryPlan, Work, rows_of

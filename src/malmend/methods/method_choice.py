@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from malmend.commands.choice import choose
-from malmend.commands.edits import ByEditor
 from malmend.editors.calibration import CalibrationSettings
 from malmend.editors.editor import Editor
 from malmend.editors.refine import RefineSettings
@@ -15,6 +13,8 @@ from malmend.editors.settings import EditorSettings
 from malmend.errors import MalmendError
 from malmend.facts.fact import Fact
 from malmend.facts.tokens import Encoder
+from malmend.methods.editor_choice import choose
+from malmend.methods.editor_method import ByEditor
 from malmend.methods.method import Method
 from malmend.methods.trained import trained_method
 from malmend.models.budget import MemoryPlan
