@@ -18,8 +18,8 @@ from malmend.bench.plot import plot
 from malmend.bench.results import NAME, Results
 from malmend.bench.table import Row, failures, latest, markdown
 from malmend.bench.way import named_method, way_of
-from malmend.commands.training_folder import check_unlike
 from malmend.editors.checkpoint import load_editor
+from malmend.editors.training_folder import check_unlike
 from malmend.errors import SHOWN, MalmendError, is_out_of_memory
 from malmend.facts.fact import Fact, facts_digest
 from malmend.facts.lint import skipped_said

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 
 from malmend.commands.finetune_epochs import CHECKPOINT, Epochs, best_epoch
-from malmend.commands.training_folder import check_unlike
+from malmend.editors.training_folder import check_unlike
 from malmend.errors import MalmendError
 from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact, FactSet, Question, class_key, subject_hash

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from malmend.commands.training_folder import (
+from malmend.editors.resuming import rounds_otherwise
+from malmend.editors.training_folder import (
     check_folder,
     check_steps,
     is_begun,
     is_due,
 )
-from malmend.editors.resuming import rounds_otherwise
 from malmend.errors import MalmendError
 from malmend.facts.fact import Fact, Question
 from malmend.facts.lint import skipped_said

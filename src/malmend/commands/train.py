@@ -11,13 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from malmend.commands.training_folder import (
-    check_folder,
-    check_steps,
-    is_begun,
-    is_due,
-    is_whole,
-)
 from malmend.editors.calibration import CalibrationSettings
 from malmend.editors.checkpoint import SavedEditor, load_editor, save_editor
 from malmend.editors.drawing import check_trainable
@@ -26,6 +19,13 @@ from malmend.editors.resuming import check_run, rounds_otherwise, run_of
 from malmend.editors.settings import EditorSettings
 from malmend.editors.train_settings import TrainSettings
 from malmend.editors.training import StepRecord, Trainer, estimate_seconds, rehearse, step_bytes
+from malmend.editors.training_folder import (
+    check_folder,
+    check_steps,
+    is_begun,
+    is_due,
+    is_whole,
+)
 from malmend.errors import EditorError
 from malmend.facts.encoded import resolved
 from malmend.facts.fact import Fact, FactSet, Question

@@ -74,6 +74,15 @@ def identity_of(weights: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:24]
 
 
+def said_in(folder: str | Path) -> dict[str, Any]:
+    """What a folder's ``editor.json`` says; nothing where it is missing or damaged."""
+    try:
+        about = json.loads((Path(folder) / "editor.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}  # whoever reads it next says what is wrong
+    return about if isinstance(about, dict) else {}
+
+
 def _said(folder: Path) -> dict[str, Any]:
     about: dict[str, Any] = json.loads((folder / "editor.json").read_text(encoding="utf-8"))
     return about

@@ -6,12 +6,12 @@ editor is.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from malmend.editors.folder import said_in
 from malmend.errors import EditorError
 from malmend.methods.enn import Enn, EnnSettings
 from malmend.methods.enn_training import EnnTrainer
@@ -74,12 +74,3 @@ def method_in(folder: str | Path) -> str | None:
     """The name that a folder's ``editor.json`` says; None of an editor, or where there is none."""
     name = said_in(folder).get("method")
     return name if isinstance(name, str) else None
-
-
-def said_in(folder: str | Path) -> dict[str, Any]:
-    """What a folder's ``editor.json`` says; nothing where it is missing or damaged."""
-    try:
-        about = json.loads((Path(folder) / "editor.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}  # whoever reads it next says what is wrong
-    return about if isinstance(about, dict) else {}

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from malmend.editors.folder import said_in
 from malmend.editors.resuming import FILE
 from malmend.errors import EditorError, MalmendError
 from malmend.files import kind_of, writable_folder
-from malmend.methods.trained import said_in
 
 
 def check_unlike(folder: Path, own: str | None = None) -> None:
