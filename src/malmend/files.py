@@ -70,6 +70,17 @@ def synced(path: Path) -> None:
                 os.fsync(file.fileno())
 
 
+def listing_synced(folder: Path) -> None:
+    """Waits until what a folder lists is on the disk."""
+    if os.name == "nt":
+        return  # Windows cannot open a folder, and needs no such thing
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 @contextmanager
 def written_beside(path: str | Path) -> Iterator[Path]:
     """Yields a path in the same folder to write to; renamed to ``path`` if the block succeeds.

@@ -15,12 +15,11 @@ from malmend.editors.refine import CHAT, RefineSettings, framing
 from malmend.editors.settings import EditorSettings
 from malmend.errors import EditorError, LedgerError
 from malmend.facts.tokens import Encoder
-from malmend.files import new_folder, writable_folder
+from malmend.files import listing_synced, new_folder, synced, writable_folder
 from malmend.given import checked
 from malmend.ledgers.about import About, plain_settings
 from malmend.ledgers.entries import Generation, insert_about, insert_generation
 from malmend.ledgers.ledger import EDITOR, Signed
-from malmend.ledgers.sums import sync
 from malmend.ledgers.tables import FILE, created, holds_tables
 from malmend.ledgers.watch import StopRule
 from malmend.methods.editor_choice import Choice, choose
@@ -132,7 +131,7 @@ def init(
         identity = _keep(ready, chosen, folder / EDITOR, loaded.fingerprint)
         insert_about(db, _about(bench, chosen, identity, frames, rule, signed).values())
         insert_generation(db, first)
-        sync(folder)
+        listing_synced(folder)
     return first
 
 
@@ -195,9 +194,8 @@ def _keep(ready: Editor, chosen: Choice, folder: Path, base: str) -> str:
     identity = load_editor(folder).identity
     if chosen.saved is not None and identity != chosen.saved.identity:
         raise EditorError(f"The editor {chosen.name} changed while it was copied; try again.")
-    for path in folder.iterdir():
-        sync(path)
-    sync(folder)
+    synced(folder)
+    listing_synced(folder)
     return identity
 
 

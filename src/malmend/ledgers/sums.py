@@ -13,7 +13,6 @@ Shape letters: N tokens, K key width, V value width, M facts.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from malmend.editors.malmen import Malmen
 from malmend.errors import LedgerError
-from malmend.files import reason, written_beside
+from malmend.files import listing_synced, reason, written_beside
 from malmend.numerics.prior import Prior
 from malmend.numerics.ridge import solved
 
@@ -138,22 +137,10 @@ def load_sums(path: Path, shapes: Shapes) -> dict[str, Sums]:
 
 
 def save_durably(tensors: Mapping[str, Tensor], path: Path, header: Mapping[str, str]) -> None:
-    """Writes a safetensors file beside, syncs it, renames it, and syncs the folder."""
+    """Writes a safetensors file; it and its name are on the disk when this returns."""
     with written_beside(path) as beside:
         save_file({name: one.contiguous() for name, one in tensors.items()}, beside, dict(header))
-        sync(beside)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Returns once a file, or what a folder lists, is on the disk."""
-    if os.name == "nt" and path.is_dir():
-        return  # Windows cannot open a folder, and needs no such thing
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    listing_synced(path.parent)
 
 
 def checked(
