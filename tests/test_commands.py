@@ -177,7 +177,7 @@ def test_a_patch_that_is_read_back_otherwise_is_not_what_was_measured(tiny, tmp_
         write({name: 2 * one for name, one in tensors.items()}, beside, metadata)
 
     monkeypatch.setattr(patch_module, "save_file", doubled)
-    with pytest.raises(PatchError, match="read back as other numbers"):
+    with pytest.raises(PatchError, match="did not read back as it was written"):
         malmend.edit(tiny.loaded, tiny.facts, path, **own(tiny))
     assert path.read_text() == "an earlier one"
 
@@ -639,7 +639,7 @@ def test_another_device_is_said_before_a_run_goes_on(tiny, tmp_path, monkeypatch
     monkeypatch.setattr("malmend.editors.resuming.places_of", lambda model: "cuda:0")
     trained(tiny, tmp_path, training=replace(TRAINING, steps=4), told=said.append)
     (line,) = said
-    assert "was on cpu and is gone on with on cuda:0" in line
+    assert "was on cpu and resumes on cuda:0" in line
 
 
 def test_another_number_of_threads_is_said_before_a_run_goes_on(tiny, tmp_path):
@@ -654,7 +654,7 @@ def test_another_number_of_threads_is_said_before_a_run_goes_on(tiny, tmp_path):
     finally:
         torch.set_num_threads(before)
     (line,) = said
-    assert f"was on {before} threads and is gone on with on {before + 1}" in line
+    assert f"used {before} threads and resumes on {before + 1}" in line
     assert f"OMP_NUM_THREADS={before}" in line
 
 

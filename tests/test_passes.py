@@ -459,7 +459,7 @@ def test_a_budget_is_planned_with_all_rows_that_a_solve_has(tokens, refine, tiny
         ),
         (
             {"steps": 80, "rounds": 0.0, "readings": 40},
-            "Settling brought less than its last solve, which is the edit: it was let go.",
+            "Settling did worse than the last solve and was discarded; the patch is that solve.",
         ),
     ],
 )

@@ -815,7 +815,7 @@ def test_what_is_read_back_otherwise_leaves_the_old_patch(patch, path, monkeypat
         write({name: 2 * one for name, one in tensors.items()}, beside, metadata)
 
     monkeypatch.setattr(patch_file, "save_file", doubled)
-    with pytest.raises(PatchError, match="read back as other numbers") as caught:
+    with pytest.raises(PatchError, match="did not read back as it was written") as caught:
         save_patch(Patch({"other": (MATRIX,)}), path)
     assert str(caught.value).startswith(f"{path} ")
     assert path.read_bytes() == old

@@ -1,4 +1,4 @@
-"""The one error that malmend raises on purpose, and an interrupt that says more.
+"""The one error that malmend raises on purpose, and an interrupt that says the run can be resumed.
 
 Every message is one sentence for a person: what was given, what was expected, the nearest valid
 name where there is one, and what to do.  The command line prints the message and nothing else.
@@ -16,7 +16,7 @@ class MalmendError(ValueError):
 
 
 class Resumable(KeyboardInterrupt):
-    """Work was interrupted that the same command goes on with."""
+    """Interrupted; the same command resumes the work."""
 
 
 SHOWN = 20  # faults in the message of an error; its .faults holds all

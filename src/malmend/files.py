@@ -1,4 +1,4 @@
-"""Writing files so that no half-written one is ever found under its name; files that are kept."""
+"""Writing files so that no half-written one is ever found under its name."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def part_of(path: Path) -> Path:
 
 
 def _machine() -> str:
-    """Among which processes a process's number is its own: machine, start of it, container."""
+    """Within which a process id is unique: host, boot and PID namespace."""
     said = [socket.gethostname()]
     with suppress(OSError):  # where there is no Linux
         said.append(Path("/proc/sys/kernel/random/boot_id").read_text())

@@ -53,7 +53,7 @@ def save_patch(patch: Patch, path: str | Path) -> Patch:
         written = list(tensors.values())
         if len(read) != len(written) or not all(map(torch.equal, read, written)):
             raise PatchError(
-                f"{path} was read back as other numbers than were written, so it was let go; the "
+                f"{path} did not read back as it was written, so it was discarded; the "
                 "disk is at fault, write elsewhere."
             )
     return back

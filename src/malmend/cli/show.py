@@ -121,7 +121,9 @@ def settled(said: Mapping[str, Any]) -> None:
     if not steps:
         return
     if not rounds:
-        OUT.print("Settling brought less than its last solve, which is the edit: it was let go.")
+        OUT.print(
+            "Settling did worse than the last solve and was discarded; the patch is that solve."
+        )
         return
     line, taken = f"Settled in {steps:,} steps.", steps * min(READINGS, readings) / readings
     if taken < rounds:

@@ -53,8 +53,8 @@ def ask(
         chat: ask through the model's chat template.
         max_new_tokens: where the answer is cut at the latest.
         force: accept a patch that was made for another base.
-        dtype: the model is loaded in.
-        device: it is put on: "cpu", "cuda" or another accelerator that torch finds, one of several
+        dtype: in which the model is loaded.
+        device: where the model is put: "cpu", "cuda" or another accelerator, one of several
             as "cuda:1", or "auto" for spread over all.
     """
     if not prompt.strip():

@@ -64,12 +64,12 @@ def conflicts(
         model: a name, a folder, a GGUF file, or a loaded model.
         patches: two or more patches; a PEFT LoRA adapter's folder counts as one.
         facts: a facts file for each patch, in their order, or none.
-        limit: the first so many facts of each.
+        limit: take only the first so many facts of each file.
         decode_facts: for how many of them the model also answers free-running; null for all.
         force: accept patches that were made for another base.
         trunk: grouping of questions and the disk budget for trunk activations.
-        dtype: the model is loaded in.
-        device: it is put on: "cpu", "cuda" or another accelerator that torch finds, one of several
+        dtype: in which the model is loaded.
+        device: where the model is put: "cpu", "cuda" or another accelerator, one of several
             as "cuda:1", or "auto" for spread over all.
         progress: called with stage and share done.
         told: called about facts that were skipped, and where those that are asked do not begin with

@@ -61,7 +61,7 @@ def demo(
         model: a name, a folder or a GGUF file.
         facts: how many to edit at once, 1,687 at most.
         spoken: for how many of them the model also answers free-running (the slow part).
-        device: it is put on: "cpu", "cuda" or another accelerator that torch finds, one of several
+        device: where the model is put: "cpu", "cuda" or another accelerator, one of several
             as "cuda:1", or "auto" for spread over all.
         progress: called with stage and share done.
         told: called with a line about what comes next.

@@ -59,7 +59,7 @@ def diff(
         out: path of a patch that makes the other model of this one, to be measured with ``eval``
             and taken off; refused unless all that differs, but by rounding to a coarser precision
             of the other model's, are linear layers' weights.
-        dtype: both are loaded in.
+        dtype: in which both are loaded.
         progress: called with stage and share done.
         told: called about a file that the patch will replace, before the work, and with what the
             patch leaves out.

@@ -111,7 +111,7 @@ def edit(
             "none".
         settings: of the editor without a network; a trained editor brings its own.
         method: another way than by an editor, with its settings (malmend.methods).
-        limit: the first so many facts.
+        limit: take only the first so many facts.
         strict: refuse duplicates and contradictions in place of skipping the later ones.
         alternative: edit in each fact's alternative (a false answer) in place of its answer.
         away: of a classifier: edit each fact away from what the model says of it, in its answer or
@@ -126,8 +126,8 @@ def edit(
         trunk: grouping of questions and the disk budget for trunk activations.
         memory: what the process may hold, as "4GB": micro-batches are chosen by it, and captured
             tensors go to disk beyond it; null for micro-batches of ``trunk`` and no bound.
-        dtype: the model is loaded in.
-        device: it is put on: "cpu", "cuda" or another accelerator that torch finds, one of several
+        dtype: in which the model is loaded.
+        device: where the model is put: "cpu", "cuda" or another accelerator, one of several
             as "cuda:1", or "auto" for spread over all.
         processes: that the facts are spread over, of an editor; the first one writes.
         progress: called with stage and share done.

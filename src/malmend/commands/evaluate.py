@@ -67,7 +67,7 @@ def evaluate(
         model: a name, a folder, a GGUF file, or a loaded model.
         facts: a facts file, or facts.
         patch: a patch, its file, or a LoRA adapter's folder.
-        limit: the first so many facts.
+        limit: take only the first so many facts.
         strict: refuse duplicates and contradictions in place of skipping the later ones.
         alternative: ask for each fact's alternative (a false answer) in place of its answer.
         away: of a classifier: ask for what the unedited model does not say of each fact.
@@ -81,8 +81,8 @@ def evaluate(
         report: a folder for the report as an HTML page, with its figures as JSON beside.
         force: accept a patch that was made for another base.
         trunk: grouping of questions and the disk budget for trunk activations.
-        dtype: the model is loaded in.
-        device: it is put on: "cpu", "cuda" or another accelerator that torch finds, one of several
+        dtype: in which the model is loaded.
+        device: where the model is put: "cpu", "cuda" or another accelerator, one of several
             as "cuda:1", or "auto" for spread over all.
         progress: called with stage and share done.
         told: called before the work about facts that were skipped, and where those that are asked

@@ -79,7 +79,7 @@ def export(
             keys feel it least. Null cuts nothing off.
         dtype: of the merged model; null for the base's own.
         facts: facts that are asked of what was exported, as read back; a cut spares their keys.
-        limit: the first so many facts.
+        limit: take only the first so many facts.
         decode_facts: for how many of the facts the models also answer free-running; null for all.
         text: a text file whose keys a cut spares, in place of the project's own.
         force: accept a patch that was made for another base.

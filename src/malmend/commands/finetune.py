@@ -73,7 +73,7 @@ def finetune(
         settings: how to train.
         asked: "prompts", or "all" for paraphrases and answered unrelated questions too.
         end_of_answer: what a decoder learns to say after the answer: "eos", "newline" or "none".
-        limit: the first so many facts of each file.
+        limit: take only the first so many facts of each file.
         device: that it is trained on: "cpu", "cuda" or another accelerator that torch finds, one of
             several as "cuda:1".
         progress: called with stage and share done.

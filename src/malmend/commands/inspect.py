@@ -65,7 +65,7 @@ def inspect(
         sites: which sites of a model to show, by name or pattern.
         linear: which of a block's feed-forward layers, "second", "first" or "both".
         side: which half of an encoder-decoder, "encoder", "decoder" or "both".
-        dtype: a model is loaded in.
+        dtype: in which a model is loaded.
     """
     path, of_model = Path(thing), (layers, sites, linear, side) != (None, None, "second", "both")
 

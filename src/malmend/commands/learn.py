@@ -64,13 +64,13 @@ def learn(
         method: "enn" or "ke".
         settings: of the method, from its file under ``malmend.methods``; None for the usual ones.
         locality: unrelated questions; None takes each fact's own.
-        limit: the first so many facts.
+        limit: take only the first so many facts.
         strict: refuse duplicates and contradictions in place of skipping the later ones.
         alternative: train on each fact's alternative (a false answer) in place of its answer.
         away: of a classifier: train on what it does not say of each fact.
         trunk: grouping of questions and the disk budget.
-        dtype: the model is loaded in.
-        device: it is put on: "cpu", "cuda" or another accelerator that torch finds, one of several
+        dtype: in which the model is loaded.
+        device: where the model is put: "cpu", "cuda" or another accelerator, one of several
             as "cuda:1", or "auto" for spread over all.
         stepped: called after every step.
         told: called about facts that were skipped, and what makes a resumed run's numbers differ.

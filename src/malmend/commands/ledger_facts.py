@@ -121,13 +121,13 @@ def add(
     Args:
         ledger: its folder.
         facts: a facts file, or facts.
-        limit: the first so many facts.
+        limit: take only the first so many facts.
         strict: refuse facts that the ledger holds already, in place of leaving them out.
         alternative: add each fact's alternative (a false answer) in place of its answer.
         away: of a classifier: add what the unedited model does not say of each fact.
         skip_known: leave out what the unedited model answers right already.
         model: where the ledger's model lies now; null for where it lay at the start.
-        device: it is put on: "cpu", "cuda" or another accelerator that torch finds, one of several
+        device: where the model is put: "cpu", "cuda" or another accelerator, one of several
             as "cuda:1", or "auto" for spread over all.
         author: who does this; null for the user's name.
         wait: seconds to wait for another process that writes the ledger.
@@ -177,11 +177,11 @@ def replace(
     Args:
         ledger: its folder.
         facts: a facts file, or facts, whose prompts are those of active facts.
-        limit: the first so many facts.
+        limit: take only the first so many facts.
         strict: refuse facts that the ledger holds as they are, in place of leaving them out.
         alternative: take each fact's alternative (a false answer) in place of its answer.
         model: where the ledger's model lies now; null for where it lay at the start.
-        device: it is put on: "cpu", "cuda" or another accelerator that torch finds, one of several
+        device: where the model is put: "cpu", "cuda" or another accelerator, one of several
             as "cuda:1", or "auto" for spread over all.
         author: who does this; null for the user's name.
         wait: seconds to wait for another process that writes the ledger.
@@ -224,7 +224,7 @@ def verify(
     Args:
         ledger: its folder.
         model: where the ledger's model lies now; null for where it lay at the start.
-        device: it is put on: "cpu", "cuda" or another accelerator that torch finds, one of several
+        device: where the model is put: "cpu", "cuda" or another accelerator, one of several
             as "cuda:1", or "auto" for spread over all.
         trunk: grouping of questions and the disk budget for trunk activations.
         wait: seconds to wait for another process that writes the ledger.

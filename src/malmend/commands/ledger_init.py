@@ -90,8 +90,8 @@ def init(
             nothing holds that was solved plainly.  It costs other answers, see docs/ledger.md.
         rule: when the ledger warns that its model degrades.
         trunk: grouping of questions and the disk budget for trunk activations.
-        dtype: the model is loaded in, then and ever after.
-        device: it is put on now: "cpu", "cuda" or another accelerator that torch finds, one of
+        dtype: in which the model is loaded, now and ever after.
+        device: where the model is put now: "cpu", "cuda" or another accelerator, one of
             several as "cuda:1", or "auto" for spread over all.
         author: who does this; null for the user's name.
         progress: called with stage and share done.

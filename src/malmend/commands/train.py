@@ -109,7 +109,7 @@ def train(
         locality: unrelated questions; None takes each fact's own.
         settings: what the editor is.
         training: how it is trained.
-        limit: the first so many facts.
+        limit: take only the first so many facts.
         strict: refuse duplicates and contradictions in place of skipping the later ones.
         alternative: train on each fact's alternative (a false answer) in place of its answer.
         away: of a classifier: train on what it does not say of each fact.
@@ -118,8 +118,8 @@ def train(
         calibration: how the model is calibrated.
         trunk: grouping of questions and the disk budget.
         memory: what the process may hold, as "4GB"; see :func:`malmend.edit`.
-        dtype: the model is loaded in.
-        device: it is put on: "cpu", "cuda" or another accelerator that torch finds, one of several
+        dtype: in which the model is loaded.
+        device: where the model is put: "cpu", "cuda" or another accelerator, one of several
             as "cuda:1", or "auto" for spread over all.
         processes: that the facts of each step are spread over; see :mod:`malmend.processes`.
         progress: called with stage and share done, before training starts.

@@ -69,10 +69,10 @@ class RefineSettings:
     """How often an edit is solved, and what the later solves see.
 
     Attributes:
-        passes: solves; 1 is the published form, and all that the sum of shifts can do.  Null for
-            one of an edit that settles, four of a classifier, whose shifts are of every token and
-            say least at first, and of any other model for three, and a fourth while more than a
-            hundredth of the tokens is missed, of the plain prompts or in chat.
+        passes: number of solves; 1 is the published form, and all that the sum of shifts can do.
+            Null: 1 for an edit that settles; 4 for a classifier, whose shifts are of every token
+            and say least at first; else 3, and a 4th while more than a hundredth of the tokens is
+            missed, of the plain prompts or in chat.
         frames: settings beside the plain prompt from the second pass on, or in the only one where
             ``passes`` is 1 and these are given: a text that holds "{prompt}", or "chat" for the
             model's chat template.  Null for two that suit a decoder, the template one of them where
@@ -81,18 +81,17 @@ class RefineSettings:
         gain: how much of a still missing move a later pass asks for (equation 18).
         chat_gain: the same, of rows in the chat template.
         restore: weight of the rows that ask back what the edit moved of other questions and of
-            text (restore.py); 0 for none of them.  Of a decoder only.
-        rounds: how often in the mean each fact is read in every frame and wording, and twice that
-            in chat, while the edit settles, that is, while its shift is descended after the solves
-            (settle.py), in 80 steps at least; 0 for not at all, and what follows here then does
-            nothing.  Of a decoder only.
-            Null for 3 of a decoder's edit of more than 128 facts whose ``passes`` nobody gave, and
-            else for 0.
-        steps: of settling at most; with more facts each is read less often.
+            text; 0 for none of them.  Of a decoder only.
+        rounds: how many times on average each fact is read in each frame and wording, and twice
+            that in chat, while the edit settles: its shift is descended after the solves, in 80
+            steps at least.  0: it does not settle, and the fields below do nothing.  Null: 3 for a
+            decoder's edit of more than 128 facts where ``passes`` is null too, else 0.  Of a
+            decoder only.
+        steps: the most steps of settling; with more facts each is read less often.
         wordings: in how many other wordings at most each fact is read besides while it settles: the
             first is in fewer words, the second is turned from a sentence to a question or back, all
-            others are as the batch asks others of the relation, or turned and in fewer words
-            (wordings.py); none is there twice.
+            others are as the batch asks others of the relation, or turned and in fewer words;
+            none is there twice.
         hold: weight of other questions and of text while the edit settles.
         around: beside the editor's layers, also settle the other feed-forward layers and the
             attention's outputs of their blocks and of the one below; not where ``sites`` names the

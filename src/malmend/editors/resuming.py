@@ -159,12 +159,12 @@ def rounds_otherwise(said: Mapping[str, Any], device: str) -> Iterator[str]:
     threads = torch.get_num_threads()
     if said.get("threads", threads) != threads:
         yield (
-            f"This run was on {said['threads']} threads and is gone on with on {threads}: its "
+            f"This run used {said['threads']} threads and resumes on {threads}: its "
             f"numbers will differ by rounding; set OMP_NUM_THREADS={said['threads']} for the same."
         )
     if said.get("device", device) != device:
         yield (
-            f"This run was on {said['device']} and is gone on with on {device}: its "
+            f"This run was on {said['device']} and resumes on {device}: its "
             "numbers will differ by rounding."
         )
 

@@ -30,7 +30,7 @@ def continuations(
         text: a passage per line.
         tokens: of each answer.
         prompt_tokens: of each prompt, at least.
-        limit: at most so many facts.
+        limit: take only the first so many facts.
 
     Raises:
         MalmendError: fewer than one token or fact is asked for.
