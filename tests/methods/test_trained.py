@@ -202,7 +202,7 @@ def test_a_run_goes_on_in_the_numbers_that_it_was_on(name, tiny, tmp_path):
     about |= {"threads": 99, "device": "cuda:0"}
     save_file(load_file(path), path, {"training": json.dumps(about)})
     learn(tiny.loaded, tiny.facts, tmp_path, name, longer, told=told.append)
-    assert ["on 99 threads" in told[0], "on cuda:0" in told[1], len(told)] == [True, True, 2]
+    assert ["used 99 threads" in told[0], "on cuda:0" in told[1], len(told)] == [True, True, 2]
 
 
 @ALL
