@@ -12,6 +12,7 @@ from malmend.errors import LedgerError
 from malmend.evaluation.examiner import Examiner
 from malmend.evaluation.replies import Asked
 from malmend.facts.fact import Fact
+from malmend.given import shown
 from malmend.material import KEPT_BACK, held_out_questions
 from malmend.patch import shifted
 from malmend.progress import Progress, counted, silent
@@ -39,19 +40,19 @@ class StopRule:
     def __post_init__(self) -> None:
         if type(self.questions) is not int or type(self.refuse) is not bool:
             raise LedgerError(
-                f"rule.questions is {self.questions!r} and rule.refuse {self.refuse!r}, expected a "
-                "whole number, and true or false."
+                f"rule.questions is {shown(self.questions)} and rule.refuse {shown(self.refuse)}, "
+                "expected a whole number, and true or false."
             )
         is_number = isinstance(self.retention, int | float) and self.retention is not True
         if not is_number or not 0 <= self.retention <= 1:
             raise LedgerError(
-                f"rule.retention is {self.retention!r:.80}, expected a share from 0 to 1; change "
+                f"rule.retention is {shown(self.retention)}, expected a share from 0 to 1; change "
                 "--rule.retention."
             )
         if not 0 <= self.questions <= KEPT_BACK:
             raise LedgerError(
-                f"rule.questions is {self.questions}, expected 0 to {KEPT_BACK}, which is how many "
-                "no prior reads; change --rule.questions."
+                f"rule.questions is {shown(self.questions)}, expected 0 to {KEPT_BACK}, which is "
+                "how many no prior reads; change --rule.questions."
             )
 
     def warning(self, retention: float | None) -> str | None:

@@ -29,7 +29,6 @@ Shape letters: A answer tokens, H hidden width, V value width, K key width, S si
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -50,6 +49,7 @@ from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact
 from malmend.facts.tokens import EndOfAnswer
 from malmend.files import reason
+from malmend.given import check_fields, check_range, check_seed
 from malmend.methods.method import Found
 from malmend.models.sites import Site, feed_forward_sites, put_back
 from malmend.models.trunk import Trunk
@@ -98,14 +98,11 @@ class EnnSettings:
     end_of_answer: EndOfAnswer = "eos"
 
     def __post_init__(self) -> None:
-        for name in COUNTS:
-            if getattr(self, name) < 1:
-                raise EditorError(f"enn.{name} is {getattr(self, name)}, expected 1 or more.")
-        for name in ("inner_rate", "c_edit", "c_loc", "rate", "scalar_rate", "clip"):
-            value, above = getattr(self, name), name == "inner_rate"
-            if not 0 <= value < math.inf or (value == 0 and above):
-                least = "above 0" if above else "of at least 0"
-                raise EditorError(f"enn.{name} is {value}, expected a number {least}.")
+        check_fields(self)
+        check_range(self, COUNTS, 1, prefix="enn.")
+        check_range(self, ("inner_rate",), prefix="enn.")
+        check_range(self, ("c_edit", "c_loc", "rate", "scalar_rate", "clip"), 0.0, prefix="enn.")
+        check_seed(self, "enn.")
 
     def sites_in(self, model: PreTrainedModel) -> tuple[Site, ...]:
         """As :func:`malmend.models.sites.feed_forward_sites`."""

@@ -26,11 +26,10 @@ from transformers import PreTrainedModel
 from malmend.editors.calibration import CalibrationSettings
 from malmend.editors.keymoments import end_of, first_of, passages_of
 from malmend.editors.metaloss import Judged, meta_loss
-from malmend.errors import EditorError
 from malmend.facts.fact import Fact
 from malmend.facts.readers import read_text
 from malmend.facts.tokens import EndOfAnswer
-from malmend.given import MOST, check_fields
+from malmend.given import check_fields, check_range, check_seed
 from malmend.methods.epochs import batches
 from malmend.methods.method import Found
 from malmend.models.sites import Site, feed_forward_sites
@@ -67,17 +66,9 @@ class FineTuning:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in ("layers", "epochs", "batch"):
-            if getattr(self, name) < 1:
-                raise EditorError(f"ft.{name} is {getattr(self, name)}, expected 1 or more.")
-        for name in ("rate", "decay", "locality"):
-            if not 0 <= getattr(self, name) <= MOST:
-                raise EditorError(
-                    f"ft.{name} is {getattr(self, name)}, expected a number of at least 0, and of "
-                    f"{MOST:g} at most."
-                )
-        if not abs(self.seed) < 10**18:  # what a generator takes is a little more
-            raise EditorError(f"ft.seed is {self.seed}, expected at most 18 digits.")
+        check_range(self, ("layers", "epochs", "batch"), 1, prefix="ft.")
+        check_range(self, ("rate", "decay", "locality"), 0.0, prefix="ft.")
+        check_seed(self, "ft.")
 
     @property
     def name(self) -> Literal["ft", "ft-kl"]:

@@ -31,7 +31,6 @@ Shape letters: H embedding width, V value width, K key width.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -51,11 +50,13 @@ from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact
 from malmend.facts.tokens import EndOfAnswer
 from malmend.files import reason
+from malmend.given import check_fields, check_range, check_seed
 from malmend.methods.method import Found
 from malmend.models.sites import Site, find_sites
 from malmend.progress import Progress, counted
 from malmend.workbench import Workbench
 
+MOST_HIDDEN = 10_000  # whose networks have billions of numbers already
 SCALE = 1e-3  # of every shift: the published class's default, where its scripts give 1
 
 
@@ -94,16 +95,13 @@ class KeSettings:
     end_of_answer: EndOfAnswer = "eos"
 
     def __post_init__(self) -> None:
-        for name in ("layers", "hidden", "steps", "facts_per_step", "save_every"):
-            if getattr(self, name) < 1:
-                raise EditorError(f"ke.{name} is {getattr(self, name)}, expected 1 or more.")
-        if not abs(self.seed) < 10**18:
-            raise EditorError(f"ke.seed is {self.seed}, expected at most 18 digits.")
-        for name in ("start", "margin", "decay", "floor", "rate", "multiplier_rate"):
-            most = 1 if name == "decay" else math.inf
-            if not 0 < getattr(self, name) <= most or math.isinf(getattr(self, name)):
-                text = "a share above 0" if name == "decay" else "a number above 0"
-                raise EditorError(f"ke.{name} is {getattr(self, name)}, expected {text}.")
+        check_fields(self)
+        check_range(self, ("layers", "steps", "facts_per_step", "save_every"), 1, prefix="ke.")
+        check_range(self, ("hidden",), 1, MOST_HIDDEN, "ke.")
+        rates = ("rate", "multiplier_rate")
+        check_range(self, ("start", "margin", "floor", *rates), prefix="ke.")
+        check_range(self, ("decay",), most=1.0, prefix="ke.")
+        check_seed(self, "ke.")
 
     def sites_in(self, model: PreTrainedModel) -> tuple[Site, ...]:
         """The second feed-forward layers, of an encoder-decoder in each half."""

@@ -34,7 +34,6 @@ Shape letters: M facts, R prompts, A answer tokens, V value and hidden width, K 
 
 from __future__ import annotations
 
-import math
 import random
 import re
 import time
@@ -50,6 +49,7 @@ from malmend.errors import EditorError, MalmendError, ModelError
 from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact, Question
 from malmend.facts.tokens import Encoder, EndOfAnswer
+from malmend.given import check_fields, check_range, check_seed
 from malmend.methods.method import Found
 from malmend.methods.moments import general_moments, general_text
 from malmend.models.device import wide_device
@@ -68,7 +68,6 @@ ENOUGH = 0.05  # nats below which a fact's answer is likely enough
 START = 8  # tokens of a line that make a prefix
 FLOOR = 1e-6  # of C's mean diagonal
 NAMED = 10  # places that an error names
-FREE = ("prefixes", "kl", "decay")  # settings that may be 0
 
 Placed = tuple[Encoded, int]  # a question, and the position of its subject's last token
 Asked = tuple[list[Placed], Placed]  # a fact's prompts, and its essence prompt
@@ -106,10 +105,12 @@ class Memit:
     end_of_answer: EndOfAnswer = "eos"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "text_tokens", "rate", "clamp", "alpha", *FREE):
-            value, least = getattr(self, name), "of at least 0" if name in FREE else "above 0"
-            if not 0 <= value < math.inf or (value == 0 and name not in FREE):
-                raise EditorError(f"memit.{name} is {value}, expected a number {least}.")
+        check_fields(self)
+        check_range(self, ("steps", "text_tokens"), 1, prefix="memit.")
+        check_range(self, ("prefixes",), 0, prefix="memit.")
+        check_range(self, ("rate", "clamp", "alpha"), prefix="memit.")
+        check_range(self, ("kl", "decay"), 0.0, prefix="memit.")
+        check_seed(self, "memit.")
 
     @property
     def name(self) -> Literal["memit"]:

@@ -24,9 +24,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from malmend.errors import MalmendError
 from malmend.facts.encoded import Encoded, Tokens, collate, resolved
-from malmend.given import MOST, check_fields
+from malmend.given import check_fields, check_range
 from malmend.models.suffix import Suffix
 from malmend.models.tracing import tracing
 from malmend.models.trunk import Batch, Trunk
@@ -54,17 +53,11 @@ class Descent:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.steps < 1 or not 0 < self.rate <= MOST:
-            raise MalmendError(
-                f"descent.steps is {self.steps} and descent.rate {self.rate}, expected 1 or more "
-                f"and a number above 0, of {MOST:g} at most; give --descent null for plain "
-                "gradients."
-            )
-        if not (0 <= self.answer_nll <= MOST and 0 <= self.end_nll <= MOST):
-            raise MalmendError(
-                f"descent.answer_nll is {self.answer_nll} and descent.end_nll {self.end_nll}, "
-                f"expected numbers from 0 to {MOST:g}; leave them out for the usual ones."
-            )
+        none = "give --descent null for plain gradients"
+        check_range(self, ("steps",), 1, prefix="descent.", advice=none)
+        check_range(self, ("rate",), prefix="descent.", advice=none)
+        usual = "leave it out for the usual one"
+        check_range(self, ("answer_nll", "end_nll"), 0.0, prefix="descent.", advice=usual)
 
 
 class _Chosen:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from malmend.errors import MalmendError
 from malmend.facts.encoded import Encoded, TokenBatch, collate
+from malmend.given import check_fields, check_range
 from malmend.memory import Room
 from malmend.models.cut import Cut
 from malmend.models.forms import UNRUN
@@ -28,6 +28,8 @@ from malmend.models.sites import Site
 from malmend.models.store import ActivationStore
 from malmend.models.suffix import Suffix, splits
 from malmend.numerics.chunks import padded_chunks, two_sided_chunks
+
+MOST_BYTES = 10**18  # of a disk, and what a signed 64-bit number holds
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,9 @@ class TrunkSettings:
     store_bytes: int = 6_000_000_000
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_tokens", 1), ("store_bytes", 0)):
-            if getattr(self, name) < least:
-                raise MalmendError(
-                    f"{name} is {getattr(self, name)}, expected {least} or more; "
-                    f"change --trunk.{name.replace('_', '-')}."
-                )
+        check_fields(self)
+        check_range(self, ("batch_tokens",), 1, prefix="--trunk.")
+        check_range(self, ("store_bytes",), 0, MOST_BYTES, "--trunk.")
 
 
 @dataclass(frozen=True)
