@@ -37,18 +37,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from malmend.editors.checkpoint import check_trained_for
-from malmend.editors.folder import read_folder
+from malmend.editors.folder import read_folder, settings_of, whole
 from malmend.errors import EditorError
 from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact
 from malmend.facts.tokens import EndOfAnswer
-from malmend.files import reason
 from malmend.given import check_fields, check_range, check_seed
 from malmend.methods.method import Found
 from malmend.models.sites import Site, feed_forward_sites, put_back
@@ -58,7 +56,6 @@ from malmend.progress import Progress, counted
 from malmend.workbench import Workbench
 
 COUNTS = ("layers", "inner_steps", "steps", "facts_per_step", "save_every")
-_MALFORMED = (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError)
 
 Weights = Sequence[Tensor]  # one per site, as its layer stores it
 
@@ -167,35 +164,18 @@ class Enn:
 
 def _read(folder: str) -> tuple[dict[str, Any], EnnSettings, dict[str, Tensor]]:
     """Of what ``EnnTrainer.save`` wrote what it says, the settings, shifts and log rates."""
-    path = Path(folder)
-    if not (path / "editor.json").is_file():
-        raise EditorError(
-            f"There is no editor in {folder} (no editor.json); give a folder that EnnTrainer.save "
-            "wrote."
-        )
-    with whole(path, "train it again"):
-        about, tensors, identity = read_folder(path, partial(_check_method, folder))
+    with whole(f"The editor in {folder}", "train it again"):
+        about, tensors, identity = read_folder(Path(folder), partial(_check_method, folder))
         sites = about["sites"]
         checked(tensors, {**sites, "log_rates": [len(sites)]})
         if not isinstance(about["base"], str):
             raise ValueError("its base is no digest")
-        return {**about, "identity": identity}, EnnSettings(**about["settings"]), tensors
+        return {**about, "identity": identity}, settings_of(EnnSettings, about["settings"]), tensors
 
 
 def _check_method(folder: str, about: Mapping[str, Any]) -> None:
     if about.get("method") != "enn":
         raise EditorError(f"The editor in {folder} is none of ENN; give one that is.")
-
-
-@contextmanager
-def whole(path: Path, otherwise: str) -> Iterator[None]:
-    """Turns what a damaged file raises into a sentence."""
-    try:
-        yield
-    except EditorError:
-        raise
-    except _MALFORMED as error:
-        raise EditorError(f"{path} is damaged ({reason(error)}); {otherwise}.") from error
 
 
 def checked(tensors: Mapping[str, Tensor], shapes: Mapping[str, list[int]]) -> None:

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from malmend.editors.drawing import check_trainable, drawn
-from malmend.editors.folder import write_folder
+from malmend.editors.folder import whole, write_folder
 from malmend.editors.resuming import (
+    AGAIN,
     FILE,
     check_run,
     check_same,
@@ -39,7 +40,6 @@ from malmend.methods.enn import (
     products,
     shapes_of,
     slope_at,
-    whole,
 )
 from malmend.numerics.losses import kl_per_token
 from malmend.workbench import Workbench
@@ -189,7 +189,7 @@ class EnnTrainer:
             EditorError: the file is damaged, or of another run; nothing has changed.
         """
         path = Path(folder) / FILE
-        with whole(path, "give another --out to train from the start"):
+        with whole(path, AGAIN):
             about, found = read_training(path)
             check_run(about, self._run, Path(folder))
             check_same(about, {"settings": asdict(self.settings)}, path)

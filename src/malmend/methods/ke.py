@@ -43,13 +43,12 @@ from torch.nn.functional import layer_norm
 from transformers import PreTrainedModel
 
 from malmend.editors.checkpoint import check_trained_for
-from malmend.editors.folder import read_folder
+from malmend.editors.folder import read_folder, settings_of, whole
 from malmend.editors.metaloss import Judged, meta_loss
 from malmend.errors import EditorError
 from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact
 from malmend.facts.tokens import EndOfAnswer
-from malmend.files import reason
 from malmend.given import check_fields, check_range, check_seed
 from malmend.methods.method import Found
 from malmend.models.sites import Site, find_sites
@@ -243,17 +242,13 @@ class Ke:
     @cached_property
     def _loaded(self) -> tuple[KeSettings, dict[str, Any], str, Network]:
         folder = Path(self.folder)
-        try:
+        with whole(f"The editor in {folder}", "train it again"):
             about, tensors, identity = read_folder(folder, _check_method)
-            settings = KeSettings(**about["settings"])
+            settings = settings_of(KeSettings, about["settings"])
             network = Network(settings, tensors["marks_2H"].shape[1], about["sites"])
             fill(network, tensors)
             if not isinstance(about["base"], str):
                 raise ValueError("it names no base")
-        except Exception as error:
-            raise EditorError(
-                f"The editor in {folder} is missing or damaged ({reason(error)}); train it again."
-            ) from error
         return settings, about, identity, network.requires_grad_(False)
 
 
