@@ -25,7 +25,6 @@ from malmend.methods.ultraedit import UltraEdit
 from malmend.models.descent import Descent
 from malmend.models.finetune import FinetuneSettings
 from malmend.models.trunk import TrunkSettings
-from malmend.shipping.ledger_watch import StopRule
 
 KINDS = [CalibrationSettings, Descent, EditorSettings, EnnSettings, FineTuning, FinetuneSettings]
 KINDS += [InContext, KeSettings, Lora, Memit, NetworkSettings, RefineSettings, StopRule]

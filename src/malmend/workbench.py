@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from malmend.editors.checkpoint import seen_in_training
-from malmend.errors import FactsError, MalmendError, ModelError
+from malmend.errors import FactsError, MalmendError, ModelError, counted
 from malmend.evaluation.classes import away as away_from_said
 from malmend.facts.alternatives import towards_alternatives
 from malmend.facts.fact import Fact, FactSet, facts_digest
@@ -244,7 +244,7 @@ def others_asked(said: Mapping[str, Any], facts: Sequence[Fact], name: str) -> l
     if facts_digest(facts[:count]) == digest:
         return []
     return [
-        f"{name} was made of {count:,} fact{'s' * (count != 1)}, which are not the first "
+        f"{name} was made of {counted(count, 'fact')}, which are not the first "
         "that are asked now, or had other answers."
     ]
 

@@ -35,7 +35,7 @@ from malmend.models.device import wide_device
 from malmend.models.trunk import Trunk
 from malmend.numerics.moments import RunningMoments
 from malmend.patch import shifted
-from malmend.progress import Progress, counted, silent
+from malmend.progress import Progress, counting, silent
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def calibrate(
         encoder.encode_all(fact.question for fact in moment_facts),
         editor_settings.tokens,
         editor_settings.descent,
-        counted(progress, "value gradients of calibration facts", len(moment_facts)),
+        counting(progress, "value gradients of calibration facts", len(moment_facts)),
     )
     moments = key_moments(
         trunk,

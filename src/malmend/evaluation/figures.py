@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from malmend.errors import counted
 from malmend.evaluation.perplexity import HIGHEST
 from malmend.evaluation.protocols import PROTOCOLS, Group, between
 from malmend.evaluation.replies import HELD, KINDS, Kind
@@ -258,11 +259,6 @@ def spreads(report: Report) -> list[Spread]:
             )
         )
     return out
-
-
-def counted(number: int, thing: str) -> str:
-    """A number of things: "1 question", "1,024 questions"."""
-    return f"{number:,} {thing}{'s' * (number != 1)}"
 
 
 def percent(value: float | None) -> str:

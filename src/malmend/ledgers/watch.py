@@ -15,7 +15,7 @@ from malmend.facts.fact import Fact
 from malmend.given import shown
 from malmend.material import KEPT_BACK, held_out_questions
 from malmend.patch import shifted
-from malmend.progress import Progress, counted, silent
+from malmend.progress import Progress, counting, silent
 from malmend.workbench import Workbench
 
 
@@ -113,7 +113,7 @@ class Watch:
         questions = held_out_questions(bench.encoder, rule.questions)
         self._general = bench.encoder.encode_all(questions)
         total = self._examiner.count(self._facts)
-        self._count = counted(progress, "asking before and after", total + 2 * len(questions))
+        self._count = counting(progress, "asking before and after", total + 2 * len(questions))
         self._examiner.progress = self._count
         self._before = self._first_choices()
 
@@ -122,7 +122,7 @@ class Watch:
         # A right answer is known teacher forced; nothing need be decoded.
         examiner = Examiner(self._bench.loaded, self._bench.trunk, self._bench.encoder)
         total = examiner.count(self._facts, 0)
-        examiner.progress = counted(self._progress, "asking the unedited model", total)
+        examiner.progress = counting(self._progress, "asking the unedited model", total)
         before = examiner.examine(self._facts, decode_facts=0)
         return [reply.exact == 1.0 for reply in before.rows]
 

@@ -52,7 +52,7 @@ from malmend.methods.method import Found
 from malmend.models.sites import Site, feed_forward_sites, put_back
 from malmend.models.trunk import Trunk
 from malmend.numerics.losses import answer_nll
-from malmend.progress import Progress, counted
+from malmend.progress import Progress, counting
 from malmend.workbench import Workbench
 
 COUNTS = ("layers", "inner_steps", "steps", "facts_per_step", "save_every")
@@ -144,7 +144,7 @@ class Enn:
         start = [one + site.oriented(tensors[site.name].to(one)) for site, one in pairs]
         rates_S = tensors["log_rates"].to(start[0]).exp()
         prompts = bench.encoder.encode_all(fact.question for fact in facts)
-        count = counted(progress, "inner steps", settings.inner_steps)
+        count = counting(progress, "inner steps", settings.inner_steps)
         path, _, losses = descended(trunk, start, rates_S, prompts, settings.inner_steps, count)
         ends = zip(sites, path[-1], before, strict=True)
         shifts = {s.name: s.oriented(last - one).cpu().double() for s, last, one in ends}

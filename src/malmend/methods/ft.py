@@ -34,7 +34,7 @@ from malmend.methods.epochs import batches
 from malmend.methods.method import Found
 from malmend.models.sites import Site, feed_forward_sites
 from malmend.patch import shifted
-from malmend.progress import Progress, counted
+from malmend.progress import Progress, counting
 from malmend.workbench import Workbench, shipped
 
 LAST = 5  # tokens at a passage's end at which the KL is taken
@@ -87,7 +87,7 @@ class FineTuning:
         start = [site.oriented(site.weight.detach().to(trunk.wide)).cpu() for site in sites]
         weights = [nn.Parameter(weight_VK.clone()) for weight_VK in start]
         optimiser = torch.optim.AdamW(weights, self.rate, weight_decay=self.decay)
-        count = counted(progress, "fine-tuning", self.epochs * len(judged))
+        count = counting(progress, "fine-tuning", self.epochs * len(judged))
         order = batches(len(judged), self.batch, self.epochs, self.seed)
         losses = []
         for step, batch in enumerate(order):

@@ -52,7 +52,7 @@ from malmend.facts.tokens import EndOfAnswer
 from malmend.given import check_fields, check_range, check_seed
 from malmend.methods.method import Found
 from malmend.models.sites import Site, find_sites
-from malmend.progress import Progress, counted
+from malmend.progress import Progress, counting
 from malmend.workbench import Workbench
 
 MOST_HIDDEN = 10_000  # whose networks have billions of numbers already
@@ -230,7 +230,7 @@ class Ke:
         check_trained_for(bench.loaded, self.folder, about["base"])
         sites = bench.trunk.sites
         totals = {site.name: torch.zeros(site.shape_VK, dtype=torch.float64) for site in sites}
-        count = counted(progress, "shifts", len(facts))
+        count = counting(progress, "shifts", len(facts))
         for fact in facts:
             shifts = shifts_of(network, bench, bench.encoder.encode(fact.question))
             for name, shift_VK in shifts.items():

@@ -29,7 +29,7 @@ from malmend.methods.method import Found
 from malmend.models.forms import answer_logits, find_stacks
 from malmend.models.sites import Site, linear_sites, put_back
 from malmend.numerics.losses import answer_nll
-from malmend.progress import Progress, counted
+from malmend.progress import Progress, counting
 from malmend.workbench import Workbench
 
 MOST_RANK = 100_000  # more than any layer has
@@ -83,7 +83,7 @@ class Lora:
         """Every fact ``epochs`` times, through the whole model."""
         model, sites = bench.loaded.model, bench.trunk.sites
         questions = bench.encoder.encode_all(fact.question for fact in facts)
-        count = counted(progress, "training the adapter", self.epochs * len(questions))
+        count = counting(progress, "training the adapter", self.epochs * len(questions))
         losses = []
         with self._adapted(model, sites), torch.enable_grad():
             learned = [one for one in model.parameters() if one.requires_grad]

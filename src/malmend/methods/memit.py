@@ -61,7 +61,7 @@ from malmend.numerics.losses import answer_nll, kl_per_token
 from malmend.numerics.prior import Prior
 from malmend.numerics.ridge import RidgeFactor
 from malmend.patch import shifted
-from malmend.progress import Progress, counted
+from malmend.progress import Progress, counting
 from malmend.workbench import Workbench, trunk_folder
 
 ENOUGH = 0.05  # nats below which a fact's answer is likely enough
@@ -174,7 +174,7 @@ class Memit:
         # Cut at the highest site: a move changes nothing below it.
         top = Trunk(trunk.model, [site], trunk.settings, trunk_folder(bench.loaded))
         deltas_MV, nll_M = torch.zeros_like(states_MV), states_MV.new_zeros(len(asked))
-        count = counted(progress, "moves at subjects", len(asked))
+        count = counting(progress, "moves at subjects", len(asked))
         sizes = [len(prompts) * max(len(one.read) for one, _ in prompts) for prompts, _ in asked]
         order = sorted(range(len(asked)), key=lambda index: -sizes[index])
         while order:

@@ -33,7 +33,7 @@ from malmend.models.trunk import Trunk
 from malmend.numerics.prior import Prior
 from malmend.patch import versions
 from malmend.processes import Processes
-from malmend.progress import Progress, counted
+from malmend.progress import Progress, counting
 from malmend.workbench import Workbench
 
 FULL = sys.maxsize  # no bound of a shift's rank
@@ -150,7 +150,7 @@ class Settling:
                 self.readings,
                 self.steps,
                 keeping,
-                progress=counted(self.progress, "settling", self.steps),
+                progress=counting(self.progress, "settling", self.steps),
                 processes=self.processes,
                 halfway=halfway,
             )

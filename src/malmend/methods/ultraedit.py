@@ -38,7 +38,7 @@ from malmend.numerics.moments import RunningMoments
 from malmend.numerics.prior import Prior
 from malmend.numerics.ridge import RidgeFactor
 from malmend.patch import shifted
-from malmend.progress import Progress, counted
+from malmend.progress import Progress, counting
 from malmend.workbench import Workbench
 
 
@@ -95,7 +95,7 @@ class UltraEdit:
         size = self.batch or len(questions)
         known = [tuple(map(RunningMoments, reversed(site.shape_VK))) for site in sites]
         shifts = {site.name: torch.zeros(site.shape_VK, dtype=torch.float64) for site in sites}
-        count, rows = counted(progress, "keys and value gradients", len(questions)), 0
+        count, rows = counting(progress, "keys and value gradients", len(questions)), 0
         for start in range(0, len(questions), size):
             part = questions[start : start + size]
             with shifted(sites, shifts):

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
+from malmend.errors import counted
 from malmend.facts.encoded import Form
 from malmend.models.source import BUILT_IN
 from malmend.shipping.measure import of_facts
@@ -82,9 +83,7 @@ def path_of(name: str) -> PurePosixPath:
 def _what(record: Mapping[str, Any], is_lora: bool) -> str:
     patch, sites = record["patch"], record["sites"]
     facts = patch.get("facts")
-    edited = (
-        f"{facts:,} fact{'s' * (facts != 1)}" if isinstance(facts, int) and facts else "An edit"
-    )
+    edited = counted(facts, "fact") if isinstance(facts, int) and facts else "An edit"
     what = "a LoRA adapter" if is_lora else f"a whole model, {record['dtype']}"
     aim = " Each fact's alternative, a false answer, was edited in." * bool(
         patch.get("alternative")
