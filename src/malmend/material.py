@@ -148,6 +148,19 @@ def held_out_questions(encoder: Encoder, count: int) -> tuple[Question, ...]:
     return tuple(usable[len(usable) - min(count, len(usable)) :])
 
 
+def general_text(
+    encoder: Encoder,
+    tokens: int = CalibrationSettings.text_tokens,
+    text: str | Path | None = None,
+) -> list[Encoded]:
+    """The first lines of a text, until they have so many tokens; of the project's own by default.
+
+    By default as many as a prior reads: the others are what is measured on.
+    """
+    words = read_text(shipped("text.txt") if text is None else text)
+    return first_of(passages_of(encoder, words), tokens)
+
+
 def to_hold(
     encoder: Encoder,
     facts: Sequence[Fact],
@@ -167,8 +180,7 @@ def to_hold(
         text: a text file in place of the project's own text.
         more: in turns with these also lines of Wikipedia.
     """
-    words = read_text(shipped("text.txt") if text is None else text)
-    lines = first_of(passages_of(encoder, words), CalibrationSettings.text_tokens)
+    lines = general_text(encoder, text=text)
     articles = passages_of(encoder, read_text(shipped("wikipedia.txt"))) if more else []
     texts = [
         [(encoder.said(one.ids), replace(one, answer_start=2)) for one in some]

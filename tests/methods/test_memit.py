@@ -18,6 +18,7 @@ from torch.nn import functional
 import forms_support
 import helpers
 import tiny
+from malmend import material
 from malmend.errors import EditorError, ModelError
 from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact
@@ -48,7 +49,7 @@ FAST = Memit(blocks=(0, 1, 2), alpha=2.0, rate=0.1, steps=6, prefixes=2, text_to
 
 @pytest.fixture(autouse=True)
 def short_text(monkeypatch, own_cache):
-    monkeypatch.setattr(moments, "read_text", lambda _path: TEXT)
+    monkeypatch.setattr(material, "read_text", lambda _path: TEXT)
 
 
 def bench_of(method: Memit, family: str = "llama", tokenizer=None, batch_tokens=1024) -> Workbench:

@@ -23,19 +23,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from malmend.editors.calibration import CalibrationSettings
-from malmend.editors.keymoments import end_of, first_of, passages_of
+from malmend.editors.keymoments import end_of
 from malmend.editors.metaloss import Judged, meta_loss
 from malmend.facts.fact import Fact
-from malmend.facts.readers import read_text
 from malmend.facts.tokens import EndOfAnswer
 from malmend.given import check_fields, check_range, check_seed
+from malmend.material import general_text
 from malmend.methods.epochs import batches
 from malmend.methods.method import Found
 from malmend.models.sites import Site, feed_forward_sites
 from malmend.patch import shifted
 from malmend.progress import Progress, counting
-from malmend.workbench import Workbench, shipped
+from malmend.workbench import Workbench
 
 LAST = 5  # tokens at a passage's end at which the KL is taken
 
@@ -111,13 +110,8 @@ class FineTuning:
         return Found(shifts, max(min(site.shape_VK) for site in sites), {"losses": losses})
 
     def _passages(self, bench: Workbench) -> list[Judged]:
-        """Ends of lines of the package's own text, with what the unedited model says there.
-
-        Of the lines that a prior reads: the others are what perplexity is measured on.
-        """
-        lines = passages_of(bench.encoder, read_text(shipped("text.txt")))
-        read = first_of(lines, CalibrationSettings().text_tokens)
-        ends = [end_of(line, LAST) for line in read]
+        """Ends of lines of the package's own text, with what the unedited model says there."""
+        ends = [end_of(line, LAST) for line in general_text(bench.encoder)]
         states = bench.trunk.unedited_states(ends)
         return [Judged(one, one, known) for one, known in zip(ends, states, strict=True)]
 

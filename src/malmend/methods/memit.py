@@ -50,8 +50,9 @@ from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact, Question
 from malmend.facts.tokens import Encoder, EndOfAnswer
 from malmend.given import check_fields, check_range, check_seed
+from malmend.material import general_text
 from malmend.methods.method import Found
-from malmend.methods.moments import general_moments, general_text
+from malmend.methods.moments import general_moments
 from malmend.models.device import wide_device
 from malmend.models.forms import find_stacks, form_of
 from malmend.models.sites import Site, find_sites, stack_of
