@@ -240,7 +240,7 @@ def spreads(report: Report) -> list[Spread]:
     out = []
     for kind in HELD:
         known = held(report, kind)
-        far = (after.mean_kl for _, _, after in known if after is not None)
+        far = (after.mean_kl for _, _, after in known)
         values = sorted(one for one in far if one is not None)
         if not values:
             continue

@@ -66,6 +66,8 @@ class Trunk:
         sites: the layers to be edited, in any order; none where nothing is edited.
         settings: grouping and budget.
         store_folder: where activations are kept; None keeps none.
+
+    Attributes:
         room: where captured tensors stand.
 
     Raises:
@@ -78,10 +80,9 @@ class Trunk:
         sites: Sequence[Site],
         settings: TrunkSettings = TrunkSettings(),
         store_folder: Path | None = None,
-        room: Room | None = None,
     ):
         self.model, self.sites, self.settings = model, tuple(sites), settings
-        self.room = room or Room()
+        self.room = Room()
         self.cut = Cut(model, sites)
         folder = None if store_folder is None else store_folder / self.cut.name
         states = None if store_folder is None else store_folder / "unedited-states"
