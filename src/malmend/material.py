@@ -31,7 +31,7 @@ from malmend.facts.fact import Fact, FactSet, Question, same_class, spread
 from malmend.facts.readers import read_facts, read_questions, read_text
 from malmend.facts.tokens import Encoder
 from malmend.kept import kept
-from malmend.models.source import cache_folder
+from malmend.models.source import cached
 from malmend.progress import Progress, silent
 from malmend.workbench import Workbench, aimed, checked_facts, shipped
 
@@ -125,7 +125,7 @@ def _kept_at(
     digests = (bench.loaded.digest, tokenizer_digest(bench.encoder.tokenizer))
     given = (*digests, bench.trunk, editor_settings, settings)
     key = calibration_key(*given, facts, words, general)
-    return cache_folder() / "calibrations" / f"{key}.safetensors"
+    return cached("calibrations") / f"{key}.safetensors"
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

@@ -33,7 +33,7 @@ from malmend.models.load import (
     stated_reading,
 )
 from malmend.models.sites import Site
-from malmend.models.source import cache_folder
+from malmend.models.source import cached
 from malmend.models.trunk import Trunk, TrunkSettings
 from malmend.patch import check_bare
 
@@ -77,13 +77,12 @@ def within_memory(bench: Workbench, memory: str, work: Work) -> tuple[Workbench,
         MalmendError: as :func:`malmend.models.budget.plan_memory`.
     """
     plan = plan_memory(bench.trunk, memory, work)
-    spill = cache_folder() / "spill"
-    return replace(bench, trunk=within(bench.trunk, plan, spill)), plan
+    return replace(bench, trunk=within(bench.trunk, plan, cached("spill"))), plan
 
 
 def trunk_folder(loaded: LoadedModel) -> Path:
     """Where trunk activations of these weights are kept."""
-    return cache_folder() / "trunk" / loaded.digest[:24]
+    return cached("trunk") / loaded.digest[:24]
 
 
 def encoder_for(

@@ -493,7 +493,7 @@ def test_moments_of_text_are_kept_and_found_bit_for_bit(monkeypatch):
         for other in (replace(FAST, text_tokens=20), replace(FAST, blocks=(0, 1))):
             with pytest.raises(pytest.fail.Exception, match="made anew"):
                 other.find(bench_of(other), FACTS, silent)
-    (kept,) = (moments.cache_folder() / "calibrations").glob("moments-*.safetensors")
+    (kept,) = moments.cached("calibrations").glob("moments-*.safetensors")
     kept.write_bytes(kept.read_bytes()[:100])
     found = FAST.find(bench, FACTS, silent).shifts
     assert all(torch.equal(first[name], found[name]) for name in first)

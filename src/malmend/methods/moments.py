@@ -12,7 +12,7 @@ from malmend.editors.keymoments import text_moment
 from malmend.files import written_beside
 from malmend.kept import kept
 from malmend.material import MOST_KEPT, general_text
-from malmend.models.source import cache_folder
+from malmend.models.source import cached
 from malmend.progress import Progress, silent
 from malmend.workbench import Workbench
 
@@ -40,7 +40,7 @@ def general_moments(bench: Workbench, tokens: int, progress: Progress = silent) 
             save_file(dict(zip(names, moments, strict=True)), beside)
 
     return kept(
-        cache_folder() / "calibrations" / f"moments-{key[:24]}.safetensors",
+        cached("calibrations") / f"moments-{key[:24]}.safetensors",
         lambda path: [load_file(path)[name] for name in names],
         lambda: text_moment(bench.trunk, lines, tokens, progress),
         save,

@@ -41,12 +41,28 @@ COPY = 2  # of float copies: older ones may hold weights that were made up
 SAFE: dict[str, Any] = {"trust_remote_code": False}
 
 
+# What the cache folder holds, by the name of its folder there.
+CACHED = {
+    "trunk": "activations of questions, by model",
+    "calibrations": "what a model is calibrated on, and what it surely says",
+    "settling": "edits whose patch is not written yet",
+    "spill": "captured tensors of runs that were killed",
+    "models": "models made of GGUF files",
+}
+
+
 def cache_folder() -> Path:
     """Where malmend keeps what it can compute again."""
     base = os.environ.get("MALMEND_CACHE")
     if base:
         return Path(base)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "malmend"
+
+
+def cached(kind: str) -> Path:
+    """The folder of one kind of :data:`CACHED`, so that all that is kept is listed and cleared."""
+    assert kind in CACHED, kind
+    return cache_folder() / kind
 
 
 def lasting(name: str) -> str:
@@ -167,7 +183,7 @@ def check_whole(name: str, model: object, missing: Collection[str]) -> None:
 def float_copy(folder: str, gguf: str) -> Path:
     """A float32 folder made from a GGUF file, once; written beside and renamed when whole."""
     path = Path(folder) / gguf
-    target = cache_folder() / "models" / _copy_name(path)
+    target = cached("models") / _copy_name(path)
     about = json.dumps({"from": gguf, "of": str(path.resolve())})
     if (target / "complete.json").is_file():
         _say_whose(target / "complete.json", about)
@@ -221,7 +237,7 @@ def stale_copies() -> list[Path]:
     """
     return sorted(
         folder
-        for folder in (cache_folder() / "models").glob("[!.]*")
+        for folder in cached("models").glob("[!.]*")
         if folder.is_dir() and not _is_current(folder)
     )
 
