@@ -142,8 +142,7 @@ def check_run(said: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> 
         ("locality_sha256", "locality questions"),
     )
     for name, what in parts:
-        # Checkpoints older than the entry do not say their dtype.
-        if said.get(name, now[name] if name == "dtype" else None) != now[name]:
+        if said.get(name) != now[name]:
             raise EditorError(
                 f"{folder} holds an editor in training on other {what}; give the same {what} "
                 "to go on with it, or another --out."

@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, redirect_stderr, suppress
+from contextlib import contextmanager, redirect_stderr
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, Repository
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from malmend.errors import MalmendError, ModelError, nearest
-from malmend.files import part_of, reason, synced, written_beside
+from malmend.errors import ModelError, nearest
+from malmend.files import part_of, reason, synced
 from malmend.models.config_check import check_config
 from malmend.models.forms import KINDS
 from malmend.models.gguf_header import check_gguf
@@ -186,7 +186,6 @@ def float_copy(folder: str, gguf: str) -> Path:
     target = cached("models") / _copy_name(path)
     about = json.dumps({"from": gguf, "of": str(path.resolve())})
     if (target / "complete.json").is_file():
-        _say_whose(target / "complete.json", about)
         return target
     logging.getLogger(__name__).info(
         "Reading %s, which takes up to a minute the first time: a float32 copy is kept.", gguf
@@ -222,19 +221,8 @@ def _copy_name(path: Path) -> str:
     return f"{path.stem}-{hashlib.sha256(what.encode()).hexdigest()[:12]}"
 
 
-def _say_whose(note: Path, about: str) -> None:
-    """Older copies do not say which file they are of."""
-    with suppress(OSError, MalmendError):
-        if note.read_text() != about:
-            with written_beside(note) as beside:
-                beside.write_text(about)
-
-
 def stale_copies() -> list[Path]:
-    """Copies that nothing reads any more: of an older version, or of a file that changed or went.
-
-    One of an older version that is read again is none any more.
-    """
+    """Copies that nothing reads: of an older version, or of a file that changed or went."""
     return sorted(
         folder
         for folder in cached("models").glob("[!.]*")
