@@ -50,7 +50,7 @@ class TrunkSettings:
         check_range(self, ("store_bytes",), 0, MOST_BYTES, "--trunk.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """Tokens of a micro-batch and where the head starts from."""
 
