@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from malmend.errors import is_out_of_memory
 from malmend.facts.encoded import Encoded, TokenBatch, collate
 from malmend.models.cut import Cut
-from malmend.models.forms import at_places, output_reads
+from malmend.models.forms import UNRUN, at_places, output_reads
 
 
 class Suffix:
@@ -108,7 +109,9 @@ def splits(cut: Cut) -> bool:
         try:
             suffix = Suffix(cut, trial, stored)
             found = [suffix.logits(), suffix.subset([1], collate(trial.questions[1:])).logits()]
-        except Exception:
+        except UNRUN as error:
+            if is_out_of_memory(error):
+                raise
             return False  # the cache is of another kind, or made otherwise by this transformers
     return cut.agree(found[0], whole) and cut.agree(found[1], whole[2:])
 
