@@ -251,8 +251,8 @@ def read(run: Callable[[], object]) -> bool:
         return True
     lines = str(refused).splitlines()
     assert lines, "an empty message"
-    counted = re.search(r" cannot be used: (\d+) faults?$", lines[0])
-    few = 1 if counted is None else 1 + int(counted[1])
+    counted = re.search(r" cannot be used: ([\d,]+) faults?$", lines[0])
+    few = 1 if counted is None else 1 + int(counted[1].replace(",", ""))
     twice = all("is there twice" in line for line in lines)  # names of a YAML file
     assert isinstance(refused, FactsError) or twice or len(lines) == few, lines
     assert len(lines[0]) < 2000, lines[0][:3000]

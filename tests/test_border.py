@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_type_hints
 
@@ -20,7 +21,6 @@ from malmend.commands.continuations import continuations
 from malmend.commands.finetune import finetune
 from malmend.commands.learn import learn
 from malmend.editors.calibration import CalibrationSettings
-from malmend.editors.refine import RefineSettings
 from malmend.editors.settings import EditorSettings
 from malmend.editors.train_settings import TrainSettings
 from malmend.errors import MalmendError
@@ -32,7 +32,6 @@ from malmend.methods.editor_choice import choose
 from malmend.methods.ft import FineTuning
 from malmend.methods.ultraedit import UltraEdit
 from malmend.models.descent import Descent
-from malmend.models.trunk import TrunkSettings
 
 if TYPE_CHECKING:
     from fractions import Fraction
@@ -60,8 +59,6 @@ WRONG: list[tuple[Callable[..., Any], Sequence[object], Mapping[str, object], st
     (malmend.edit, ("M", FEW, 5), {}, "out is 5, expected a text or a Path or None"),
     (malmend.edit, ("M", FEW), {"limit": True}, "limit is True, expected a whole number or None"),
     (malmend.edit, ("M", FEW), {"progress": "bar"}, "progress is 'bar', expected a function"),
-    (malmend.edit, ("M", FEW), {"refine": RefineSettings(steps=2.5)}, "refine.steps is 2.5, exp"),
-    (malmend.edit, ("M", FEW), {"trunk": TrunkSettings(9.5)}, "trunk.batch_tokens is 9.5, expect"),
     (malmend.train, ("M", FEW), {"out": "o", "training": {"steps": 1}}, "training is {'steps': 1}"),
     (malmend.train, ("M", FEW, None), {}, "out is None, expected a text or a Path"),
     (malmend.train, ("M", FEW, "o"), {"locality": 5}, "locality is 5, expected a text or a Path"),
@@ -127,6 +124,13 @@ class Kind(Protocol):
     size: int
 
 
+@dataclass(frozen=True)
+class Sized:
+    """Does not look at its field."""
+
+    size: int = 1
+
+
 @checked()
 def taken(
     count: int,
@@ -137,6 +141,7 @@ def taken(
     any_of: Iterable[int] | Mapping[str, int] | None = None,
     one: Fraction | None = None,
     word: Literal["a", "b"] = "a",
+    sized: Sized | None = None,
     further: object = None,
     untyped=None,
 ) -> str:
@@ -154,6 +159,8 @@ def test_what_is_right_or_cannot_be_judged_is_taken():
     for wrong in ({"word": "c"}, {"each": ["a", 1]}, {"each": "a"}, {"called": 3}):
         with pytest.raises(MalmendError, match=f"{next(iter(wrong))} is "):
             taken(3, **wrong)
+    with pytest.raises(MalmendError, match=r"sized\.size is 2\.5, expected a whole number; see"):
+        taken(3, sized=Sized(2.5))
     with pytest.raises(TypeError, match=r"missing a required argument: 'count'"):
         taken()
     with pytest.raises(TypeError, match="nothing"):

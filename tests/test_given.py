@@ -172,8 +172,8 @@ def test_a_patch_that_is_none_is_refused(tiny, tmp_path):
         (NetworkSettings, {"start": "zero"}, "start is 'zero'"),
         (NetworkSettings, {"rank": 1.5}, "rank is 1.5, expected a whole number"),
         (Descent, {"answer_nll": math.nan}, "descent.answer_nll is nan"),
-        (Descent, {"end_nll": -5}, "descent.end_nll -5"),
-        (Descent, {"rate": math.inf}, "descent.rate inf"),
+        (Descent, {"end_nll": -5}, "descent.end_nll is -5"),
+        (Descent, {"rate": math.inf}, "descent.rate is inf"),
         (Descent, {"steps": "3"}, "steps is '3'"),
     ],
 )

@@ -110,3 +110,17 @@ def test_room_comes_back_with_its_tensor(tmp_path):
 
 def test_nothing_at_all_may_stand_on_disk(tmp_path):
     assert Room(0, tmp_path).empty(0, 7, dtype=torch.float32).shape == (0, 7)
+
+
+def test_room_comes_back_with_the_last_tensor_of_the_same_numbers():
+    """It once came back with the first one, while another still held the memory."""
+    room = Room(1000)
+    first = room.empty(10, 10, dtype=torch.float32)
+    for share in (torch.Tensor.detach, torch.Tensor.numpy, torch.Tensor.t):
+        other = share(first)
+        del first
+        assert room.in_memory == 400
+        first = torch.as_tensor(other)
+        del other
+    del first
+    assert room.in_memory == 0

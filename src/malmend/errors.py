@@ -74,6 +74,11 @@ def nearest(given: str, valid: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def counted(number: int, thing: str) -> str:
+    """A number of things: "1 fact", "1,024 facts"."""
+    return f"{number:,} {thing}{'s' * (number != 1)}"
+
+
 MOST_SHOWN = 300  # characters of a value
 
 

@@ -17,7 +17,10 @@ from malmend.errors import EditorError, MalmendError, nearest
 
 NAMES = {int: "a whole number", float: "a number", str: "a text", NoneType: "None"}
 NAMES |= {bool: "True or False", Path: "a Path"}
-MOST = 1e12  # of a setting that is a number: single precision holds it, and what is made of it
+# Of a setting that is a number: single precision holds it, and what is made of it; of less than the
+# least the logarithm is that of zero.
+LEAST, MOST = 1e-30, 1e12
+DIGITS = 18  # of a seed: what a generator takes is a little more
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -58,6 +61,67 @@ def check_fields(settings: Any) -> None:
         raise EditorError(f"{said}.")
 
 
+def check_range(
+    settings: Any,
+    names: Collection[str],
+    least: float = LEAST,
+    most: float = MOST,
+    prefix: str = "",
+    advice: str | None = None,
+) -> None:
+    """Raises EditorError where a field, or one of its several numbers, is out of its range.
+
+    Args:
+        settings: whose fields are of their types.
+        names: the fields; one that is None is let pass.
+        least: of a count an ``int``, of any other number a ``float``.
+        most: the largest value.
+        prefix: stands before the name; two hyphens make both together an option, to be changed.
+        advice: what to do in place of that.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        several = isinstance(value, Collection)
+        numbers = value if several else [value]
+        if value is None or (numbers and all(least <= one <= most for one in numbers)):
+            continue
+        if isinstance(least, int):
+            below = most == MOST and value < least
+            expected = f"{least} or more" if below else f"{least} to {most:,g}"
+        else:
+            kind = "share" if most <= 1 else "number"
+            expected = f"one or more {kind}s" if several else f"a {kind}"
+            above = " above 0," if least == LEAST else ""
+            expected += f"{above} from {least:g} to {most:,g}"
+        _refuse(name, value, expected, prefix, advice)
+
+
+def check_seed(settings: Any, prefix: str) -> None:
+    """The same of a seed."""
+    if abs(settings.seed) >= 10**DIGITS:
+        expected = f"a whole number of at most {DIGITS} digits"
+        _refuse("seed", settings.seed, expected, prefix)
+
+
+def _refuse(
+    name: str, value: object, expected: str, prefix: str, advice: str | None = None
+) -> None:
+    option = prefix.startswith("--")
+    if option and advice is None:
+        advice = f"change {prefix}{name.replace('_', '-')}"
+    called = name if option else prefix + name
+    end = f"; {advice}." if advice else "."
+    raise EditorError(f"{called} is {shown(value)}, expected {expected}{end}")
+
+
+def shown(value: object) -> str:
+    """A value as an error says it; of a number of thousands of digits Python says none."""
+    try:
+        return (f"{value}" if isinstance(value, Real) else repr(value))[:80]
+    except ValueError:
+        return "too large"
+
+
 def faults_of(thing: Any) -> list[str]:
     """In words, every field of a dataclass that is not of its type."""
     hints = _hints(thing.__class__)
@@ -72,7 +136,7 @@ def faults(given: Mapping[str, object], hints: Mapping[str, Any]) -> list[str]:
         if _is_of(value, hint):
             continue
         inner = faults_of(value) if is_dataclass(value) and not isinstance(value, type) else []
-        said, wanted = repr(value)[:80], _words(hint)
+        said, wanted = shown(value), _words(hint)
         near = nearest(said.strip("'"), re.findall("'(.*?)'", wanted))
         plain = f"{name} is {said}{near or ','} expected {wanted}"
         found += [f"{name}.{one}" for one in inner] or [plain]

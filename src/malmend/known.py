@@ -23,7 +23,7 @@ from malmend.facts.readers import read_facts
 from malmend.files import written_beside
 from malmend.kept import kept
 from malmend.material import MOST_KEPT, can_be_asked, without_end
-from malmend.models.source import cache_folder
+from malmend.models.source import cached
 from malmend.models.trunk import Trunk
 from malmend.workbench import Workbench, shipped
 
@@ -45,7 +45,7 @@ def known_facts(bench: Workbench, facts: Sequence[Fact]) -> list[Encoded]:
     asked = [f for f in known if "train" in f.tags and can_be_asked(encoder, f.question)]
     questions = [without_end(encoder.encode(one.question)) for one in asked]
     words = hashlib.sha256(f"{SURE} {questions!r}".encode()).hexdigest()
-    path = cache_folder() / "calibrations" / f"{bench.loaded.digest[:16]}-{words[:16]}.json"
+    path = cached("calibrations") / f"{bench.loaded.digest[:16]}-{words[:16]}.json"
     found: dict[int, bool] = kept(
         path, _read_said, partial(_said, bench, questions), _write_said, MOST_KEPT
     )

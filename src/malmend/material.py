@@ -31,7 +31,7 @@ from malmend.facts.fact import Fact, FactSet, Question, same_class, spread
 from malmend.facts.readers import read_facts, read_questions, read_text
 from malmend.facts.tokens import Encoder
 from malmend.kept import kept
-from malmend.models.source import cache_folder
+from malmend.models.source import cached
 from malmend.progress import Progress, silent
 from malmend.workbench import Workbench, aimed, checked_facts, shipped
 
@@ -125,7 +125,7 @@ def _kept_at(
     digests = (bench.loaded.digest, tokenizer_digest(bench.encoder.tokenizer))
     given = (*digests, bench.trunk, editor_settings, settings)
     key = calibration_key(*given, facts, words, general)
-    return cache_folder() / "calibrations" / f"{key}.safetensors"
+    return cached("calibrations") / f"{key}.safetensors"
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
@@ -148,6 +148,19 @@ def held_out_questions(encoder: Encoder, count: int) -> tuple[Question, ...]:
     return tuple(usable[len(usable) - min(count, len(usable)) :])
 
 
+def general_text(
+    encoder: Encoder,
+    tokens: int = CalibrationSettings.text_tokens,
+    text: str | Path | None = None,
+) -> list[Encoded]:
+    """The first lines of a text, until they have so many tokens; of the project's own by default.
+
+    By default as many as a prior reads: the others are what is measured on.
+    """
+    words = read_text(shipped("text.txt") if text is None else text)
+    return first_of(passages_of(encoder, words), tokens)
+
+
 def to_hold(
     encoder: Encoder,
     facts: Sequence[Fact],
@@ -167,8 +180,7 @@ def to_hold(
         text: a text file in place of the project's own text.
         more: in turns with these also lines of Wikipedia.
     """
-    words = read_text(shipped("text.txt") if text is None else text)
-    lines = first_of(passages_of(encoder, words), CalibrationSettings.text_tokens)
+    lines = general_text(encoder, text=text)
     articles = passages_of(encoder, read_text(shipped("wikipedia.txt"))) if more else []
     texts = [
         [(encoder.said(one.ids), replace(one, answer_start=2)) for one in some]

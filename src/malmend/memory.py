@@ -125,7 +125,8 @@ class Room:
         if self.budget is None or self.in_memory + size <= self.budget:
             self.in_memory += size
             found = torch.empty(*shape, dtype=dtype)
-            weakref.finalize(found, self._left, size)
+            # Of what stands behind a tensor and all that share its numbers.
+            weakref.finalize(found.untyped_storage(), self._left, size)
             return found
         handle, name = tempfile.mkstemp(prefix="malmend-", dir=self.folder)
         try:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from malmend.errors import PatchError
+from malmend.errors import PatchError, counted
 from malmend.facts.tokens import EndOfAnswer
 from malmend.files import reason, written_beside
 from malmend.given import checked
@@ -80,7 +80,7 @@ def replaced(path: str | Path) -> list[str]:
     with suppress(OSError, SafetensorError, ValueError, RecursionError, KeyError, TypeError):
         with safe_open(path, framework="pt") as file:
             said = json.loads(file.metadata()["malmend"])
-        facts = [f"{said['facts']} fact{'s' * (said['facts'] != 1)}"] if "facts" in said else []
+        facts = [counted(said["facts"], "fact")] if "facts" in said else []
         what = [said["method"], *facts, f"made {said['created'][:10]}"]
     return [f"{Path(path).name} will be replaced (it is {', '.join(what)})."]
 

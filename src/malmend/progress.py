@@ -11,7 +11,7 @@ def silent(stage: str, share: float) -> None:
     """Reports to nobody."""
 
 
-def counted(progress: Progress, stage: str, total: int) -> Callable[[int], None]:
+def counting(progress: Progress, stage: str, total: int) -> Callable[[int], None]:
     """Takes how many more are done, and reports the share of them."""
     done = 0
 

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from malmend.editors.checkpoint import seen_in_training
-from malmend.errors import FactsError, MalmendError, ModelError
+from malmend.errors import FactsError, MalmendError, ModelError, counted
 from malmend.evaluation.classes import away as away_from_said
 from malmend.facts.alternatives import towards_alternatives
 from malmend.facts.fact import Fact, FactSet, facts_digest
@@ -33,7 +33,7 @@ from malmend.models.load import (
     stated_reading,
 )
 from malmend.models.sites import Site
-from malmend.models.source import cache_folder
+from malmend.models.source import cached
 from malmend.models.trunk import Trunk, TrunkSettings
 from malmend.patch import check_bare
 
@@ -77,13 +77,12 @@ def within_memory(bench: Workbench, memory: str, work: Work) -> tuple[Workbench,
         MalmendError: as :func:`malmend.models.budget.plan_memory`.
     """
     plan = plan_memory(bench.trunk, memory, work)
-    spill = cache_folder() / "spill"
-    return replace(bench, trunk=within(bench.trunk, plan, spill)), plan
+    return replace(bench, trunk=within(bench.trunk, plan, cached("spill"))), plan
 
 
 def trunk_folder(loaded: LoadedModel) -> Path:
     """Where trunk activations of these weights are kept."""
-    return cache_folder() / "trunk" / loaded.digest[:24]
+    return cached("trunk") / loaded.digest[:24]
 
 
 def encoder_for(
@@ -244,7 +243,7 @@ def others_asked(said: Mapping[str, Any], facts: Sequence[Fact], name: str) -> l
     if facts_digest(facts[:count]) == digest:
         return []
     return [
-        f"{name} was made of {count:,} fact{'s' * (count != 1)}, which are not the first "
+        f"{name} was made of {counted(count, 'fact')}, which are not the first "
         "that are asked now, or had other answers."
     ]
 

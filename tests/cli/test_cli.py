@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
@@ -709,3 +710,16 @@ def test_a_patch_that_is_replaced_is_told_before(command, tiny, tmp_path, capsys
     assert malmend(*run) == 0
     said = load_patch(out).provenance
     assert f"p.st will be replaced (it is {said['method']}, " in capsys.readouterr().err
+
+
+def test_warnings_of_libraries_are_left_out_while_a_command_runs_alone(monkeypatch):
+    shown = []
+
+    def note(*_given):
+        shown.append(warnings.filters[0][0])
+
+    monkeypatch.setitem(COMMANDS, "cache", (note, ""))
+    before = list(warnings.filters)
+    assert malmend("cache") == 0
+    assert shown == ["ignore"]
+    assert warnings.filters == before

@@ -351,7 +351,7 @@ def test_the_key_names_what_the_calibration_depends_on():
         ({"alphas": ()}, r"alphas is \(\), expected one or more numbers above 0"),
         ({"etas": (1.0, -1.0)}, r"etas is \(1.0, -1.0\)"),
         ({"sum_etas": (math.inf,)}, r"sum_etas is \(inf,\)"),
-        ({"ridge": -0.1}, "ridge is -0.1, expected a number from 0 on"),
+        ({"ridge": -0.1}, "ridge is -0.1, expected a number from 0 to"),
         ({"locality": math.nan}, "locality is nan"),
     ],
 )

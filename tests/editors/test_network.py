@@ -121,7 +121,7 @@ def test_the_first_factor_starts_as_the_settings_say():
 
 @pytest.mark.parametrize("wrong", [{"rank": 0}, {"rank": -1}, {"blocks": -1}])
 def test_settings_that_make_no_network_are_refused(wrong):
-    with pytest.raises(EditorError, match=r"change --network\.rank or --network\.blocks"):
+    with pytest.raises(EditorError, match=r"change --network\.(rank|blocks)\.$"):
         NetworkSettings(**wrong)
 
 

@@ -277,13 +277,13 @@ def test_nothing_asked_misses_nothing():
     [
         ({"passes": 0}, "passes is 0"),
         ({"gain": 0.0}, "gain is 0"),
-        ({"chat_gain": -1.0}, "chat_gain is -1, .*--refine.chat-gain"),
+        ({"chat_gain": -1.0}, r"chat_gain is -1\.0, .*--refine.chat-gain"),
         ({"restore": -0.5}, "restore is -0.5, .*--refine.restore"),
         ({"restore": float("nan")}, "restore is nan"),
         ({"gain": float("nan")}, "gain is nan"),
         ({"gain": float("inf")}, "gain is inf"),
         ({"wordings": -1}, "wordings is -1, .*--refine.wordings"),
-        ({"wordings": 11}, "wordings is 11, expected a number from 0 to 10"),
+        ({"wordings": 11}, "wordings is 11, expected 0 to 10"),
         ({"frames": ("no place",)}, "'no place' has no place for the prompt"),
     ],
 )

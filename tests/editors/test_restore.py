@@ -23,7 +23,7 @@ from malmend.editors import restore
 from malmend.editors.refine import RefineSettings, further
 from malmend.editors.restore import MOVED, Held, moved, restoring
 from malmend.facts.encoded import Encoded
-from malmend.models import output
+from malmend.models import descent, output
 from malmend.patch import shifted
 from malmend.processes import Processes
 
@@ -81,8 +81,7 @@ def test_what_moved_is_kl_from_the_unedited_model(disturbed):
 
 
 def test_the_numbers_are_those_of_the_docs():
-    assert restore.NUMBERS == (0.15, 0.05, 2, 1.5, 20, 2000)
-    assert restore.LONGER == 10
+    assert restore.NUMBERS == (0.15, 0.05, 2, 1.5, 20, 2000, 10)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +94,7 @@ def test_rows_are_the_descended_keys_and_moves_of_moved_tokens(
     """Each question descended by itself through autograd, in the model with W + S."""
     model, trunk, _, shifts, held = disturbed
     for name, value in numbers.items():
-        monkeypatch.setattr(restore, name, value)
+        monkeypatch.setattr(descent if name == "LONGER" else restore, name, value)
     monkeypatch.setattr(output, "LOGITS", words * trunk.words)
     closed = shortened = 0
     with shifted(list(trunk.sites), shifts):
@@ -122,7 +121,7 @@ def test_rows_are_the_descended_keys_and_moves_of_moved_tokens(
             norms = [grad.norm(dim=1) for grad in grads]
             is_open = loss.detach() > restore.BACK
             step = restore.RATE * loss.detach() / sum(norms) * is_open
-            longest = restore.LONGER * step if longest is None else longest
+            longest = descent.LONGER * step if longest is None else longest
             closed += int((~is_open).sum())
             shortened += int((step > longest).sum())
             step = torch.minimum(step, longest)

@@ -12,6 +12,7 @@ import tiny
 from malmend.editors.keymoments import end_of, first_of, passages_of
 from malmend.errors import EditorError
 from malmend.facts.readers import read_text
+from malmend.material import general_text
 from malmend.methods import ft
 from malmend.methods.epochs import batches
 from malmend.methods.ft import FineTuning, FineTuningKL
@@ -68,7 +69,7 @@ def test_the_shift_is_what_adamw_moves_the_weights_by(family):
 def test_text_is_held_by_the_kl_of_its_ends(family, monkeypatch):
     bench = bench_of(family, HELD)
     few = passages(bench)[:3]
-    monkeypatch.setattr(ft, "first_of", lambda lines, _tokens: lines[:3])
+    monkeypatch.setattr(ft, "general_text", lambda encoder: general_text(encoder)[:3])
     found = HELD.find(bench, FACTS, silent)
     wanted = by_hand(bench, HELD, few)
     free = by_hand(bench, TUNED)

@@ -18,6 +18,7 @@ from torch.nn import functional
 import forms_support
 import helpers
 import tiny
+from malmend import material
 from malmend.errors import EditorError, ModelError
 from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact
@@ -48,7 +49,7 @@ FAST = Memit(blocks=(0, 1, 2), alpha=2.0, rate=0.1, steps=6, prefixes=2, text_to
 
 @pytest.fixture(autouse=True)
 def short_text(monkeypatch, own_cache):
-    monkeypatch.setattr(moments, "read_text", lambda _path: TEXT)
+    monkeypatch.setattr(material, "read_text", lambda _path: TEXT)
 
 
 def bench_of(method: Memit, family: str = "llama", tokenizer=None, batch_tokens=1024) -> Workbench:
@@ -492,7 +493,7 @@ def test_moments_of_text_are_kept_and_found_bit_for_bit(monkeypatch):
         for other in (replace(FAST, text_tokens=20), replace(FAST, blocks=(0, 1))):
             with pytest.raises(pytest.fail.Exception, match="made anew"):
                 other.find(bench_of(other), FACTS, silent)
-    (kept,) = (moments.cache_folder() / "calibrations").glob("moments-*.safetensors")
+    (kept,) = moments.cached("calibrations").glob("moments-*.safetensors")
     kept.write_bytes(kept.read_bytes()[:100])
     found = FAST.find(bench, FACTS, silent).shifts
     assert all(torch.equal(first[name], found[name]) for name in first)

@@ -217,7 +217,7 @@ def test_where_facts_stand_in_their_file_keeps_no_run_from_going_on(name, tiny, 
     path = tmp_path / "e" / "training.safetensors"
     with safe_open(path, framework="pt") as file:
         about = json.loads(file.metadata()["training"])
-    del about["facts_sha256"]  # as earlier versions wrote it
+    del about["facts_sha256"]
     save_file(load_file(path), path, {"training": json.dumps(about)})
     with pytest.raises(MalmendError, match=r"on other facts; .* or another --out"):
         learn(tiny.loaded, moved, tmp_path / "e", name, longer)

@@ -143,6 +143,7 @@ def test_share_right_counts_whole_answers(family, monkeypatch):
 
 def test_a_fine_tuning_that_diverges_says_so():
     model, asked = tiny_model("bert")
-    trainer = Finetuner(model, asked, asked, FinetuneSettings(rate=1e300, batch=2), "all")
+    trainer = Finetuner(model, asked, asked, FinetuneSettings(batch=2), "all")
+    trainer.optimiser.param_groups[0]["lr"] = 1e300
     with pytest.raises(MalmendError, match=r"diverged in epoch 1 \(the loss is .*lower --rate"):
         trainer.take_epoch()

@@ -283,17 +283,17 @@ def test_oldest_segments_make_room_at_the_start(tmp_path):
 
 
 def test_what_nobody_reads_any_more_is_removed_at_the_start(tmp_path):
-    """Records of an earlier form, and of segments that went, were kept for good."""
+    """Records of segments that went were kept for good."""
     fill(opened(tmp_path), KEYS)
     beside = tmp_path.with_name("beside")
     beside.mkdir()
-    former = [tmp_path / "1-a.idx", beside / "2-b.idx", beside / "2-b.bin", beside / "3-c.index"]
-    for path in former:
+    left = [tmp_path / "1-a.index", beside / "3-c.index"]
+    for path in left:
         path.write_bytes(b"rows")
     new = beside / "4-d.bin"  # whose record another run is about to write
     new.write_bytes(b"rows")
     assert holds(opened(tmp_path), KEYS) == [True] * len(KEYS)
-    assert not any(path.exists() for path in former)
+    assert not any(path.exists() for path in left)
     assert new.exists()
 
 

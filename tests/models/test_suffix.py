@@ -144,6 +144,19 @@ def test_whatever_a_cache_raises_the_model_is_run_whole(monkeypatch, at, error):
     assert len(capture(trunk, QUESTIONS)) == 2
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, NameError])
+def test_what_is_no_caches_is_raised(monkeypatch, error):
+    """Without room a model was once run whole, which is slow, and nothing said so."""
+    trunk = cut("llama")
+
+    def fails(*_args):
+        raise error("no room")
+
+    monkeypatch.setattr(Suffix, "logits", fails)
+    with pytest.raises(error):
+        trunk.suffix(trunk.batch(QUESTIONS))
+
+
 def test_the_trial_asks_a_part_of_its_batch_too(monkeypatch):
     part = Suffix.subset
 

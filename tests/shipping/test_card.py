@@ -65,8 +65,8 @@ def test_the_card_says_what_it_must(to, form):
         assert word in text.lower() or word in text
     for word in ("transformers", "PEFT", "vllm serve", "lm_eval --model hf"):
         assert word in text
-    assert "| edit prompts (ES) | token ratio | 0.100 | 1.000 | 0.900 |" in text
-    assert "| unrelated questions (LS) | retention |  | 0.750 | 0.700 |" in text
+    assert "| ES (edit prompts) | token ratio | 0.100 | 1.000 | 0.900 |" in text
+    assert "| LS (unrelated) | retention |  | 0.750 | 0.700 |" in text
     assert "`facts.jsonl`" in text
     assert "secret" not in text
     assert "of 1,024 facts; generated is of the first 64." in text

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from malmend.errors import EditorError, MalmendError
+from malmend.errors import MalmendError
 from malmend.facts.fact import Fact
 from malmend.facts.tokens import Encoder
+from malmend.given import check_fields, check_range
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class InContext:
     shown: int = 1
 
     def __post_init__(self) -> None:
-        if self.shown < 1:
-            raise EditorError(f"context.shown is {self.shown}, expected 1 or more.")
+        check_fields(self)
+        check_range(self, ("shown",), 1, prefix="context.")
 
 
 class ContextEncoder(Encoder):

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from malmend.bench.way import way_of
-from malmend.errors import MalmendError, nearest
+from malmend.errors import MalmendError, counted, nearest
 from malmend.facts.entry import short
 from malmend.given import faults as type_faults
 from malmend.yaml_file import At, read_yaml
@@ -139,7 +139,7 @@ def read_plan(path: str | Path) -> Plan:
             f"{path}:{line}: {what}" if line else f"{path}: {what}"
             for line, what in sorted(found, key=lambda one: one[0])
         ]
-        count = "1 fault" if len(said) == 1 else f"{len(said)} faults"
+        count = counted(len(said), "fault")
         raise MalmendError("\n".join([f"The plan {path} cannot be used: {count}", *said]))
     values: dict[str, Any] = {
         name: tuple(one) if isinstance(one, list) else one for name, one in given.items()

@@ -20,7 +20,7 @@ from malmend.bench.table import Row, failures, latest, markdown
 from malmend.bench.way import named_method, way_of
 from malmend.editors.checkpoint import load_editor
 from malmend.editors.training_folder import check_unlike
-from malmend.errors import SHOWN, MalmendError, is_out_of_memory
+from malmend.errors import SHOWN, MalmendError, counted, is_out_of_memory
 from malmend.facts.fact import Fact, facts_digest
 from malmend.facts.lint import skipped_said
 from malmend.facts.readers import read_facts, read_text
@@ -152,7 +152,7 @@ def _check_done(failed: Sequence[str], count: int, folder: Path) -> None:
     if failed:
         many = [f"and {len(failed) - SHOWN:,} more"] * (len(failed) > SHOWN)
         raise MalmendError(
-            f"{len(failed)} of {count} cell{'s' * (count != 1)} failed; the same command tries "
+            f"{len(failed)} of {counted(count, 'cell')} failed; the same command tries "
             f"{'it' if len(failed) == 1 else 'them'} again, and what the others gave is in "
             + "\n  ".join([f"{folder}:", *failed[:SHOWN], *many])
         )
@@ -186,7 +186,7 @@ def _check_files(plan: Plan) -> None:
 
 def cost(left: Sequence[Cell], count: int, results: Results) -> str:
     """How many cells there are, and how long they will take by those that are done."""
-    cells = f"{count} cell{'s' * (count != 1)}"
+    cells = counted(count, "cell")
     if not left:
         return f"{cells}, all done."
     seconds, unknown = 0.0, dict[str, None]()

@@ -11,7 +11,7 @@ from rich.markup import escape
 from malmend import ledger as actions
 from malmend.cli import show
 from malmend.cli.options import add_editor_settings, derive, parse, parser_of, take_editor_settings
-from malmend.errors import LedgerError, MalmendError, nearest
+from malmend.errors import LedgerError, MalmendError, counted, nearest
 from malmend.ledger import Entry, Generation
 
 FAILING = 3  # exit code of a `verify` that found facts that do not hold
@@ -250,7 +250,7 @@ def _ids(entries: Sequence[Entry]) -> str:
 
 
 def _facts(count: int) -> str:
-    return show.counted(count, "fact")
+    return counted(count, "fact")
 
 
 def _say(line: str) -> None:

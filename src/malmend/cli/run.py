@@ -113,14 +113,15 @@ def _run(arguments: list[str]) -> int:
 
         refuse_several(f"malmend {name}")
     run, what = COMMANDS[name]
-    # Warnings of the libraries below are for developers, who have the tests for them.
-    warnings.simplefilter("ignore")
-    from malmend.cli.show import notes
+    with warnings.catch_warnings():
+        # Those of the libraries below are for developers, who have the tests for them.
+        warnings.simplefilter("ignore")
+        from malmend.cli.show import notes
 
-    with notes():
-        if isinstance(run, str):
-            run = getattr(importlib.import_module(f"malmend.cli.{run}"), name)
-        return run(arguments[1:], what) or 0
+        with notes():
+            if isinstance(run, str):
+                run = getattr(importlib.import_module(f"malmend.cli.{run}"), name)
+            return run(arguments[1:], what) or 0
 
 
 def _edit(arguments: list[str], what: str) -> None:

@@ -21,7 +21,8 @@ from malmend.commands.continuations import ContinuationsResult
 from malmend.commands.edit import EditResult
 from malmend.commands.inspect import Inspection
 from malmend.editors.draws import READINGS
-from malmend.errors import harmless
+from malmend.errors import counted, harmless
+from malmend.evaluation.figures import percent
 from malmend.evaluation.page import PAGE
 from malmend.facts.fact import subject_hash
 
@@ -271,13 +272,3 @@ def _short(text: str) -> str:
     if len(text) <= LONGEST:
         return text
     return f"{text[:LONGEST]} … ({len(text):,} characters)"
-
-
-def counted(number: int, thing: str) -> str:
-    """A number of things: "1 fact", "1,024 facts"."""
-    return f"{number:,} {thing}{'s' * (number != 1)}"
-
-
-def percent(value: float) -> str:
-    """A share as a percentage."""
-    return f"{100 * value:.1f}%"

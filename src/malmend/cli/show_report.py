@@ -9,9 +9,9 @@ from rich.cells import cell_len
 from rich.markup import escape
 from rich.table import Table
 
-from malmend.cli.show import OUT, asked, counted, edited, page, percent, trained_on
+from malmend.cli.show import OUT, asked, edited, page, trained_on
 from malmend.commands.demo import DemoResult
-from malmend.errors import harmless
+from malmend.errors import counted, harmless
 from malmend.evaluation import figures
 from malmend.evaluation.protocols import Group, Scores
 from malmend.evaluation.report import Report
@@ -94,7 +94,9 @@ def _groups(by: str, groups: Mapping[str, Group]) -> None:
         rows.append([harmless(name), f"{group.facts:,}"])
         for kind, metric in columns:
             values = [_figure(model, kind, metric) for model in (group.unedited, group.edited)]
-            rows[-1].append(" → ".join(percent(value) for value in values if value is not None))
+            rows[-1].append(
+                " → ".join(figures.percent(value) for value in values if value is not None)
+            )
     title = f"by {by}, unedited to edited"
     has_edited = any(group.edited for group in groups.values())
     widths = _widths([heads, *rows])
@@ -140,7 +142,7 @@ def _cells(line: figures.Line) -> list[str]:
     """Unedited and edited, with the interval, and what is kept as a count."""
     cells = []
     for value, ends in ((line.before, line.before_between), (line.after, line.after_between)):
-        said = "" if value is None else percent(value) if line.is_share else f"{value:.3f}"
+        said = "" if value is None else figures.percent(value) if line.is_share else f"{value:.3f}"
         if ends:
             said += " ({:.1f}–{:.1f})".format(*(100 * end for end in ends))
         cells.append(said)

@@ -6,10 +6,11 @@ from typing import Any
 
 from rich.markup import escape
 
-from malmend.cli.show import ERR, OUT, counted, peak
+from malmend.cli.show import ERR, OUT, peak
 from malmend.commands.finetune import FinetuneResult
 from malmend.commands.train import TrainResult
 from malmend.editors.training import StepRecord
+from malmend.errors import counted
 from malmend.models.finetune import EpochRecord
 
 

@@ -14,7 +14,7 @@ from malmend.cli.options import (
     take_editor_settings,
     take_method,
 )
-from malmend.errors import MalmendError
+from malmend.errors import MalmendError, counted
 
 
 def train(arguments: list[str], what: str) -> None:
@@ -85,9 +85,9 @@ def _train_together(given: dict[str, Any], training: Any, settings: Any, process
                 return
             resumed = f" (resumed after step {trainer.step})" if trainer.step else ""
             show.status(
-                f"{show.counted(left, 'step')} of "
-                f"{show.counted(training.facts_per_step, 'fact')}{resumed}: "
-                f"about {show.counted(max(1, round(seconds / 60)), 'minute')}."
+                f"{counted(left, 'step')} of "
+                f"{counted(training.facts_per_step, 'fact')}{resumed}: "
+                f"about {counted(max(1, round(seconds / 60)), 'minute')}."
             )
 
         result = train(
@@ -128,7 +128,7 @@ def _learn(given: dict[str, Any], usual: dict[str, Any]) -> None:
         stepped=lambda record: show_training.learning(record, settings.steps),
         told=show.status,
     )
-    said = f"Trained {show.counted(len(result.records), 'step')} of {name}."
+    said = f"Trained {counted(len(result.records), 'step')} of {name}."
     if not result.records:
         said = show_training.already(settings.steps)
     show.status(f"{said}  Editor: {result.folder}")

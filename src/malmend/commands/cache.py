@@ -10,15 +10,7 @@ from pathlib import Path
 
 from malmend.files import is_written
 from malmend.given import checked
-from malmend.models.source import cache_folder, stale_copies
-
-KINDS = {
-    "trunk": "activations of questions, by model",
-    "calibrations": "what a model is calibrated on, and what it surely says",
-    "settling": "edits whose patch is not written yet",
-    "spill": "captured tensors of runs that were killed",
-    "models": "models made of GGUF files",
-}
+from malmend.models.source import CACHED, cache_folder, stale_copies
 
 
 @dataclass(frozen=True)
@@ -57,9 +49,11 @@ def cache(clear: bool = False) -> CacheResult:
         clear: remove it all.
     """
     folder = cache_folder()
-    found = tuple(_of(folder, kind, what) for kind, what in KINDS.items())
+    found = tuple(_of(folder, kind, what) for kind, what in CACHED.items())
     stale = tuple(stale_copies())
-    for kind in KINDS if clear else ():  # never what else lies in a folder that MALMEND_CACHE names
+    for kind in (
+        CACHED if clear else ()
+    ):  # never what else lies in a folder that MALMEND_CACHE names
         for path in (folder / kind).glob("*"):
             if is_written(path):  # what is left of a killed run goes
                 continue
@@ -70,7 +64,7 @@ def cache(clear: bool = False) -> CacheResult:
                     path.unlink()
         with suppress(OSError):  # one that links to another disk stays
             (folder / kind).rmdir()
-    left = tuple(_of(folder, kind, what) for kind, what in KINDS.items() if clear)
+    left = tuple(_of(folder, kind, what) for kind, what in CACHED.items() if clear)
     cleared = clear and not any(one.entries for one in left)
     return CacheResult(folder, found, cleared, left, stale)
 

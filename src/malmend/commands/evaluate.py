@@ -24,7 +24,7 @@ from malmend.models.load import LoadedModel
 from malmend.models.sites import Site, usual_sites
 from malmend.models.trunk import TrunkSettings
 from malmend.patch import Patch, applied, by_one_thread, check_base, sites_of
-from malmend.progress import Progress, counted, silent
+from malmend.progress import Progress, counting, silent
 from malmend.shipping.adapter import based_on, read_patch
 from malmend.shipping.measure import check_decoded
 from malmend.workbench import (
@@ -111,7 +111,7 @@ def evaluate(
         told(line)
     examiner = Examiner(loaded, bench.trunk, bench.encoder, chat=chatted)
     questions = examiner.count(known, decode_facts) * (2 if patch else 1)
-    examiner.progress = counted(progress, "asking", questions)
+    examiner.progress = counting(progress, "asking", questions)
     before = examiner.examine(known, decode_facts, remember=True)
     surprise = _perplexity("unedited", bench, plain, progress)
     after = None

@@ -29,13 +29,13 @@ from malmend.errors import MalmendError
 from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact, Question, spread
 from malmend.facts.tokens import Encoder
-from malmend.given import MOST, check_fields
+from malmend.given import check_fields, check_range
 from malmend.models.capture import Captured, capture, token_counts
 from malmend.models.device import wide_device
 from malmend.models.trunk import Trunk
 from malmend.numerics.moments import RunningMoments
 from malmend.patch import shifted
-from malmend.progress import Progress, counted, silent
+from malmend.progress import Progress, counting, silent
 
 
 @dataclass(frozen=True)
@@ -76,19 +76,10 @@ class CalibrationSettings:
     def __post_init__(self) -> None:
         check_fields(self)
         counts = ("moment_facts", "prior_facts", "search_facts", "text_tokens", "unrelated_tokens")
-        for name in counts:
-            if getattr(self, name) < 1:
-                self._refuse(name, "1 or more")
-        for name in ("etas", "published_etas", "sum_etas", "alphas"):
-            tried = getattr(self, name)
-            if not tried or not all(0 < one <= MOST for one in tried):
-                self._refuse(name, f"one or more numbers above 0, of {MOST:g} at most")
-        for name in ("asked", "wording", "ridge", "locality"):
-            if not 0 <= getattr(self, name) <= MOST:
-                self._refuse(name, f"a number from 0 on, of {MOST:g} at most")
-
-    def _refuse(self, name: str, expected: str) -> None:
-        raise MalmendError(f"Calibration's {name} is {getattr(self, name)!r}, expected {expected}.")
+        check_range(self, counts, 1, prefix="Calibration's ")
+        tried = ("etas", "published_etas", "sum_etas", "alphas")
+        check_range(self, tried, prefix="Calibration's ")
+        check_range(self, ("asked", "wording", "ridge", "locality"), 0.0, prefix="Calibration's ")
 
     def weights(self, terms: Sequence[str], alpha: float) -> tuple[float, ...]:
         """The starting weight of each term of a prior, from the text's."""
@@ -149,7 +140,7 @@ def calibrate(
         encoder.encode_all(fact.question for fact in moment_facts),
         editor_settings.tokens,
         editor_settings.descent,
-        counted(progress, "value gradients of calibration facts", len(moment_facts)),
+        counting(progress, "value gradients of calibration facts", len(moment_facts)),
     )
     moments = key_moments(
         trunk,

@@ -14,16 +14,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import Tensor
 
 from malmend.editors.editor import Editor, SiteStatistics
-from malmend.editors.folder import identity_of, read_folder, weights_in, write_folder
+from malmend.editors.folder import (
+    identity_of,
+    read_folder,
+    settings_of,
+    weights_in,
+    whole,
+    write_folder,
+)
 from malmend.editors.network import NetworkSettings
 from malmend.editors.settings import EditorSettings
-from malmend.errors import EditorError, MalmendError, nearest
+from malmend.errors import EditorError, nearest
 from malmend.facts.fact import Fact, subject_hash
-from malmend.files import reason
 from malmend.models.descent import Descent
 from malmend.models.load import LoadedModel
 from malmend.numerics.lowrank import compressed, restored
@@ -32,8 +37,6 @@ from malmend.numerics.moments import RunningMoments
 FORMAT = 3
 # Of a shipped editor's moments; text weighs least in what was learned.
 RANKS = {"text": 64, "asked": 224, "wording": 192}
-# What values of another kind than expected raise.
-_MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RuntimeError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,8 +72,8 @@ def seen_in_training(folder: Path, identity: str, facts: Sequence[Fact]) -> int 
     try:
         about = json.loads((folder / "editor.json").read_text(encoding="utf-8"))
         return _seen(about, facts) if identity_of(weights_in(folder, about)) == identity else None
-    except (OSError, EditorError, *_MALFORMED):
-        return None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None  # whoever reads it next says what is wrong
 
 
 def check_trained_for(loaded: LoadedModel, name: str, base: str) -> None:
@@ -134,21 +137,10 @@ def load_editor(folder: str | Path) -> SavedEditor:
         EditorError: no such folder, not an editor, damaged, or written by a newer version.
     """
     folder = Path(folder)
-    if not (folder / "editor.json").is_file():
-        raise EditorError(
-            f"There is no editor in {folder} (no editor.json); give a folder that `malmend train` "
-            "wrote, or `none` for the editor without a network."
-        )
-    try:
+    with whole(f"The editor in {folder}", "train it again"):
         about, tensors, identity = read_folder(folder, partial(_check_format, folder))
         editor = _rebuilt(_settings(about["settings"]), about["sites"], _whole(tensors))
         return SavedEditor(editor, about, identity)
-    except EditorError:
-        raise
-    except (OSError, SafetensorError, *_MALFORMED) as error:
-        raise EditorError(
-            f"The editor in {folder} is damaged ({reason(error)}); train it again."
-        ) from error
 
 
 def _check_format(folder: Path, about: Mapping[str, Any]) -> None:
@@ -196,11 +188,8 @@ def _settings(raw: Mapping[str, Any]) -> EditorSettings:
                 f"The editor has an unknown setting {name!r}{nearest(name, known)}; it was written "
                 "by a newer version of malmend, use that."
             )
-    try:
-        nested = {
-            "network": NetworkSettings(**raw["network"]),
-            "descent": None if raw["descent"] is None else Descent(**raw["descent"]),
-        }
-        return EditorSettings(**{**raw, **nested})
-    except MalmendError as error:  # whose sentence does not name the folder
-        raise ValueError(str(error).removesuffix(".")) from error
+    descent, network = raw["descent"], settings_of(NetworkSettings, raw["network"])
+    descent = None if descent is None else settings_of(Descent, descent)
+    given = {**raw, "network": network, "descent": descent}
+    settings: EditorSettings = settings_of(EditorSettings, given)
+    return settings

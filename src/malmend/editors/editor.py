@@ -58,7 +58,7 @@ FEWEST, MOST = 512, 4096  # tokens between which the weights follow N
 FARTHEST = 3.0  # times a usual token's distance from the mean is what a network is asked about
 
 
-@dataclass
+@dataclass(eq=False)
 class SiteStatistics:
     """What an editor must know of a site: fixed beforehand, never changed by an edit.
 

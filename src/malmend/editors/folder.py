@@ -10,15 +10,16 @@ import hashlib
 import json
 import re
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from malmend.errors import EditorError
-from malmend.files import written_beside
+from malmend.errors import EditorError, MalmendError, is_out_of_memory
+from malmend.files import reason, written_beside
 
 # That without a tag is an earlier version's, of a method that is trained.
 OURS = re.compile(r"editor(-[0-9a-f]{8})?\.safetensors")
@@ -45,7 +46,15 @@ def read_folder(
     """What the JSON says, the weights, and their identity; what a bad file raises is not caught.
 
     ``check`` sees what is said before the weights are read.
+
+    Raises:
+        EditorError: no such folder.
     """
+    if not (folder / "editor.json").is_file():
+        raise EditorError(
+            f"There is no editor in {folder} (no editor.json); give a folder that `malmend train` "
+            "wrote, or `none` for the editor without a network."
+        )
     about = _said(folder)
     check(about)
     try:
@@ -58,6 +67,28 @@ def read_folder(
     if about.get("identity", identity) != identity:  # older ones do not say theirs
         raise ValueError("its weights are not those that it names")
     return about, tensors, identity
+
+
+@contextmanager
+def whole(what: object, otherwise: str) -> Iterator[None]:
+    """Turns what a damaged file raises into a sentence, which ``what`` begins and names the file.
+
+    An EditorError says itself what is wrong.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, EditorError) or is_out_of_memory(error):
+            raise
+        raise EditorError(f"{what} is damaged ({reason(error)}); {otherwise}.") from error
+
+
+def settings_of(kind: Callable[..., Any], said: Mapping[str, Any]) -> Any:
+    """Settings that a folder says; what is wrong with them makes it a damaged one."""
+    try:
+        return kind(**said)
+    except MalmendError as error:  # whose sentence does not name the folder
+        raise ValueError(str(error).removesuffix(".")) from error
 
 
 def weights_in(folder: Path, about: Mapping[str, Any]) -> Path:

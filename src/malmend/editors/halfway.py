@@ -22,7 +22,6 @@ from malmend.kept import prune
 from malmend.processes import ALONE, Processes
 
 FORMAT = 2  # of what is kept
-KIND = "settling"  # of what the cache folder holds
 STEPS = "steps"
 EVERY = 16  # steps from one time that it is kept to the next
 MOST_KEPT = 4_000_000_000  # bytes of all descents in the folder

@@ -25,7 +25,7 @@ from malmend.models.weightgrads import Term, saying, weight_grads
 from malmend.processes import ALONE, Processes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Judged:
     """What one edited fact is judged by.
 
@@ -38,7 +38,7 @@ class Judged:
     unedited_AH: Tensor | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class MetaLoss:
     """Both parts in nats per fact, and G = dL_meta/dW per site, V x K, where it was asked for."""
 

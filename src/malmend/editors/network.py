@@ -24,8 +24,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from malmend.errors import EditorError
-from malmend.given import check_fields
+from malmend.given import check_fields, check_range
+
+MOST_BLOCKS = 100  # published are two
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,8 @@ class NetworkSettings:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.rank < 1 or self.blocks < 0:
-            raise EditorError(
-                f"rank {self.rank} and blocks {self.blocks} were given, expected a rank of at "
-                "least 1 and 0 or more blocks; change --network.rank or --network.blocks."
-            )
+        check_range(self, ("rank",), 1, prefix="--network.")
+        check_range(self, ("blocks",), 0, MOST_BLOCKS, prefix="--network.")
 
 
 class _Block(nn.Module):

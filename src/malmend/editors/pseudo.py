@@ -14,7 +14,7 @@ from torch import Tensor
 from malmend.numerics.prior import PriorGrads
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pseudo:
     """Pseudo keys and pseudo gradients of N tokens; token j's own shift is -g~_j u~_j^T.
 

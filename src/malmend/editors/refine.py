@@ -26,7 +26,6 @@ Not in MALMEN, which solves once; ``passes: 1`` is the published form.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -43,6 +42,7 @@ from malmend.errors import EditorError, MalmendError
 from malmend.facts.encoded import Encoded, Form
 from malmend.facts.fact import Question
 from malmend.facts.tokens import TRIED, Encoder
+from malmend.given import check_fields, check_range
 from malmend.models.capture import Captured, capture, token_counts
 from malmend.models.descent import Descent
 from malmend.models.trunk import Trunk
@@ -110,35 +110,14 @@ class RefineSettings:
     around: bool = True
 
     def __post_init__(self) -> None:
-        if self.passes is not None and not 1 <= self.passes <= MOST_PASSES:
-            raise EditorError(
-                f"passes is {self.passes}, expected 1 to {MOST_PASSES}; give --refine.passes 1 for "
-                "a single solve."
-            )
-        if self.steps < 1:
-            raise EditorError(
-                f"steps is {self.steps}, expected 1 or more; change --refine.steps, or give "
-                "--refine.rounds 0 for no descent."
-            )
-        for name in ("gain", "chat_gain"):
-            value = getattr(self, name)
-            if not 0 < value < math.inf:
-                raise EditorError(
-                    f"{name} is {value:g}, expected a number above 0; change "
-                    f"--refine.{name.replace('_', '-')}."
-                )
-        for name in ("restore", "rounds", "hold"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= MOST_WEIGHT:
-                raise EditorError(
-                    f"{name} is {value:g}, expected a number from 0 to {MOST_WEIGHT:,}; change "
-                    f"--refine.{name}."
-                )
-        if not 0 <= self.wordings <= MOST_WORDINGS:
-            raise EditorError(
-                f"wordings is {self.wordings}, expected a number from 0 to {MOST_WORDINGS}; change "
-                "--refine.wordings."
-            )
+        check_fields(self)
+        single = "give --refine.passes 1 for a single solve"
+        check_range(self, ("passes",), 1, MOST_PASSES, advice=single)
+        none = "change --refine.steps, or give --refine.rounds 0 for no descent"
+        check_range(self, ("steps",), 1, advice=none)
+        check_range(self, ("gain", "chat_gain"), prefix="--refine.")
+        check_range(self, ("restore", "rounds", "hold"), 0.0, MOST_WEIGHT, prefix="--refine.")
+        check_range(self, ("wordings",), 0, MOST_WORDINGS, prefix="--refine.")
         for frame in self.frames or ():
             if frame != CHAT and PROMPT not in frame:
                 raise EditorError(

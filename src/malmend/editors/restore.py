@@ -34,7 +34,7 @@ from torch import Tensor
 
 from malmend.facts.encoded import Encoded
 from malmend.models.capture import Captured
-from malmend.models.descent import LONGER
+from malmend.models.descent import LONGER, SHORT, step_length
 from malmend.models.output import kl_from, through_output
 from malmend.models.tracing import tracing
 from malmend.models.trunk import Batch, Trunk
@@ -160,8 +160,8 @@ def _brought_back(
         for site in trunk.sites
     ]
     keys: list[Tensor] = []
-    longest_M = torch.empty(0)
-    for step in range(STEPS):
+    longest_M: Tensor | None = None
+    for _ in range(STEPS):
         with tracing(trunk.sites) as traces, torch.enable_grad():
             for trace, delta_MV in zip(traces, deltas, strict=True):
                 full = delta_MV.new_zeros(places, delta_MV.shape[1])
@@ -175,9 +175,7 @@ def _brought_back(
         grads = [trace.grads_at(flat_M).to(trunk.wide) for trace in traces]
         norms = [grad_MV.norm(dim=1) for grad_MV in grads]
         pull_M = torch.stack(norms).sum(0)
-        step_M = RATE * loss_M / pull_M.clamp(min=1e-30) * (open_M & (pull_M > 0))
-        longest_M = LONGER * step_M if step == 0 else longest_M
-        step_M = step_M.minimum(longest_M)
+        step_M, longest_M = step_length(RATE * loss_M * open_M, pull_M, longest_M)
         for delta_MV, grad_MV, norm_M in zip(deltas, grads, norms, strict=True):
-            delta_MV -= (step_M / norm_M.clamp(min=1e-30))[:, None] * grad_MV
+            delta_MV -= (step_M / norm_M.clamp(min=SHORT))[:, None] * grad_MV
     return list(zip(keys, deltas, strict=True))

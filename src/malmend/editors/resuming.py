@@ -14,13 +14,15 @@ from torch import Tensor
 
 from malmend.editors.checkpoint import check_finite
 from malmend.editors.editor import Editor
+from malmend.editors.folder import whole
 from malmend.errors import EditorError
 from malmend.facts.fact import Fact, Question, subject_hashes, training_digests
-from malmend.files import reason, written_beside
+from malmend.files import written_beside
 from malmend.models.device import places_of
 from malmend.models.load import LoadedModel
 
 FILE = "training.safetensors"
+AGAIN = "give another --out to train from the start"  # where a file is damaged
 FREE = ("steps", "save_every")  # settings that a run may be resumed under others of
 
 
@@ -70,7 +72,7 @@ def resume_run(
     """
     editor, optimiser = parts
     path = folder / FILE
-    try:
+    with whole(path, AGAIN):
         about, tensors = read_training(path)
         check_same(about, mine, path)
         step = about["step"]
@@ -80,13 +82,7 @@ def resume_run(
         state = state_with(optimiser, tensors, about.get("moments"))
         _take_weights(editor, {k.removeprefix("editor."): t for k, t in tensors.items()}, path)
         optimiser.load_state_dict(state)
-    except EditorError:
-        raise
-    except Exception as error:
-        raise EditorError(
-            f"{path} is damaged ({reason(error)}); give another --out to train from the start."
-        ) from error
-    return about
+        return about
 
 
 def moments_of(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -146,8 +142,7 @@ def check_run(said: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> 
         ("locality_sha256", "locality questions"),
     )
     for name, what in parts:
-        # Checkpoints older than the entry do not say their dtype.
-        if said.get(name, now[name] if name == "dtype" else None) != now[name]:
+        if said.get(name) != now[name]:
             raise EditorError(
                 f"{folder} holds an editor in training on other {what}; give the same {what} "
                 "to go on with it, or another --out."

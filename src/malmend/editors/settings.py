@@ -8,15 +8,13 @@ from typing import Literal
 from transformers import PreTrainedModel
 
 from malmend.editors.network import NetworkSettings
-from malmend.errors import EditorError
 from malmend.facts.encoded import Tokens
 from malmend.facts.tokens import EndOfAnswer
-from malmend.given import MOST, check_fields
+from malmend.given import check_fields, check_range
 from malmend.models.descent import Descent
 from malmend.models.sites import Linear, Side, Site, find_sites
 
 EditorMethod = Literal["malmen", "mend", "mend-single"]
-LEAST = 1e-30  # whose logarithm single precision has; of less it is that of zero
 # Which second moments of keys a prior holds, in the order of their weights.
 PRIORS: dict[str, tuple[str, ...]] = {
     "wording": ("text", "asked", "wording"),
@@ -80,16 +78,8 @@ class EditorSettings:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.eta is not None and not LEAST <= self.eta <= MOST:
-            raise EditorError(
-                f"eta is {self.eta:g}, expected a number above 0, from {LEAST:g} to {MOST:g}; "
-                "leave --eta out to search it."
-            )
-        if not LEAST <= self.end_weight <= MOST:
-            raise EditorError(
-                f"end_weight is {self.end_weight:g}, expected a number above 0, from {LEAST:g} to "
-                f"{MOST:g}; give 1 to weigh every token alike."
-            )
+        check_range(self, ("eta",), advice="leave --eta out to search it")
+        check_range(self, ("end_weight",), advice="give 1 to weigh every token alike")
 
 
 def training_free(method: EditorMethod = "malmen") -> EditorSettings:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from malmend.errors import MalmendError
-from malmend.given import MOST, check_fields
+from malmend.given import check_fields, check_range, check_seed
 
 
 @dataclass(frozen=True)
@@ -42,30 +42,17 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in ("facts_per_step", "steps", "chunk", "save_every"):
-            if getattr(self, name) < 1:
-                raise MalmendError(
-                    f"{name} is {getattr(self, name)}, expected 1 or more; "
-                    f"change --{name.replace('_', '-')}."
-                )
-        for name in ("locality_weight", "network_rate", "scalar_rate", "clip"):
-            value = getattr(self, name)
-            if not 0 <= value <= MOST:
-                raise MalmendError(
-                    f"{name} is {value}, expected a number of at least 0, and of {MOST:g} at most; "
-                    f"change --{name.replace('_', '-')}."
-                )
-        if not (self.halvings >= 0 and self.facts_per_step >> self.halvings):
+        check_range(self, ("facts_per_step", "steps", "chunk", "save_every"), 1, prefix="--")
+        rates = ("network_rate", "scalar_rate")
+        check_range(self, ("locality_weight", *rates, "clip"), 0.0, prefix="--")
+        check_range(self, ("halvings",), 0, prefix="--")
+        if not self.facts_per_step >> self.halvings:
             raise MalmendError(
                 f"halvings is {self.halvings}, expected a number from 0 that leaves a fact of the "
                 f"{self.facts_per_step} of a step; change --halvings."
             )
-        if not abs(self.seed) < 10**18:  # what a generator takes is a little more
-            raise MalmendError(
-                f"--seed is {self.seed}, expected a whole number of at most 18 digits."
-            )
-        if not 0 <= self.near <= 1:
-            raise MalmendError(f"near is {self.near}, expected a share from 0 to 1; change --near.")
+        check_seed(self, "--")
+        check_range(self, ("near",), 0.0, 1.0, prefix="--")
 
 
 def published_training() -> TrainSettings:

@@ -41,8 +41,10 @@ class Examiner:
         loaded: the model; whatever weights it has when a method is called are examined.
         trunk: of the same model.
         encoder: with the end-of-answer token the model is meant to stop with.
-        progress: called with the number of questions just answered.
         chat: frames prompts for the model's chat template; None asks nothing through it.
+
+    Attributes:
+        progress: called with the number of questions just answered; set by whoever wants to know.
     """
 
     def __init__(
@@ -50,11 +52,10 @@ class Examiner:
         loaded: LoadedModel,
         trunk: Trunk,
         encoder: Encoder,
-        progress: Callable[[int], None] = lambda count: None,
         chat: Encoder | None = None,
     ):
-        self.loaded, self.trunk, self.encoder, self.progress = loaded, trunk, encoder, progress
-        self.chat = chat
+        self.loaded, self.trunk, self.encoder, self.chat = loaded, trunk, encoder, chat
+        self.progress: Callable[[int], None] = lambda count: None
         self._before: dict[Question, tuple[tuple[int, ...], Tensor]] = {}
 
     def measures_against(self, other: Examiner) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from malmend.errors import counted
 from malmend.evaluation.perplexity import HIGHEST
 from malmend.evaluation.protocols import PROTOCOLS, Group, between
 from malmend.evaluation.replies import HELD, KINDS, Kind
@@ -239,7 +240,7 @@ def spreads(report: Report) -> list[Spread]:
     out = []
     for kind in HELD:
         known = held(report, kind)
-        far = (after.mean_kl for _, _, after in known if after is not None)
+        far = (after.mean_kl for _, _, after in known)
         values = sorted(one for one in far if one is not None)
         if not values:
             continue
@@ -258,11 +259,6 @@ def spreads(report: Report) -> list[Spread]:
             )
         )
     return out
-
-
-def counted(number: int, thing: str) -> str:
-    """A number of things: "1 question", "1,024 questions"."""
-    return f"{number:,} {thing}{'s' * (number != 1)}"
 
 
 def percent(value: float | None) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from malmend.errors import MalmendError
+from malmend.errors import MalmendError, counted
 from malmend.evaluation import figures, view
 from malmend.evaluation.report import Report
 from malmend.files import writable, writable_folder, written_beside
@@ -109,7 +109,7 @@ def _environment() -> Environment:
         "kl": figures.kl,
         "perplexity": figures.perplexity,
         "count": "{:,}".format,
-        "counted": figures.counted,
+        "counted": counted,
         "plain": _plain,
         "shortened": _shortened,
     }

@@ -112,7 +112,7 @@ def moved(report: Report) -> list[Moved]:
             gold=before.question.answer,
             before=before.top,
             after=after.top,
-            kl=None if after is None else after.mean_kl,
+            kl=after.mean_kl,
             beside=row.id,
         )
         for kind in HELD

@@ -120,7 +120,7 @@ class Encoded:
         return [has_end and at - first == self.counted for at in self.columns(tokens, in_encoder)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenBatch:
     """Encoded questions as tensors, padded on the right.
 

@@ -8,6 +8,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
+from malmend.errors import counted
 from malmend.facts.entry import EXPECTED, Entry, Faults, short
 from malmend.facts.fact import Fact, Question, Skipped, in_one_form, same_answer
 
@@ -59,7 +60,7 @@ def skipped_said(skipped: Sequence[Skipped], strict: bool = True) -> Iterator[st
         return
     kinds = Counter(one.kind for one in skipped)
     words = [
-        f"{number:,} {what}{'' if number == 1 else 's'}"
+        counted(number, what)
         for number, what in (
             (len(skipped), "fact"),
             (kinds["duplicate"], "duplicate"),

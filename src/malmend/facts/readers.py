@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NoReturn
 
-from malmend.errors import FactsError, MalmendError, nearest
+from malmend.errors import FactsError, MalmendError, counted, nearest
 from malmend.facts import lint
 from malmend.facts.entry import Entry, Faults, short
 from malmend.facts.fact import Fact, FactSet, Question
@@ -237,5 +237,5 @@ def beside(path: str | Path) -> str:
 
 def _refuse(source: str, faults: Faults) -> NoReturn:
     everything = [fault for _, fault in sorted(faults, key=lambda fault: fault[0])]
-    count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+    count = counted(len(faults), "fault")
     raise FactsError(f"{source} cannot be used: {count}", everything) from None

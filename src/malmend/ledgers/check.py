@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from malmend.errors import FactsError, nearest
+from malmend.errors import FactsError, counted, nearest
 from malmend.facts.entry import short
 from malmend.facts.fact import Fact, FactSet, same_answer
 from malmend.facts.lint import same_prompt
@@ -91,4 +91,4 @@ def named(facts: Sequence[Fact]) -> str:
     """How many facts, and the first of their ids."""
     ids = ", ".join(fact.id for fact in facts[:5])
     more = f" and {len(facts) - 5:,} more" if len(facts) > 5 else ""
-    return f"{len(facts):,} fact{'s' * (len(facts) != 1)} ({ids}{more})"
+    return f"{counted(len(facts), 'fact')} ({ids}{more})"

@@ -27,7 +27,7 @@ from malmend.files import reason
 from malmend.ledgers.entries import Entry
 from malmend.ledgers.sums import Rows, checked, damaged, save_durably
 from malmend.models.capture import capture, token_counts
-from malmend.progress import Progress, counted
+from malmend.progress import Progress, counting
 from malmend.workbench import Workbench
 
 PART = 4096  # facts whose rows are held at a time
@@ -68,7 +68,7 @@ def taken(
         for ones in zip(bench.encoder.encode_all(plain), *inside, strict=True)
     ]
     questions = list(chain.from_iterable(each))
-    count = counted(progress, "keys and value gradients", len(questions))
+    count = counting(progress, "keys and value gradients", len(questions))
     captured = capture(bench.trunk, questions, settings.tokens, settings.descent, count)
     rows, counts = {}, {}
     aggregated = editor.aggregate(captured)

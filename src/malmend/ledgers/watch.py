@@ -12,9 +12,10 @@ from malmend.errors import LedgerError
 from malmend.evaluation.examiner import Examiner
 from malmend.evaluation.replies import Asked
 from malmend.facts.fact import Fact
+from malmend.given import shown
 from malmend.material import KEPT_BACK, held_out_questions
 from malmend.patch import shifted
-from malmend.progress import Progress, counted, silent
+from malmend.progress import Progress, counting, silent
 from malmend.workbench import Workbench
 
 
@@ -39,19 +40,19 @@ class StopRule:
     def __post_init__(self) -> None:
         if type(self.questions) is not int or type(self.refuse) is not bool:
             raise LedgerError(
-                f"rule.questions is {self.questions!r} and rule.refuse {self.refuse!r}, expected a "
-                "whole number, and true or false."
+                f"rule.questions is {shown(self.questions)} and rule.refuse {shown(self.refuse)}, "
+                "expected a whole number, and true or false."
             )
         is_number = isinstance(self.retention, int | float) and self.retention is not True
         if not is_number or not 0 <= self.retention <= 1:
             raise LedgerError(
-                f"rule.retention is {self.retention!r:.80}, expected a share from 0 to 1; change "
+                f"rule.retention is {shown(self.retention)}, expected a share from 0 to 1; change "
                 "--rule.retention."
             )
         if not 0 <= self.questions <= KEPT_BACK:
             raise LedgerError(
-                f"rule.questions is {self.questions}, expected 0 to {KEPT_BACK}, which is how many "
-                "no prior reads; change --rule.questions."
+                f"rule.questions is {shown(self.questions)}, expected 0 to {KEPT_BACK}, which is "
+                "how many no prior reads; change --rule.questions."
             )
 
     def warning(self, retention: float | None) -> str | None:
@@ -112,7 +113,7 @@ class Watch:
         questions = held_out_questions(bench.encoder, rule.questions)
         self._general = bench.encoder.encode_all(questions)
         total = self._examiner.count(self._facts)
-        self._count = counted(progress, "asking before and after", total + 2 * len(questions))
+        self._count = counting(progress, "asking before and after", total + 2 * len(questions))
         self._examiner.progress = self._count
         self._before = self._first_choices()
 
@@ -121,7 +122,7 @@ class Watch:
         # A right answer is known teacher forced; nothing need be decoded.
         examiner = Examiner(self._bench.loaded, self._bench.trunk, self._bench.encoder)
         total = examiner.count(self._facts, 0)
-        examiner.progress = counted(self._progress, "asking the unedited model", total)
+        examiner.progress = counting(self._progress, "asking the unedited model", total)
         before = examiner.examine(self._facts, decode_facts=0)
         return [reply.exact == 1.0 for reply in before.rows]
 

@@ -31,7 +31,7 @@ from malmend.models.capture import capture, keys_of, token_counts
 from malmend.numerics.prior import Prior
 from malmend.patch import shifted
 from malmend.processes import ALONE, Processes
-from malmend.progress import Progress, counted, silent
+from malmend.progress import Progress, counting, silent
 from malmend.workbench import Workbench
 
 
@@ -79,7 +79,7 @@ def find_by_editor(
     held = work.held(holding) if holding and again else None
     keeping = settling.keeping(holding) if holding and settles else []
     first = work.first
-    count = counted(progress, "keys and value gradients", len(first))
+    count = counting(progress, "keys and value gradients", len(first))
     captured = capture(trunk, first, settings.tokens, settings.descent, count)
     solves = Solves(editor, work.plain_rows, progress, processes)
     solved = solves.solve(captured, editor.aggregate(captured, processes=processes))
@@ -184,7 +184,7 @@ class _Work:
         count_all += len(held.questions) if held else 0
         while self.refine.goes_on(encoder, done, worst):
             stage, done = f", pass {done + 1}", done + 1
-            count = counted(self.progress, f"keys and value gradients{stage}", count_all)
+            count = counting(self.progress, f"keys and value gradients{stage}", count_all)
             again = further(
                 self.editor,
                 self.bench.trunk,

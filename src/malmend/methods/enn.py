@@ -29,7 +29,6 @@ Shape letters: A answer tokens, H hidden width, V value width, K key width, S si
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -38,27 +37,25 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from malmend.editors.checkpoint import check_trained_for
-from malmend.editors.folder import read_folder
+from malmend.editors.folder import read_folder, settings_of, whole
 from malmend.errors import EditorError
 from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact
 from malmend.facts.tokens import EndOfAnswer
-from malmend.files import reason
+from malmend.given import check_fields, check_range, check_seed
 from malmend.methods.method import Found
 from malmend.models.sites import Site, feed_forward_sites, put_back
 from malmend.models.trunk import Trunk
 from malmend.numerics.losses import answer_nll
-from malmend.progress import Progress, counted
+from malmend.progress import Progress, counting
 from malmend.workbench import Workbench
 
 COUNTS = ("layers", "inner_steps", "steps", "facts_per_step", "save_every")
-_MALFORMED = (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError)
 
 Weights = Sequence[Tensor]  # one per site, as its layer stores it
 
@@ -98,14 +95,11 @@ class EnnSettings:
     end_of_answer: EndOfAnswer = "eos"
 
     def __post_init__(self) -> None:
-        for name in COUNTS:
-            if getattr(self, name) < 1:
-                raise EditorError(f"enn.{name} is {getattr(self, name)}, expected 1 or more.")
-        for name in ("inner_rate", "c_edit", "c_loc", "rate", "scalar_rate", "clip"):
-            value, above = getattr(self, name), name == "inner_rate"
-            if not 0 <= value < math.inf or (value == 0 and above):
-                least = "above 0" if above else "of at least 0"
-                raise EditorError(f"enn.{name} is {value}, expected a number {least}.")
+        check_fields(self)
+        check_range(self, COUNTS, 1, prefix="enn.")
+        check_range(self, ("inner_rate",), prefix="enn.")
+        check_range(self, ("c_edit", "c_loc", "rate", "scalar_rate", "clip"), 0.0, prefix="enn.")
+        check_seed(self, "enn.")
 
     def sites_in(self, model: PreTrainedModel) -> tuple[Site, ...]:
         """As :func:`malmend.models.sites.feed_forward_sites`."""
@@ -150,7 +144,7 @@ class Enn:
         start = [one + site.oriented(tensors[site.name].to(one)) for site, one in pairs]
         rates_S = tensors["log_rates"].to(start[0]).exp()
         prompts = bench.encoder.encode_all(fact.question for fact in facts)
-        count = counted(progress, "inner steps", settings.inner_steps)
+        count = counting(progress, "inner steps", settings.inner_steps)
         path, _, losses = descended(trunk, start, rates_S, prompts, settings.inner_steps, count)
         ends = zip(sites, path[-1], before, strict=True)
         shifts = {s.name: s.oriented(last - one).cpu().double() for s, last, one in ends}
@@ -170,35 +164,18 @@ class Enn:
 
 def _read(folder: str) -> tuple[dict[str, Any], EnnSettings, dict[str, Tensor]]:
     """Of what ``EnnTrainer.save`` wrote what it says, the settings, shifts and log rates."""
-    path = Path(folder)
-    if not (path / "editor.json").is_file():
-        raise EditorError(
-            f"There is no editor in {folder} (no editor.json); give a folder that EnnTrainer.save "
-            "wrote."
-        )
-    with whole(path, "train it again"):
-        about, tensors, identity = read_folder(path, partial(_check_method, folder))
+    with whole(f"The editor in {folder}", "train it again"):
+        about, tensors, identity = read_folder(Path(folder), partial(_check_method, folder))
         sites = about["sites"]
         checked(tensors, {**sites, "log_rates": [len(sites)]})
         if not isinstance(about["base"], str):
             raise ValueError("its base is no digest")
-        return {**about, "identity": identity}, EnnSettings(**about["settings"]), tensors
+        return {**about, "identity": identity}, settings_of(EnnSettings, about["settings"]), tensors
 
 
 def _check_method(folder: str, about: Mapping[str, Any]) -> None:
     if about.get("method") != "enn":
         raise EditorError(f"The editor in {folder} is none of ENN; give one that is.")
-
-
-@contextmanager
-def whole(path: Path, otherwise: str) -> Iterator[None]:
-    """Turns what a damaged file raises into a sentence."""
-    try:
-        yield
-    except EditorError:
-        raise
-    except _MALFORMED as error:
-        raise EditorError(f"{path} is damaged ({reason(error)}); {otherwise}.") from error
 
 
 def checked(tensors: Mapping[str, Tensor], shapes: Mapping[str, list[int]]) -> None:

@@ -14,11 +14,13 @@ import torch
 from torch import nn
 
 from malmend.editors.drawing import check_trainable, drawn
-from malmend.editors.folder import write_folder
+from malmend.editors.folder import whole, write_folder
 from malmend.editors.resuming import (
+    AGAIN,
     FILE,
     check_run,
     check_same,
+    moments_of,
     read_training,
     run_of,
     save_training,
@@ -38,12 +40,9 @@ from malmend.methods.enn import (
     products,
     shapes_of,
     slope_at,
-    whole,
 )
 from malmend.numerics.losses import kl_per_token
 from malmend.workbench import Workbench
-
-MOMENTS = ("exp_avg", "exp_avg_sq")  # as torch's Adam calls them
 
 Asked = tuple[Question, Question, Question]  # of a fact: prompt, equivalent, unrelated
 
@@ -180,9 +179,7 @@ class EnnTrainer:
             **self._run,
         }
         state = {f"{i}.value": one.detach() for i, one in enumerate(self.parameters)}
-        for index, kept in self.optimiser.state_dict()["state"].items():
-            state |= {f"{index}.{name}": kept[name] for name in MOMENTS}
-        save_training(state, about, folder)
+        save_training(state | moments_of(self.optimiser), about, folder)
         write_folder(tensors, about, folder)
 
     def resume(self, folder: str | Path) -> dict[str, Any]:
@@ -192,22 +189,17 @@ class EnnTrainer:
             EditorError: the file is damaged, or of another run; nothing has changed.
         """
         path = Path(folder) / FILE
-        with whole(path, "give another --out to train from the start"):
+        with whole(path, AGAIN):
             about, found = read_training(path)
             check_run(about, self._run, Path(folder))
             check_same(about, {"settings": asdict(self.settings)}, path)
-            step, moments = float(about["step"]), MOMENTS if about["step"] else ()
-            each = list(enumerate(self.parameters))
-            names = ("value", *moments)
-            checked(found, {f"{i}.{name}": [*one.shape] for i, one in each for name in names})
-            kept = {f"optimiser.{i}.{m}": found[f"{i}.{m}"] for i, _ in each for m in moments}
-            if moments:  # the file has their step once
-                kept |= {f"optimiser.{i}.step": torch.tensor(step) for i, _ in each}
-            state = state_with(self.optimiser, kept, range(len(each) if moments else 0))
+            step, each = int(about["step"]), list(enumerate(self.parameters))
+            state = state_with(self.optimiser, found, range(len(each) if step else 0))
+            checked(found, {f"{i}.value": [*one.shape] for i, one in each})
         for i, one in each:
             one.data.copy_(found[f"{i}.value"])
         self.optimiser.load_state_dict(state)
-        self.step = int(step)
+        self.step = step
         return about
 
     @property

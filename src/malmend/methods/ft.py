@@ -23,20 +23,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from malmend.editors.calibration import CalibrationSettings
-from malmend.editors.keymoments import end_of, first_of, passages_of
+from malmend.editors.keymoments import end_of
 from malmend.editors.metaloss import Judged, meta_loss
-from malmend.errors import EditorError
 from malmend.facts.fact import Fact
-from malmend.facts.readers import read_text
 from malmend.facts.tokens import EndOfAnswer
-from malmend.given import MOST, check_fields
+from malmend.given import check_fields, check_range, check_seed
+from malmend.material import general_text
 from malmend.methods.epochs import batches
 from malmend.methods.method import Found
 from malmend.models.sites import Site, feed_forward_sites
 from malmend.patch import shifted
-from malmend.progress import Progress, counted
-from malmend.workbench import Workbench, shipped
+from malmend.progress import Progress, counting
+from malmend.workbench import Workbench
 
 LAST = 5  # tokens at a passage's end at which the KL is taken
 
@@ -67,17 +65,9 @@ class FineTuning:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in ("layers", "epochs", "batch"):
-            if getattr(self, name) < 1:
-                raise EditorError(f"ft.{name} is {getattr(self, name)}, expected 1 or more.")
-        for name in ("rate", "decay", "locality"):
-            if not 0 <= getattr(self, name) <= MOST:
-                raise EditorError(
-                    f"ft.{name} is {getattr(self, name)}, expected a number of at least 0, and of "
-                    f"{MOST:g} at most."
-                )
-        if not abs(self.seed) < 10**18:  # what a generator takes is a little more
-            raise EditorError(f"ft.seed is {self.seed}, expected at most 18 digits.")
+        check_range(self, ("layers", "epochs", "batch"), 1, prefix="ft.")
+        check_range(self, ("rate", "decay", "locality"), 0.0, prefix="ft.")
+        check_seed(self, "ft.")
 
     @property
     def name(self) -> Literal["ft", "ft-kl"]:
@@ -96,7 +86,7 @@ class FineTuning:
         start = [site.oriented(site.weight.detach().to(trunk.wide)).cpu() for site in sites]
         weights = [nn.Parameter(weight_VK.clone()) for weight_VK in start]
         optimiser = torch.optim.AdamW(weights, self.rate, weight_decay=self.decay)
-        count = counted(progress, "fine-tuning", self.epochs * len(judged))
+        count = counting(progress, "fine-tuning", self.epochs * len(judged))
         order = batches(len(judged), self.batch, self.epochs, self.seed)
         losses = []
         for step, batch in enumerate(order):
@@ -120,13 +110,8 @@ class FineTuning:
         return Found(shifts, max(min(site.shape_VK) for site in sites), {"losses": losses})
 
     def _passages(self, bench: Workbench) -> list[Judged]:
-        """Ends of lines of the package's own text, with what the unedited model says there.
-
-        Of the lines that a prior reads: the others are what perplexity is measured on.
-        """
-        lines = passages_of(bench.encoder, read_text(shipped("text.txt")))
-        read = first_of(lines, CalibrationSettings().text_tokens)
-        ends = [end_of(line, LAST) for line in read]
+        """Ends of lines of the package's own text, with what the unedited model says there."""
+        ends = [end_of(line, LAST) for line in general_text(bench.encoder)]
         states = bench.trunk.unedited_states(ends)
         return [Judged(one, one, known) for one, known in zip(ends, states, strict=True)]
 

@@ -31,7 +31,6 @@ Shape letters: H embedding width, V value width, K key width.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -44,18 +43,19 @@ from torch.nn.functional import layer_norm
 from transformers import PreTrainedModel
 
 from malmend.editors.checkpoint import check_trained_for
-from malmend.editors.folder import read_folder
+from malmend.editors.folder import read_folder, settings_of, whole
 from malmend.editors.metaloss import Judged, meta_loss
 from malmend.errors import EditorError
 from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact
 from malmend.facts.tokens import EndOfAnswer
-from malmend.files import reason
+from malmend.given import check_fields, check_range, check_seed
 from malmend.methods.method import Found
 from malmend.models.sites import Site, find_sites
-from malmend.progress import Progress, counted
+from malmend.progress import Progress, counting
 from malmend.workbench import Workbench
 
+MOST_HIDDEN = 10_000  # whose networks have billions of numbers already
 SCALE = 1e-3  # of every shift: the published class's default, where its scripts give 1
 
 
@@ -94,16 +94,13 @@ class KeSettings:
     end_of_answer: EndOfAnswer = "eos"
 
     def __post_init__(self) -> None:
-        for name in ("layers", "hidden", "steps", "facts_per_step", "save_every"):
-            if getattr(self, name) < 1:
-                raise EditorError(f"ke.{name} is {getattr(self, name)}, expected 1 or more.")
-        if not abs(self.seed) < 10**18:
-            raise EditorError(f"ke.seed is {self.seed}, expected at most 18 digits.")
-        for name in ("start", "margin", "decay", "floor", "rate", "multiplier_rate"):
-            most = 1 if name == "decay" else math.inf
-            if not 0 < getattr(self, name) <= most or math.isinf(getattr(self, name)):
-                text = "a share above 0" if name == "decay" else "a number above 0"
-                raise EditorError(f"ke.{name} is {getattr(self, name)}, expected {text}.")
+        check_fields(self)
+        check_range(self, ("layers", "steps", "facts_per_step", "save_every"), 1, prefix="ke.")
+        check_range(self, ("hidden",), 1, MOST_HIDDEN, "ke.")
+        rates = ("rate", "multiplier_rate")
+        check_range(self, ("start", "margin", "floor", *rates), prefix="ke.")
+        check_range(self, ("decay",), most=1.0, prefix="ke.")
+        check_seed(self, "ke.")
 
     def sites_in(self, model: PreTrainedModel) -> tuple[Site, ...]:
         """The second feed-forward layers, of an encoder-decoder in each half."""
@@ -233,7 +230,7 @@ class Ke:
         check_trained_for(bench.loaded, self.folder, about["base"])
         sites = bench.trunk.sites
         totals = {site.name: torch.zeros(site.shape_VK, dtype=torch.float64) for site in sites}
-        count = counted(progress, "shifts", len(facts))
+        count = counting(progress, "shifts", len(facts))
         for fact in facts:
             shifts = shifts_of(network, bench, bench.encoder.encode(fact.question))
             for name, shift_VK in shifts.items():
@@ -245,17 +242,13 @@ class Ke:
     @cached_property
     def _loaded(self) -> tuple[KeSettings, dict[str, Any], str, Network]:
         folder = Path(self.folder)
-        try:
+        with whole(f"The editor in {folder}", "train it again"):
             about, tensors, identity = read_folder(folder, _check_method)
-            settings = KeSettings(**about["settings"])
+            settings = settings_of(KeSettings, about["settings"])
             network = Network(settings, tensors["marks_2H"].shape[1], about["sites"])
             fill(network, tensors)
             if not isinstance(about["base"], str):
                 raise ValueError("it names no base")
-        except Exception as error:
-            raise EditorError(
-                f"The editor in {folder} is missing or damaged ({reason(error)}); train it again."
-            ) from error
         return settings, about, identity, network.requires_grad_(False)
 
 

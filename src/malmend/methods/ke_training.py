@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from malmend.editors.drawing import check_trainable, drawn
-from malmend.editors.folder import write_folder
+from malmend.editors.folder import whole, write_folder
 from malmend.editors.metaloss import Judged, meta_loss
 from malmend.editors.resuming import (
+    AGAIN,
     FILE,
     check_run,
     check_same,
@@ -28,7 +29,6 @@ from malmend.editors.resuming import (
 )
 from malmend.errors import EditorError
 from malmend.facts.fact import Fact, Question
-from malmend.files import reason
 from malmend.methods.ke import KeSettings, Network, fill, heard, shifts_of
 from malmend.patch import shifted
 from malmend.workbench import Workbench
@@ -147,7 +147,7 @@ class KeTrainer:
             EditorError: it is damaged, or of another run.
         """
         path = Path(folder) / FILE
-        try:
+        with whole(path, AGAIN):
             about, tensors = read_training(path)
             check_run(about, self._run, Path(folder))
             check_same(about, {"settings": asdict(self.settings)}, path)
@@ -159,12 +159,6 @@ class KeTrainer:
             weights = {key.removeprefix("network."): one for key, one in tensors.items()}
             fill(self.network, weights)
             self.optimiser.load_state_dict(state)
-        except EditorError:
-            raise
-        except Exception as error:
-            raise EditorError(
-                f"{path} is damaged ({reason(error)}); give another --out to train from the start."
-            ) from error
         self.step, self.multiplier = step, multiplier
         return about
 

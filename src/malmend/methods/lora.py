@@ -10,7 +10,6 @@ Shape letters: V value width, K key width.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,18 +20,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from malmend.errors import EditorError
 from malmend.facts.encoded import collate
 from malmend.facts.fact import Fact
 from malmend.facts.tokens import EndOfAnswer
+from malmend.given import check_fields, check_range, check_seed
 from malmend.methods.epochs import batches
 from malmend.methods.method import Found
 from malmend.models.forms import answer_logits, find_stacks
 from malmend.models.sites import Site, linear_sites, put_back
 from malmend.numerics.losses import answer_nll
-from malmend.progress import Progress, counted
+from malmend.progress import Progress, counting
 from malmend.workbench import Workbench
 
+MOST_RANK = 100_000  # more than any layer has
 ADAPTER = "default"  # PEFT's name for an adapter without one
 
 
@@ -61,13 +61,11 @@ class Lora:
     end_of_answer: EndOfAnswer = "eos"
 
     def __post_init__(self) -> None:
-        for name in ("rank", "alpha", "epochs", "batch"):
-            if getattr(self, name) < 1:
-                raise EditorError(f"lora.{name} is {getattr(self, name)}, expected 1 or more.")
-        if not abs(self.seed) < 10**18:
-            raise EditorError(f"lora.seed is {self.seed}, expected at most 18 digits.")
-        if not 0 < self.rate < math.inf:
-            raise EditorError(f"lora.rate is {self.rate}, expected a number above 0.")
+        check_fields(self)
+        check_range(self, ("alpha", "epochs", "batch"), 1, prefix="lora.")
+        check_range(self, ("rank",), 1, MOST_RANK, "lora.")
+        check_range(self, ("rate",), prefix="lora.")
+        check_seed(self, "lora.")
 
     @property
     def name(self) -> Literal["lora"]:
@@ -85,7 +83,7 @@ class Lora:
         """Every fact ``epochs`` times, through the whole model."""
         model, sites = bench.loaded.model, bench.trunk.sites
         questions = bench.encoder.encode_all(fact.question for fact in facts)
-        count = counted(progress, "training the adapter", self.epochs * len(questions))
+        count = counting(progress, "training the adapter", self.epochs * len(questions))
         losses = []
         with self._adapted(model, sites), torch.enable_grad():
             learned = [one for one in model.parameters() if one.requires_grad]

@@ -34,7 +34,6 @@ Shape letters: M facts, R prompts, A answer tokens, V value and hidden width, K 
 
 from __future__ import annotations
 
-import math
 import random
 import re
 import time
@@ -50,8 +49,10 @@ from malmend.errors import EditorError, MalmendError, ModelError
 from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact, Question
 from malmend.facts.tokens import Encoder, EndOfAnswer
+from malmend.given import check_fields, check_range, check_seed
+from malmend.material import general_text
 from malmend.methods.method import Found
-from malmend.methods.moments import general_moments, general_text
+from malmend.methods.moments import general_moments
 from malmend.models.device import wide_device
 from malmend.models.forms import find_stacks, form_of
 from malmend.models.sites import Site, find_sites, stack_of
@@ -61,14 +62,13 @@ from malmend.numerics.losses import answer_nll, kl_per_token
 from malmend.numerics.prior import Prior
 from malmend.numerics.ridge import RidgeFactor
 from malmend.patch import shifted
-from malmend.progress import Progress, counted
+from malmend.progress import Progress, counting
 from malmend.workbench import Workbench, trunk_folder
 
 ENOUGH = 0.05  # nats below which a fact's answer is likely enough
 START = 8  # tokens of a line that make a prefix
 FLOOR = 1e-6  # of C's mean diagonal
 NAMED = 10  # places that an error names
-FREE = ("prefixes", "kl", "decay")  # settings that may be 0
 
 Placed = tuple[Encoded, int]  # a question, and the position of its subject's last token
 Asked = tuple[list[Placed], Placed]  # a fact's prompts, and its essence prompt
@@ -106,10 +106,12 @@ class Memit:
     end_of_answer: EndOfAnswer = "eos"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "text_tokens", "rate", "clamp", "alpha", *FREE):
-            value, least = getattr(self, name), "of at least 0" if name in FREE else "above 0"
-            if not 0 <= value < math.inf or (value == 0 and name not in FREE):
-                raise EditorError(f"memit.{name} is {value}, expected a number {least}.")
+        check_fields(self)
+        check_range(self, ("steps", "text_tokens"), 1, prefix="memit.")
+        check_range(self, ("prefixes",), 0, prefix="memit.")
+        check_range(self, ("rate", "clamp", "alpha"), prefix="memit.")
+        check_range(self, ("kl", "decay"), 0.0, prefix="memit.")
+        check_seed(self, "memit.")
 
     @property
     def name(self) -> Literal["memit"]:
@@ -173,7 +175,7 @@ class Memit:
         # Cut at the highest site: a move changes nothing below it.
         top = Trunk(trunk.model, [site], trunk.settings, trunk_folder(bench.loaded))
         deltas_MV, nll_M = torch.zeros_like(states_MV), states_MV.new_zeros(len(asked))
-        count = counted(progress, "moves at subjects", len(asked))
+        count = counting(progress, "moves at subjects", len(asked))
         sizes = [len(prompts) * max(len(one.read) for one, _ in prompts) for prompts, _ in asked]
         order = sorted(range(len(asked)), key=lambda index: -sizes[index])
         while order:

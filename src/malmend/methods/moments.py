@@ -8,23 +8,15 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from malmend.editors.keymoments import first_of, passages_of, text_moment
-from malmend.facts.encoded import Encoded
-from malmend.facts.readers import read_text
-from malmend.facts.tokens import Encoder
+from malmend.editors.keymoments import text_moment
 from malmend.files import written_beside
 from malmend.kept import kept
-from malmend.material import MOST_KEPT
-from malmend.models.source import cache_folder
+from malmend.material import MOST_KEPT, general_text
+from malmend.models.source import cached
 from malmend.progress import Progress, silent
-from malmend.workbench import Workbench, shipped
+from malmend.workbench import Workbench
 
 MOMENTS = 1  # of how they are taken; a change makes those that are kept anew
-
-
-def general_text(encoder: Encoder, tokens: int) -> list[Encoded]:
-    """The first lines of the project's own text, until they have so many tokens."""
-    return first_of(passages_of(encoder, read_text(shipped("text.txt"))), tokens)
 
 
 def general_moments(bench: Workbench, tokens: int, progress: Progress = silent) -> list[Tensor]:
@@ -48,7 +40,7 @@ def general_moments(bench: Workbench, tokens: int, progress: Progress = silent) 
             save_file(dict(zip(names, moments, strict=True)), beside)
 
     return kept(
-        cache_folder() / "calibrations" / f"moments-{key[:24]}.safetensors",
+        cached("calibrations") / f"moments-{key[:24]}.safetensors",
         lambda path: [load_file(path)[name] for name in names],
         lambda: text_moment(bench.trunk, lines, tokens, progress),
         save,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from malmend.editors import draws
 from malmend.editors.editor import Editor
-from malmend.editors.halfway import KIND, Halfway, resumable
+from malmend.editors.halfway import Halfway, resumable
 from malmend.editors.refine import (
     CHAT,
     ENOUGH,
@@ -28,12 +28,12 @@ from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Question
 from malmend.methods.solves import Solved
 from malmend.models.device import places_of
-from malmend.models.source import cache_folder
+from malmend.models.source import cached
 from malmend.models.trunk import Trunk
 from malmend.numerics.prior import Prior
 from malmend.patch import versions
 from malmend.processes import Processes
-from malmend.progress import Progress, counted
+from malmend.progress import Progress, counting
 from malmend.workbench import Workbench
 
 FULL = sys.maxsize  # no bound of a shift's rank
@@ -127,7 +127,7 @@ class Settling:
         # Those of its own sites the editor's checksum has.
         moments = (one for n, prior in metric if n not in editor.names for one in prior.matrices_KK)
         parts = (of_model, solves, read, numbers, *moments)
-        return Halfway.of(cache_folder() / KIND, parts, self.processes)
+        return Halfway.of(cached("settling"), parts, self.processes)
 
     def settled(
         self,
@@ -150,7 +150,7 @@ class Settling:
                 self.readings,
                 self.steps,
                 keeping,
-                progress=counted(self.progress, "settling", self.steps),
+                progress=counting(self.progress, "settling", self.steps),
                 processes=self.processes,
                 halfway=halfway,
             )

@@ -26,11 +26,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from malmend.errors import EditorError
 from malmend.facts.encoded import Tokens
 from malmend.facts.fact import Fact
 from malmend.facts.tokens import EndOfAnswer
-from malmend.given import MOST, check_fields
+from malmend.given import check_fields, check_range
 from malmend.methods.method import Found
 from malmend.models.capture import Captured, capture
 from malmend.models.device import wide_device
@@ -39,7 +38,7 @@ from malmend.numerics.moments import RunningMoments
 from malmend.numerics.prior import Prior
 from malmend.numerics.ridge import RidgeFactor
 from malmend.patch import shifted
-from malmend.progress import Progress, counted
+from malmend.progress import Progress, counting
 from malmend.workbench import Workbench
 
 
@@ -67,16 +66,9 @@ class UltraEdit:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in ("eta", "ridge"):
-            if not 0 < getattr(self, name) <= MOST:
-                raise EditorError(
-                    f"ultraedit.{name} is {getattr(self, name)}, expected a number above 0, and of "
-                    f"{MOST:g} at most."
-                )
-        if self.batch is not None and self.batch < 1:
-            raise EditorError(
-                f"ultraedit.batch is {self.batch}, expected 1 or more, or null for all at once."
-            )
+        check_range(self, ("eta", "ridge"), prefix="ultraedit.")
+        whole = "leave it out for all at once"
+        check_range(self, ("batch",), 1, prefix="ultraedit.", advice=whole)
 
     @property
     def name(self) -> Literal["ultraedit"]:
@@ -103,7 +95,7 @@ class UltraEdit:
         size = self.batch or len(questions)
         known = [tuple(map(RunningMoments, reversed(site.shape_VK))) for site in sites]
         shifts = {site.name: torch.zeros(site.shape_VK, dtype=torch.float64) for site in sites}
-        count, rows = counted(progress, "keys and value gradients", len(questions)), 0
+        count, rows = counting(progress, "keys and value gradients", len(questions)), 0
         for start in range(0, len(questions), size):
             part = questions[start : start + size]
             with shifted(sites, shifts):

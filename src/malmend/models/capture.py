@@ -30,7 +30,7 @@ from malmend.models.tracing import tracing
 from malmend.models.trunk import Batch, Trunk
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Captured:
     """What one site saw: key u_j and value gradient g_j of each chosen token.
 

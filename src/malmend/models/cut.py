@@ -37,6 +37,7 @@ from malmend.facts.encoded import TokenBatch
 from malmend.models.ending import WIDE, Ending, replaced, rounding, trial
 from malmend.models.forms import (
     UNRUN,
+    at_places,
     cannot_run,
     find_stacks,
     form_of,
@@ -157,8 +158,7 @@ class Cut:
         """
 
         def choose(states_BTH: Tensor) -> Tensor:
-            flat = states_BTH.reshape(-1, states_BTH.shape[-1])
-            return read(flat[tokens.flat_sources_A.to(flat.device)])
+            return read(at_places(states_BTH, tokens.flat_sources_A))
 
         with self.heading(stored_BTF):
             if self.form == "classes":
@@ -274,7 +274,7 @@ class Cut:
         try:
             whole = run(self.model, tokens).logits
             if self.form != "classes":
-                whole = whole.reshape(-1, whole.shape[-1])[tokens.flat_sources_A.to(whole.device)]
+                whole = at_places(whole, tokens.flat_sources_A)
             stored = nn.utils.rnn.pad_sequence(self.activations(tokens), batch_first=True)
             found = self.head(tokens, stored.to(self.model.device), lambda states_AH: states_AH)
         except UNRUN:

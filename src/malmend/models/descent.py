@@ -13,7 +13,7 @@ step is longer than ten times the fact's first: where a norm bounds what a layer
 stays, the gradient vanishes, and steps would grow without end.  The weights stay as they are and
 every fact is descended alone.
 
-Shape letters: Q chosen tokens of a site, A its answer tokens, B its questions.
+Shape letters: Q chosen tokens of a site, A its answer tokens, B its questions, F losses.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from malmend.errors import MalmendError
 from malmend.facts.encoded import Encoded, Tokens, collate, resolved
-from malmend.given import MOST, check_fields
+from malmend.given import check_fields, check_range
 from malmend.models.suffix import Suffix
 from malmend.models.tracing import tracing
 from malmend.models.trunk import Batch, Trunk
 from malmend.numerics.losses import answer_nll
 
 LONGER = 10  # times its first is no step of a fact's descent
+SHORT = 1e-30  # what a gradient's norm is divided by at least
 
 
 @dataclass(frozen=True)
@@ -54,17 +54,21 @@ class Descent:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.steps < 1 or not 0 < self.rate <= MOST:
-            raise MalmendError(
-                f"descent.steps is {self.steps} and descent.rate {self.rate}, expected 1 or more "
-                f"and a number above 0, of {MOST:g} at most; give --descent null for plain "
-                "gradients."
-            )
-        if not (0 <= self.answer_nll <= MOST and 0 <= self.end_nll <= MOST):
-            raise MalmendError(
-                f"descent.answer_nll is {self.answer_nll} and descent.end_nll {self.end_nll}, "
-                f"expected numbers from 0 to {MOST:g}; leave them out for the usual ones."
-            )
+        none = "give --descent null for plain gradients"
+        check_range(self, ("steps",), 1, prefix="descent.", advice=none)
+        check_range(self, ("rate",), prefix="descent.", advice=none)
+        usual = "leave it out for the usual one"
+        check_range(self, ("answer_nll", "end_nll"), 0.0, prefix="descent.", advice=usual)
+
+
+def step_length(aim_F: Tensor, pull_F: Tensor, longest_F: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The steps of (6), which aim to take so much off losses, and the longest: None at first.
+
+    ``pull_F`` has for each loss the sum of the gradient's norms; where it is 0 nothing moves.
+    """
+    step_F = aim_F / pull_F.clamp(min=SHORT) * (pull_F > 0)
+    longest_F = LONGER * step_F if longest_F is None else longest_F
+    return step_F.minimum(longest_F), longest_F
 
 
 class _Chosen:
@@ -127,7 +131,7 @@ class Group:
             for chosen, site in zip(self.chosen, self.trunk.sites, strict=True)
         ]
         keys: list[Tensor] = []
-        longest_B = torch.empty(0)
+        longest_B: Tensor | None = None
         # at: the group's rows in the whole, which loses the questions that are done
         group, at = self, [torch.arange(len(move), device=move.device) for move in moves]
         for step in range(descent.steps):
@@ -144,11 +148,9 @@ class Group:
             pull_B = torch.zeros_like(loss_B)
             for one, norms_Q in zip(group.chosen, norms, strict=True):
                 pull_B.index_add_(0, one.owner_Q, norms_Q)
-            step_B = descent.rate * loss_B / pull_B.clamp(min=1e-30) * (pull_B > 0)
-            longest_B = LONGER * step_B if step == 0 else longest_B
-            step_B = step_B.minimum(longest_B)
+            step_B, longest_B = step_length(descent.rate * loss_B, pull_B, longest_B)
             for site, one in enumerate(group.chosen):
-                step_Q = step_B[one.owner_Q] * opens[site] / norms[site].clamp(min=1e-30)
+                step_Q = step_B[one.owner_Q] * opens[site] / norms[site].clamp(min=SHORT)
                 moves[site][at[site]] += step_Q.unsqueeze(1) * grads[site]
             if not (loss_B > 0).all():  # a question with nothing open will not move again
                 at = [

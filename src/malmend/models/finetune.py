@@ -9,7 +9,6 @@ bit for bit (on a CPU, at an equal thread count).
 
 from __future__ import annotations
 
-import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +19,7 @@ from transformers import PreTrainedModel
 
 from malmend.errors import MalmendError
 from malmend.facts.encoded import Encoded, collate
+from malmend.given import check_fields, check_range, check_seed
 from malmend.models.forms import answer_logits
 from malmend.numerics.losses import answer_nll
 
@@ -50,23 +50,12 @@ class FinetuneSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("batch", "epochs", "patience"):
-            if getattr(self, name) < 1:
-                raise MalmendError(
-                    f"{name} is {getattr(self, name)}, expected 1 or more; change --{name}."
-                )
-        if not (math.isfinite(self.rate) and self.rate > 0):
-            raise MalmendError(f"rate is {self.rate}, expected a number above 0; change --rate.")
-        for name, most in (("validation", 0.5), ("until", 1.0)):
-            if not 0 <= getattr(self, name) <= most:
-                raise MalmendError(
-                    f"{name} is {getattr(self, name)}, expected a share from 0 to {most:g}; "
-                    f"change --{name}."
-                )
-        if not abs(self.seed) < 10**18:
-            raise MalmendError(
-                f"--seed is {self.seed}, expected a whole number of at most 18 digits."
-            )
+        check_fields(self)
+        check_range(self, ("batch", "epochs", "patience"), 1, prefix="--")
+        check_range(self, ("rate",), prefix="--")
+        check_range(self, ("validation",), 0.0, 0.5, "--")
+        check_range(self, ("until",), 0.0, 1.0, "--")
+        check_seed(self, "--")
 
 
 @dataclass(frozen=True)

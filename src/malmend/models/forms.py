@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -220,14 +221,15 @@ def output_reads(model: PreTrainedModel, choose: Callable[[Tensor], Tensor]) -> 
         handle.remove()
 
 
+def at_places(states_BTH: Tensor, flat_A: Tensor) -> Tensor:
+    """The states at these indices of the flattened B x T positions, A x H."""
+    flat = states_BTH.reshape(-1, states_BTH.shape[-1])
+    return flat[flat_A.to(flat.device)]
+
+
 def answer_logits(model: PreTrainedModel, tokens: TokenBatch) -> Tensor:
     """Logits of the whole model at the answer tokens of a batch, A x W; gradients reach it."""
     if tokens.questions[0].form == "classes":
         return run(model, tokens).logits
-
-    def choose(states_BTH: Tensor) -> Tensor:
-        flat = states_BTH.reshape(-1, states_BTH.shape[-1])
-        return flat[tokens.flat_sources_A.to(flat.device)]
-
-    with output_reads(model, choose):
+    with output_reads(model, partial(at_places, flat_A=tokens.flat_sources_A)):
         return run(model, tokens).logits.squeeze(0)

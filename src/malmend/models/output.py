@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from malmend.models.trunk import Trunk
+from malmend.numerics.chunks import chunks
 from malmend.numerics.losses import kl_and_grad
 
 LOGITS = 1 << 23  # so many stand in memory at once
@@ -32,8 +33,7 @@ def through_output(trunk: Trunk, states_AH: Tensor, part: Part, weight: float) -
     """
     known_AH = states_AH.detach()
     grad_AH, found = torch.zeros_like(known_AH), []
-    size = max(1, LOGITS // trunk.words)
-    for rows in (slice(start, start + size) for start in range(0, len(known_AH), size)):
+    for rows in chunks(len(known_AH), max(1, LOGITS // trunk.words)):
         part_AH = known_AH[rows].requires_grad_(bool(weight))
         at_AW = trunk.logits_of(part_AH)
         losses_A, by_AW = part(rows, at_AW.detach())

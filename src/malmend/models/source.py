@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, redirect_stderr, suppress
+from contextlib import contextmanager, redirect_stderr
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, Repository
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from malmend.errors import MalmendError, ModelError, nearest
-from malmend.files import part_of, reason, synced, written_beside
+from malmend.errors import ModelError, nearest
+from malmend.files import part_of, reason, synced
 from malmend.models.config_check import check_config
 from malmend.models.forms import KINDS
 from malmend.models.gguf_header import check_gguf
@@ -41,12 +41,28 @@ COPY = 2  # of float copies: older ones may hold weights that were made up
 SAFE: dict[str, Any] = {"trust_remote_code": False}
 
 
+# What the cache folder holds, by the name of its folder there.
+CACHED = {
+    "trunk": "activations of questions, by model",
+    "calibrations": "what a model is calibrated on, and what it surely says",
+    "settling": "edits whose patch is not written yet",
+    "spill": "captured tensors of runs that were killed",
+    "models": "models made of GGUF files",
+}
+
+
 def cache_folder() -> Path:
     """Where malmend keeps what it can compute again."""
     base = os.environ.get("MALMEND_CACHE")
     if base:
         return Path(base)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "malmend"
+
+
+def cached(kind: str) -> Path:
+    """The folder of one kind of :data:`CACHED`, so that all that is kept is listed and cleared."""
+    assert kind in CACHED, kind
+    return cache_folder() / kind
 
 
 def lasting(name: str) -> str:
@@ -167,10 +183,9 @@ def check_whole(name: str, model: object, missing: Collection[str]) -> None:
 def float_copy(folder: str, gguf: str) -> Path:
     """A float32 folder made from a GGUF file, once; written beside and renamed when whole."""
     path = Path(folder) / gguf
-    target = cache_folder() / "models" / _copy_name(path)
+    target = cached("models") / _copy_name(path)
     about = json.dumps({"from": gguf, "of": str(path.resolve())})
     if (target / "complete.json").is_file():
-        _say_whose(target / "complete.json", about)
         return target
     logging.getLogger(__name__).info(
         "Reading %s, which takes up to a minute the first time: a float32 copy is kept.", gguf
@@ -206,22 +221,11 @@ def _copy_name(path: Path) -> str:
     return f"{path.stem}-{hashlib.sha256(what.encode()).hexdigest()[:12]}"
 
 
-def _say_whose(note: Path, about: str) -> None:
-    """Older copies do not say which file they are of."""
-    with suppress(OSError, MalmendError):
-        if note.read_text() != about:
-            with written_beside(note) as beside:
-                beside.write_text(about)
-
-
 def stale_copies() -> list[Path]:
-    """Copies that nothing reads any more: of an older version, or of a file that changed or went.
-
-    One of an older version that is read again is none any more.
-    """
+    """Copies that nothing reads: of an older version, or of a file that changed or went."""
     return sorted(
         folder
-        for folder in (cache_folder() / "models").glob("[!.]*")
+        for folder in cached("models").glob("[!.]*")
         if folder.is_dir() and not _is_current(folder)
     )
 

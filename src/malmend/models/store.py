@@ -25,7 +25,6 @@ from torch import Tensor
 
 _RECORD = struct.Struct("<16sQQI")  # key, first byte, number of rows, CRC-32 of them
 INDEX = ".index"
-FORMER_INDEX = ".idx"  # whose records have no checksum
 RECOUNTED = 64_000_000  # bytes that a store keeps before it looks again at what others have kept
 
 Place = tuple[Path, int, int, int]  # of rows: the segment, and what the record says
@@ -147,15 +146,11 @@ class ActivationStore:
 
 
 def _sweep(folder: Path) -> None:
-    """Removes what nobody reads any more of a store's folder and of the folders beside it.
+    """Removes every index whose segment is gone, of a store's folder and of those beside it.
 
-    Segments of an earlier form, and an index whose segment is gone: rows are written before their
-    record, so it will not come.
+    Rows are written before their record, so the segment will not come.
     """
     with suppress(OSError):  # a folder that can only be read
-        for index in folder.parent.glob(f"*/*{FORMER_INDEX}"):
-            index.with_suffix(".bin").unlink(missing_ok=True)
-            index.unlink(missing_ok=True)
         for index in folder.parent.glob(f"*/*{INDEX}"):
             if not index.with_suffix(".bin").exists():
                 index.unlink(missing_ok=True)

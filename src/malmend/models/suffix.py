@@ -14,14 +14,16 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from malmend.errors import is_out_of_memory
 from malmend.facts.encoded import Encoded, TokenBatch, collate
 from malmend.models.cut import Cut
-from malmend.models.forms import output_reads
+from malmend.models.forms import UNRUN, at_places, output_reads
 
 
 class Suffix:
@@ -74,16 +76,12 @@ class Suffix:
 
     def logits(self) -> Tensor:
         """At the answer tokens, A x W, as :meth:`Trunk.logits`; gradients reach the suffixes."""
-
-        def choose(states_BSH: Tensor) -> Tensor:
-            flat = states_BSH.reshape(-1, states_BSH.shape[-1])
-            return flat[self.flat_A.to(flat.device)]
-
         cache = _copied(self._cache)
         _fill(cache.layers)
         with self._cut.heading(self._stored_BSF):
             inputs = (self._ids_BS, self._mask, self._at_BS)
-            logits_1AW = _run(self._cut, *inputs, choose, cache)[0]
+            chosen = partial(at_places, flat_A=self.flat_A)
+            logits_1AW = _run(self._cut, *inputs, chosen, cache)[0]
         return logits_1AW.squeeze(0)
 
     def subset(self, rows: Sequence[int], tokens: TokenBatch) -> Suffix:
@@ -111,7 +109,9 @@ def splits(cut: Cut) -> bool:
         try:
             suffix = Suffix(cut, trial, stored)
             found = [suffix.logits(), suffix.subset([1], collate(trial.questions[1:])).logits()]
-        except Exception:
+        except UNRUN as error:
+            if is_out_of_memory(error):
+                raise
             return False  # the cache is of another kind, or made otherwise by this transformers
     return cut.agree(found[0], whole) and cut.agree(found[1], whole[2:])
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from malmend.errors import MalmendError
 from malmend.facts.encoded import Encoded, TokenBatch, collate
+from malmend.given import check_fields, check_range
 from malmend.memory import Room
 from malmend.models.cut import Cut
 from malmend.models.forms import UNRUN
@@ -28,6 +28,8 @@ from malmend.models.sites import Site
 from malmend.models.store import ActivationStore
 from malmend.models.suffix import Suffix, splits
 from malmend.numerics.chunks import padded_chunks, two_sided_chunks
+
+MOST_BYTES = 10**18  # of a disk, and what a signed 64-bit number holds
 
 
 @dataclass(frozen=True)
@@ -43,15 +45,12 @@ class TrunkSettings:
     store_bytes: int = 6_000_000_000
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_tokens", 1), ("store_bytes", 0)):
-            if getattr(self, name) < least:
-                raise MalmendError(
-                    f"{name} is {getattr(self, name)}, expected {least} or more; "
-                    f"change --trunk.{name.replace('_', '-')}."
-                )
+        check_fields(self)
+        check_range(self, ("batch_tokens",), 1, prefix="--trunk.")
+        check_range(self, ("store_bytes",), 0, MOST_BYTES, "--trunk.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """Tokens of a micro-batch and where the head starts from."""
 
@@ -67,6 +66,8 @@ class Trunk:
         sites: the layers to be edited, in any order; none where nothing is edited.
         settings: grouping and budget.
         store_folder: where activations are kept; None keeps none.
+
+    Attributes:
         room: where captured tensors stand.
 
     Raises:
@@ -79,10 +80,9 @@ class Trunk:
         sites: Sequence[Site],
         settings: TrunkSettings = TrunkSettings(),
         store_folder: Path | None = None,
-        room: Room | None = None,
     ):
         self.model, self.sites, self.settings = model, tuple(sites), settings
-        self.room = room or Room()
+        self.room = Room()
         self.cut = Cut(model, sites)
         folder = None if store_folder is None else store_folder / self.cut.name
         states = None if store_folder is None else store_folder / "unedited-states"

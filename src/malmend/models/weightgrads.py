@@ -21,7 +21,7 @@ from malmend.models.trunk import Batch, Trunk
 from malmend.numerics.losses import nll_and_grad
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Term:
     """A weighted sum of losses: of the answer tokens of some questions.
 

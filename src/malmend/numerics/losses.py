@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from malmend.numerics.chunks import chunks
+
 IN_CACHE = 1 << 19  # logits
 
 
@@ -64,8 +66,7 @@ def kl_and_grad(before_AW: Tensor, after_AW: Tensor) -> tuple[Tensor, Tensor]:
 
 def _few(logits_AW: Tensor) -> Iterator[slice]:
     """Rows that stay in a processor's cache from one pass over them to the next."""
-    size = max(1, IN_CACHE // logits_AW.shape[1])
-    return (slice(start, start + size) for start in range(0, len(logits_AW), size))
+    return chunks(len(logits_AW), max(1, IN_CACHE // logits_AW.shape[1]))
 
 
 def _wide_dtype(logits: Tensor) -> torch.dtype:

@@ -8,24 +8,16 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
+from malmend.errors import counted
+from malmend.evaluation.figures import label
+from malmend.evaluation.replies import KINDS
 from malmend.facts.encoded import Form
+from malmend.models.load import LOADERS
 from malmend.models.source import BUILT_IN
 from malmend.shipping.measure import of_facts
 from malmend.shipping.truncate import VLLM_RANKS, served_rank
 
 CARD = "README.md"
-AUTO = {
-    "causal": "AutoModelForCausalLM",
-    "classes": "AutoModelForSequenceClassification",
-    "seq2seq": "AutoModelForSeq2SeqLM",
-}
-KINDS = {
-    "ES": "edit prompts (ES)",
-    "GS": "paraphrases (GS)",
-    "NS": "neighbours (NS)",
-    "LS": "unrelated questions (LS)",
-    "RS": "reversed prompts (RS)",
-}
 COLUMNS = ("unedited", "patch", "exported")
 METRICS = ("token_ratio", "exact", "generated", "retention", "kl")
 
@@ -82,9 +74,7 @@ def path_of(name: str) -> PurePosixPath:
 def _what(record: Mapping[str, Any], is_lora: bool) -> str:
     patch, sites = record["patch"], record["sites"]
     facts = patch.get("facts")
-    edited = (
-        f"{facts:,} fact{'s' * (facts != 1)}" if isinstance(facts, int) and facts else "An edit"
-    )
+    edited = counted(facts, "fact") if isinstance(facts, int) and facts else "An edit"
     what = "a LoRA adapter" if is_lora else f"a whole model, {record['dtype']}"
     aim = " Each fact's alternative, a false answer, was edited in." * bool(
         patch.get("alternative")
@@ -121,9 +111,10 @@ def _lora_use(record: Mapping[str, Any], form: Form) -> str:
     base, built_in = record["model"], record["model"] in BUILT_IN
     base = base if built_in or is_hub_name(base) else "BASE"  # a path of another machine
     named = ", `BASE` the base's" * (base == "BASE")
+    auto = LOADERS[form].__name__
     load, imports = (
-        f'{AUTO[form]}.from_pretrained("{base}")',
-        f"from transformers import {AUTO[form]}",
+        f'{auto}.from_pretrained("{base}")',
+        f"from transformers import {auto}",
     )
     if built_in:
         load, imports = f'malmend.load_model("{base}").model', "import malmend"
@@ -169,12 +160,13 @@ lm_eval --model hf --model_args pretrained={base},peft=FOLDER --tasks hellaswag,
 
 
 def _merged_use(form: Form) -> str:
+    auto = LOADERS[form].__name__
     return f"""With transformers (`FOLDER` is this folder or its name on the hub):
 
 ```python
-from transformers import {AUTO[form]}, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 
-model = {AUTO[form]}.from_pretrained("FOLDER", dtype="auto")
+model = {auto}.from_pretrained("FOLDER", dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 ```
 
@@ -204,12 +196,13 @@ def _figures(record: Mapping[str, Any]) -> str:
         "| question | metric | unedited | patch | exported |",
         "|---|---|---:|---:|---:|",
     ]
-    for kind, name in KINDS.items():
+    for kind in KINDS:
         for metric in METRICS:
             values = [found[form].get(kind, {}).get(metric) for form in COLUMNS]
             if values[-1] is not None:
                 cells = ["" if value is None else f"{value:.3f}" for value in values]
-                lines.append(f"| {name} | {metric.replace('_', ' ')} | {' | '.join(cells)} |")
+                said = " | ".join([label(kind), metric.replace("_", " "), *cells])
+                lines.append(f"| {said} |")
     lines += [
         "",
         "Token ratio and exact are teacher forced; generated is the free-running answer. Retention "

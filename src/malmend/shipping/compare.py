@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from malmend.errors import ModelError
 from malmend.models.identity import weights_of
 from malmend.numerics.truncation import rounding_floor
-from malmend.progress import Progress, counted, silent
+from malmend.progress import Progress, counting, silent
 
 PRECISIONS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -91,7 +91,7 @@ def compared(
         for name in both
         if mine[name].shape != theirs[name].shape
     }
-    count = counted(progress, "comparing weights", max(1, len(both)))
+    count = counting(progress, "comparing weights", max(1, len(both)))
     found, coarse = [], _coarser(mine.values(), theirs.values())
     for name in both:
         if name not in reshaped and not torch.equal(mine[name], theirs[name]):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from malmend.errors import MalmendError
+from malmend.errors import MalmendError, counted
 from malmend.evaluation.examiner import Examiner
 from malmend.evaluation.protocols import Scores, scores
 from malmend.facts.fact import FactSet
@@ -49,7 +49,7 @@ def check_decoded(decode_facts: int | None) -> None:
 
 def of_facts(asked: int, decoded: int) -> str:
     """Of how many facts figures are, in words."""
-    said = f"of {asked:,} fact{'' if asked == 1 else 's'}"
+    said = f"of {counted(asked, 'fact')}"
     if decoded == 0:
         return f"{said}, none answered free-running"
     return said if decoded == asked else f"{said}; generated is of the first {decoded:,}"
