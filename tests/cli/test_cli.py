@@ -723,3 +723,31 @@ def test_warnings_of_libraries_are_left_out_while_a_command_runs_alone(monkeypat
     assert malmend("cache") == 0
     assert shown == ["ignore"]
     assert warnings.filters == before
+
+
+FILES = [
+    ("edit m f --out z --refine {}", "passes: 1"),
+    ("edit m f --out z --trunk {}", "batch_tokens: 100"),
+    ("eval m f --trunk {}", "batch_tokens: 100"),
+    ("edit m f --out z --method ft --ft {}", "rate: 0.001"),
+    ("ledger init l m --rule {}", "questions: 3"),
+    ("train m f --out e --network {}", "rank: 8"),
+]
+
+
+@pytest.mark.parametrize(("command", "content"), FILES, ids=[one for one, _ in FILES])
+def test_a_group_of_options_may_be_a_file(command, content, tmp_path, monkeypatch, capsys):
+    """Where the file lay was once taken for a setting."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.yaml").write_text(content)
+    (tmp_path / "f").write_text('{"prompt": "The capital of Peru is", "answer": "Lima"}')
+    assert malmend(*command.format("own.yaml").split()) == 2
+    assert "There is no model 'm'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["network: 3", "ke: 3", "trunk: null"])
+def test_a_group_that_is_no_group_of_options(content, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.yaml").write_text(content)
+    assert malmend("train", "m", "f", "--out", "e", "--config", "own.yaml") == 2
+    assert "expected its own options by name" in capsys.readouterr().err

@@ -173,6 +173,8 @@ def flat(values: dict[str, Any]) -> dict[str, Any]:
 
 def parse(parser: Any, arguments: list[str]) -> dict[str, Any]:
     """Options as plain values; ``--facts-per-step`` and ``--facts_per_step`` are the same."""
+    from jsonargparse import strip_meta
+
     from malmend.editors.refine import RefineSettings
     from malmend.models.trunk import TrunkSettings
 
@@ -197,12 +199,19 @@ def parse(parser: Any, arguments: list[str]) -> dict[str, Any]:
             if name == "--config" and os.path.isfile(value or following):
                 read_yaml(value or following)  # which refuses what the parser would let pass
     try:
-        given = parser.parse_args([*spelt, *parser.after_dashes]).as_dict()
+        # Without where a group's file lay, which is no setting.
+        given = strip_meta(parser.parse_args([*spelt, *parser.after_dashes])).as_dict()
     except UnicodeDecodeError as error:
         raise MalmendError(
             f"The --config file is not UTF-8 text ({error.reason} at {error.start}); "
             "give a YAML file."
         ) from error
+    for name in {key.split(".")[0] for key, _ in defaults.items() if "." in key}:
+        if not isinstance(given[name], dict):
+            raise MalmendError(
+                f"{name} is {given[name]!r} in the --config file, expected its own options by "
+                f"name; write them below it, or leave it out."
+            )
     for name, kind in (("trunk", TrunkSettings), ("refine", RefineSettings)):
         if name in given:
             given[name] = kind(**given[name])
