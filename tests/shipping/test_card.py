@@ -104,6 +104,16 @@ def test_no_path_of_this_machine_is_told():
     assert "pretrained=BASE,peft=FOLDER" in card(RECORD | {"to": "lora", "model": "./m"}, "causal")
 
 
+def test_of_facts_and_editor_in_a_folder_the_last_part_is_told():
+    """Which have no name of the hub, as ``secret/name`` may be."""
+    patch = RECORD["patch"] | {"editor": "secret/editor"}
+    record = RECORD | {"to": "lora", "facts": "secret/facts.jsonl", "patch": patch}
+    text = card(record, "causal")
+    assert "secret" not in text
+    assert "`facts.jsonl`" in text
+    assert "org/base-1b" in text
+
+
 def test_a_built_in_base_is_loaded_by_malmend_and_served_merged():
     text = card(RECORD | {"to": "lora", "model": "smollm2-135m"}, "causal")
     assert 'malmend.load_model("smollm2-135m").model' in text

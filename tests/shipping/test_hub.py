@@ -111,7 +111,18 @@ def test_no_path_of_this_machine_goes_up(folder):
             {"model": "org/name", "editor": "shipped:a"},
             {"model": "org/name", "editor": "shipped:a"},
         ),
-        ({"note": ["file:///home/jo/x", "C:\\Users\\jo\\x"]}, {"note": ["x", "x"]}),
+        (
+            {"facts": "acme-secret/facts.jsonl", "_name_or_path": "work/model"},
+            {"facts": "facts.jsonl", "_name_or_path": "model"},
+        ),
+        (
+            {"text": "a/b", "calibrate": "a/c", "editor": "a/d"},
+            {"text": "b", "calibrate": "c", "editor": "d"},
+        ),
+        (
+            {"note": ["file:///home/jo/x", "C:\\Users\\jo\\x", "/home/me"]},
+            {"note": ["x", "x", "me"]},
+        ),
         (
             {"token": "/think", "unk": "/", "end": "</s>"},
             {"token": "/think", "unk": "/", "end": "</s>"},

@@ -62,8 +62,13 @@ def is_hub_name(name: str) -> bool:
 
 
 def shown(name: str) -> str:
-    """A hub's or built-in name as it is; of a path its last part, since an export is for others."""
-    return name if is_hub_name(name) else path_of(name).name
+    """Of a path its last part, since an export is for others; a name that is no path as it is."""
+    return path_of(name).name
+
+
+def shown_model(name: str) -> str:
+    """The same of a model, but for a hub's name; files keep a path whole (:func:`lasting`)."""
+    return name if is_hub_name(name) else shown(name)
 
 
 def path_of(name: str) -> PurePosixPath:
@@ -79,7 +84,7 @@ def _what(record: Mapping[str, Any], is_lora: bool) -> str:
     aim = " Each fact's alternative, a false answer, was edited in." * bool(
         patch.get("alternative")
     )
-    base, editor = shown(record["model"]), shown(str(patch.get("editor", "none")))
+    base, editor = shown_model(record["model"]), shown(str(patch.get("editor", "none")))
     rows = [
         f"- **Base:** {base}, fingerprint `{record['base']}`; its licence holds here too.",
         f"- **Method:** {patch.get('method')}, editor {editor}.{aim}",
@@ -88,7 +93,7 @@ def _what(record: Mapping[str, Any], is_lora: bool) -> str:
         f"{patch.get('created', 'at a time not known')}. `malmend.json` says the rest.",
     ]
     if record.get("forced"):
-        first = shown(str(patch.get("model", "of no name")))
+        first = shown_model(str(patch.get("model", "of no name")))
         rows.append(
             f"- **Forced:** the patch was made for another base, {first}, fingerprint "
             f"`{patch.get('base')}`, and put on this one all the same (`--force`)."

@@ -10,13 +10,15 @@ from typing import Any
 
 from malmend.errors import MalmendError
 from malmend.files import reason
-from malmend.shipping.card import is_hub_name, path_of, shown
+from malmend.shipping.card import is_hub_name, path_of, shown, shown_model
 from malmend.shipping.record import RECORD, read_record
 
 # The JSON that may name a path of the machine that wrote it, and the entries that name files.
 SAYING = (RECORD, "adapter_config.json", "config.json", "tokenizer_config.json")
-PATHS = {"model", "editor", "facts", "facts_source", "other", "source", "text", "calibrate"}
-PATHS |= {"base_model_name_or_path", "name_or_path", "_name_or_path", "tokenizer_file"}
+PATHS = {"editor", "facts", "facts_source", "source", "text", "calibrate"}
+PATHS |= {"name_or_path", "_name_or_path", "tokenizer_file"}
+# What may be a name of the hub, written here by `lasting`, which makes every path a whole one.
+MODELS = {"model", "other", "base_model_name_or_path"}
 
 
 def pushed(folder: str | Path, repo: str, private: bool, api: Any) -> str:
@@ -104,13 +106,15 @@ def _uploads(folder: Path) -> Iterator[tuple[str, str | bytes]]:
 
 
 def without_paths(about: Any, under: str = "") -> Any:
-    """A JSON value with the last part alone of what names a file: absolute, or under PATHS."""
+    """A JSON value with the last part alone of what names a file: absolute, or by what it is."""
     if isinstance(about, dict):
         return {name: without_paths(value, name) for name, value in about.items()}
     if isinstance(about, list):
         return [without_paths(one, under) for one in about]
     if not isinstance(about, str):
         return about
+    if under in MODELS:
+        return shown_model(about)
     path = path_of(about)
     is_whole = path.is_absolute() or re.match(r"(~|[A-Za-z]:)/", str(path)) is not None
     # One part after the root may be a token, as "/think" is.
