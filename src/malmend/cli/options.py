@@ -206,11 +206,11 @@ def parse(parser: Any, arguments: list[str]) -> dict[str, Any]:
             f"The --config file is not UTF-8 text ({error.reason} at {error.start}); "
             "give a YAML file."
         ) from error
-    for name in {key.split(".")[0] for key, _ in defaults.items() if "." in key}:
+    for name in sorted(given.keys() & parser.groups.keys()):
         if not isinstance(given[name], dict):
             raise MalmendError(
                 f"{name} is {given[name]!r} in the --config file, expected its own options by "
-                f"name; write them below it, or leave it out."
+                "name; write them below it, or leave it out."
             )
     for name, kind in (("trunk", TrunkSettings), ("refine", RefineSettings)):
         if name in given:
