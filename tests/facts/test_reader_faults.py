@@ -45,6 +45,8 @@ TEXT_AFTER = "give the text that should follow the prompt"
             rf"field 'answer': holds the control character '\x80' in '\x80'; {TEXT_AFTER}",
         ),
         (own("a\x9b2J"), r"field 'prompt': holds the control character '\x9b' in 'a\x9b2J'; "),
+        (own("a\x9fb"), r"field 'prompt': holds the control character '\x9f' in 'a\x9fb'; "),
+        (own("a\x1fb"), r"field 'prompt': holds the control character '\x1f' in 'a\x1fb'; "),
         (own(id=7), "field 'id': is the number 7, not a string; give a short unique name, "),
         (own(id=" "), "field 'id': is empty; give a short unique name, "),
         (own(subject=[]), "field 'subject': is a list, not a string; give what the fact is about"),

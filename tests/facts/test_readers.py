@@ -335,3 +335,18 @@ def test_any_bytes_give_facts_or_a_malmend_error(tmp_path_factory, content, stri
     for reader in (read_questions, read_text):
         result = attempt(reader, path)
         assert result.faults if isinstance(result, FactsError) else result
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ((3,), "path is 3, expected"),
+        ((None,), "path is None, expected"),
+        (("",), "path is empty, expected a path"),
+        (("facts.jsonl", "2"), "limit is '2', expected a whole number"),
+        (("facts.jsonl", True), "limit is True, expected a whole number"),
+    ],
+)
+def test_what_is_given_in_python_is_checked(given, said):
+    with pytest.raises(MalmendError, match=said):
+        read_facts(*given)

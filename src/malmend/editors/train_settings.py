@@ -44,7 +44,8 @@ class TrainSettings:
         check_fields(self)
         check_range(self, ("facts_per_step", "steps", "chunk", "save_every"), 1, prefix="--")
         rates = ("network_rate", "scalar_rate")
-        check_range(self, ("locality_weight", *rates, "clip"), 0.0, prefix="--")
+        check_range(self, ("locality_weight", *rates), 0.0, prefix="--")
+        check_range(self, ("clip",), prefix="--")  # 0 would leave nothing of any gradient
         check_range(self, ("halvings",), 0, prefix="--")
         if not self.facts_per_step >> self.halvings:
             raise MalmendError(

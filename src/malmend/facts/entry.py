@@ -41,7 +41,7 @@ EXPECTED = {
 
 Faults = list[tuple[int, str]]  # line, text
 # C0 and C1 but for blanks and line ends, of which U+0085 is one.
-CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")
+CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from malmend.facts.entry import Entry, Faults, short
 from malmend.facts.fact import Fact, FactSet, Question
 from malmend.facts.formats import CLAIMS, OWN, OWN_FIELDS, READERS, likely, own_fact, telling, told
 from malmend.facts.objects import entries_of, has_objects, is_list, looks_like, wrapped
-from malmend.given import faults_of
+from malmend.given import checked, faults_of
 
 RECOGNISED = (
     "give JSON Lines with 'prompt' and 'answer', a MEND / zsRE JSON list with 'src' and 'answers', "
@@ -28,6 +28,7 @@ RECOGNISED = (
 )
 
 
+@checked()
 def read_facts(path: str | Path, limit: int | None = None, strict: bool = False) -> FactSet:
     """Read the facts of a file, all of it, and keep the first ``limit`` usable ones.
 

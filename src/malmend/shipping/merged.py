@@ -46,13 +46,23 @@ def base_dtype(model: str | LoadedModel) -> str:
 
 
 def merged(loaded: LoadedModel, patch: Patch, dtype: str) -> LoadedModel:
-    """A copy of the model with the patch in its weights, each rounded once; the model stays."""
+    """A copy of the model with the patch in its weights, each rounded once; the model stays.
+
+    Raises:
+        ModelError: a weight that is too large for the dtype.
+    """
     whole = _copied(loaded.model, DTYPES[dtype])
     for site in sites_of(loaded.model, patch):
         shift_VK = patch.shift(site.name)
         if shift_VK.any():
             weight = whole.get_submodule(site.name).weight
             weight.data = edited(site, shift_VK).to(weight.dtype)
+    for name, weight in whole.named_parameters():
+        if not weight.isfinite().all():
+            raise ModelError(
+                f"{name} holds numbers that {dtype} has not, so nothing was exported; give "
+                "--dtype bfloat16 or float32."
+            )
     return prepared(whole, loaded.tokenizer, loaded.name)
 
 
