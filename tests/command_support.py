@@ -3,23 +3,26 @@
 tiny = command_support.tiny            (a fixture; assign it in the module that uses it)
 cache = command_support.cache          (autouse: MALMEND_CACHE points into a temporary folder)
 malmend("edit", model, facts, ...)     runs the command line in process
+reached = command_support.reached      (a fixture: what a command's function would be called with)
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import helpers
-from malmend import known, material
+from malmend import known, ledger, material
 from malmend.cli import main
 from malmend.editors.calibration import CalibrationSettings
 from malmend.facts.fact import Fact, Question
@@ -157,7 +160,7 @@ def quick(patch: pytest.MonkeyPatch, folder: Path) -> None:
     With tiny models to read all of it takes longer than everything else.
     """
     for module in (known, material):
-        patch.setattr(module, "shipped", partial(thinned, folder))
+        patch.setattr(module, "shipped", functools.partial(thinned, folder))
 
 
 @pytest.fixture
@@ -231,3 +234,35 @@ def malmend(*arguments: object) -> int:
 def files_in(folder: Path) -> set[str]:
     """Every file below a folder, hidden ones too."""
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+class Reached(Exception):
+    """Carries what a command was called with out of the command line."""
+
+    def __init__(self, given: dict[str, Any]):
+        self.given = given
+        super().__init__(given)
+
+
+@pytest.fixture
+def reached(monkeypatch):
+    """Parses a command line and returns what the command's function would be called with."""
+
+    def reaching(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)  # options are derived from the signature and the docstring
+        def called(**given: object) -> None:
+            raise Reached(given)
+
+        return called
+
+    for name in ("edit", "train", "evaluate", "ask", "inspect", "demo"):
+        module = importlib.import_module(f"malmend.commands.{name}")
+        monkeypatch.setattr(module, name, reaching(getattr(module, name)))
+    monkeypatch.setattr(ledger, "init", reaching(ledger.init))
+
+    def reach(*arguments: object) -> dict[str, Any]:
+        with pytest.raises(Reached) as stopped:
+            malmend(*arguments)
+        return stopped.value.given
+
+    return reach

@@ -465,17 +465,14 @@ CASES: dict[str, tuple[Callable[[Place], Arguments], str]] = {
         lambda p: p.train("--config", p.file("c.yaml", "seed: 1\nnetwork: {rank: 3,\n rank: 4}")),
         "c.yaml:3: the field 'rank' is there twice, first on line 2",
     ),
-    "unknown key in YAML": (
-        lambda p: p.train("--config", p.file("c.yaml", "stepps: 3")),
-        "has 'stepps', which is no option of malmend train; did you mean 'steps'?",
+    "a misspelt setting of settings": (
+        lambda p: p.edit("--descent.rat", "0"),
+        "--descent has no setting 'rat' (did you mean 'rate'?); see malmend edit --help.",
     ),
-    "unknown nested key in YAML": (
-        lambda p: p.train("--config", p.file("c.yaml", "network: {rnk: 3}")),
-        "has 'network.rnk', which is no option of malmend train; did you mean 'network.rank'?",
-    ),
-    "wrong value in YAML": (
-        lambda p: p.train("--config", p.file("c.yaml", "seed: x")),
-        "--seed is 'x', expected a whole number",
+    "a misspelt setting in a group's file": (
+        lambda p: p.edit("--refine", p.file("c.yaml", "pases: 1")),
+        "The YAML file has 'refine.pases', which is no option of malmend edit; did you mean "
+        "'refine.passes'? See malmend edit --help.",
     ),
     "an option cut short": (
         lambda p: p.edit("--limi", 3),
@@ -496,14 +493,6 @@ CASES: dict[str, tuple[Callable[[Place], Arguments], str]] = {
     "a word for a group": (
         lambda p: p.edit("--refine", "foo"),
         "--refine is 'foo', expected its own options, --refine.*, or a YAML file of them.",
-    ),
-    "a name of two words in YAML": (
-        lambda p: p.train("--config", p.file("c.yaml", "facts_per_stepp: 3")),
-        "did you mean 'facts_per_step'?",
-    ),
-    "a hyphen in YAML": (
-        lambda p: p.train("--config", p.file("c.yaml", "facts-per-step: 3")),
-        "did you mean 'facts_per_step'?",
     ),
     "more solves than any edit needs": (
         lambda p: p.edit("--refine.passes", 10**9),

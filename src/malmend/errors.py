@@ -88,12 +88,16 @@ def bad_value(text: str, spelt: Callable[[str], str]) -> str | None:
     kinds = re.findall(r"Expected a (?:<class '(\w+)'>|typing\.Literal\[(.*?)\])", text)
     if found is None or not kinds:
         return None
-    names = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+    names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
     part = re.search(r"NestedArg\(key='([\w.]+)', val=(.*)\)", found[3])
-    if part is not None:  # what is said of the setting itself comes before
-        said = re.search(r"- --(\S+ is .*?, expected .*?)(?:; see malmend| - |$)", found[2])
-        inner = said[1] if said else f"{part[1]} is {part[2][:MOST_SHOWN]}, which is not taken"
-        return f"{spelt(found[1])}.{inner}"
+    # What is said of a setting of settings comes before what they are in place of: null.
+    if inner := re.search(r"- --(\S+ is .*?, expected .*?)(?:; see malmend| - |$)", found[2]):
+        return f"{spelt(found[1])}.{inner[1]}"
+    if inner := re.search(r" has '(\w+)', which is no option of [\w ]+(?:; (did.*?\?))?", found[2]):
+        near = inner[2] and f" ({inner[2]})"
+        return f"{spelt(found[1])} has no setting {inner[1]!r}{near or ''}"
+    if part is not None:
+        return f"{spelt(found[1])}.{part[1]} is {part[2][:MOST_SHOWN]}, which is not taken"
     names["tuple"] = """a list such as '["one", "two"]'"""
     wanted = [names.get(kind, kind) or choices for kind, choices in kinds if kind != "NoneType"]
     if not wanted:  # of settings, which have options of their own

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import json
 import os
 import re
@@ -9,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -39,6 +37,7 @@ from malmend.patch_file import load_patch, save_patch
 
 tiny = command_support.tiny
 cache = command_support.cache
+reached = command_support.reached
 
 SMALL = ["--layers", 2, "--network.rank", 4, "--facts-per-step", 4, "--steps", 2]
 
@@ -475,37 +474,6 @@ def test_skipped_facts_are_told(command, options, tiny, tmp_path, capsys):
     assert re.search(r"2'?: contradiction of .*1'?\n", shown)
 
 
-class Reached(Exception):
-    """Carries what a command was called with out of the command line."""
-
-    def __init__(self, given: dict[str, Any]):
-        self.given = given
-        super().__init__(given)
-
-
-@pytest.fixture
-def reached(monkeypatch):
-    """Parses a command line and returns what the command's function would be called with."""
-
-    def reaching(function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)  # options are derived from the signature and the docstring
-        def called(**given: object) -> None:
-            raise Reached(given)
-
-        return called
-
-    for name in ("edit", "train", "evaluate", "ask", "inspect", "demo"):
-        module = importlib.import_module(f"malmend.commands.{name}")
-        monkeypatch.setattr(module, name, reaching(getattr(module, name)))
-
-    def reach(*arguments: object) -> dict[str, Any]:
-        with pytest.raises(Reached) as stopped:
-            malmend(*arguments)
-        return stopped.value.given
-
-    return reach
-
-
 def test_without_options_the_commands_own_defaults_hold(reached):
     given = reached("edit", "m", "f", "--out", "p")
     assert (given["model"], given["facts"], given["out"], given["editor"]) == (
@@ -743,11 +711,3 @@ def test_a_group_of_options_may_be_a_file(command, content, tmp_path, monkeypatc
     (tmp_path / "f").write_text('{"prompt": "The capital of Peru is", "answer": "Lima"}')
     assert malmend(*command.format("own.yaml").split()) == 2
     assert "There is no model 'm'" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("content", ["network: 3", "ke: 3", "trunk: null"])
-def test_a_group_that_is_no_group_of_options(content, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "own.yaml").write_text(content)
-    assert malmend("train", "m", "f", "--out", "e", "--config", "own.yaml") == 2
-    assert "expected its own options by name" in capsys.readouterr().err

@@ -55,7 +55,7 @@ def parser_of(command: str, what: str) -> Any:
         after_dashes: list[str]  # what follows a bare --, of which nothing is an option
 
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            raise MalmendError(_usage_error(command, message, self))
+            raise MalmendError(_usage_error(command, message, self)) from ex
 
     parser = Parser(
         prog=f"malmend {command}",
@@ -173,8 +173,6 @@ def flat(values: dict[str, Any]) -> dict[str, Any]:
 
 def parse(parser: Any, arguments: list[str]) -> dict[str, Any]:
     """Options as plain values; ``--facts-per-step`` and ``--facts_per_step`` are the same."""
-    from jsonargparse import strip_meta
-
     from malmend.editors.refine import RefineSettings
     from malmend.models.trunk import TrunkSettings
 
@@ -192,26 +190,20 @@ def parse(parser: Any, arguments: list[str]) -> dict[str, Any]:
             spelt[index] = f"{one}=true"
             parser.after_switches[following] = _spelt(one[2:])
     if "config" in defaults:
-        from malmend.yaml_file import read_yaml
+        from malmend.cli.config_file import check_config
 
         for one, following in zip(spelt, [*spelt[1:], ""], strict=True):
             name, _, value = one.partition("=")
             if name == "--config" and os.path.isfile(value or following):
-                read_yaml(value or following)  # which refuses what the parser would let pass
+                check_config(parser, value or following)
     try:
-        # Without where a group's file lay, which is no setting.
-        given = strip_meta(parser.parse_args([*spelt, *parser.after_dashes])).as_dict()
+        parsed = parser.parse_args([*spelt, *parser.after_dashes])
+        given = parsed.clone(with_meta=False).as_dict()  # without the paths of groups' files
     except UnicodeDecodeError as error:
         raise MalmendError(
             f"The --config file is not UTF-8 text ({error.reason} at {error.start}); "
             "give a YAML file."
         ) from error
-    for name in sorted(given.keys() & parser.groups.keys()):
-        if not isinstance(given[name], dict):
-            raise MalmendError(
-                f"{name} is {given[name]!r} in the --config file, expected its own options by "
-                "name; write them below it, or leave it out."
-            )
     for name, kind in (("trunk", TrunkSettings), ("refine", RefineSettings)):
         if name in given:
             given[name] = kind(**given[name])
@@ -241,7 +233,7 @@ def _usage_error(command: str, message: str, parser: Any) -> str:
         given = f"{unknown[1]}.{unknown[2]}" if unknown[1] else unknown[2]
         near = nearest(given, [option[2:].replace("-", "_") for option in options])
         return (
-            f"The --config file has {given!r}, which is no option of malmend {command}"
+            f"The YAML file has {given!r}, which is no option of malmend {command}"
             f"{near or '.'} See malmend {command} --help."
         )
     group = re.match(r'Parser key "([\w.]+)": Unable to load config (\S+)', text)
