@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,16 +19,19 @@ from malmend.editors.settings import EditorSettings, training_free
 from malmend.errors import EditorError, FactsError, MalmendError, ModelError, PatchError
 from malmend.facts.fact import Question
 from malmend.facts.readers import given_facts
+from malmend.files import written_beside
 from malmend.methods.editor_choice import choose
 from malmend.methods.memit import Memit
 from malmend.methods.method import Found
 from malmend.models.descent import Descent
 from malmend.models.sites import find_sites
+from malmend.patch import Patch
 
 tiny = command_support.tiny
 cache = command_support.cache
 
 FEW = make_facts(3)
+PATCH = Patch({})
 
 
 @dataclass(frozen=True)
@@ -200,3 +205,52 @@ def test_a_model_in_training_mode_is_refused_as_that(tiny):
         finally:
             model.eval()
     assert workbench.opened(tiny.loaded) is tiny.loaded
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ((3,), "path is 3, expected a text or a Path"),
+        ((None,), "path is None, expected a text or a Path"),
+        (("",), "path is empty, expected a path"),
+        (("f", "2"), "limit is '2', expected a whole number or None"),
+        (("f", True), "limit is True, expected a whole number or None"),
+        (("f", math.nan), "limit is nan, expected a whole number or None"),
+        (("f", 2, "yes"), "strict is 'yes', expected True or False"),
+    ],
+)
+def test_facts_are_read_from_a_path_and_up_to_a_number(given, said):
+    with pytest.raises(
+        MalmendError, match=rf"^{re.escape(said)}.*; (see help\(read_facts\)|give one)\.$"
+    ):
+        malmend.read_facts(*given)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda t: malmend.applied(t.loaded, "p.st"), "patch is 'p.st', expected Patch"),
+        (lambda t: malmend.applied(t.model, PATCH), "loaded is .*, expected LoadedModel"),
+        (lambda t: malmend.save_patch(None, "p.st"), "patch is None, expected Patch"),
+        (lambda t: malmend.save_patch("p.st", PATCH), "patch is 'p.st', expected Patch"),
+        (lambda t: malmend.save_patch(PATCH, ""), "path is empty, expected a path"),
+        (lambda t: malmend.load_model(3), "name is 3, expected a text"),
+        (lambda t: malmend.load_model(Path("nosuch")), "There is no model 'nosuch'"),
+        (lambda t: malmend.prepared(None, None), "model is None, expected PreTrainedModel"),
+        (lambda t: malmend.prepared(t.loaded.model, None, 3), "name is 3, expected a text"),
+    ],
+)
+def test_models_and_patches_are_judged_where_they_are_given(
+    call, said, tiny, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MalmendError, match=said):
+        call(tiny)
+    assert files_in(tmp_path) == set()
+
+
+@pytest.mark.parametrize("path", ["", ".", "/"])
+def test_nothing_is_written_to_a_path_without_a_name(path):
+    said = "names no file, expected the path of a file to write"
+    with pytest.raises(MalmendError, match=said), written_beside(path):
+        pass

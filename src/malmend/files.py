@@ -91,6 +91,8 @@ def written_beside(path: str | Path) -> Iterator[Path]:
         MalmendError: the folder is missing, not writable, or the disk is full; nothing is left.
     """
     path = Path(path)
+    if not path.name:
+        raise MalmendError(f"{path} names no file, expected the path of a file to write.")
     place = _followed(path)
     beside = part_of(place)
     try:

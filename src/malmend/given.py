@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
@@ -151,12 +152,12 @@ def _hints(kind: type) -> dict[str, Any]:
 
 @cache
 def _hints_of(function: Callable[..., Any]) -> dict[str, Any]:
-    hints = {}
+    hints, known = {}, vars(sys.modules[function.__module__])  # also of what wraps another
     for name, one in signature(function).parameters.items():
         said = one.annotation
         with suppress(NameError):  # of what is imported for a type checker alone
             if said is not one.empty:
-                hints[name] = eval(said, function.__globals__) if isinstance(said, str) else said
+                hints[name] = eval(said, known) if isinstance(said, str) else said
     return hints
 
 

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from malmend.errors import PatchError, nearest
 from malmend.facts.entry import short
 from malmend.facts.tokens import EndOfAnswer
+from malmend.given import checked
 from malmend.models.load import LoadedModel
 from malmend.models.sites import Site, put_back, shared_with
 
@@ -162,6 +163,7 @@ def _check_mine(loaded: LoadedModel) -> None:
         )
 
 
+@checked()
 @contextmanager
 def applied(loaded: LoadedModel, patch: Patch, force: bool = False) -> Iterator[PreTrainedModel]:
     """The model with the patch on it; off again at the end, also after an exception.

@@ -29,6 +29,7 @@ from malmend.patch import Patch
 FORMAT = 1
 
 
+@checked()
 def save_patch(patch: Patch, path: str | Path) -> Patch:
     """Writes the file beside, reads it back and renames it; returns what was read.
 

@@ -26,6 +26,7 @@ from malmend.errors import ModelError
 from malmend.facts.encoded import Form
 from malmend.facts.fact import class_key
 from malmend.facts.tokens import Reading
+from malmend.given import checked
 from malmend.models.device import CPU, SPREAD, device_of
 from malmend.models.explain import explained
 from malmend.models.forms import check_told_apart, class_names, form_of, reading_of
@@ -155,6 +156,7 @@ def _kind(config: Any) -> str:
     return stated[0]
 
 
+@checked()
 def load_model(name: str, dtype: str = "float32", device: str = CPU) -> LoadedModel:
     """Model, tokenizer and the fingerprint of the weights.
 
@@ -267,6 +269,7 @@ def save_model(loaded: LoadedModel, folder: Path) -> None:
         loaded.model.save_pretrained(folder)
 
 
+@checked()
 def prepared(model: PreTrainedModel, tokenizer: Any, name: str = "model") -> LoadedModel:
     """Wraps a model that the caller has loaded: evaluation mode, gradients off, fingerprint.
 
