@@ -41,7 +41,8 @@ def read_yaml(path: str | Path) -> tuple[Any, Lines]:
         before = text[: error.position]
         place = (before.count("\n") + 1, len(before) - before.rfind("\n"))
         raise _broken(path, error.reason, place) from error
-    except (ValueError, RecursionError) as error:  # of a date, or of what nests too deeply
+    # Of a date, of what nests too deeply, or of a value that is not of the kind its tag says.
+    except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         raise _broken(path, " ".join(str(error).split())[:300]) from error
     if twice:
         raise MalmendError("\n".join(f"{path}:{one}" for one in twice))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -711,3 +712,28 @@ def test_a_group_of_options_may_be_a_file(command, content, tmp_path, monkeypatc
     (tmp_path / "f").write_text('{"prompt": "The capital of Peru is", "answer": "Lima"}')
     assert malmend(*command.format("own.yaml").split()) == 2
     assert "There is no model 'm'" in capsys.readouterr().err
+
+
+def test_help_of_a_command(capsys):
+    with contextlib.suppress(SystemExit):
+        malmend("ask", "--help")
+    said = capsys.readouterr().out
+    with contextlib.suppress(SystemExit):
+        malmend("help", "ask")
+    assert capsys.readouterr().out == said != ""
+
+
+@pytest.mark.parametrize("option", ["--patch", "--report"])
+def test_a_name_that_no_file_can_have_is_bad_input(option, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "f").write_text('{"prompt": "The capital of Peru is", "answer": "Lima"}')
+    assert malmend("eval", "m", "f", option, "n" * 300) == 2
+    assert "raceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tagged", ["!!bool foo", "!!timestamp foo", '!!int ""', '!!float ""'])
+def test_a_value_that_is_not_of_the_kind_its_tag_says(tagged, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.yaml").write_text(f"seed: {tagged}")
+    assert malmend("train", "m", "f", "--out", "e", "--config", "own.yaml") == 2
+    assert "own.yaml: is no YAML" in capsys.readouterr().err

@@ -37,7 +37,7 @@ from malmend.errors import ModelError
 from malmend.models import load, source
 from malmend.models.identity import digest, fingerprint
 from malmend.models.load import load_base, load_model, load_tokenizer, prepared
-from malmend.models.source import cache_folder, lasting
+from malmend.models.source import cache_folder, lasting, save_tokenizer
 
 WORDS = [f"w{i}" for i in range(tiny.VOCABULARY - 4)]
 
@@ -687,3 +687,18 @@ def test_what_was_fetched_before_is_read_at_once_without_a_network(hub, whole, m
     loaded = load_model("org/tiny")
     assert loaded.name == "org/tiny"
     assert loaded.digest == load_model(str(whole)).digest
+
+
+@pytest.mark.parametrize("said", ["No space left on device (os error 28)", "some bug"])
+def test_a_tokenizer_that_cannot_be_written(said, tmp_path):
+    """Its library raises a bare Exception, which was no full disk to anyone."""
+
+    class Tokenizer:
+        def save_pretrained(self, _folder):
+            raise Exception(said)
+
+    with pytest.raises(Exception, match=r"No space left|some bug") as caught:
+        save_tokenizer(Tokenizer(), tmp_path)
+    full = caught.value
+    assert isinstance(full, OSError) == said.startswith("No space")
+    assert not isinstance(full, OSError) or (full.errno, full.filename) == (28, str(tmp_path))

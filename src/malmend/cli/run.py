@@ -7,6 +7,7 @@ same names from YAML.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import signal
@@ -27,6 +28,9 @@ from malmend.cli.options import (
 )
 from malmend.errors import MalmendError, Resumable, harmless, is_out_of_memory, nearest
 
+# What an operating system says of a path that another one, or other rights, would put right.
+BAD_PATHS = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EROFS, errno.ELOOP}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.  Returns the exit code: 0, 1 (no memory, say) or 2 (bad input).
@@ -45,8 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except OSError as error:
         what = f" {error.filename}" if error.filename else ""
-        print(f"malmend: {harmless(f'{error.strerror or error}{what}')}.", file=sys.stderr)
-        return 1
+        given = error.errno in BAD_PATHS
+        advice = "; check the path, and who may read or write there" if given else ""
+        print(f"malmend: {harmless(f'{error.strerror or error}{what}{advice}')}.", file=sys.stderr)
+        return 2 if given else 1
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -93,6 +99,8 @@ def _heard(came: list[int]) -> Iterator[None]:
 
 
 def _run(arguments: list[str]) -> int:
+    if arguments[:1] == ["help"] and arguments[1:]:
+        arguments = [*arguments[1:], "--help"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print("usage: malmend COMMAND ...   (malmend COMMAND --help says more)\n")
         print("\n".join(f"  {name:<13} {what}" for name, (_, what) in COMMANDS.items()))

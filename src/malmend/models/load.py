@@ -31,7 +31,7 @@ from malmend.models.device import CPU, SPREAD, device_of
 from malmend.models.explain import explained
 from malmend.models.forms import check_told_apart, class_names, form_of, reading_of
 from malmend.models.identity import State, digest, fingerprint, state_of
-from malmend.models.source import SAFE, check_whole, source_of
+from malmend.models.source import SAFE, check_whole, save_tokenizer, source_of
 
 LOADERS: dict[Form, Any] = {
     "causal": AutoModelForCausalLM,
@@ -265,7 +265,7 @@ def _check_classes(classes: Sequence[str]) -> None:
 def save_model(loaded: LoadedModel, folder: Path) -> None:
     """Writes model and tokenizer as :func:`load_model` reads them."""
     with quiet():
-        loaded.tokenizer.save_pretrained(folder)
+        save_tokenizer(loaded.tokenizer, folder)
         loaded.model.save_pretrained(folder)
 
 

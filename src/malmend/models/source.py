@@ -12,6 +12,7 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -204,7 +205,7 @@ def float_copy(folder: str, gguf: str) -> Path:
         del model.config.quantization_config
         model.hf_quantizer = None
         with _blaming_the_cache():
-            tokenizer.save_pretrained(beside)
+            save_tokenizer(tokenizer, beside)
             model.save_pretrained(beside)
             (beside / "complete.json").write_text(about)
             synced(beside)
@@ -259,3 +260,19 @@ def _blaming_the_cache() -> Iterator[None]:
             f"The cache folder {cache_folder()} cannot be written ({reason(error)}); make room "
             "there, or name another folder in MALMEND_CACHE."
         ) from error
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Writes a tokenizer.
+
+    Raises:
+        OSError: it cannot be written; the library itself raises a bare Exception.
+    """
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        found = re.search(r"\(os error (\d+)\)$", str(error))
+        if found is None:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), str(folder)) from error
