@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from malmend.errors import FactsError, MalmendError
 from malmend.facts.alternatives import towards_alternatives
 from malmend.facts.entry import EXPECTED
-from malmend.facts.fact import FactSet, Question
+from malmend.facts.fact import Fact, FactSet, Question, facts_digest
 from malmend.facts.formats import OWN_FIELDS
 from malmend.facts.lint import skipped_said, unseen
 from malmend.facts.readers import read_facts, read_questions, read_text
@@ -350,3 +351,10 @@ def test_any_bytes_give_facts_or_a_malmend_error(tmp_path_factory, content, stri
 def test_what_is_given_in_python_is_checked(given, said):
     with pytest.raises(MalmendError, match=said):
         read_facts(*given)
+
+
+def test_the_digest_of_facts_by_its_definition():
+    """As docs/formats.md has it: prompt, byte 1F, answer, byte 1E of each fact, in order."""
+    facts = [Fact("a", "A is", "B"), Fact("b", "C is", "D é")]
+    said = "A is\x1fB\x1eC is\x1fD é\x1e"
+    assert facts_digest(facts) == hashlib.sha256(said.encode()).hexdigest()
