@@ -553,7 +553,7 @@ BAD_FACTS: dict[str, tuple[bytes, list[str]]] = {
     "empty": (b"", ["is empty"]),
     "blank": (b" \n\n", ["is empty"]),
     "binary": (bytes(range(128, 256)) * 3, ["not UTF-8"]),
-    "zip": (b"PK\x03\x04\x14\x00\x00\xff", ["not UTF-8"]),
+    "zip": (b"PK\x03\x04\x14\x00\x00\xff", ["no UTF-8 text (byte 0x00 at offset 5)"]),
     "plain text": (b"Lima is in Peru\n", ["is in no format of facts"]),
     "bad lines": (FACTS.encode() + b"{no\n[1]\n", [":2: is not valid JSON", ":3: is a list"]),
     "cut off": (b'[{"src": "a", "answers": ["b"]}, {"src"', [":1: entry 2: is not valid JSON"]),

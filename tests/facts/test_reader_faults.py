@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from facts_files import MEND, faults_of, lines, only_fault, own
+from safetensors.torch import save_file
 
 from malmend.errors import FactsError
 from malmend.facts.readers import read_facts, read_questions, read_text
@@ -270,7 +272,8 @@ def test_every_line_that_is_not_utf8_is_reported_with_other_faults(save):
 
 def test_utf16(save):
     found = faults_of(save(lines(own()).encode("utf-16")))
-    assert found[0].startswith("facts:1: byte 0xff at offset 0 is not UTF-8; save the file as")
+    what = "facts: is no UTF-8 text (byte 0x00 at offset 3)"
+    assert found == [f"{what}; give a file of text, saved as UTF-8"]
 
 
 @pytest.mark.parametrize(
@@ -375,3 +378,44 @@ def test_infinity_and_nan_in_ignored_fields_do_no_harm(save):
 )
 def test_fault_in_questions(save, content, fault):
     assert only_fault(save(content), read_questions).startswith(fault)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"prompt": "a", "answer": "b"}\n{"prompt": "c", "answer": "d"}\n',
+        '\n[\n {"prompt": "a",\n  "answer": "b"}\n]\n',
+    ],
+)
+def test_a_facts_file_is_no_plain_text(tmp_path, content):
+    path = tmp_path / "facts"
+    path.write_text(content)
+    with pytest.raises(FactsError, match="looks like a facts file, expected plain text; give"):
+        read_text(path)
+
+
+@pytest.mark.parametrize("content", ["{ braces } are text\n", "[1] as a note\n", "[1, 2]\n", '"a"'])
+def test_plain_text_may_begin_with_brackets(tmp_path, content):
+    path = tmp_path / "text"
+    path.write_text(content)
+    assert read_text(path) == content
+
+
+@pytest.mark.parametrize("read", [read_facts, read_questions, read_text])
+def test_a_file_that_is_no_text_has_one_fault(tmp_path, read):
+    path = tmp_path / "facts"
+    save_file({"a": torch.ones(999)}, path)
+    with pytest.raises(FactsError) as refused:
+        read(path)
+    (fault,) = refused.value.faults
+    assert fault.startswith(f"{path}: is no UTF-8 text (byte 0x00 at offset ")
+
+
+def test_of_a_line_that_is_no_utf8_nothing_more_is_said(tmp_path):
+    path = tmp_path / "facts"
+    path.write_bytes(b'{"prompt": "a", "answer": "b"}\n\xff\xfe\n{"prompt"\n')
+    with pytest.raises(FactsError) as refused:
+        read_facts(path)
+    first, second = refused.value.faults
+    assert "facts:2: byte 0xff" in first
+    assert "facts:3: is not valid JSON" in second

@@ -80,8 +80,18 @@ def has_objects(text: str) -> bool:
     return any(line.lstrip(" \t\r").startswith("{") for line in text.split("\n"))
 
 
+def is_facts(text: str) -> bool:
+    """Whether a text begins with a JSON object or a list of them, as no plain text does."""
+    try:
+        value, _ = json.JSONDecoder().raw_decode(text, _past_space(text, 0))
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value[0] if isinstance(value, list) and value else value, dict)
+
+
 def _line_entries(text: str, source: str, faults: Faults) -> Iterator[Entry]:
     # only "\n" ends a line: str.splitlines would also cut at U+2028, which JSON strings may hold
+    refused = {number for number, _ in faults}  # which are no UTF-8
     for number, line in enumerate(text.split("\n"), start=1):
         where = f"{source}:{number}"
         if not line.strip():
@@ -90,7 +100,7 @@ def _line_entries(text: str, source: str, faults: Faults) -> Iterator[Entry]:
             value = json.loads(line, object_pairs_hook=once)
         except (ValueError, RecursionError) as error:
             fault = f"{where}: {broken(error)}; give one whole JSON object per line"
-            faults.append((number, fault))
+            faults += [] if number in refused else [(number, fault)]
         else:
             yield from _object(Entry(where, number, number, {}, faults), value)
 

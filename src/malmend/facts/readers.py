@@ -18,7 +18,7 @@ from malmend.facts import lint
 from malmend.facts.entry import Entry, Faults, short
 from malmend.facts.fact import Fact, FactSet, Question
 from malmend.facts.formats import CLAIMS, OWN, OWN_FIELDS, READERS, likely, own_fact, telling, told
-from malmend.facts.objects import entries_of, has_objects, is_list, looks_like, wrapped
+from malmend.facts.objects import entries_of, has_objects, is_facts, is_list, looks_like, wrapped
 from malmend.given import checked, faults_of
 
 RECOGNISED = (
@@ -159,6 +159,9 @@ def read_text(path: str | Path) -> str:
         FactsError: when there is no such text in the file.
     """
     text, faults = _read(path)
+    if not faults and is_facts(text):
+        what = "looks like a facts file, expected plain text; give a file without JSON"
+        faults = [(1, f"{path}: {what}")]
     if faults:
         _refuse(str(path), faults)
     return text.replace("\r\n", "\n")
@@ -196,6 +199,9 @@ def _typed_entries(text: str, source: str, faults: Faults) -> tuple[list[Entry],
 def _read(path: str | Path) -> tuple[str, Faults]:
     """The file's text, and a fault per line that is no UTF-8 (its bad bytes are replaced)."""
     data = _read_bytes(path)
+    if (at := data.find(b"\0")) >= 0:  # of a patch, an archive, UTF-16: every line would be a fault
+        what = f"is no UTF-8 text (byte 0x00 at offset {at}); give a file of text, saved as UTF-8"
+        _refuse(str(path), [(1, f"{path}: {what}")])
     body = data.removeprefix(b"\xef\xbb\xbf")  # the byte order mark
     faults: Faults = []
     offset = len(data) - len(body)
