@@ -258,8 +258,11 @@ CASES: dict[str, tuple[Callable[[Place], Arguments], str]] = {
     ),
     "no such site": (lambda p: p.edit("--sites", "*.nix"), "No linear layer is named '*.nix'"),
     "near beyond one": (lambda p: p.train("--near", 2), "near is 2.0, expected a share from 0"),
-    "end weight zero": (lambda p: p.train("--end-weight", 0), "end_weight is 0, expected a number"),
-    "rank zero": (lambda p: p.train("--network.rank", 0), "rank 0"),
+    "end weight zero": (
+        lambda p: p.train("--end-weight", 0),
+        "end_weight is 0.0, expected a number above 0",
+    ),
+    "rank zero": (lambda p: p.train("--network.rank", 0), "rank is 0, expected 1 or more"),
     # models
     "missing model": (lambda p: p.edit(model="nothing"), "There is no model 'nothing'"),
     "misspelt model": (lambda p: p.edit(model="smolm2-135m"), "did you mean 'smollm2-135m'?"),
@@ -269,7 +272,19 @@ CASES: dict[str, tuple[Callable[[Place], Arguments], str]] = {
         lambda p: after((p.folder / "bare").mkdir(), p.edit(model=p.folder / "bare")),
         "holds no config.json",
     ),
-    "model that is a file": (lambda p: p.edit(model=p.facts), "There is no model"),
+    "model that is a file": (
+        lambda p: p.edit(model=p.facts),
+        "facts.jsonl is a file, expected a model; give a model's folder, a .gguf file or a name.",
+    ),
+    "model that is a file of a model": (
+        lambda p: p.edit(model=f"{p.model}/model.safetensors"),
+        "model.safetensors is a file of a model's folder, expected the folder; give ",
+    ),
+    "model without a name": (lambda p: ["eval", "", p.facts], "The model's name is empty; give"),
+    "model that is an adapter": (
+        lambda p: p.edit(model=other_folder(p.folder / "lora", "adapter_config.json")),
+        "lora is a LoRA adapter, expected a model; give its base, and the adapter as a patch",
+    ),
     "model with corrupt weights": (
         lambda p: p.edit(model=broken_model(p, lambda f: cut(f / "model.safetensors"))),
         "cannot be loaded",
@@ -284,7 +299,7 @@ CASES: dict[str, tuple[Callable[[Place], Arguments], str]] = {
     ),
     "model without a tokenizer": (
         lambda p: p.edit(model=broken_model(p, lambda f: [x.unlink() for x in f.glob("tok*")])),
-        "cannot be loaded",
+        "holds no tokenizer's files, expected a whole model's folder; fetch or save it anew.",
     ),
     "train into the model's folder": (
         lambda p: p.train(out=shutil.copytree(p.model, p.folder / "model")),
@@ -296,7 +311,7 @@ CASES: dict[str, tuple[Callable[[Place], Arguments], str]] = {
     ),
     "a seed of thirty digits": (
         lambda p: p.train("--seed", "1" * 30),
-        "--seed is 1111111111",
+        "seed is 1111111111",
     ),
     "a prompt that is not UTF-8": (
         lambda p: ["ask", p.model, "Ora \udcff is"],
@@ -305,7 +320,7 @@ CASES: dict[str, tuple[Callable[[Place], Arguments], str]] = {
     "no batch": (lambda p: p.eval("--trunk.batch-tokens", 0), "batch_tokens is 0, expected 1"),
     "a disk budget below none": (
         lambda p: p.eval("--trunk.store-bytes=-1"),
-        "store_bytes is -1, expected 0 or more",
+        "store_bytes is -1, expected 0 to 1e+18",
     ),
     "demo of fewer than no facts": (
         lambda p: ["demo", "--model", p.model, "--out", p.folder / "out", "--facts=-5"],
@@ -910,7 +925,7 @@ def test_a_training_that_never_began_leaves_no_folder(tiny, tmp_path):
     ("option", "said"),
     [
         ("--descent.steps=0", "descent.steps is 0"),
-        ("--descent.rate=-1", "descent.rate -1"),
+        ("--descent.rate=-1", "descent.rate is -1"),
         ("--eta=0", "eta is 0"),
         ("--eta=inf", "--eta is 'inf'"),
     ],

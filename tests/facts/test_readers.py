@@ -338,21 +338,6 @@ def test_any_bytes_give_facts_or_a_malmend_error(tmp_path_factory, content, stri
         assert result.faults if isinstance(result, FactsError) else result
 
 
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        ((3,), "path is 3, expected"),
-        ((None,), "path is None, expected"),
-        (("",), "path is empty, expected a path"),
-        (("facts.jsonl", "2"), "limit is '2', expected a whole number"),
-        (("facts.jsonl", True), "limit is True, expected a whole number"),
-    ],
-)
-def test_what_is_given_in_python_is_checked(given, said):
-    with pytest.raises(MalmendError, match=said):
-        read_facts(*given)
-
-
 def test_the_digest_of_facts_by_its_definition():
     """As docs/formats.md has it: prompt, byte 1F, answer, byte 1E of each fact, in order."""
     facts = [Fact("a", "A is", "B"), Fact("b", "C is", "D é")]

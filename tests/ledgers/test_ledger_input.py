@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
 import shutil
 import sqlite3
 import threading
@@ -20,7 +21,8 @@ from safetensors.torch import load_file, save_file
 
 import command_support
 import malmend
-from command_support import as_lines, files_in, save_model
+from command_support import as_lines, files_in, make_facts, save_model
+from malmend.commands import ledger_facts
 from malmend.editors.checkpoint import load_editor, save_editor
 from malmend.editors.editor import Editor, SiteStatistics
 from malmend.editors.settings import training_free
@@ -230,6 +232,18 @@ def test_a_disk_that_takes_no_file_is_said_before_the_work(tiny, cache, monkeypa
     monkeypatch.setattr("malmend.workbench.load_model", None)
     monkeypatch.setattr(Path, "glob", lambda self, pattern: [])  # an empty one
     assert "cannot be written" in refused(malmend.ledger.init, place, tiny.model)
+
+
+def test_a_ledger_that_takes_no_file_is_told_before_the_work(tiny, ledger, monkeypatch):
+    """Facts were solved first, and then another path was asked for."""
+
+    def full(self, *_mode, **_more):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "touch", full)
+    monkeypatch.setattr(ledger_facts, "_bench", None)
+    with pytest.raises(LedgerError, match=r"takes no file, so nothing was changed; make room"):
+        added(tiny, ledger, make_facts(1, seed=9))
 
 
 def test_another_model_is_refused(tiny, ledger, tmp_path):

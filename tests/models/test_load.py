@@ -237,7 +237,7 @@ def test_odd_names(name):
 
 def test_a_file_that_is_no_model(tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
-    assert "There is no model" in refused(tmp_path / "notes.txt")
+    assert "notes.txt is a file, expected a model" in refused(tmp_path / "notes.txt")
 
 
 def test_built_in_without_its_weights_says_how_to_get_them(monkeypatch):

@@ -70,19 +70,19 @@ def test_transformers_alone_opens_it_with_tokenizer_and_generation_config(tmp_pa
     assert tokenizer("w3 w4").input_ids == loaded.tokenizer("w3 w4").input_ids
 
 
-@pytest.mark.parametrize("edited", [False, True])
-def test_a_weight_beyond_the_dtypes_range_is_refused(edited):
-    """It was written as infinity, which reads back as infinity."""
+@pytest.mark.parametrize(("base", "shifted"), [(1e5, 0.0), (0.0, 1e5), (1e5, -1e5)])
+def test_a_weight_beyond_the_dtypes_range_is_refused(base, shifted):
+    """It was written as infinity, which reads back as infinity; also where a shift brings it back,
+    of which rounding was said to take an infinite share."""
     loaded = loaded_of("llama")
     name = find_sites(loaded.model, 1)[0].name
     shift = torch.zeros(loaded.model.get_submodule(name).weight.shape)
-    shift[0, 0] = 1e5
-    if not edited:
-        with torch.no_grad():
-            loaded.model.get_parameter(f"{name}.weight").add_(shift)
+    shift[0, 0] = shifted
+    with torch.no_grad():
+        loaded.model.get_parameter(f"{name}.weight")[0, 0] += base
     with pytest.raises(ModelError, match=r"down_proj.weight holds numbers that float16 has not"):
-        merged(loaded, Patch({name: (shift if edited else 0 * shift,)}, {}), "float16")
-    assert merged(loaded, Patch({name: (0 * shift,)}, {}), "bfloat16").dtype == "bfloat16"
+        merged(loaded, Patch({name: (shift,)}, {}), "float16")
+    assert merged(loaded, Patch({name: (shift,)}, {}), "bfloat16").dtype == "bfloat16"
 
 
 def test_what_a_load_computes_anew_is_not_rounded():

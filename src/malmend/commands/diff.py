@@ -12,6 +12,7 @@ from malmend.given import checked
 from malmend.models.identity import settings_of, unlike_settings
 from malmend.models.load import LoadedModel
 from malmend.models.sites import Site
+from malmend.models.source import lasting
 from malmend.patch import Patch, by_one_thread, check_bare, now, versions
 from malmend.patch_file import replaced, save_patch
 from malmend.progress import Progress, silent
@@ -135,10 +136,10 @@ def _patch(mine: LoadedModel, theirs: LoadedModel, found: Comparison) -> Patch:
 def _provenance(mine: LoadedModel, theirs: LoadedModel) -> dict[str, object]:
     return {
         **versions(),
-        "model": mine.name,
+        "model": lasting(mine.name),
         "base": mine.fingerprint,
         "method": "diff",
-        "other": theirs.name,
+        "other": lasting(theirs.name),
         "other_base": theirs.fingerprint,
         "created": now(),
         "settings": {},

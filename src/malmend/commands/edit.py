@@ -29,6 +29,7 @@ from malmend.methods.method_choice import method_for
 from malmend.models.budget import watched
 from malmend.models.device import places_of
 from malmend.models.load import LoadedModel
+from malmend.models.source import lasting
 from malmend.models.trunk import TrunkSettings
 from malmend.patch import Patch, applied, by_one_thread, make_patch, now, versions
 from malmend.patch_file import load_patch, replaced, save_patch
@@ -228,7 +229,7 @@ def _header(
     seen = trained_on(found.said, facts.facts)
     return {
         **versions(),
-        "model": bench.loaded.name,
+        "model": lasting(bench.loaded.name),
         "base": bench.loaded.fingerprint,
         "dtype": bench.loaded.dtype,
         "device": places_of(bench.loaded.model),

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from malmend.errors import LedgerError, MalmendError
+from malmend.files import writable_folder
 from malmend.ledgers.ledger import Ledger
 from malmend.ledgers.tables import transaction
 
@@ -31,10 +33,17 @@ def writing(folder: str | Path, wait: float = WAIT) -> Iterator[Ledger]:
 
     Raises:
         LedgerError: there is none, it is damaged, or another process writes it for longer than
-            ``wait`` seconds.
+            ``wait`` seconds, or no file can be made in its folder.
     """
     folder = Path(folder)
     with transaction(folder, True, wait) as db:
+        try:
+            writable_folder(folder)  # else that is found out once all is solved
+        except MalmendError as error:
+            raise LedgerError(
+                f"The ledger {folder} takes no file, so nothing was changed; make room, or check "
+                "who may write there."
+            ) from error
         ledger = Ledger(folder, db)
         _sweep(folder, ledger.files())
         try:

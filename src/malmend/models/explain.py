@@ -32,7 +32,7 @@ def explained(name: str) -> Iterator[None]:
             raise cause from None
         if _is_ours(error):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" :")
         raise ModelError(
             f"The model {name!r} cannot be loaded ({reason[:300]}); "
             f"give {KINDS} that transformers' Auto classes can open."

