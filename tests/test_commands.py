@@ -350,6 +350,13 @@ def test_a_model_with_a_patch_on_it_is_refused(tiny, tmp_path, monkeypatch, comm
     call()
 
 
+def test_a_patch_names_its_model_from_any_folder(tiny, monkeypatch):
+    place = Path(tiny.model)
+    monkeypatch.chdir(place.parent)
+    done = malmend.edit(place.name, FEW, settings=LAST, **eager(tiny))
+    assert done.patch.provenance["model"] == str(place)
+
+
 def test_the_report_of_an_edit_is_of_the_facts_that_were_read(tiny, tmp_path):
     """They were read again after the work, when a file may be another, and an iterator over."""
     done = malmend.edit(tiny.loaded, iter(FEW), settings=LAST, report=tmp_path / "a", **eager(tiny))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from ledger_support import added, begun, own
@@ -117,6 +119,17 @@ def test_what_the_model_knows_is_said_before_the_work(tiny, knowing, tmp_path, m
     assert list(done.known) == KNOWN
     assert [entry.id for entry in done.entered] == ["f0"]
     assert add(ledger, KNOWN, skip_known=True, model=knowing).generation.number == 1
+
+
+def test_replacing_offers_no_option_that_it_lacks(knowing, tiny, tmp_path):
+    ledger, lines = tmp_path / "ledger", []
+    malmend.ledger.init(ledger, knowing, rule=StopRule(questions=0), **own(tiny))
+    wrong = dataclasses.replace(KNOWN[0], answer="Rome")
+    malmend.ledger.add(ledger, [wrong], model=knowing)
+    malmend.ledger.replace(ledger, KNOWN[:1], model=knowing, told=lines.append)
+    assert lines == [
+        "The unedited model answers fact 'paris' right already; taken in all the same."
+    ]
 
 
 def test_verify_asks_every_fact_as_a_user_would(tiny, knowing, tmp_path):

@@ -99,7 +99,8 @@ def test_everything_that_the_solves_and_it_depend_on_names_the_place(settled, mo
         with monkeypatch.context() as patch:
             patch.setattr(settling, name, [*getattr(settling, name), 1])
             found[name] = place()
-    for name, value in {"dtype": "bfloat16", "places_of": lambda _model: "cuda:0"}.items():
+    elsewhere = {"dtype": "bfloat16", "places_of": lambda _model: "cuda:0", "versions": dict}
+    for name, value in elsewhere.items():
         with monkeypatch.context() as patch:
             patch.setattr(*(type(twin), name) if name == "dtype" else (settling, name), value)
             found[name] = place()
