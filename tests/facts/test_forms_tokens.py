@@ -6,6 +6,8 @@ puts an end behind and nothing in front.
 
 from __future__ import annotations
 
+from unicodedata import normalize
+
 import pytest
 import torch
 from transformers import (
@@ -83,6 +85,14 @@ def test_classes_by_their_names_whatever_case_and_blanks(index):
     for spelt in (name, name.lower(), f"  {name.title()} ", name.replace(" ", "  ")):
         assert encoder.encode(Question("mars has", spelt)).labels == (index,)
     assert encoder.said([index]) == name
+
+
+def test_a_class_is_the_same_however_its_letters_are_encoded():
+    composed, apart = (normalize(form, "Île") for form in ("NFC", "NFD"))
+    assert composed != apart
+    for name, spelt in ((composed, apart), (apart, composed)):
+        encoder = Encoder(framed(), reading=Reading("classes", ("Mer", name)))
+        assert encoder.encode(Question("mars has", spelt)).labels == (1,)
 
 
 def test_a_wrong_class_names_the_nearest():

@@ -128,7 +128,7 @@ def test_replacing_offers_no_option_that_it_lacks(knowing, tiny, tmp_path):
     malmend.ledger.add(ledger, [wrong], model=knowing)
     malmend.ledger.replace(ledger, KNOWN[:1], model=knowing, told=lines.append)
     assert lines == [
-        "The unedited model answers fact 'paris' right already; taken in all the same."
+        "The unedited model answers 1 fact (paris) right already; taken in all the same."
     ]
 
 
