@@ -357,7 +357,7 @@ def test_facts_that_the_model_cannot_say(made, tmp_path):
 def test_too_few_subjects_to_hold_some_out(made, tmp_path):
     model, _ = made("bert")
     facts = folders.save_facts("bert", tmp_path / "few", count=1)
-    with pytest.raises(MalmendError, match=r"1 facts are too few .*--validation 0"):
+    with pytest.raises(MalmendError, match=r"1 fact cannot be split .*--validation 0"):
         finetune(model, facts, tmp_path / "out", CHOOSING)
 
 

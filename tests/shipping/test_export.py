@@ -158,7 +158,7 @@ def test_nothing_half_written_is_left(tiny, patch, tmp_path, monkeypatch, to):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--to", "lara"], "to is 'lara'; did you mean 'lora'?"),
+        (["--to", "lara"], "--to is 'lara' (did you mean 'lora'?), expected"),
         (["--to", "lora", "--rank", "100"], "1, 8, 16, 32, 64, 128, 256, 320, 512"),
         (["--to", "lora", "--dtype", "bfloat16"], "leave --dtype out"),
         (["--to", "merged", "--rank", "8"], "of --to lora"),

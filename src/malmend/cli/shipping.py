@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from malmend.cli.options import derive, parse, parser_of
 
@@ -16,7 +16,8 @@ def export(arguments: list[str], what: str) -> None:
     parser.add_argument("patch", type=str, help="a patch")
     parser.add_argument("folder", type=str, help="folder to make")
     derive(parser, export, {"patch", "folder", "to", "model", "told"})
-    parser.add_argument("--to", type=str, required=True, help="lora or merged")
+    kinds = Literal["lora", "merged"]
+    parser.add_argument("--to", type=kinds, required=True, help="an adapter or a whole model")
     parser.add_argument("--model", type=str, help="the base, where the patch's name is not its own")
     given: dict[str, Any] = parse(parser, arguments)
     with show.bars() as bars:

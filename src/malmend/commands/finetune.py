@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from malmend.commands.finetune_epochs import CHECKPOINT, Epochs, best_epoch
 from malmend.editors.training_folder import check_unlike
-from malmend.errors import MalmendError
+from malmend.errors import MalmendError, counted
 from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact, FactSet, Question, class_key, subject_hash
 from malmend.facts.lint import skipped_said, unseen, unseen_said
@@ -178,8 +178,8 @@ def _split(facts: list[Fact], settings: FinetuneSettings) -> tuple[list[Fact], l
     ]
     if settings.validation and (all(held) or not any(held)):
         raise MalmendError(
-            f"{len(facts)} facts are too few to hold some out for validation; give more, or "
-            "--validation 0."
+            f"{counted(len(facts), 'fact')} cannot be split to hold some out for validation; give "
+            "more, or --validation 0."
         )
     return (
         [fact for fact, is_held in zip(facts, held, strict=True) if not is_held],

@@ -40,7 +40,7 @@ def read_facts(path: str | Path, limit: int | None = None, strict: bool = False)
         MalmendError: when ``limit`` is below 1.
     """
     if limit is not None and limit < 1:
-        raise MalmendError(f"limit is {limit}; give 1 or more, or leave it out to read all facts")
+        raise MalmendError(f"limit is {limit}; give 1 or more, or leave it out to read all facts.")
     source, (text, faults) = str(path), _read(path)
     entries, kind = _typed_entries(text, source, faults)
     read_fact, _ = READERS[kind]
@@ -68,7 +68,7 @@ def given_facts(facts: Sequence[Fact], limit: int | None = None, strict: bool = 
         MalmendError: when ``limit`` is below 1.
     """
     if limit is not None and limit < 1:
-        raise MalmendError(f"limit is {limit}; give 1 or more, or leave it out to take all facts")
+        raise MalmendError(f"limit is {limit}; give 1 or more, or leave it out to take all facts.")
     if not isinstance(facts, Iterable):
         raise FactsError(f"facts is {short(facts)}, expected facts, or the path of a file of them.")
     read = facts if isinstance(facts, FactSet) else FactSet("facts", tuple(facts))
