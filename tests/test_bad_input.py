@@ -299,7 +299,7 @@ CASES: dict[str, tuple[Callable[[Place], Arguments], str]] = {
     ),
     "model without a tokenizer": (
         lambda p: p.edit(model=broken_model(p, lambda f: [x.unlink() for x in f.glob("tok*")])),
-        "holds no tokenizer's files, expected a whole model's folder; fetch or save it anew.",
+        "the backend tokenizer from one of: (1) a",
     ),
     "train into the model's folder": (
         lambda p: p.train(out=shutil.copytree(p.model, p.folder / "model")),

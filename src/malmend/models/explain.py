@@ -32,7 +32,9 @@ def explained(name: str) -> Iterator[None]:
             raise cause from None
         if _is_ours(error):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" :")
+        said = str(error).strip() or type(error).__name__
+        first = said.splitlines()[0].strip()
+        reason = " ".join(said.split()) if first.endswith(":") else first  # what follows is it
         raise ModelError(
             f"The model {name!r} cannot be loaded ({reason[:300]}); "
             f"give {KINDS} that transformers' Auto classes can open."

