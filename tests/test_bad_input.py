@@ -223,6 +223,14 @@ CASES: dict[str, tuple[Callable[[Place], Arguments], str]] = {
         lambda p: p.edit("--limit", "ten"),
         "--limit is 'ten', expected a whole number",
     ),
+    "no limit": (
+        lambda p: p.edit("--limit", ""),
+        "--limit is '', expected a whole number; see malmend edit --help",
+    ),
+    "no method": (
+        lambda p: p.edit("--method="),
+        "--method is '', expected 'malmen', 'mend'",
+    ),
     "rate in words": (lambda p: p.train("--clip", "x"), "--clip is 'x', expected a number"),
     "switch that is neither": (
         lambda p: p.eval("--chat=maybe"),
@@ -745,6 +753,21 @@ def test_a_full_disk_while_a_report_is_written(place, capsys, monkeypatch):
     monkeypatch.setattr(Path, "write_text", full)
     said = refused(place.eval("--json", report), place.folder, capsys)
     assert "report.json cannot be written (No space left on device)" in said
+
+
+def test_a_page_that_cannot_be_written_costs_no_figures(place, capsys, monkeypatch):
+    """They were asked for hours, and were neither shown nor kept."""
+
+    def full(*_given: object) -> None:
+        raise MalmendError("page/index.html cannot be written (No space left on device).")
+
+    monkeypatch.setattr("malmend.evaluation.page.write_page", full)
+    figures = place.folder / "figures.json"
+    assert malmend(*place.eval("--json", figures, "--report", place.folder / "page")) == 2
+    shown = capsys.readouterr()
+    assert "index.html cannot be written" in shown.err
+    assert "ES" in shown.out
+    assert json.loads(figures.read_text())["facts"] == 12
 
 
 def test_any_other_failure_of_the_system_is_one_line_too(place, capsys, monkeypatch):

@@ -84,7 +84,7 @@ MOST_SHOWN = 300  # characters of a value
 
 def bad_value(text: str, spelt: Callable[[str], str]) -> str | None:
     """jsonargparse's complaint about a value, in plain words: option, value, what was expected."""
-    found = re.match(r'Parser key "([\w.]+)": (.*)(?:Got value|Given value): (.*)$', text)
+    found = re.match(r'Parser key "([\w.]+)": (.*)(?:Got value|Given value):\s?(.*)$', text)
     kinds = re.findall(r"Expected a (?:<class '(\w+)'>|typing\.Literal\[(.*?)\])", text)
     if found is None or not kinds:
         return None

@@ -435,6 +435,10 @@ def test_more_facts_than_there_are(plan, tmp_path):
         ({"models": ("smollm2-135n",)}, "no model 'smollm2-135n'; did you mean 'smollm2-135m'"),
         ({"methods": {"ft": {}, "paper": {"editor": "runs/none"}}}, "no editor in runs/none"),
         ({"text": "nowhere.txt"}, r"nowhere\.txt"),
+        (
+            {"models": ("no/a", "no/b"), "methods": {"p": {"editor": "no/c"}}, "text": "no/d"},
+            r"(?s)^What the plan names cannot be used: 4 faults\n.*no/a.*no/b.*no/c.*no/d",
+        ),
     ],
 )
 def test_what_is_not_there_is_said_before_a_model_is_loaded(

@@ -55,6 +55,32 @@ decode: 1.5
         assert fault.startswith(said)
 
 
+def test_what_is_listed_twice_and_empty_texts_are_faults(tmp_path):
+    """A size that was there twice made no cell more, and an empty text was a path."""
+    text = """\
+models: [a, ""]
+facts: ""
+methods: [ft]
+sizes: [4, 8, 4]
+seeds: [1, 1]
+text: ""
+"""
+    assert faults_of(tmp_path, text) == [
+        "The plan plan.yaml cannot be used: 5 faults",
+        "plan.yaml:1: models[2] is an empty text; give one, or leave it out",
+        "plan.yaml:2: facts is an empty text; give one",
+        "plan.yaml:4: sizes[3] is 4, as sizes[1] is; leave one out",
+        "plan.yaml:5: seeds[2] is 1, as seeds[1] is; leave one out",
+        "plan.yaml:6: text is an empty text; give one, or leave the field out",
+    ]
+
+
+def test_a_folder_is_no_plan(tmp_path):
+    said = rf"^There is no plan {tmp_path} to be read \(Is a directory\); give a YAML file.$"
+    with pytest.raises(MalmendError, match=said):
+        read_plan(tmp_path)
+
+
 def test_every_fault_ends_alike_with_what_to_do(tmp_path):
     """Some ended in a full stop and some did not, and half of them said what to do."""
     text = """\

@@ -93,6 +93,14 @@ def test_a_misspelt_field_is_named(save, entry, near, meant):
     assert found == [f"facts:1: unknown field '{near}'; did you mean '{meant}'?"]
 
 
+@pytest.mark.parametrize("reader", [read_facts, read_questions])
+def test_a_misspelt_answer_of_nq_open_is_named(save, reader):
+    """As a question its answer was lost without a word."""
+    path = save(lines({"question": "who?", "answers": ["A"]}))
+    found = faults_of(path, reader)
+    assert found[0] == "facts:1: unknown field 'answers'; did you mean 'answer'?"
+
+
 def test_a_misspelt_claim_is_named(save):
     claims = save(lines(without(CLAIM, "prompt") | {"promt": "P"}))
     assert [fault.split(";")[0] for fault in faults_of(claims)] == [

@@ -32,6 +32,7 @@ from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 from malmend.bench.way import way_of
 from malmend.errors import MalmendError, counted, nearest
 from malmend.facts.entry import short
+from malmend.files import reason
 from malmend.given import faults as type_faults
 from malmend.yaml_file import At, read_yaml
 
@@ -123,7 +124,8 @@ def read_plan(path: str | Path) -> Plan:
     try:
         given, lines = read_yaml(path)
     except OSError as error:
-        raise MalmendError(f"There is no plan {path} to be read; give a YAML file.") from error
+        why = f" ({reason(error)})" if path.exists() else ""
+        raise MalmendError(f"There is no plan {path} to be read{why}; give a YAML file.") from error
     if not isinstance(given, dict):
         raise MalmendError(
             f"The plan {path} holds no fields, expected {', '.join(NEEDED)}; give these at least."
@@ -173,7 +175,10 @@ def _list_faults(name: str, values: object, hint: Any) -> Iterator[tuple[At, str
         yield (name,), f"{name} is {said}; give {EXPECTED[name]}{_or_none(name)}"
         return
     for index, value in enumerate(values):
-        wrong = _kind(f"{name}[{index + 1}]", value, hint)
+        at = f"{name}[{index + 1}]"
+        wrong = list(_kind(at, value, hint))
+        if not wrong and (first := list(values).index(value)) < index:
+            wrong = [f"{at} is {short(value)}, as {name}[{first + 1}] is; leave one out"]
         yield from (((name, index), what) for what in wrong)
 
 
@@ -183,6 +188,8 @@ def _kind(name: str, value: object, hint: Any) -> Iterator[str]:
     wrong = type_faults({name: value}, {name: hint})
     if not wrong and least is not None and cast(int, value) < least:
         wrong = [f"{name} is {value}, expected a whole number"]
+    if value == "":
+        wrong = [f"{name} is an empty text"]
     more = "" if least is None else f" of at least {least}"
     yield from (f"{what}{more}; give one{_or_none(name)}" for what in wrong)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -166,22 +167,35 @@ def _elsewhere(device: str, rows: Sequence[Mapping[str, Any]]) -> set[str]:
 
 
 def _check_files(plan: Plan) -> None:
-    """Raises MalmendError where a model, an editor or the text that a plan names is not there."""
-    for model in plan.models:
-        load_config(model)
-    for name, given in plan.methods.items():
-        editor = way_of(name, given).editor
-        if editor in ("auto", "none"):
-            continue
-        trained = trained_method(editor)
-        found = trained.name if trained else load_editor(editor).editor.settings.method
-        if (wanted := named_method(name, given) or found) != found:
-            raise MalmendError(
-                f"The plan's method {name!r} is {wanted}, and {editor} holds an editor of the "
-                f"method {found}; give another name or folder."
-            )
-    if plan.text != "none":
-        read_text(plan.text)
+    """Raises MalmendError where models, editors or the text that a plan names are not there."""
+    faults = list[MalmendError]()
+    checks: list[Callable[[], object]] = [partial(load_config, model) for model in plan.models]
+    checks += [partial(_check_editor, name, given) for name, given in plan.methods.items()]
+    checks += [partial(read_text, plan.text)] if plan.text != "none" else []
+    for check in checks:
+        try:
+            check()
+        except MalmendError as error:
+            faults.append(error)
+    if len(faults) == 1:
+        raise faults[0]
+    if faults:
+        head = f"What the plan names cannot be used: {counted(len(faults), 'fault')}"
+        raise MalmendError("\n".join([head, *map(str, faults)])) from faults[0]
+
+
+def _check_editor(name: str, given: Mapping[str, Any]) -> None:
+    """Raises MalmendError where a method's editor is not there, or is of another method."""
+    editor = way_of(name, given).editor
+    if editor in ("auto", "none"):
+        return
+    trained = trained_method(editor)
+    found = trained.name if trained else load_editor(editor).editor.settings.method
+    if (wanted := named_method(name, given) or found) != found:
+        raise MalmendError(
+            f"The plan's method {name!r} is {wanted}, and {editor} holds an editor of the "
+            f"method {found}; give another name or folder."
+        )
 
 
 def cost(left: Sequence[Cell], count: int, results: Results) -> str:

@@ -182,7 +182,7 @@ def _edit(arguments: list[str], what: str) -> None:
 def _eval(arguments: list[str], what: str) -> None:
     from malmend.cli import show, show_report
     from malmend.commands.evaluate import evaluate
-    from malmend.evaluation.page import check_apart
+    from malmend.evaluation.page import check_apart, page_folder, write_page
     from malmend.files import writable
 
     parser = parser_of("eval", what)
@@ -194,18 +194,23 @@ def _eval(arguments: list[str], what: str) -> None:
     derive(parser, evaluate, {"model", "facts", "patch", "told"})
     parser.add_argument("--json", type=str, help="file to write all figures and answers to")
     given = parse(parser, arguments)
-    path = given.pop("json")
+    path, folder = given.pop("json"), given.pop("report")
+    inputs = [given[name] for name in ("facts", "patch", "text", "model")]
     if path is not None:
-        writable(path, given["facts"], given["patch"], given["text"], given["model"])
-        if given["report"] is not None:
-            check_apart(path, given["report"])
+        writable(path, *inputs)
+    if folder is not None:
+        page_folder(folder, *inputs)
+        if path is not None:
+            check_apart(path, folder)
     with show.bars() as bars:
         result = evaluate(**given, progress=bars, told=show.status)
+    # First what a full disk leaves: of hours of asking something is always seen.
+    show_report.report(result)
     if path is not None:
         result.save(path)
-    show_report.report(result)
-    if given["report"] is not None:
-        show.page(given["report"])
+    if folder is not None:
+        write_page(result, folder)
+        show.page(folder)
 
 
 def _ask(arguments: list[str], what: str) -> None:

@@ -16,6 +16,7 @@ OWN_FIELDS = (
 )
 MEND_FIELDS = ("src", "answers", "rephrase", "rephrases", "alt", "loc", "loc_ans")
 CLAIM_FIELDS = ("prompt", "equiv_prompt", "label", "alt", "unrel_prompt", "unrel_ans")
+NQ_FIELDS = ("question", "answer")
 KILT_FIELDS = ("input", "output", "filtered_rephrases", "rephrases")
 OWN, MEND, NQ = "malmend", "MEND / zsRE", "NQ-open"
 CLAIMS, KILT = "MALMEN / FEVER", "KILT / FEVER"
@@ -164,6 +165,7 @@ def _benchmark_fact(
 
 def nq_fact(entry: Entry) -> Fact | None:
     """The fact of an NQ-open object, or None where it has faults."""
+    _misspelt(entry, NQ_FIELDS)
     question, answer = entry.required("question"), entry.first("answer")
     if question is None or answer is None:
         return None
@@ -232,6 +234,7 @@ def _loc(entry: Entry) -> Question | None:
 
 def nq_question(entry: Entry) -> Question | None:
     """The question of an NQ-open object, with the prefix that ``loc`` has in MEND's files."""
+    _misspelt(entry, NQ_FIELDS)
     question = entry.required("question")
     answer = None if entry.fields.get("answer") is None else entry.first("answer")
     return None if question is None else Question(f"nq question: {question.strip()}", answer)
