@@ -262,7 +262,7 @@ CASES: dict[str, tuple[Callable[[Place], Arguments], str]] = {
     ),
     "too many layers": (
         lambda p: p.edit("--layers", 99),
-        "99 layers were to be edited, expected 1 to 6",
+        "99 layers to edit, expected 1 to 6",
     ),
     "no such site": (lambda p: p.edit("--sites", "*.nix"), "No linear layer is named '*.nix'"),
     "near beyond one": (lambda p: p.train("--near", 2), "near is 2.0, expected a share from 0"),

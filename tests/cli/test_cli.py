@@ -681,6 +681,15 @@ def test_a_patch_that_is_replaced_is_told_before(command, tiny, tmp_path, capsys
     assert f"p.st will be replaced (it is {said['method']}, " in capsys.readouterr().err
 
 
+def test_an_edit_that_is_refused_says_of_no_patch_that_it_will_be_replaced(tiny, tmp_path, capsys):
+    out = tmp_path / "p.st"
+    out.write_text("x")
+    assert malmend("edit", tiny.model, tiny.facts, *tiny.fast, "--out", out, "--memory=1MB") == 2
+    said = capsys.readouterr().err
+    assert "--memory is 1MB" in said
+    assert "will be replaced" not in said
+
+
 def test_warnings_of_libraries_are_left_out_while_a_command_runs_alone(monkeypatch):
     shown = []
 

@@ -100,7 +100,7 @@ def edited(result: EditResult) -> None:
     """What an edit did."""
     facts = len(result.facts)
     OUT.print(
-        f"Edited {counted(facts, 'fact')} at {len(result.patch.factors)} layers in "
+        f"Edited {counted(facts, 'fact')} at {counted(len(result.patch.factors), 'layer')} in "
         f"{result.seconds:.1f} s: the edit prompts' answer tokens are right "
         f"{percent(result.edited)} of the time, {percent(result.unedited)} before "
         "(token ratio, teacher forced)."
@@ -108,8 +108,8 @@ def edited(result: EditResult) -> None:
     settled(result.patch.provenance)
     trained_on(result.patch.provenance.get("trained_on"), facts)
     if result.path is not None:
-        size = result.path.stat().st_size / 1e6
-        OUT.print(f"Patch: {escape(str(result.path))} ({size:.1f} MB)")
+        size = max(result.path.stat().st_size / 1e6, 0.1)  # to be seen
+        OUT.print(f"Patch: {escape(str(result.path))} ({size:,.1f} MB)")
     if result.peak is not None:
         peak(result.peak)
     if result.page is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from malmend.commands.ask import AskResult, ask
 from malmend.commands.edit import EditResult, edit
 from malmend.commands.evaluate import evaluate
-from malmend.errors import MalmendError
+from malmend.errors import MalmendError, counted
 from malmend.evaluation.page import page_folder, write_page
 from malmend.evaluation.report import Report
 from malmend.facts.fact import Fact
@@ -78,7 +78,7 @@ def demo(
     told(f"Loading {model}.")
     loaded = load_model(model, device=device)
     before = bits(loaded.model)
-    told(f"Editing {len(known)} facts at once.")
+    told(f"Editing {counted(len(known), 'fact')} at once.")
     done = edit(loaded, known, folder / "patch.safetensors", progress=progress)
     told(f"Asking about all {len(known)}, before and after.")
     first = [

@@ -70,12 +70,12 @@ def diff(
     """
     if out is not None:
         writable(out, model, other)
-        for line in replaced(out):
-            told(line)
     mine, theirs = opened(model, dtype), opened(other, dtype)
     if out is not None:
         for one in (mine, theirs):
             check_bare(one)
+        for line in replaced(out):
+            told(line)
     found = compared(mine.model, theirs.model, progress)
     if out is None:
         return DiffResult(mine.name, theirs.name, found)

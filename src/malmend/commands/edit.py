@@ -159,14 +159,15 @@ def edit(
         page_folder(report, facts, calibrate, text, out, model)
     loaded = opened(model, dtype, device)
     by = by.on(loaded)
-    over = [] if out is None else replaced(out)
-    for line in (*by.said(), *over, *skipped_said(known.skipped), *unseen_said(unseen(known))):
+    for line in (*by.said(), *skipped_said(known.skipped), *unseen_said(unseen(known))):
         told(line)
     sites = by.method.sites_in(loaded.model)
     bench = lay_out(loaded, sites, by.method.end_of_answer, trunk=trunk)
     known = aimed(bench, known, away)
     aims = {"alternative": alternative, "away": away, "created": now()}
     bench, plan = by.within(bench, known.facts, memory)
+    for line in () if out is None else replaced(out):
+        told(line)
     with watched(plan, told) as peak:
         done = _edited(bench, by.method, known, aims, out, progress, processes)
     done = replace(done, peak=peak())

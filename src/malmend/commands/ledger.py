@@ -115,9 +115,9 @@ def patch(
     """
     if out is not None:
         writable(out, ledger)
-        for line in replaced(out):
-            told(line)
     with reading(ledger) as open_ledger:
+        for line in () if out is None else replaced(out):
+            told(line)
         moved = open_ledger.move(open_ledger.active, progress)
         made = patch_of(open_ledger, moved)
     return made if out is None else save_patch(made, out)

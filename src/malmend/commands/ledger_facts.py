@@ -10,7 +10,7 @@ from pathlib import Path
 from malmend.commands.ledger_init import signed_by
 from malmend.editors.editor import Editor
 from malmend.editors.refine import CHAT
-from malmend.errors import LedgerError
+from malmend.errors import LedgerError, counted
 from malmend.evaluation.replies import Asked
 from malmend.facts.fact import Fact, FactSet
 from malmend.facts.lint import unseen, unseen_said
@@ -89,7 +89,7 @@ class Verification:
     warning: str | None = None
 
     def __repr__(self) -> str:
-        held = f"{len(self.rows) - len(self.failing):,} of {len(self.rows):,} facts hold"
+        held = f"{len(self.rows) - len(self.failing):,} of {counted(len(self.rows), 'fact')} hold"
         return f"Verification({held}, retention={self.retention}, warning={self.warning!r})"
 
     @property

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from malmend.errors import MalmendError
+from malmend.errors import MalmendError, counted
 from malmend.evaluation.protocols import PROTOCOLS, Group, Scores
 from malmend.evaluation.replies import CHATTED, HELD, SPOKEN, Asked, FactRow
 from malmend.files import written_beside
@@ -47,7 +47,9 @@ class Report:
             for name, model in (("unedited", self.unedited), ("edited", self.edited))
             if model
         ]
-        return f"Report({self.facts:,} facts, {self.about.get('model')!r}{''.join(figures)})"
+        return (
+            f"Report({counted(self.facts, 'fact')}, {self.about.get('model')!r}{''.join(figures)})"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; None says that nothing of the kind was asked."""

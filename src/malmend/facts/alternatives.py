@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from malmend.errors import FactsError
+from malmend.errors import FactsError, counted
 from malmend.facts.fact import Fact, FactSet, same_class
 
 
@@ -25,7 +25,8 @@ def towards_alternatives(facts: FactSet) -> FactSet:
         raise _lacking(
             facts,
             lacking,
-            f"{len(lacking)} of {len(facts)} facts {'has' if one else 'have'} no alternative",
+            f"{len(lacking):,} of {counted(len(facts), 'fact')} {'has' if one else 'have'} no "
+            "alternative",
             f"give {'it' if one else 'each'} the field 'alternative', a false answer of the same "
             "relation, for --alternative asks for it, or a patch that was made with it",
         )
@@ -63,8 +64,8 @@ def away_from(facts: FactSet, said: Sequence[str], classes: Sequence[str]) -> Fa
         raise _lacking(
             facts,
             lacking,
-            f"of {len(lacking)} of {len(facts)} facts the model already says the answer, and no "
-            "other class is named",
+            f"of {len(lacking):,} of {counted(len(facts), 'fact')} the model already says the "
+            "answer, and no other class is named",
             "give each the field 'alternative', for --away asks for another class, or a patch that "
             "was made with it",
         )

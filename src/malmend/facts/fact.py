@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from unicodedata import normalize
 
+from malmend.errors import counted
+
 
 @dataclass(frozen=True, slots=True)
 class Question:
@@ -119,7 +121,7 @@ class FactSet(Sequence[Fact]):
     skipped: tuple[Skipped, ...] = ()
 
     def __repr__(self) -> str:
-        counts = f"{len(self.facts):,} facts, {len(self.skipped):,} skipped"
+        counts = f"{counted(len(self.facts), 'fact')}, {len(self.skipped):,} skipped"
         return f"FactSet({self.source!r}, {counts})"
 
     def __len__(self) -> int:

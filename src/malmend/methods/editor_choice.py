@@ -11,7 +11,7 @@ from malmend.editors.checkpoint import SavedEditor, check_trained_for, load_edit
 from malmend.editors.editor import Editor
 from malmend.editors.network import NetworkSettings
 from malmend.editors.settings import EditorSettings
-from malmend.errors import EditorError, MalmendError, nearest
+from malmend.errors import EditorError, MalmendError, counted, nearest
 from malmend.material import calibrated
 from malmend.methods.trained import check_trained
 from malmend.models.device import wide_device
@@ -65,7 +65,7 @@ class Choice:
             why = f", for {self.ruled_out} rule out {self.left}, the editor for this model"
             return f"Editor: none; the model is edited without training{why * bool(self.left)}."
         facts = None if self.saved is None else self.saved.about.get("facts")
-        learned = f", trained on {facts:,} facts" if isinstance(facts, int) else ""
+        learned = f", trained on {counted(facts, 'fact')}" if isinstance(facts, int) else ""
         return f"Editor: {self.name}{learned}."
 
     def provenance(self) -> dict[str, Any]:

@@ -45,7 +45,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from malmend.errors import EditorError, MalmendError, ModelError
+from malmend.errors import EditorError, MalmendError, ModelError, counted
 from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact, Question
 from malmend.facts.tokens import Encoder, EndOfAnswer
@@ -274,9 +274,9 @@ def _check(model: PreTrainedModel, facts: Sequence[Fact] = ()) -> None:
     if lost:
         more = f" and {len(lost) - NAMED} more" if len(lost) > NAMED else ""
         raise EditorError(
-            f"MEMIT edits at the subject, but {len(lost)} of {len(facts)} facts have none in their "
-            f"prompts ({', '.join(lost[:NAMED])}{more}); add it as the prompt spells it, "
-            "leave them out, or use another method."
+            f"MEMIT edits at the subject, but {len(lost):,} of {counted(len(facts), 'fact')} have "
+            f"none in their prompts ({', '.join(lost[:NAMED])}{more}); add it as the prompt "
+            "spells it, leave them out, or use another method."
         )
 
 

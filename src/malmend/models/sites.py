@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from malmend.errors import ModelError, nearest
+from malmend.errors import ModelError, counted, nearest
 from malmend.given import faults
 from malmend.models.blocks import PLAIN, check_runs, is_linear, run_matrices
 from malmend.models.forms import Stack, find_stacks
@@ -117,7 +117,7 @@ def find_sites(
     layers = min(LAYERS, shortest) if layers is None else layers
     if not 1 <= layers <= shortest:
         raise ModelError(
-            f"{layers} layers were to be edited, expected 1 to {shortest}, the number of blocks "
+            f"{counted(layers, 'layer')} to edit, expected 1 to {shortest}, the number of blocks "
             "of this model; change --layers."
         )
     runs = run_matrices(model, stacks)
