@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import wraps
 
 import pytest
 import torch
@@ -486,3 +487,28 @@ def test_logits_are_taken_only_where_an_answer_needs_them():
     trunk.logits(batch)
     handle.remove()
     assert rows == [len(batch.tokens.labels_A)]
+
+
+# --- without room
+
+
+def test_no_room_in_a_trial_is_said_as_such(monkeypatch):
+    """Whichever pass has none: the model was said to be unfit, or run another way."""
+    model = tiny.model_of("llama")
+    sites, forward = find_sites(model, 2), model.forward
+    passes, full = 0, None
+
+    @wraps(forward)
+    def counted(*args, **kwargs):
+        nonlocal passes
+        passes += 1
+        if passes == full:
+            raise torch.OutOfMemoryError("no room")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", counted)
+    assert Trunk(model, sites)._splits
+    for full in range(1, passes + 1):
+        passes = 0
+        with pytest.raises(torch.OutOfMemoryError):
+            _ = Trunk(model, sites)._splits

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from malmend.errors import ModelError
-from malmend.models.forms import KINDS, UNRUN, Stack, cannot_run, form_of, probe, run
+from malmend.models.forms import KINDS, Stack, Unrun, cannot_run, form_of, probe, run, tried
 
 PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -109,8 +109,9 @@ def run_matrices(model: PreTrainedModel, stacks: Sequence[Stack]) -> dict[str, l
         )
     )
     try:
-        logits = run(model, probe(model, (0, 1), (0, 2))).logits.float()
-    except UNRUN as error:
+        with tried():
+            logits = run(model, probe(model, (0, 1), (0, 2))).logits.float()
+    except Unrun as error:
         if form == "classes" and model.config.pad_token_id is None:
             raise _reads_rightwards(model) from error  # such a head looks for the last token
         raise cannot_run(model, error, "finding its layers") from error

@@ -36,7 +36,7 @@ from malmend.errors import ModelError
 from malmend.facts.encoded import TokenBatch
 from malmend.models.ending import WIDE, Ending, replaced, rounding, trial
 from malmend.models.forms import (
-    UNRUN,
+    Unrun,
     at_places,
     cannot_run,
     find_stacks,
@@ -44,6 +44,7 @@ from malmend.models.forms import (
     output_reads,
     probe,
     run,
+    tried,
 )
 from malmend.models.lane import Lane
 from malmend.models.sites import Site, stack_of
@@ -249,8 +250,9 @@ class Cut:
             for lane in self._lanes:
                 stack.enter_context(lane.watched())
             try:
-                run(self.model, probe(self.model, (0, 1, 2)))
-            except UNRUN as error:
+                with tried():
+                    run(self.model, probe(self.model, (0, 1, 2)))
+            except Unrun as error:
                 raise cannot_run(self.model, error, "cutting it") from error
 
     @torch.no_grad()
@@ -272,12 +274,13 @@ class Cut:
         """Whether trunk and head together give what the whole model gives, on a trial batch."""
         tokens = tokens or probe(self.model, (0, 1, 2), (2, 1))
         try:
-            whole = run(self.model, tokens).logits
-            if self.form != "classes":
-                whole = at_places(whole, tokens.flat_sources_A)
-            stored = nn.utils.rnn.pad_sequence(self.activations(tokens), batch_first=True)
-            found = self.head(tokens, stored.to(self.model.device), lambda states_AH: states_AH)
-        except UNRUN:
+            with tried():
+                whole = run(self.model, tokens).logits
+                if self.form != "classes":
+                    whole = at_places(whole, tokens.flat_sources_A)
+                stored = nn.utils.rnn.pad_sequence(self.activations(tokens), batch_first=True)
+                found = self.head(tokens, stored.to(self.model.device), lambda states_AH: states_AH)
+        except Unrun:
             return False  # as a block that lacks what the skipped ones would have made
         return self.agree(found, whole)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from malmend.facts.encoded import Encoded, TokenBatch, collate
-from malmend.models.forms import UNRUN, run
+from malmend.models.forms import Unrun, run, tried
 
 WIDE = (torch.float32, torch.float64)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -111,8 +111,9 @@ def _last_run(model: PreTrainedModel, block: nn.Module) -> nn.Module | None:
         if any(parameter.ndim >= 2 for parameter in part.parameters())
     ]
     try:
-        run(model, trial())
-    except UNRUN:  # as a model of fewer positions
+        with tried():
+            run(model, trial())
+    except Unrun:  # as a model of fewer positions
         return None
     finally:
         for handle in handles:
@@ -122,11 +123,12 @@ def _last_run(model: PreTrainedModel, block: nn.Module) -> nn.Module | None:
         return None
     share = rounding(seen[-1].dtype)
     try:
-        for at in range(seen[-1].shape[-2]):
-            *states, out = (one[..., [at], :] for one in seen)
-            if not (part(*states) - out).norm() <= share * out.norm():
-                return None
-    except UNRUN:
+        with tried():
+            for at in range(seen[-1].shape[-2]):
+                *states, out = (one[..., [at], :] for one in seen)
+                if not (part(*states) - out).norm() <= share * out.norm():
+                    return None
+    except Unrun:
         return None
     return part
 

@@ -18,14 +18,17 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from malmend.errors import ModelError
+from malmend.errors import ModelError, is_out_of_memory
 from malmend.facts.encoded import Encoded, Form, TokenBatch, collate
 from malmend.facts.fact import class_key
 from malmend.facts.tokens import Reading
 from malmend.files import reason
 
 KINDS = "a decoder, an encoder with a classification head, or an encoder-decoder"
-UNRUN = (  # what a trial run may raise
+CLASSIFIER = "ForSequenceClassification"
+
+
+_UNRUN = (
     RuntimeError,
     TypeError,
     ValueError,
@@ -33,7 +36,24 @@ UNRUN = (  # what a trial run may raise
     AttributeError,
     AssertionError,
 )
-CLASSIFIER = "ForSequenceClassification"
+
+
+class Unrun(Exception):
+    """A model cannot be run as a trial did; says why."""
+
+
+@contextmanager
+def tried() -> Iterator[None]:
+    """Inside, whatever a model raises that cannot be run so is :class:`Unrun`.
+
+    Not that there is no memory, which says nothing of the model.
+    """
+    try:
+        yield
+    except _UNRUN as error:
+        if is_out_of_memory(error):
+            raise
+        raise Unrun(reason(error)) from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,10 +194,10 @@ def _longest(
     return longest
 
 
-def cannot_run(model: PreTrainedModel, error: Exception, what: str) -> ModelError:
-    """That a trial, of which ``what`` says the end, has raised one of :data:`UNRUN`."""
+def cannot_run(model: PreTrainedModel, error: Unrun, what: str) -> ModelError:
+    """That a trial, of which ``what`` says the end, could not be run."""
     return ModelError(
-        f"{type(model).__name__} cannot run ({reason(error)}), which {what} needs; load it whole, "
+        f"{type(model).__name__} cannot run ({error}), which {what} needs; load it whole, "
         f"unquantised and in float32, or give {KINDS} that reads texts of any length."
     )
 

@@ -20,10 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from malmend.errors import is_out_of_memory
 from malmend.facts.encoded import Encoded, TokenBatch, collate
 from malmend.models.cut import Cut
-from malmend.models.forms import UNRUN, at_places, output_reads
+from malmend.models.forms import Unrun, at_places, output_reads, tried
 
 
 class Suffix:
@@ -107,11 +106,10 @@ def splits(cut: Cut) -> bool:
         stored = stored.to(cut.model.device)
         whole = cut.head(trial, stored, lambda states_AH: states_AH)
         try:
-            suffix = Suffix(cut, trial, stored)
-            found = [suffix.logits(), suffix.subset([1], collate(trial.questions[1:])).logits()]
-        except UNRUN as error:
-            if is_out_of_memory(error):
-                raise
+            with tried():
+                suffix = Suffix(cut, trial, stored)
+                found = [suffix.logits(), suffix.subset([1], collate(trial.questions[1:])).logits()]
+        except Unrun:
             return False  # the cache is of another kind, or made otherwise by this transformers
     return cut.agree(found[0], whole) and cut.agree(found[1], whole[2:])
 

@@ -23,7 +23,7 @@ from malmend.facts.encoded import Encoded, TokenBatch, collate
 from malmend.given import check_fields, check_range
 from malmend.memory import Room
 from malmend.models.cut import Cut
-from malmend.models.forms import UNRUN
+from malmend.models.forms import Unrun, tried
 from malmend.models.sites import Site
 from malmend.models.store import ActivationStore
 from malmend.models.suffix import Suffix, splits
@@ -119,8 +119,9 @@ class Trunk:
     def agrees(self, suffix: Suffix, batch: Batch) -> bool:
         """Whether it says what the whole questions do, which may be longer than a trial's."""
         try:
-            said_AW = suffix.logits()
-        except UNRUN:  # as a mask of other length
+            with tried():
+                said_AW = suffix.logits()
+        except Unrun:  # as a mask of other length
             return False
         return self.cut.agree(said_AW, self.logits(batch))
 
