@@ -219,6 +219,19 @@ def test_nothing_is_left_of_a_folder_that_was_not_finished(tmp_path, error):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("beside", [written_beside, folder_beside])
+def test_a_file_that_was_read_meanwhile_is_not_taken_for_the_one_to_write(tmp_path, beside):
+    """ "out cannot be written (No such file or directory); give another path", of an input."""
+
+    def fill():
+        with beside(tmp_path / "out"):
+            (tmp_path / "input").read_text()
+
+    with pytest.raises(FileNotFoundError, match="input"):
+        fill()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_that_holds_files_is_never_written_over(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "file").write_text("mine")

@@ -63,6 +63,13 @@ def test_a_count_that_nothing_holds_is_refused_by_name(kind, name):
             kind(**{name: [wrong] if "tuple" in kind.__annotations__[name] else wrong})
 
 
+@pytest.mark.parametrize("kind", [kind for kind, name in COUNTS if name == "layers"])
+def test_fewer_layers_than_one_are_refused_before_a_model_is_there(kind):
+    for wrong in (0, -1, -(10**30)):
+        with pytest.raises(MalmendError, match=r"layers is -?\d+, expected 1 or more"):
+            kind(layers=wrong)
+
+
 @pytest.mark.parametrize(
     ("kind", "name"),
     [(Lora, "rank"), (KeSettings, "hidden"), (NetworkSettings, "blocks")],

@@ -89,6 +89,7 @@ def written_beside(path: str | Path) -> Iterator[Path]:
 
     Raises:
         MalmendError: the folder is missing, not writable, or the disk is full; nothing is left.
+        OSError: from the block, of another file.
     """
     path = Path(path)
     if not path.name:
@@ -105,12 +106,23 @@ def written_beside(path: str | Path) -> Iterator[Path]:
         synced(beside)
         os.replace(beside, place)
     except (OSError, SafetensorError) as error:
+        if _is_of_another(error, beside, place):
+            raise
         raise MalmendError(
             f"{path} cannot be written ({reason(error)}); give another path."
         ) from error
     finally:
         with suppress(OSError):  # where nothing could be written, nothing is left
             beside.unlink(missing_ok=True)
+
+
+def _is_of_another(error: Exception, *written: Path) -> bool:
+    """Whether an error names a file that is none of these nor in them: one that was read, say."""
+    name = getattr(error, "filename", None)
+    if not isinstance(name, str | bytes):  # of a descriptor a number
+        return False
+    at = Path(os.fsdecode(name)).absolute()
+    return not any(at.is_relative_to(one.absolute()) for one in written)
 
 
 def _followed(path: Path) -> Path:
@@ -241,6 +253,7 @@ def folder_beside(path: str | Path) -> Iterator[Path]:
 
     Raises:
         MalmendError: ``path`` holds files, or cannot be written; nothing is left.
+        OSError: from the block, of another file.
     """
     path = new_folder(path)
     place = _followed(path)
@@ -252,6 +265,8 @@ def folder_beside(path: str | Path) -> Iterator[Path]:
         synced(beside)
         os.replace(beside, place)
     except (OSError, SafetensorError) as error:
+        if _is_of_another(error, beside, place):
+            raise
         raise MalmendError(
             f"{path} cannot be written ({reason(error)}); give another path."
         ) from error

@@ -78,6 +78,7 @@ class EditorSettings:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_range(self, ("layers",), 1, prefix="--")
         check_range(self, ("eta",), advice="leave --eta out to search it")
         check_range(self, ("end_weight",), advice="give 1 to weigh every token alike")
 

@@ -66,6 +66,7 @@ class UltraEdit:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_range(self, ("layers",), 1, prefix="ultraedit.")
         check_range(self, ("eta", "ridge"), prefix="ultraedit.")
         whole = "leave it out for all at once"
         check_range(self, ("batch",), 1, prefix="ultraedit.", advice=whole)
