@@ -89,6 +89,7 @@ def test_edit_to_evaluation_to_answer(tiny, tmp_path):
         "asked": 1,
         "wording": 1,
     }
+    assert patch.provenance["powers"] == {"text": [0.0], "asked": [0.0], "wording": [0.0]}
     assert patch.provenance["base"] == tiny.loaded.fingerprint
     assert (patch.provenance["facts"], patch.provenance["skipped"]) == (3, 0)
 

@@ -91,6 +91,21 @@ def test_a_stopped_training_goes_on_bit_for_bit(name, tiny, tmp_path):
 
 
 @ALL
+def test_what_misleads_in_its_facts_is_told(name, tiny, tmp_path, capsys):
+    """Only the training of an editor said so."""
+    rows = [json.loads(line) for line in Path(tiny.facts).read_text().splitlines()]
+    rows[0]["unrelated"] = [{"prompt": rows[1]["prompt"], "answer": "Lima"}]
+    rows[2]["answer"] = "Ka\u200blo"
+    path, out = tmp_path / "facts.jsonl", tmp_path / "out"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = ["train", tiny.model, path, "--out", out, "--method", name]
+    assert command(*train, *options(name)) == 0
+    shown = capsys.readouterr()
+    assert "U+200B, zero width space" in shown.err
+    assert "1 question beside facts is edited or answered otherwise too; the first:" in shown.out
+
+
+@ALL
 def test_its_folder_is_read_once(name, tiny, tmp_path, monkeypatch):
     learn(tiny.loaded, tiny.facts, tmp_path, name, TRAINED[name].settings(**QUICK[name]))
     read, load = [], editor_folder.load_file

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.markup import escape
@@ -37,15 +38,20 @@ def learning(record: Any, steps: int) -> None:
     ERR.print(f"step {record.step:>4}/{steps}  {shown}", highlight=False, soft_wrap=True)
 
 
+def leaking(leaks: Sequence[str]) -> None:
+    """A warning where questions beside facts are edited too."""
+    if leaks:
+        verb = "is" if len(leaks) == 1 else "are"
+        OUT.print(
+            f"{counted(len(leaks), 'question')} beside facts {verb} edited or answered otherwise "
+            "too; the first:"
+        )
+        OUT.print(f"  {escape(leaks[0])}")
+
+
 def trained(result: TrainResult) -> None:
     """Where the editor lies and how the loss went."""
-    if result.leaks:
-        verb = "is" if len(result.leaks) == 1 else "are"
-        OUT.print(
-            f"{counted(len(result.leaks), 'question')} beside facts {verb} edited or answered "
-            "otherwise too; the first:"
-        )
-        OUT.print(f"  {escape(result.leaks[0])}")
+    leaking(result.leaks)
     first, last = result.records[0], result.records[-1]
     OUT.print(
         f"Trained {counted(last.step, 'step')}: meta-loss {first.loss:.3f} at the first, "

@@ -128,6 +128,7 @@ def _learn(given: dict[str, Any], usual: dict[str, Any]) -> None:
         stepped=lambda record: show_training.learning(record, settings.steps),
         told=show.status,
     )
+    show_training.leaking(result.leaks)
     said = f"Trained {counted(len(result.records), 'step')} of {name}."
     if not result.records:
         said = show_training.already(settings.steps)

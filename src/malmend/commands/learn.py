@@ -16,7 +16,7 @@ from malmend.editors.training_folder import (
 )
 from malmend.errors import MalmendError
 from malmend.facts.fact import Fact, Question
-from malmend.facts.lint import skipped_said
+from malmend.facts.lint import leaks, skipped_said, unseen, unseen_said
 from malmend.facts.readers import given_questions
 from malmend.given import checked
 from malmend.methods.trained import TRAINED
@@ -30,10 +30,17 @@ from malmend.workbench import aimed, checked_facts, encoder_for, lay_out, opened
 
 @dataclass(frozen=True, eq=False)
 class LearnResult:
-    """A method that is trained: its folder, and a record for every step of this run."""
+    """A method that is trained.
+
+    Attributes:
+        folder: of it.
+        records: of every step of this run.
+        leaks: questions beside facts that are also edited, or answered otherwise elsewhere.
+    """
 
     folder: Path
     records: tuple[Any, ...] = field(repr=False)
+    leaks: tuple[str, ...] = field(default=(), repr=False)
 
 
 @by_one_thread
@@ -73,7 +80,8 @@ def learn(
         device: where the model is put: "cpu", "cuda" or another accelerator, one of several
             as "cuda:1", or "auto" for spread over all.
         stepped: called after every step.
-        told: called about facts that were skipped, and what makes a resumed run's numbers differ.
+        told: called about facts that were skipped, characters that nobody sees, and what makes a
+            resumed run's numbers differ.
 
     Raises:
         MalmendError: any bad input, in one sentence.
@@ -92,7 +100,7 @@ def learn(
         loaded = opened(model, dtype, device)
         sites = settings.sites_in(loaded.model)
         bench = lay_out(loaded, sites, settings.end_of_answer, trunk=trunk)
-        for line in skipped_said(known.skipped):
+        for line in (*skipped_said(known.skipped), *unseen_said(unseen(known))):
             told(line)
         trainer = kind.trainer(settings, bench, list(aimed(bench, known, away)), others)
         if is_begun(folder, method):
@@ -108,4 +116,4 @@ def learn(
                 trainer.save(folder)
         if not records:  # killed between the files of the last step, it may lack some
             trainer.save(folder)
-        return LearnResult(folder, tuple(records))
+        return LearnResult(folder, tuple(records), tuple(leaks(known, others)))

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -264,8 +263,6 @@ def _about(
     bench: Workbench, facts: FactSet, others: Sequence[Question], training: TrainSettings
 ) -> dict[str, Any]:
     return {
-        "malmend": version("malmend"),
-        "torch": version("torch"),
         **run_of(bench.loaded, facts, others),
         "facts_source": facts.source,
         "training": asdict(training),

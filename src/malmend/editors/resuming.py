@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +122,10 @@ def state_with(
 def run_of(
     loaded: LoadedModel, facts: Sequence[Fact], locality: Sequence[Question]
 ) -> dict[str, Any]:
-    """What is said of a run: its model, where that is, and what it is trained on."""
+    """What is said of a run: versions, its model, where that is, and what it is trained on."""
     return {
+        "malmend": version("malmend"),
+        "torch": version("torch"),
         "model": loaded.name,
         "base": loaded.fingerprint,
         "dtype": loaded.dtype,

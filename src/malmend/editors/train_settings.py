@@ -20,8 +20,8 @@ class TrainSettings:
         locality_weight: of the KL on unrelated questions in the meta-loss.
         near: share of the unrelated questions that are the fact's neighbours, where it has both.
         network_rate: Adam's learning rate for the network.
-        scalar_rate: Adam's learning rate for log eta, log lambda, the prior's log weights and
-            their powers of N.
+        scalar_rate: Adam's learning rate for log eta, log lambda, the logarithms of the prior's
+            and of the end tokens' weights, and the powers of N.
         clip: largest norm of the meta-gradient.
         chunk: tokens that pass through the network at once.
         seed: of the network's start, the order of the facts and the questions drawn.

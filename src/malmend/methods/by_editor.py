@@ -245,6 +245,9 @@ def described(editor: Editor, form: Form) -> dict[str, Any]:
             term: editor.log_weights_SP[:, index].exp().tolist()
             for index, term in enumerate(editor.terms)
         },
+        "powers": {
+            term: editor.powers_SP[:, index].tolist() for index, term in enumerate(editor.terms)
+        },
         "lambda": editor.log_ridge_S.exp().tolist(),
         "end_weight": editor.log_end_weight_S.exp().tolist(),
     }
