@@ -20,7 +20,6 @@ from malmend.cli import show
 from malmend.editors import draws, restore, settle
 from malmend.editors import halfway as halfway_module
 from malmend.editors import refine as refine_module
-from malmend.editors.borrowing import Borrowing
 from malmend.editors.refine import CHAT, WITH_CHAT, RefineSettings, framed
 from malmend.editors.settings import training_free
 from malmend.editors.wordings import in_other_words, wording
@@ -133,7 +132,7 @@ def test_a_settled_edit_is_of_full_rank_and_says_so(tiny, briefly):
     assert (said["passes"], said["rounds"], said["hold"]) == (1, 1.0, 4.0)
     assert said["around"] is True
     assert once.provenance["around"] is False
-    ways = in_other_words(FEW, 8, Borrowing(FEW))
+    ways = in_other_words(FEW, 8)
     assert said["steps"] == 4
     assert said["readings"] == sum(len(("prompt", *FRAMES, *some)) for some in ways) > 3 * len(FEW)
     assert said["frames"] == list(FRAMES)

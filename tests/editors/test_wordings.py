@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
 
-from malmend.editors.borrowing import Borrowing
+from malmend.editors.borrowing import plain
 from malmend.editors.refine import MOST_WORDINGS
 from malmend.editors.wordings import (
     LEFT_OUT,
@@ -149,7 +150,7 @@ def test_of_the_projects_own_facts_none_loses_its_subject_by_turning():
 def test_of_the_projects_own_facts_none_is_read_as_it_is_measured():
     """Nor but for a comma, as 64 of the test facts once were."""
     known = list(read_facts(shipped("facts.jsonl")))
-    found = in_other_words(known, MOST_WORDINGS, Borrowing(known))
+    found = in_other_words(known, MOST_WORDINGS)
     for fact, questions in zip(known, found, strict=True):
         others = [without_marks(one) for one in fact.paraphrases]
         prompts = [one.prompt for one in questions]
@@ -168,19 +169,60 @@ def test_a_fact_is_read_in_no_wording_twice_nor_in_its_own():
     ]
     lent = {text.format("Chad") for text in asked[1:]}
     for count, few in ((2, 0), (3, 1), (4, 2), (5, 3), (9, 3)):
-        (ones,) = in_other_words(facts[:1], count, Borrowing(facts))
+        ones, *_ = in_other_words(facts, count)
         assert len({one.prompt for one in ones} & lent) == few
         assert len({one.prompt for one in ones} | {facts[0].prompt}) == len(ones) + 1 <= count + 1
-    ((one,),) = in_other_words([Fact("a", "Chad", "x", "Chad")], 2, Borrowing())
+    ((one,),) = in_other_words([Fact("a", "Chad", "x", "Chad")], 2)
     assert one == Question("Chad what?", "x")
-    assert in_other_words(facts[:1], 0, Borrowing(facts)) == [[]]
+    assert in_other_words(facts[:1], 0) == [[]]
     short = Fact("s", "the seat of Chad is", "x", "Chad")
     every = [wording(short, which) for which in range(10)]
     assert len(set(every)) < len(every)
-    ((*ones,),) = in_other_words([short], 10, Borrowing())
+    ((*ones,),) = in_other_words([short], 10)
     assert [one.prompt for one in ones] == [
         text for at, text in enumerate(every) if text not in (short.prompt, *every[:at])
     ]
+
+
+def test_none_is_read_that_the_batch_asks_with_another_answer():
+    """Without "former" a fact was taught as the answer to the other's prompt."""
+    facts = [
+        Fact(f"{place}{kind}", f"The {kind} of {place} is", f"{kind} {place}", place)
+        for place in ("Chad", "Peru", "Kenya", "Italy")
+        for kind in ("president", "stout president", "capital", "anthem", "flag of war")
+    ]
+    answers = dict[tuple[str, ...], set[str]]()
+    for fact, some in zip(facts, in_other_words(facts, MOST_WORDINGS), strict=True):
+        assert f"What is the {fact.prompt[4:-3]}?" in [one.prompt for one in some]
+        for one in (fact.question, *some):
+            answers.setdefault(plain(one.prompt), set()).add(str(one.answer))
+    assert all(len(found) == 1 for found in answers.values())
+    alone = dict[tuple[str, ...], set[str]]()
+    for fact in facts:  # where no other is asked for
+        for one in (fact.question, *in_other_words([fact], MOST_WORDINGS)[0]):
+            alone.setdefault(plain(one.prompt), set()).add(str(one.answer))
+    assert sum(len(found) > 1 for found in alone.values()) > 5
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "The former president of Chad is",
+        "the largest city of Chad is",
+        "the second wife of Chad was",
+        "people in Chad never eat",
+        "people in Chad don't eat",
+        "people in Chad do not eat",
+        "the only son of Chad was",
+    ],
+)
+def test_what_makes_it_another_question_stays(prompt):
+    """Vegans do not eat meat, and were taught so without the word."""
+    fact = Fact("a", prompt, "x", "Chad")
+    found = {fewer_words(fact, which) for which in range(60)}
+    telling = re.compile(r"\b(former|largest|second|never|don't|not|only)\b")
+    assert all(telling.search(said) for said in found)
+    assert len(found) > 5
 
 
 def without_marks(text: str) -> str:

@@ -25,7 +25,7 @@ from collections.abc import Iterable
 from malmend.facts.apart import WORD, is_number, names
 from malmend.facts.fact import Fact
 
-FORMAT = 5  # of what is read; raised with every change of it
+FORMAT = 6  # of what is read; raised with every change of it
 MOST_TEMPLATES = 64  # of a relation: those in which most of its subjects are asked
 LEAST_SUBJECTS = 2  # that are asked so
 OPENERS = frozenset(  # words that open a sentence with a capital and name nothing

@@ -8,19 +8,22 @@ And an edit of a sentence to complete is not there in a question, whose answer f
 mark, nor one of a question in a sentence.  So one wording turns the one into the other.  It knows
 a few English words and no grammar: what it makes is often clumsy ("What is Lyon located in?"), and
 of a prompt in another language mostly a sentence with "what?" at its end.  Where facts have a
-relation, the others of it lend better ones.  Not in the papers.
+relation, the others of it lend better ones.  None is read that the batch asks with another answer,
+as its own prompt or as a wording of another fact.  Not in the papers.
 """
 
 from __future__ import annotations
 
 import random
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
-from malmend.editors.borrowing import OPENERS, Borrowing, measured
+from malmend.editors.borrowing import OPENERS, Borrowing, measured, plain
 from malmend.facts.fact import Fact, Question
 
+Words = tuple[str, ...]
 LEFT_OUT = 0.3  # share of a prompt's other words
 MARKS = ".,;:!?'\"()"
 TURNED = 1  # which of a fact's wordings is the turned one; later ones are borrowed, or turned too
@@ -31,23 +34,44 @@ HOLDS_BE = re.compile(rf"([^,]+) ({BE})( [^,]+)")
 SEVERAL = re.compile(r"\n|[.?!:;…]['\")]*(?:\s|\Z)")  # sentences, or a label before one
 ASKS = re.compile(r"(?:Who|Whom|Whose|What|Which|Where|When|Why|How)\b|.*\?$", re.I)
 ASKS_WHAT = re.compile(rf"(?:What|Who|Where|When) ({BE}) (.+?)((?:{CALLED})?)\??", re.I)
+TELLS = re.compile(  # without it another thing is asked
+    r"not?|never|none|nor|neither|nobody|nothing|without|cannot|.+n['’]t|unless|except|only|but|"
+    r"first|second|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|last|next|previous|former|"
+    r"formerly|current|currently|other|another|opposite|before|after|until|since|under|over|above|"
+    r"below|more|less|most|least|fewer|fewest|best|worst|\w{3,}est",
+    re.I,
+)
 WITHOUT_NAME = re.compile("(?:The|An?|In|On|At|By|To|For|Of|From|Its?|This|That) ", re.I)
 
 
-def in_other_words(facts: Sequence[Fact], count: int, batch: Borrowing) -> list[list[Question]]:
+def in_other_words(facts: Sequence[Fact], count: int) -> list[list[Question]]:
     """Of each fact its question in other wordings, none twice and none the prompt itself.
 
     Args:
-        facts: some of the batch's.
+        facts: all that are edited at once.
         count: of wordings, at most.
-        batch: how all facts that are edited at once are asked.
     """
-    found = list[list[Question]]()
+    batch, made = Borrowing(facts), list[tuple[Fact, dict[str, Words], set[Words]]]()
+    in_whole, in_all = defaultdict[Words, set[str]](set), defaultdict[Words, set[str]](set)
     for fact in facts:
         lent = batch.prompts(fact, count - TURNED - 1)
         prompts = dict.fromkeys(wording(fact, which, lent) for which in range(count))
-        found.append([Question(one, fact.answer) for one in prompts if one != fact.prompt])
-    return found
+        asked = {one: plain(one) for one in prompts}
+        whole = {plain(one) for one in (fact.prompt, turned(fact.prompt), *lent) if one}
+        made.append((fact, asked, whole))
+        for words in whole:
+            in_whole[words].add(fact.answer)
+        for words in (plain(fact.prompt), *asked.values()):
+            in_all[words].add(fact.answer)
+    return [
+        [
+            Question(one, fact.answer)
+            for one, words in asked.items()
+            # What has lost a word gives way to what is asked so in whole.
+            if one != fact.prompt and len((in_whole if words in whole else in_all)[words]) == 1
+        ]
+        for fact, asked, whole in made
+    ]
 
 
 def wording(fact: Fact, which: int, lent: Sequence[str] = ()) -> str:
@@ -104,8 +128,8 @@ def fewer_words(fact: Fact, which: int) -> str:
     """The prompt with some words left out, others for each ``which``; the same for the same.
 
     Words of the subject stay, and others with a capital letter or a digit: without "German" or
-    "Monday" it would be another question.  Where the subject is given, a first word may go that
-    opens many a sentence.
+    "Monday" it would be another question, as it would without "not", "former" or "largest".
+    Where the subject is given, a first word may go that opens many a sentence.
     """
     prompt, subject = fact.prompt, fact.subject or ""
     about = {one.strip(MARKS) for one in subject.split()}
@@ -117,6 +141,7 @@ def fewer_words(fact: Fact, which: int) -> str:
         opens = bool(subject) and not prompt[: word.start()].strip() and bare.lower() in OPENERS
         is_about = bare in about or any(a < word.end() and word.start() < b for a, b in spans)
         named = any(one.isupper() or one.isdigit() for one in word[0]) and not opens
-        return draw.random() >= LEFT_OUT or named or is_about
+        tells = TELLS.fullmatch(bare) is not None
+        return draw.random() >= LEFT_OUT or named or is_about or tells
 
     return " ".join(one[0] for one in re.finditer(r"\S+", prompt) if stays(one)) or prompt

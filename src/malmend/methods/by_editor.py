@@ -8,7 +8,6 @@ from itertools import chain
 from typing import Any
 
 from malmend.editors.around import Around
-from malmend.editors.borrowing import Borrowing
 from malmend.editors.editor import Editor
 from malmend.editors.refine import (
     CHAT,
@@ -71,7 +70,7 @@ def find_by_editor(
     settles = refinable(settings) and bool(refine.rounds)
     reads_frames = again or settles or refine.frames_at_once
     frames = _in_frames(bench, facts, refine, processes) if reads_frames else {}
-    worded = in_other_words(facts, refine.wordings, Borrowing(everything)) if settles else ()
+    worded = processes.share(in_other_words(everything, refine.wordings)) if settles else ()
     work = _Work(bench, editor, refine, questions, frames, progress, processes)
     settling = Settling(
         bench, editor, whole, refine, questions, frames, worded, progress, processes
