@@ -261,6 +261,14 @@ def test_an_answer_whose_letters_take_several_tokens_is_not_given_up_half_way():
         ("New\tYork", "new york"),
         ("!!", " !! "),
         ("Éire", "ÉIRE"),
+        ("1024", "1,024"),
+        ("1,234,567.5", "1234567.5"),
+        ("−40", "-40"),
+        ("(1.5)", "1.5."),
+        ("well-known", "wellknown"),
+        ("the C++", "c++"),
+        ("H2O", "H₂O"),
+        ("Cafe\u0301", "Café"),
     ],
 )
 def test_answers_that_match(answer, gold):
@@ -278,6 +286,18 @@ def test_answers_that_match(answer, gold):
         ("!", "!!"),
         ("bananas", "bn"),
         ("Eire", "Éire"),
+        ("15 million", "1.5 million"),
+        ("35", "3.5"),
+        ("1.92", "19.2"),
+        ("40 °C", "-40 °C"),
+        ("12", "1/2"),
+        ("1030", "10:30"),
+        ("1,5", "15"),
+        ("12", "1-2"),
+        ("C", "C++"),
+        ("C", "C#"),
+        ("Vitamin", "Vitamin A"),
+        ("1,02", "102"),
     ],
 )
 def test_answers_that_do_not_match(answer, gold):
@@ -317,7 +337,8 @@ def test_text_that_can_still_match(text, gold):
     assert can_still_match(text, gold)
 
 
-TEXT = st.text(st.sampled_from("abnNthe  .,-'\t\n\u00a0é—’ΣσςO"), max_size=12)
+LETTERS = "abnNthe  .,-'\t\n\u00a0é—’ΣσςO15/:+#e\u0301\u0323₂ﬁ\u2212한ᄒ"
+TEXT = st.text(st.sampled_from(LETTERS), max_size=12)
 NOISE = st.lists(st.sampled_from(["", " ", "the ", " a ", "An ", ".", ", ", "\t", "'"]), min_size=1)
 
 
@@ -344,6 +365,6 @@ def test_text_on_its_way_to_a_match_is_never_given_up(pair, cut):
 @given(TEXT)
 def test_blanks_articles_and_marks_do_not_count(text):
     assert normalised(text) == " ".join(normalised(text).split())
-    assert not {"a", "an", "the"} & set(normalised(text).split())
+    assert not {"a", "an", "the"} & set(normalised(text).split()[:-1])
     assert matches(text, text)
     assert matches(f"the {text}.", text) == bool(normalised(text))

@@ -2,7 +2,9 @@
 
 Decoding stops at any end token of the model, at the end of as many lines as the gold answer has, or
 at the token limit; it is never cut at the length of the gold answer.  Exact match is taken after
-the field's usual normalisation (case, punctuation, articles and blanks; SQuAD's).
+the field's usual normalisation (case, punctuation, articles and blanks; SQuAD's).  But by that 1.5
+is 15 and C++ is C: what marks say of a number or a name stays, as does an article that ends the
+text ("Vitamin A"), and characters are those of NFKC, which some tokenizers write.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import itertools
 import re
 import string
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,13 +32,21 @@ from malmend.facts.tokens import Encoder
 from malmend.models.load import LoadedModel
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+_ARTICLE_BEFORE = re.compile(r"\b(a|an|the)\b(?=\s+\S)")
 _LAST_WORD = re.compile(r"\w*\Z")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
+_MINUS = str.maketrans("\u2212", "-")
+_SAYS_NOTHING = re.compile(
+    r"(?<=\d),(?=\d{3}(?!\d))"  # of thousands
+    r"|(?!(?<=\d)[.,/:-](?=\d)|(?<!\w)-(?=\d)|(?<=[\w+#])[+#])"  # 1.5, 10:30, -40, C++
+    rf"[{re.escape(string.punctuation)}]"
+)
 
 
 def normalised(text: str) -> str:
-    """Lower case, no punctuation, no articles, single blanks."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+    """NFKC, lower case, single blanks; no punctuation or article but as said above."""
+    plain = unicodedata.normalize("NFKC", text).lower().translate(_MINUS)
+    return " ".join(_ARTICLE_BEFORE.sub(" ", _SAYS_NOTHING.sub("", plain)).split())
 
 
 def matches(answer: str, gold: str) -> bool:
@@ -52,10 +63,10 @@ def can_still_match(text: str, gold: str) -> bool:
     also be the start of an article, which normalisation would take out; and the last character may
     lack bytes (it then reads U+FFFD), so it says nothing yet.
     """
-    wanted = _one_sigma(normalised(gold))
-    if not wanted:
+    if not normalised(gold):
         return True
-    plain = _one_sigma(text.rstrip("\ufffd").lower().translate(_PUNCTUATION))
+    wanted = " ".join(_ARTICLES.sub(" ", _letters(gold)).split())
+    plain = _letters(text.rstrip("\ufffd"))
     last = _LAST_WORD.search(plain)[0]  # type: ignore[index]  # it matches the empty string too
     begun = _ARTICLES.sub(" ", plain.removesuffix(last))
     if not any(article.startswith(last) for article in ("a", "an", "the")):  # "" is among them
@@ -63,9 +74,15 @@ def can_still_match(text: str, gold: str) -> bool:
     return wanted.startswith(" ".join(begun.split()))
 
 
-def _one_sigma(text: str) -> str:
-    """Greek's small sigma is written otherwise at a word's end, which may yet move."""
-    return text.replace("ς", "σ")
+def _letters(text: str) -> str:
+    """What of a text no later character changes: small letters without marks, and blanks.
+
+    An accent may come after its letter, and Greek's small sigma is written otherwise at a word's
+    end, which may yet move.
+    """
+    parts = unicodedata.normalize("NFKD", unicodedata.normalize("NFKC", text).lower())
+    bare = "".join(one for one in parts if not unicodedata.combining(one))
+    return bare.translate(_MINUS).translate(_PUNCTUATION).replace("ς", "σ")
 
 
 @dataclass(frozen=True)
