@@ -676,6 +676,26 @@ def test_training_goes_on_only_with_the_same_facts_and_settings(tiny, tmp_path):
         trained(tiny, tmp_path, training=replace(TRAINING, seed=1))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"calibration": replace(CALIBRATION, prior_facts=11)},
+        {"calibrate": as_lines(make_facts(12, seed=5))},
+        {"text": None},
+    ],
+)
+def test_training_goes_on_only_with_what_it_was_calibrated_on(change, tiny, tmp_path):
+    """It was taken again, for minutes, and then made no difference without a word."""
+    folder, facts = tmp_path / "editor", tmp_path / "calibrate.jsonl"
+    if lines := change.get("calibrate"):
+        facts.write_text(lines)
+        change = {"calibrate": facts}
+    begun = trained(tiny, folder, training=replace(TRAINING, steps=2))
+    with pytest.raises(MalmendError, match="in training on other calibration facts, text or set"):
+        trained(tiny, folder, **change)
+    assert trained(tiny, folder).records[0] == begun.records[0]
+
+
 def test_a_trained_editor_edits(tiny, tmp_path):
     result = trained(tiny, tmp_path / "editor")
     before = bits(tiny.loaded.model)

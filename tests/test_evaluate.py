@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,13 +16,16 @@ import helpers
 import malmend
 from command_support import CALIBRATION, EAGER, Tiny, as_lines, make_facts, make_model
 from malmend.cli import main
+from malmend.editors.keymoments import first_of, lines_of
 from malmend.editors.settings import training_free
 from malmend.errors import FactsError, MalmendError, ModelError
 from malmend.evaluation import perplexity as perplexity_module
 from malmend.facts.fact import Question
+from malmend.facts.readers import read_text
 from malmend.facts.tokens import Encoder
 from malmend.models.load import prepared
 from malmend.models.sites import find_sites
+from malmend.workbench import shipped
 
 tiny = command_support.tiny
 cache = command_support.cache
@@ -192,6 +196,22 @@ def test_without_a_text_perplexity_is_of_lines_that_the_prior_has_not_read(tiny)
     given = malmend.eval(tiny.loaded, FEW, decode_facts=0, text=tiny.text)
     assert given.about["text"] == tiny.text
     assert given.perplexity["unedited"] != found.perplexity["unedited"]
+
+
+@pytest.mark.parametrize("said", [{"text_tokens": 60_000}, {"settings": {"text_tokens": 60_000}}])
+def test_a_prior_that_has_read_more_is_measured_on_what_follows(said, tiny):
+    """Of lines that it had read the report claimed that it had not."""
+    made = malmend.edit(tiny.loaded, FEW, settings=LAST, **own(tiny) | {"text": None}).patch
+    assert made.provenance["text_tokens"] == CALIBRATION.text_tokens
+    more = malmend.Patch(made.factors, made.provenance | said)
+    first = []
+    for patch in (made, more):
+        about = malmend.eval(tiny.loaded, FEW, patch, decode_facts=0).about["text"]
+        first.append(int(re.search(r"lines ([\d,]+) to", about)[1].replace(",", "")))
+    text = read_text(shipped("text.txt"))
+    passages = [Encoder(tiny.loaded.tokenizer).passage(line) for line in lines_of(text)]
+    assert first[0] == len(first_of(passages, 16_000)) + 1 < first[1]
+    assert first[1] == len(first_of(passages, 60_000)) + 1
 
 
 def test_of_a_long_text_it_is_said_that_only_its_first_tokens_are_read(tiny, monkeypatch):

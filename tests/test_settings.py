@@ -63,6 +63,12 @@ def test_a_count_that_nothing_holds_is_refused_by_name(kind, name):
             kind(**{name: [wrong] if "tuple" in kind.__annotations__[name] else wrong})
 
 
+@pytest.mark.parametrize("kind", [kind for kind, name in NUMBERS if name == "clip"])
+def test_a_clip_that_leaves_nothing_of_a_gradient_is_refused(kind):
+    with pytest.raises(MalmendError, match="clip is 0, expected a number above 0"):
+        kind(clip=0)
+
+
 @pytest.mark.parametrize("kind", [kind for kind, name in COUNTS if name == "layers"])
 def test_fewer_layers_than_one_are_refused_before_a_model_is_there(kind):
     for wrong in (0, -1, -(10**30)):

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,14 @@ from malmend.editors.settings import EditorSettings
 from malmend.errors import MalmendError
 from malmend.facts.apart import apart
 from malmend.facts.encoded import Encoded
-from malmend.facts.fact import Fact, FactSet, Question, same_class, spread
+from malmend.facts.fact import (
+    Fact,
+    FactSet,
+    Question,
+    same_class,
+    spread,
+    training_digests,
+)
 from malmend.facts.readers import read_facts, read_questions, read_text
 from malmend.facts.tokens import Encoder
 from malmend.kept import kept
@@ -70,6 +77,18 @@ def calibrated(
         save_calibration,
         MOST_KEPT,
     )
+
+
+def calibration_digest(
+    bench: Workbench,
+    facts: str | Path | Sequence[Fact] | None = None,
+    text: str | Path | None = None,
+    settings: CalibrationSettings = CalibrationSettings(),
+) -> str:
+    """SHA-256 over what :func:`calibrated` reads, the model and further questions aside."""
+    known, words, general = _calibration_data(bench, facts, text, settings)
+    said = [training_digests(known, general), [f.paraphrases for f in known], words]
+    return hashlib.sha256(json.dumps([*said, asdict(settings)]).encode()).hexdigest()
 
 
 def around_sites(

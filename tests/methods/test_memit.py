@@ -383,7 +383,7 @@ def test_facts_without_a_subject_in_the_prompt_are_refused_by_line():
     assert "14 of 18 facts" in said
     named = ", ".join(f"f:{number}" for number in range(11, 21))
     assert f"({named} and 4 more)" in said
-    with pytest.raises(EditorError, match=r"1 of 1 facts .*\(f:11\)"):
+    with pytest.raises(EditorError, match=r"1 of 1 fact has .*\(f:11\)"):
         FAST.find(bench, bad[:1], silent)
 
 

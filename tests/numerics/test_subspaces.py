@@ -28,6 +28,12 @@ def test_the_ends_of_the_scale():
     assert overlap(whole[:, :0], whole) == 0
 
 
+def test_an_empty_space_meets_none_by_chance_either():
+    """0.0 beside a chance of 0.25 read as if two patches kept out of each other's way."""
+    empty = torch.zeros(12, 0, dtype=torch.float64)
+    assert overlap(empty, basis(12, 3)) == overlap_by_chance(empty, basis(12, 3)) == 0.0
+
+
 def test_chance_is_what_random_spaces_have():
     found = [overlap(basis(12, 5, seed), basis(12, 3, seed + 5000)) for seed in range(400)]
     mean = sum(found) / len(found)

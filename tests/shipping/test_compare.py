@@ -6,6 +6,7 @@ import pytest
 import torch
 from shipping_support import FAMILIES, assert_untouched, bits_of, loaded_of, patch_for
 
+from malmend.cli.show_shipping import differing
 from malmend.commands.diff import diff
 from malmend.errors import MalmendError, PatchError
 from malmend.patch import applied
@@ -52,6 +53,24 @@ def test_rounding_is_told_from_an_edit(dtype, swapped):
     others = [one for one in found.differences if one.kind == "rounding"]
     assert len(others) > 10
     assert all(one.rank is None and one.norm < 0.01 for one in others)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_float16_copy_of_a_bfloat16_model_differs_by_rounding_alone(swapped):
+    """Below 6e-5 float16 has fewer digits than bfloat16, so that most weights were "edited"."""
+    plain = loaded_of("llama")
+    kept = cast_copy(plain, "bfloat16")
+    for one in kept.model.parameters():
+        one.data *= 2.0**-14
+    as_float16 = cast_copy(cast_copy(kept, "float16"), "float32")
+    pair = (cast_copy(kept, "float32").model, as_float16.model)
+    found = compared(*(pair[::-1] if swapped else pair))
+    assert len(found.rounded) > 10
+    assert found.edited == ()
+    weight = as_float16.model.model.layers[3].mlp.down_proj.weight
+    weight.data = (weight.data + 2.0**-12).half().float()
+    (one,) = compared(*(pair[::-1] if swapped else pair)).edited
+    assert one.name == "model.layers.3.mlp.down_proj.weight"
 
 
 def test_a_small_change_of_plain_numbers_is_no_rounding(tmp_path):
@@ -179,6 +198,23 @@ def test_unlike_configurations_give_no_patch(tmp_path):
     ):
         diff(loaded, other, out=tmp_path / "patch")
     assert len(diff(loaded, other).comparison.edited) == 1
+
+
+def test_unlike_configurations_are_told_where_no_weight_differs(tmp_path, capsys):
+    """Two models were said to be equal whose logits are far apart."""
+    loaded, other = loaded_of("llama"), loaded_of("llama", rms_norm_eps=0.1)
+    found = diff(loaded, other)
+    assert found.comparison.differences == ()
+    assert found.settings == {"rms_norm_eps": (loaded.model.config.rms_norm_eps, 0.1)}
+    differing(found)
+    said = " ".join(capsys.readouterr().out.split())
+    assert (
+        "The configurations differ in rms_norm_eps (1e-06 and 0.1): one computes otherwise." in said
+    )
+    with pytest.raises(PatchError, match="configurations differ in rms_norm_eps"):
+        diff(loaded, other, out=tmp_path / "patch")
+    differing(diff(loaded, loaded_of("llama")))
+    assert "configurations" not in capsys.readouterr().out
 
 
 def test_what_changes_no_output_is_no_matter(tmp_path):

@@ -86,6 +86,9 @@ def differing(result: DiffResult) -> None:
     _say(f"{len(edited):,} weights differ, {found.same:,} are equal bit for bit.")
     if rounded:
         _say(f"{rounded:,} more differ by rounding alone: one model is kept in less precision.")
+    if result.settings:
+        said = [f"{name} ({a!r} and {b!r})" for name, (a, b) in result.settings.items()]
+        _say(f"The configurations differ in {', '.join(said)}: one computes otherwise.")
     for where, names in ((result.model, found.only_here), (result.other, found.only_there)):
         if names:
             more = f" and {len(names) - MOST_NAMES:,} more" * (len(names) > MOST_NAMES)

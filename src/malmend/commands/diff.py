@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from malmend.errors import PatchError
 from malmend.files import writable
@@ -31,6 +32,7 @@ class DiffResult:
         model: name of the one.
         other: name of the other.
         comparison: what differs.
+        settings: fields of the configurations that change what a model computes, with both values.
         patch: the difference as read back from the file, where one was asked for.
         path: of that file.
     """
@@ -38,6 +40,7 @@ class DiffResult:
     model: str
     other: str
     comparison: Comparison = field(repr=False)
+    settings: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
     patch: Patch | None = None
     path: Path | None = None
 
@@ -77,9 +80,11 @@ def diff(
         for line in replaced(out):
             told(line)
     found = compared(mine.model, theirs.model, progress)
+    here, there = settings_of(mine.model), settings_of(theirs.model)
+    unlike = {name: (here.get(name), there.get(name)) for name in unlike_settings(here, there)}
     if out is None:
-        return DiffResult(mine.name, theirs.name, found)
-    patch = save_patch(_patch(mine, theirs, found), out)
+        return DiffResult(mine.name, theirs.name, found, unlike)
+    patch = save_patch(_patch(mine, theirs, found, unlike), out)
     if left := [one.name for one in found.rounded]:
         told(
             f"The patch leaves out what differs by rounding alone, {len(left):,} "
@@ -87,22 +92,15 @@ def diff(
             + f" and {len(left) - SHOWN:,} more"
             * (len(left) > SHOWN)
         )
-    return DiffResult(mine.name, theirs.name, found, patch, Path(out))
+    return DiffResult(mine.name, theirs.name, found, unlike, patch, Path(out))
 
 
-def _check_settings(mine: LoadedModel, theirs: LoadedModel) -> None:
-    """Raises PatchError where the models compute otherwise from the same weights."""
-    here, there = settings_of(mine.model), settings_of(theirs.model)
-    if names := unlike_settings(here, there):
-        name = names[0]
-        raise PatchError(
-            f"The configurations differ in {', '.join(names)} ({name} is {here.get(name)!r} and "
-            f"{there.get(name)!r}), so that no patch of weights makes the one model of the other; "
-            "--out is for models of one build."
-        )
-
-
-def _patch(mine: LoadedModel, theirs: LoadedModel, found: Comparison) -> Patch:
+def _patch(
+    mine: LoadedModel,
+    theirs: LoadedModel,
+    found: Comparison,
+    unlike: Mapping[str, tuple[Any, Any]],
+) -> Patch:
     """The edited weights as shifts, whole: W_0 + S is the other's weight but for one rounding."""
     lone = [*found.only_here, *found.only_there, *found.reshaped]
     if lone:
@@ -110,12 +108,18 @@ def _patch(mine: LoadedModel, theirs: LoadedModel, found: Comparison) -> Patch:
             f"{lone[0]} (one of {len(lone)}) is in only one of the models, or of another shape "
             "there, so that no patch leads from one to the other; --out is for models of one build."
         )
+    if unlike:
+        name, (here, there) = next(iter(unlike.items()))
+        raise PatchError(
+            f"The configurations differ in {', '.join(unlike)} ({name} is {here!r} and {there!r}), "
+            "so that no patch of weights makes the one model of the other; --out is for models of "
+            "one build."
+        )
     if not found.edited:
         raise PatchError(
             f"{mine.name} and {theirs.name} do not differ by more than rounding, so there is no "
             "patch to write."
         )
-    _check_settings(mine, theirs)
     factors = {}
     for one in found.edited:
         name, _, last = one.name.rpartition(".")

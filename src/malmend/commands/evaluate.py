@@ -98,7 +98,7 @@ def evaluate(
     encoder = encoder_for(model, patch.end_of_answer if patch else None, chat)
     known = checked_facts(facts, encoder, limit, strict, alternative, away)
     chatted = None if chat else chat_encoder(encoder, known, decode_facts)
-    plain = _plain_text(text, encoder)
+    plain = _plain_text(text, encoder, patch)
     if report is not None:
         page_folder(report, *inputs)
     for line in skipped_said(known.skipped):
@@ -154,7 +154,9 @@ def _report(
     )
 
 
-def _plain_text(given: str | Path | None, encoder: Encoder) -> PlainText | None:
+def _plain_text(
+    given: str | Path | None, encoder: Encoder, patch: Patch | None
+) -> PlainText | None:
     """The text that perplexity is measured on; None where none is left or wanted.
 
     Raises:
@@ -170,7 +172,15 @@ def _plain_text(given: str | Path | None, encoder: Encoder) -> PlainText | None:
         )
     if given is not None:
         return whole_or_first(encoder, read_text(given), str(given))
-    return unread(encoder, read_text(shipped("text.txt")), CalibrationSettings().text_tokens)
+    return unread(encoder, read_text(shipped("text.txt")), _text_read(patch))
+
+
+def _text_read(patch: Patch | None) -> int:
+    """How many tokens of the project's own text a patch's prior has read, or more."""
+    said = {} if patch is None else patch.provenance
+    known = [said.get("text_tokens"), said.get("settings", {}).get("text_tokens")]  # MEMIT's
+    usual = CalibrationSettings().text_tokens
+    return max(usual, *(one for one in [usual, *known] if isinstance(one, int)))
 
 
 def _perplexity(

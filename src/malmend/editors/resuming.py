@@ -138,14 +138,16 @@ def run_of(
 
 def check_run(said: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
     """Raises EditorError where a run was of another model or on other facts than :func:`run_of`."""
-    parts = (
+    parts: tuple[tuple[str, str], ...] = (
         ("base", "model"),
         ("dtype", "numbers (dtype)"),
         ("facts_sha256", "facts"),
         ("locality_sha256", "locality questions"),
     )
+    if "calibration_sha256" in said:  # not of older runs
+        parts += (("calibration_sha256", "calibration facts, text or settings"),)
     for name, what in parts:
-        if said.get(name) != now[name]:
+        if said.get(name) != now.get(name):
             raise EditorError(
                 f"{folder} holds an editor in training on other {what}; give the same {what} "
                 "to go on with it, or another --out."

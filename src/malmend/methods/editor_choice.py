@@ -59,6 +59,11 @@ class Choice:
             check_trained_for(loaded, self.name, self.saved.base)
         return self
 
+    @property
+    def is_calibrated_here(self) -> bool:
+        """Whether it comes without statistics, which are then taken for the edit."""
+        return self.saved is None and self.in_hand is None
+
     def said(self) -> str:
         """Which editor it is, in a line for a person."""
         if self.name == "none":

@@ -245,4 +245,6 @@ class ByEditor:
         given = (self.refine, held, beside, progress, self.processes)
         found = find_by_editor(bench, editor, facts, *given)
         said = {**self.choice.provenance(), **found.said}
+        if self.choice.is_calibrated_here and self.text is None:
+            said["text_tokens"] = self.calibration.text_tokens
         return replace(found, said=said, once=once)

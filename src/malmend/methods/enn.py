@@ -97,8 +97,8 @@ class EnnSettings:
     def __post_init__(self) -> None:
         check_fields(self)
         check_range(self, COUNTS, 1, prefix="enn.")
-        check_range(self, ("inner_rate",), prefix="enn.")
-        check_range(self, ("c_edit", "c_loc", "rate", "scalar_rate", "clip"), 0.0, prefix="enn.")
+        check_range(self, ("inner_rate", "clip"), prefix="enn.")
+        check_range(self, ("c_edit", "c_loc", "rate", "scalar_rate"), 0.0, prefix="enn.")
         check_seed(self, "enn.")
 
     def sites_in(self, model: PreTrainedModel) -> tuple[Site, ...]:

@@ -274,9 +274,9 @@ def _check(model: PreTrainedModel, facts: Sequence[Fact] = ()) -> None:
     if lost:
         more = f" and {len(lost) - NAMED} more" if len(lost) > NAMED else ""
         raise EditorError(
-            f"MEMIT edits at the subject, but {len(lost):,} of {counted(len(facts), 'fact')} have "
-            f"none in their prompts ({', '.join(lost[:NAMED])}{more}); add it as the prompt "
-            "spells it, leave them out, or use another method."
+            f"MEMIT edits at the subject, but {len(lost):,} of {counted(len(facts), 'fact')} "
+            f"{'has' if len(lost) == 1 else 'have'} none in the prompt ({', '.join(lost[:NAMED])}"
+            f"{more}); add it as the prompt spells it, leave them out, or use another method."
         )
 
 

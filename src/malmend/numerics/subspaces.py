@@ -29,4 +29,5 @@ def overlap(one_dP: Tensor, other_dQ: Tensor) -> float:
 
 def overlap_by_chance(one_dP: Tensor, other_dQ: Tensor) -> float:
     """What :func:`overlap` is on average for spaces of these sizes without any relation."""
-    return max(one_dP.shape[1], other_dQ.shape[1]) / one_dP.shape[0]
+    sizes = one_dP.shape[1], other_dQ.shape[1]
+    return max(sizes) / one_dP.shape[0] if min(sizes) else 0.0

@@ -1,10 +1,11 @@
 """Which weights of two models differ, and how.
 
 Two models that hold the same numbers in unlike precision differ everywhere, by rounding.  So a
-weight is *edited* only where rounding one model's weight to the other's precision does not give
-the other's.  The precision of a model is the coarsest dtype that holds all of its numbers: what is
-loaded in float32 may have been kept in bfloat16.  One weight says nothing of it: a norm's ones are
-exact in every dtype.
+weight is *edited* only where rounding one model's weight to a precision of the other, that is none
+of its own, does not give the other's.  The precisions of a model are the dtypes that hold all of
+its numbers: what is loaded in float32 may have been kept in bfloat16, and what was cast to float16
+is mostly held by bfloat16 too.  One weight says nothing of it: a norm's ones are exact in every
+dtype.
 
 The rank of a difference counts singular values above what rounding alone would give it: (S3) of
 malmend.numerics.truncation, with the larger of the two weights and the coarsest dtype that holds
@@ -36,8 +37,8 @@ class Difference:
     Attributes:
         name: the parameter's.
         shape: as the model keeps it.
-        kind: "edited", or "rounding" where its model is kept in less precision than the other and
-            holds the other's weight rounded to it.
+        kind: "edited", or "rounding" where one model holds the other's weight rounded to a
+            precision of its own.
         norm: |other - model| / |model|, Frobenius; infinite where the model's is zero.
         rank: of the difference, by (S3); None but for edited matrices.
     """
@@ -92,10 +93,12 @@ def compared(
         if mine[name].shape != theirs[name].shape
     }
     count = counting(progress, "comparing weights", max(1, len(both)))
-    found, coarse = [], _coarser(mine.values(), theirs.values())
+    found, own = [], [_precisions(one.values()) for one in (mine, theirs)]
+    # To which the one's weights may have been rounded, to be the other's.
+    rounds = (own[1] - own[0], own[0] - own[1])
     for name in both:
         if name not in reshaped and not torch.equal(mine[name], theirs[name]):
-            found.append(_difference(name, mine[name], theirs[name], coarse))
+            found.append(_difference(name, mine[name], theirs[name], rounds))
         count(1)
     return Comparison(
         tuple(found),
@@ -106,13 +109,9 @@ def compared(
     )
 
 
-def _coarser(mine: Iterable[Tensor], theirs: Iterable[Tensor]) -> torch.dtype | None:
-    """The precision of the model that is kept in less; None where both are kept alike."""
-    coarse, fine = sorted(map(_precision, (mine, theirs)), key=PRECISIONS.index)
-    return None if coarse == fine else coarse
-
-
-def _difference(name: str, mine: Tensor, theirs: Tensor, coarse: torch.dtype | None) -> Difference:
+def _difference(
+    name: str, mine: Tensor, theirs: Tensor, rounds: tuple[set[torch.dtype], set[torch.dtype]]
+) -> Difference:
     shape = tuple(mine.shape)
     for one in (mine, theirs):
         if not one.isfinite().all():
@@ -123,22 +122,29 @@ def _difference(name: str, mine: Tensor, theirs: Tensor, coarse: torch.dtype | N
     moved = theirs.double() - mine.double()
     size = mine.double().norm().item()
     norm = moved.norm().item() / size if size else float("inf")
-    if coarse is not None and torch.equal(mine.to(coarse), theirs.to(coarse)):
+    if any(
+        torch.equal(one.to(dtype).double(), other.double())
+        for one, other, to in ((mine, theirs, rounds[0]), (theirs, mine, rounds[1]))
+        for dtype in to
+    ):
         return Difference(name, shape, "rounding", norm, None)
     rank = None
     if mine.ndim == 2:
-        held = min((_precision([one]) for one in (mine, theirs)), key=PRECISIONS.index)
-        rank = difference_rank(mine, theirs, torch.finfo(held).eps)
+        coarsest = max(
+            torch.finfo(dtype).eps for one in (mine, theirs) for dtype in _precisions([one])
+        )
+        rank = difference_rank(mine, theirs, coarsest)
     return Difference(name, shape, "edited", norm, rank)
 
 
-def _precision(weights: Iterable[Tensor]) -> torch.dtype:
-    """The coarsest dtype that holds all numbers; whole numbers of a buffer are in none."""
+def _precisions(weights: Iterable[Tensor]) -> set[torch.dtype]:
+    """The dtypes that hold all numbers; whole numbers of a buffer are in none."""
     some = [one for one in weights if one.is_floating_point()]
-    for dtype in PRECISIONS[:-1]:
-        if all(torch.equal(one.to(dtype).to(one.dtype), one) for one in some):
-            return dtype
-    return PRECISIONS[-1]
+    return {torch.float64} | {
+        dtype
+        for dtype in PRECISIONS
+        if all(torch.equal(one.to(dtype).to(one.dtype), one) for one in some)
+    }
 
 
 def difference_rank(mine: Tensor, theirs: Tensor, eps: float) -> int:
