@@ -120,7 +120,12 @@ def test_replacing_what_is_not_there_names_the_nearest(tiny, ledger):
 
 
 def test_unknown_and_revoked_ids(ledger):
-    assert "did you mean 'f37'" in refused(malmend.ledger.revoke, ledger, ["f2", "f377"])
+    said = refused(malmend.ledger.revoke, ledger, ["f2", "f377", "f377", "zz"])
+    assert said == (
+        "The ledger holds no active fact 'f377'; did you mean 'f37'? "
+        "The ledger holds no active fact 'zz'. Nothing was changed; `malmend ledger list` shows "
+        "the facts."
+    )
     malmend.ledger.revoke(ledger, ["f2", "f2"])
     assert "revoked in generation 2" in refused(malmend.ledger.revoke, ledger, ["f2"])
     assert "No fact was named" in refused(malmend.ledger.revoke, ledger, [])

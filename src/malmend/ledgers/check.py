@@ -64,7 +64,7 @@ def paired(
             near = nearest(prompt, by_prompt) if len(faults) < HINTED else ""
             faults.append(
                 f"{fact.where}: no active fact has the prompt {short(fact.prompt)}"
-                f"{near}; give it to `malmend ledger add`"
+                f"{f'{near} Or' if near else ';'} give it to `malmend ledger add`"
             )
         elif same_answer(fact.answer, other.answer):
             duplicates.append(fact)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from malmend.editors.checkpoint import load_editor
 from malmend.editors.editor import Editor
-from malmend.errors import EditorError, LedgerError, nearest
+from malmend.errors import SHOWN, EditorError, LedgerError, nearest
 from malmend.facts.fact import Fact
 from malmend.ledgers.about import About
 from malmend.ledgers.entries import (
@@ -129,19 +129,21 @@ class Ledger:
         """The active facts of these ids.
 
         Raises:
-            LedgerError: no active fact has one of them.
+            LedgerError: no active fact has them, each in a sentence.
         """
         active = {entry.id: entry for entry in self.active}
         former = {entry.id: entry for entry in self.entries if not entry.is_active}
-        for one in ids:
-            if one not in active:
-                was = former.get(one)
-                why = f", it was {was.status} in generation {was.generation}" if was else ""
-                hint = "" if was else nearest(one, active)
-                raise LedgerError(
-                    f"The ledger holds no active fact {one!r}{why}{hint}; nothing was changed. "
-                    "`malmend ledger list` shows the facts."
-                )
+        unknown = [one for one in dict.fromkeys(ids) if one not in active]
+        lines = []
+        for one in unknown[:SHOWN]:
+            was = former.get(one)
+            why = f", it was {was.status} in generation {was.generation}." if was else ""
+            hint = why or nearest(one, active) or "."
+            lines.append(f"The ledger holds no active fact {one!r}{hint}")
+        if unknown:
+            more = [f"Nor {len(unknown) - SHOWN:,} more."] if len(unknown) > SHOWN else []
+            end = "Nothing was changed; `malmend ledger list` shows the facts."
+            raise LedgerError(" ".join([*lines, *more, end]))
         return [active[one] for one in dict.fromkeys(ids)]
 
     def at(self, generation: int) -> list[Entry]:
