@@ -204,6 +204,26 @@ def test_none_is_read_that_the_batch_asks_with_another_answer():
     assert sum(len(found) > 1 for found in alone.values()) > 5
 
 
+def test_what_two_are_asked_by_in_whole_is_read_of_neither():
+    asked = Fact("a", "What is the capital of Chad?", "x", "Chad")
+    said = Fact("b", "The capital of Chad is", "y", "Chad")
+    for facts, some in (((asked,), 1), ((said,), 1), ((asked, said), 0)):
+        for fact, found in zip(facts, in_other_words(facts, TURNED + 1), strict=True):
+            assert sum(one.prompt == turned(fact.prompt) for one in found) == some
+
+
+def test_what_has_lost_words_gives_way_to_another_facts_prompt():
+    tried = 0
+    for name in map(str, range(200)):
+        longer = Fact("a", f"small bridge of {name} leads to", "x", name)
+        short = Fact("b", f"bridge of {name} leads to", "y", name)
+        if wording(longer, 0) == short.prompt:
+            tried += 1
+            assert in_other_words([longer, short], 1)[0] == []
+            assert len(in_other_words([longer], 1)[0]) == 1
+    assert tried > 5
+
+
 @pytest.mark.parametrize(
     "prompt",
     [

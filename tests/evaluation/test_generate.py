@@ -298,6 +298,7 @@ def test_answers_that_match(answer, gold):
         ("C", "C#"),
         ("Vitamin", "Vitamin A"),
         ("1,02", "102"),
+        ("1,0245", "10245"),
     ],
 )
 def test_answers_that_do_not_match(answer, gold):
@@ -330,6 +331,8 @@ def test_text_that_can_no_longer_match(text, gold):
         ("ΟΔΟΣ", "ΟΔΟΣΑ"),  # the small sigma of a word's end is another letter
         ("\ufffd", "Éire"),  # half a letter
         ("Paris.", "Paris"),
+        ("−4", "-40"),
+        ("e\u0301", "e\u0301\u0323x"),  # the mark that comes last stands first in NFKC
         ("what", "!!"),  # a gold answer of marks alone is left to decoding
     ],
 )
