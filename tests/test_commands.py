@@ -681,6 +681,12 @@ def test_training_goes_on_only_with_the_same_facts_and_settings(tiny, tmp_path):
     [
         {"calibration": replace(CALIBRATION, prior_facts=11)},
         {"calibrate": as_lines(make_facts(12, seed=5))},
+        {
+            "calibrate": as_lines(
+                [replace(one, paraphrases=one.paraphrases[:1]) for one in make_facts(12, seed=1)]
+            )
+        },
+        {"calibrate": as_lines([replace(one, unrelated=()) for one in make_facts(12, seed=1)])},
         {"text": None},
     ],
 )

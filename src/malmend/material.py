@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from malmend.editors.calibration import Calibration, CalibrationSettings, calibr
 from malmend.editors.calibration_file import (
     calibration_key,
     load_calibration,
+    read,
     save_calibration,
 )
 from malmend.editors.keymoments import first_of, key_moments, passages_of
@@ -27,14 +28,7 @@ from malmend.editors.settings import EditorSettings
 from malmend.errors import MalmendError
 from malmend.facts.apart import apart
 from malmend.facts.encoded import Encoded
-from malmend.facts.fact import (
-    Fact,
-    FactSet,
-    Question,
-    same_class,
-    spread,
-    training_digests,
-)
+from malmend.facts.fact import Fact, FactSet, Question, same_class, spread
 from malmend.facts.readers import read_facts, read_questions, read_text
 from malmend.facts.tokens import Encoder
 from malmend.kept import kept
@@ -87,8 +81,8 @@ def calibration_digest(
 ) -> str:
     """SHA-256 over what :func:`calibrated` reads, the model and further questions aside."""
     known, words, general = _calibration_data(bench, facts, text, settings)
-    said = [training_digests(known, general), [f.paraphrases for f in known], words]
-    return hashlib.sha256(json.dumps([*said, asdict(settings)]).encode()).hexdigest()
+    said = json.dumps(read(settings, known, words, general), sort_keys=True)
+    return hashlib.sha256(said.encode()).hexdigest()
 
 
 def around_sites(

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -36,6 +37,21 @@ def calibration_key(
 
     The first two are digests of the model and of what cuts its texts into tokens.
     """
+    what = {
+        "format": FORMAT,
+        "model": [digest, tokenizer, str(trunk.model.dtype)],
+        "sites": [site.name for site in trunk.sites],
+        # Of the network what the statistics are read by, not its size.
+        "editor": {**asdict(editor_settings), "network": editor_settings.network.normalise},
+        **read(settings, facts, text, general),
+    }
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def read(
+    settings: CalibrationSettings, facts: Sequence[Fact], text: str, general: Sequence[Question]
+) -> dict[str, Any]:
+    """What a calibration reads, whatever its model and editor, as plain values."""
 
     def rows(questions: Sequence[Question]) -> list[tuple[str, str | None]]:
         return [(question.prompt, question.answer) for question in questions]
@@ -43,18 +59,12 @@ def calibration_key(
     used = [
         (f.prompt, f.answer, f.paraphrases, rows(f.neighbours), rows(f.unrelated)) for f in facts
     ]
-    what = {
-        "format": FORMAT,
-        "model": [digest, tokenizer, str(trunk.model.dtype)],
-        "sites": [site.name for site in trunk.sites],
-        # Of the network what the statistics are read by, not its size.
-        "editor": {**asdict(editor_settings), "network": editor_settings.network.normalise},
+    return {
         "settings": asdict(settings),
         "facts": used,
         "general": rows(general),
         "text": hashlib.sha256(text.encode()).hexdigest(),
     }
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
 
 
 def save_calibration(calibration: Calibration, path: Path) -> None:
