@@ -59,6 +59,16 @@ def name_of(generator: random.Random) -> str:
     return "".join(generator.choices(SYLLABLES, k=2)).capitalize()
 
 
+def cut_otherwise(folder: Path) -> None:
+    """Lets two entries of a saved tokenizer's vocabulary change places."""
+    path = folder / "tokenizer.json"
+    said = json.loads(path.read_text())
+    known = said["model"]["vocab"]
+    first, second = sorted(known)[-2:]
+    known[first], known[second] = known[second], known[first]
+    path.write_text(json.dumps(said))
+
+
 def make_facts(count: int, seed: int = 0) -> list[Fact]:
     """Facts with two paraphrases; every third one has an unrelated question without an answer."""
     generator = random.Random(seed)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -15,7 +16,16 @@ import command_support
 import helpers
 import malmend
 import malmend.patch_file as patch_module
-from command_support import CALIBRATION, EAGER, Tiny, as_lines, files_in, make_facts, make_model
+from command_support import (
+    CALIBRATION,
+    EAGER,
+    Tiny,
+    as_lines,
+    cut_otherwise,
+    files_in,
+    make_facts,
+    make_model,
+)
 from malmend.commands import edit as edit_module
 from malmend.commands import train as train_module
 from malmend.commands.learn import learn
@@ -674,6 +684,17 @@ def test_training_goes_on_only_with_the_same_facts_and_settings(tiny, tmp_path):
         )
     with pytest.raises(MalmendError, match="trained with seed = 0, now 1"):
         trained(tiny, tmp_path, training=replace(TRAINING, seed=1))
+
+
+def test_training_goes_on_only_by_the_same_tokenizer(tiny, tmp_path):
+    """The second half was of other tokens, and the loss rose by a tenth."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny.model, folder)
+    run = {"settings": SMALL, "training": replace(TRAINING, steps=1)} | own(tiny)
+    malmend.train(str(folder), tiny.facts, tmp_path / "editor", **run)
+    cut_otherwise(folder)
+    with pytest.raises(MalmendError, match="in training on other tokenizer files; give the same"):
+        malmend.train(str(folder), tiny.facts, tmp_path / "editor", **run)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from malmend.editors.around import Around, load_around, save_around
 from malmend.editors.calibration import Calibration, CalibrationSettings, calibrate
@@ -32,6 +31,7 @@ from malmend.facts.fact import Fact, FactSet, Question, same_class, spread
 from malmend.facts.readers import read_facts, read_questions, read_text
 from malmend.facts.tokens import Encoder
 from malmend.kept import kept
+from malmend.models.identity import tokenizer_digest
 from malmend.models.source import cached
 from malmend.progress import Progress, silent
 from malmend.workbench import Workbench, aimed, checked_facts, shipped
@@ -139,13 +139,6 @@ def _kept_at(
     given = (*digests, bench.trunk, editor_settings, settings)
     key = calibration_key(*given, facts, words, general)
     return cached("calibrations") / f"{key}.safetensors"
-
-
-def tokenizer_digest(tokenizer: Any) -> str:
-    """SHA-256 over all that cuts texts into tokens, padding and truncation aside."""
-    said = json.loads(tokenizer.backend_tokenizer.to_str())
-    said.update(padding=None, truncation=None)
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def held_out_questions(encoder: Encoder, count: int) -> tuple[Question, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,14 @@ from typing import Any
 import pytest
 
 import command_support
+from malmend.bench.making import making
 from malmend.bench.plan import Plan
 from malmend.bench.results import Results
 from malmend.bench.run import bench, bench_table
 from malmend.bench.table import latest
+from malmend.errors import MalmendError
+from malmend.models.load import load_model
+from malmend.one_writer import only_writer
 
 tiny = command_support.tiny
 cache = command_support.cache
@@ -70,9 +75,9 @@ def test_weights_that_were_only_written_again_make_one_row_of_a_seed(plan, tmp_p
     assert seeds_shown(tmp_path / "out") == "2"
 
 
-def test_an_editor_trained_again_or_a_class_changed_is_another_making(plan, tmp_path, monkeypatch):
-    from malmend.bench.making import making
-
+def test_an_editor_trained_again_or_a_class_changed_is_another_making(
+    plan, tiny, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     facts, source = command_support.make_facts(4), tmp_path / "averaged_method.py"
     source.write_text(
@@ -83,12 +88,49 @@ def test_an_editor_trained_again_or_a_class_changed_is_another_making(plan, tmp_
     for path in (tmp_path / "editor.json", tmp_path / "editor.safetensors", source):
         path.write_text(f"{path.read_text() if path == source else ''}# changed\n")
         for cell in replace(plan, methods=methods, seeds=(0, 1)).cells():
-            made[cell.name].append(making(cell, facts, plan, "base"))
+            made[cell.name].append(making(cell, facts, plan, tiny.loaded))
     assert {name: len(set(found)) for name, found in made.items()} == {"mine": 2, "own": 2}
     assert made["mine"][0] == made["mine"][1]  # two seeds
     cell = next(iter(plan.cells()))
-    assert making(cell, facts, plan, "base") != making(cell, facts, plan, "other")
-    assert making(cell, facts, plan, "base") != making(cell, facts[1:], plan, "base")
+    other = load_model(plan.models[0], "bfloat16")
+    assert making(cell, facts, plan, tiny.loaded) != making(cell, facts, plan, other)
+    assert making(cell, facts, plan, tiny.loaded) != making(cell, facts[1:], plan, tiny.loaded)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_model_with_other_files_beside_its_weights_is_another(name, plan, tmp_path):
+    """What had been found with the old ones was shown as done, and averaged with the new."""
+    bench(replace(plan, seeds=(0,)), tmp_path / "out")
+    if name == "tokenizer.json":
+        command_support.cut_otherwise(Path(plan.models[0]))
+    else:
+        path = Path(plan.models[0]) / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), "rms_norm_eps": 0.5}))
+    bench(replace(plan, seeds=(0, 1)), tmp_path / "out")
+    assert len((tmp_path / "out" / "cells.jsonl").read_text().splitlines()) == 3
+    assert seeds_shown(tmp_path / "out") == "2"
+
+
+def test_methods_asked_about_other_facts_do_not_stand_side_by_side(plan, tmp_path):
+    plan, out = replace(plan, seeds=(0,)), tmp_path / "out"
+    two = {"ft": FT, "other": {**FT, "method": "ft", "rate": 0.02}}
+    bench(replace(plan, methods=two), out)
+    assert "| other |" in bench_table(out)
+    Path(plan.facts).write_text(command_support.as_lines(command_support.make_facts(12, seed=9)))
+    bench(plan, out)
+    assert seeds_shown(out) == "1"
+    assert "| other |" not in bench_table(out)
+    bench(replace(plan, methods=two), out)
+    assert "| other |" in bench_table(out)
+
+
+def test_one_bench_at_a_time_runs_into_a_folder(plan, tmp_path):
+    """The slower one found out when its cell was done, and lost it."""
+    out = tmp_path / "out"
+    out.mkdir()
+    with only_writer(out, "--out"), pytest.raises(MalmendError, match="Another run is writing"):
+        bench(plan, out)
+    assert len(bench(plan, out).rows) == 2
 
 
 @pytest.mark.parametrize("part", ["given", "asked", "facts", "malmend", "unsaid", "base"])

@@ -45,3 +45,12 @@ def test_a_name_stays_in_its_cell(table):
 
 def test_a_models_name_stays_in_its_line():
     assert markdown([row("m |\nn")]).startswith("**m | n**, all facts at once\n")
+
+
+def test_figures_of_every_name_are_drawn_and_name_it(tmp_path):
+    """Two $ were a formula that could not be read, and "_mine" was in no legend."""
+    names = ["_mine", "a$b$", "$\\x$", "ft"]
+    _, path = plot([row("m$o$del\\", name) for name in names], tmp_path)
+    said = path.read_text()
+    for one in (*names, "m$o$del\\, together"):
+        assert f"<!-- {one} -->" in said

@@ -112,6 +112,14 @@ def test_nothing_right_before_cannot_be_kept():
     assert (found.questions, scores(wrong, right)["LS"].kept_count) == (1, "")
 
 
+def test_what_has_no_answer_cannot_have_been_right():
+    """ "None was right before" was said of questions that were given without an answer."""
+    bare = Replies([replace(asked("NS", 0, None, predicted=(1,)), exact=None)])
+    found = scores(bare, bare)["NS"]
+    assert (found.kept, found.kept_of, found.kept_count) == (None, None, "")
+    assert found.retention == 1.0
+
+
 def test_intervals_by_hand():
     found = scores(replies(), before())
     # Two clusters of one: mean 0.5, residuals +-0.5; variance 2 * 0.5 / 4 = 0.25.

@@ -100,6 +100,16 @@ def test_leaks_finds_a_neighbour_that_is_edited():
     )
 
 
+def test_leaks_finds_a_reversed_prompt_that_is_edited():
+    """Its figure passed for what no edit asks for."""
+    back = replace(fact("a", "What is Oz?"), reversed=Question("Who leads  oz", "Oz"))
+    (warning,) = leaks([back, fact("b", "Who leads Oz")])
+    assert warning == (
+        "fact 'a': reversed question 'Who leads  oz' is the edit prompt of fact 'b', "
+        "so its answer is asked for, and does not follow; leave it out"
+    )
+
+
 def test_leaks_of_clean_facts():
     assert leaks([fact("a", "P", unrelated=["Q"]), fact("b", "R", paraphrases=["S"])]) == []
     assert leaks([]) == []
@@ -174,6 +184,20 @@ def test_what_nobody_sees_is_warned_of_by_line_and_field():
             f"f:3: field '{prompt}.answer': U+FEFF, zero width no-break space",
         ]
     assert len(unseen([replace(whole, reversed=hidden)])) == 2
+
+
+@pytest.mark.parametrize(
+    ("sign", "said"),
+    [
+        ("\u061c", "U+061C, arabic letter mark"),
+        ("\u034f", "U+034F, combining grapheme joiner"),
+        ("\u3164", "U+3164, hangul filler"),
+        ("\u2065", "U+2065, unnamed"),
+        ("\U000e0041", "U+E0041, tag latin capital letter a"),
+    ],
+)
+def test_more_that_nobody_sees(sign, said):
+    assert unseen([Fact("a", f"P{sign}Q", "A", at="f:1")]) == [f"f:1: field 'prompt': {said}"]
 
 
 @pytest.mark.parametrize("text", ["می\u200cخواهم", "क्\u200dष", "\U0001f469\u200d\U0001f680", "é"])

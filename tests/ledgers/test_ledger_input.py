@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import command_support
 import malmend
-from command_support import as_lines, files_in, make_facts, save_model
+from command_support import as_lines, cut_otherwise, files_in, make_facts, save_model
 from malmend.commands import ledger_facts
 from malmend.editors.checkpoint import load_editor, save_editor
 from malmend.editors.editor import Editor, SiteStatistics
@@ -523,6 +523,18 @@ def test_a_model_of_another_configuration_is_refused(tiny, empty, tmp_path):
     other = saved_as(tmp_path / "m", model, tiny.loaded.tokenizer, rms_norm_eps=0.5)
     said = refused(malmend.ledger.add, empty, FACTS[:2], model=other)
     assert "has another rms_norm_eps in its configuration" in said
+
+
+def test_another_tokenizer_is_refused(tiny, empty, tmp_path):
+    """Facts were added by it, and none of the ledger's held any more."""
+    folder = Path(saved_as(tmp_path / "m", tiny.loaded.model, tiny.loaded.tokenizer))
+    malmend.ledger.add(empty, FACTS[:2], model=str(folder))
+    cut_otherwise(folder)
+    said = refused(malmend.ledger.add, empty, FACTS[2:4], model=str(folder))
+    assert "has another tokenizer, so that facts read by it would not add up" in said
+    with sqlite3.connect(empty / "ledger.sqlite") as db:  # as an older version left it
+        db.execute("DELETE FROM about WHERE name = 'tokenizer'")
+    assert malmend.ledger.add(empty, FACTS[2:4], model=str(folder)).generation.number == 2
 
 
 def test_weights_that_were_rounded_are_refused(tiny, empty, tmp_path):

@@ -17,7 +17,11 @@ from malmend.bench.plan import Cell, Plan
 from malmend.bench.way import source_of, way_of
 from malmend.editors.refine import SETTLING, UNSAID
 from malmend.facts.fact import Fact
+from malmend.models.identity import tokenizer_digest
+from malmend.models.load import LoadedModel
 from malmend.workbench import shipped
+
+SMALL = ("*.json", "*.jinja", "*.model", "*.txt")  # of a model's files, what is not its weights
 
 
 def key_of(
@@ -25,20 +29,22 @@ def key_of(
 ) -> str:
     """By the cell, what is asked of which facts, and the editor's own files."""
     draw = drawn(facts, cell.size, cell.seed)
-    rest = [_source(cell), _weights(cell.model)]
-    # Rows of before are named by their facts' places too, or without the package's editors, and may
-    # have taken hours.
+    source, weights, small = _source(cell), _weights(cell.model), _small_files(cell.model)
+    # Rows of before are named by their facts' places too, or without the package's editors or the
+    # files beside a model's weights, and may have taken hours.
     keys = [
-        cell.key(chosen, [*editor, *rest], *_asked_by(cell, plan))
+        cell.key(chosen, [*editor, source, model], *_asked_by(cell, plan))
+        for model in ([*weights, *small], weights)
         for editor in _editors(cell)
         for chosen in (_texts(draw), hashlib.sha256(repr(draw).encode()).hexdigest())
     ]
     return next((key for key in keys if key in done), keys[0])
 
 
-def making(cell: Cell, facts: Iterable[Fact], plan: Plan, base: str) -> str:
-    """As :func:`key_of`, but for the seed: of all facts that are drawn from, and the weights."""
-    inputs = [*_editors(cell)[0], _source(cell), base]
+def making(cell: Cell, facts: Iterable[Fact], plan: Plan, loaded: LoadedModel) -> str:
+    """As :func:`key_of`, but for the seed: of all facts that are drawn from, and the model."""
+    model = [loaded.digest, tokenizer_digest(loaded.tokenizer, in_chat=True)]
+    inputs = [*_editors(cell)[0], _source(cell), *model]
     return replace(cell, seed=0).key(_texts(facts), inputs, *_asked_by(cell, plan))
 
 
@@ -96,6 +102,12 @@ def _weights(model: str) -> list[tuple[str, int, int]]:
     path = Path(model)
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     return [(one.name, one.stat().st_size, one.stat().st_mtime_ns) for one in files]
+
+
+def _small_files(model: str) -> list[tuple[str, str]]:
+    """Names and digests of what a model's folder holds beside its weights."""
+    found = {path for kind in SMALL for path in Path(model).glob(kind)}
+    return [(one.name, _digest(one)) for one in sorted(found)]
 
 
 def _digest(path: Path) -> str:

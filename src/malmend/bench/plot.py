@@ -78,9 +78,16 @@ def _drawn(mine: dict[Any, list[Row]], title: str) -> Any:
         _panel(axis, heading, of, mine, names)
     for axis in axes[len(panels) :]:
         axis.remove()
-    handles, labels = axes[0].get_legend_handles_labels()
-    drawn.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)))
-    drawn.suptitle(title)
+    # By names of its own: matplotlib leaves out what is labelled "_mine".
+    legend = drawn.legend(
+        axes[0].get_lines()[: len(names)],
+        names,
+        loc="outside lower center",
+        ncols=min(5, len(names)),
+    )
+    said = [*legend.get_texts(), drawn.suptitle(title)]
+    for text in said:
+        text.set_parse_math(False)  # two $ are no formula
     return drawn
 
 
@@ -96,7 +103,7 @@ def _panel(axis: Any, heading: str, of: Any, mine: dict[Any, list[Row]], names: 
         spread = [statistics.stdev(points[s]) if len(points[s]) > 1 else 0.0 for s in sizes]
         colour, marker = f"C{index % 10}", "osv^Dxp*h+"[index // 10 % 10]
         line = ("-", "--", "-.")[index // 10 % 3]
-        axis.plot(sizes, means, line, marker=marker, markersize=4, color=colour, label=name)
+        axis.plot(sizes, means, line, marker=marker, markersize=4, color=colour)
         low = [mean - one for mean, one in zip(means, spread, strict=True)]
         high = [mean + one for mean, one in zip(means, spread, strict=True)]
         axis.fill_between(sizes, low, high, color=colour, alpha=0.2, linewidth=0)

@@ -30,6 +30,7 @@ from malmend.given import checked
 from malmend.methods.trained import trained_method
 from malmend.models.device import device_of, places_of
 from malmend.models.load import load_config, load_model
+from malmend.one_writer import only_writer
 from malmend.patch import now
 from malmend.progress import Progress, silent
 
@@ -98,21 +99,22 @@ def bench(
     asking: Asking | None = None
     failed = list[str]()
     size = next(iter(left.values())).size if left else 0
-    for index, (key, cell) in enumerate(left.items()):
-        if cell.size != size:  # what smaller ones took says more than was known before
-            told(cost(list(left.values())[index:], len(keyed), results))
-            size = cell.size
-        try:
-            if asking is None or asking.loaded.name != cell.model:
-                asking = None  # before another is loaded
-                asking = Asking(load_model(cell.model, device=device), plan)
-            row = _row(asking, cell, facts, progress)
-        except Exception as error:  # whatever a method raises
-            failed.append(_failure(cell, error))
-            told(f"Failed: {failed[-1]}")
-            continue
-        results.add(key, row)
-        stepped(results.rows[key])
+    with only_writer(folder, "--out"):
+        for index, (key, cell) in enumerate(left.items()):
+            if cell.size != size:  # what smaller ones took says more than was known before
+                told(cost(list(left.values())[index:], len(keyed), results))
+                size = cell.size
+            try:
+                if asking is None or asking.loaded.name != cell.model:
+                    asking = None  # before another is loaded
+                    asking = Asking(load_model(cell.model, device=device), plan)
+                row = _row(asking, cell, facts, progress)
+            except Exception as error:  # whatever a method raises
+                failed.append(_failure(cell, error))
+                told(f"Failed: {failed[-1]}")
+                continue
+            results.add(key, row)
+            stepped(results.rows[key])
     _check_done(failed, len(keyed), folder)
     return BenchResult(folder, tuple(results.rows[key] for key in keyed))
 
@@ -126,7 +128,7 @@ def _row(asking: Asking, cell: Cell, facts: Sequence[Fact], progress: Progress) 
         "torch": version("torch"),
         "finished": now(),
         "base": base,
-        "made": making(cell, facts, asking.plan, base),
+        "made": making(cell, facts, asking.plan, asking.loaded),
         "facts_sha256": facts_digest(draw),
         "device": places_of(asking.loaded.model),
         "threads": torch.get_num_threads(),

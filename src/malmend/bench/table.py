@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -48,12 +49,21 @@ def latest(rows: Sequence[Row]) -> list[Row]:
     """Of rows of one name and m those that are made as the last of them is, one of each seed.
 
     A plan may be run again with other settings, facts or weights under the same names; its seeds
-    are never mixed.
+    are never mixed.  Nor does a method that was asked about other facts, or otherwise, than the
+    last row of the same m and seed stand beside that.
     """
 
     def cell(row: Row) -> tuple[object, ...]:
         return row["model"], row["protocol"], row["m"], row["name"]
 
+    def about(row: Row) -> tuple[object, ...]:
+        return tuple(json.dumps(row.get(name)) for name in ("facts_sha256", "asked", "base"))
+
+    def draw(row: Row) -> tuple[object, ...]:
+        return row["model"], row["protocol"], row["m"], row["seed"]
+
+    asked = {draw(row): about(row) for row in rows}
+    rows = [row for row in rows if about(row) == asked[draw(row)]]
     last = {cell(row): alike(row) for row in rows}
     kept = [row for row in rows if alike(row) == last[cell(row)]]
     return list({(*cell(row), row["seed"]): row for row in kept}.values())

@@ -29,7 +29,7 @@ from malmend.facts.tokens import Encoder, EndOfAnswer
 from malmend.files import part_of, reason, synced, writable_folder
 from malmend.given import checked
 from malmend.models.finetune import EpochRecord, FinetuneSettings
-from malmend.models.identity import bits
+from malmend.models.identity import bits, tokens_digest
 from malmend.models.load import LoadedModel, load_base, prepared, save_model
 from malmend.one_writer import only_writer
 from malmend.progress import Progress, silent
@@ -192,7 +192,7 @@ def _digest(facts: Sequence[Fact], asked: Asked, base: LoadedModel, encoder: Enc
     rows = [
         (fact.subject, [(q.prompt, q.answer) for q in _questions(fact, asked)]) for fact in facts
     ]
-    read_as = (encoder.end_of_answer, encoder.reading)
+    read_as = (encoder.end_of_answer, encoder.reading, tokens_digest(base.tokenizer))
     return hashlib.sha256(repr((base.name, bits(base.model), read_as, rows)).encode()).hexdigest()
 
 

@@ -24,7 +24,7 @@ from malmend.ledgers.tables import FILE, created, holds_tables
 from malmend.ledgers.watch import StopRule
 from malmend.methods.editor_choice import Choice, choose
 from malmend.methods.trained import TRAINED, method_in
-from malmend.models.identity import bits
+from malmend.models.identity import bits, tokens_digest
 from malmend.models.load import LoadedModel
 from malmend.models.source import lasting
 from malmend.models.trunk import TrunkSettings
@@ -225,4 +225,5 @@ def _about(
         bits=bits(loaded.model),
         settings=plain_settings(loaded.model),
         frames=list(frames),
+        tokenizer=tokens_digest(loaded.tokenizer, in_chat=bool(frames)),
     )

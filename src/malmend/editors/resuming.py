@@ -20,6 +20,7 @@ from malmend.errors import EditorError
 from malmend.facts.fact import Fact, Question, subject_hashes, training_digests
 from malmend.files import written_beside
 from malmend.models.device import places_of
+from malmend.models.identity import tokens_digest
 from malmend.models.load import LoadedModel
 
 FILE = "training.safetensors"
@@ -130,6 +131,7 @@ def run_of(
         "base": loaded.fingerprint,
         "dtype": loaded.dtype,
         "device": places_of(loaded.model),
+        "tokenizer": tokens_digest(loaded.tokenizer),
         "facts": len(facts),
         **training_digests(facts, locality),
         "subjects": subject_hashes(facts),
@@ -144,8 +146,11 @@ def check_run(said: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> 
         ("facts_sha256", "facts"),
         ("locality_sha256", "locality questions"),
     )
-    if "calibration_sha256" in said:  # not of older runs
-        parts += (("calibration_sha256", "calibration facts, text or settings"),)
+    later = (
+        ("tokenizer", "tokenizer files"),
+        ("calibration_sha256", "calibration facts, text or settings"),
+    )
+    parts += tuple(part for part in later if part[0] in said)  # older runs lack them
     for name, what in parts:
         if said.get(name) != now.get(name):
             raise EditorError(

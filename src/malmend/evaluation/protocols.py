@@ -121,11 +121,13 @@ def stayed(unedited: Replies, edited: Replies, kind: Kind) -> Stayed:
     same: list[bool] = []
     moved: list[float] = []
     kept: list[bool] = []
+    judged = False  # whether any question has an answer to be right by
     for before, after in zip(unedited.rows, edited.rows, strict=True):
         if after.kind == kind:
             pairs = zip(before.predicted, after.predicted, strict=True)
             same += [one == other for one, other in pairs]
             moved += after.kl
+            judged = judged or before.exact is not None
             if before.exact == 1.0:
                 kept.append(after.exact == 1.0)
     return Stayed(
@@ -133,7 +135,7 @@ def stayed(unedited: Replies, edited: Replies, kind: Kind) -> Stayed:
         # Rounding can leave the KL of two equal distributions a hair below zero.
         kl=max(math.fsum(moved) / len(moved), 0.0) if moved else None,
         kept=sum(kept) / len(kept) if kept else None,
-        kept_of=len(kept) if same else None,
+        kept_of=len(kept) if judged else None,
     )
 
 

@@ -12,10 +12,13 @@ from malmend.errors import counted
 from malmend.facts.entry import EXPECTED, Entry, Faults, short
 from malmend.facts.fact import Fact, Question, Skipped, in_one_form, same_answer
 
-# Soft hyphen, zero width space, marks of direction, separators of lines, word joiner with what
-# follows it, and byte order mark; not U+200C and U+200D, which Persian, Hindi and emoji are
-# written with.  Each has a name: U+2065 has none.
-UNSEEN = re.compile("[\u00ad\u200b\u200e\u200f\u2028-\u202e\u2060-\u2064\u2066-\u206f\ufeff]")
+# Soft hyphen, grapheme joiner, zero width space, marks of direction, fillers, separators of lines
+# and vowels, word joiner with what follows it, byte order mark, annotations and tags; not U+200C
+# and U+200D, which Persian, Hindi and emoji are written with.
+UNSEEN = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b\u200e\u200f\u2028-\u202e"
+    "\u2060-\u206f\u3164\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
 
 
 def same_prompt(prompt: str) -> str:
@@ -79,8 +82,9 @@ def leaks(facts: Sequence[Fact], others: Sequence[Question] = ()) -> list[str]:
 
     Such a question is meant to stay put while the edit is meant to move it, so it spoils training
     and makes locality look worse than it is.  ``others`` are questions that stand beside all facts
-    (``--locality``).  Case is ignored here: a warning costs nothing.  Then one per paraphrase that
-    is no other wording of its fact alone (:func:`wordings`).
+    (``--locality``).  Likewise a reversed prompt, of which no edit should ask.  Case is ignored
+    here: a warning costs nothing.  Then one per paraphrase that is no other wording of its fact
+    alone (:func:`wordings`).
     """
     edited: dict[str, tuple[str, Fact]] = {}
     for fact in facts:
@@ -91,6 +95,7 @@ def leaks(facts: Sequence[Fact], others: Sequence[Question] = ()) -> list[str]:
     asked: list[tuple[str, Fact | None, Question]]
     asked = [(f"fact {f.id!r}: unrelated", f, question) for f in facts for question in f.unrelated]
     asked += [(f"fact {f.id!r}: neighbour", f, one) for f in facts for one in f.neighbours]
+    asked += [(f"fact {f.id!r}: reversed", f, f.reversed) for f in facts if f.reversed]
     asked += [("locality", None, question) for question in others]
     warnings = []
     for where, asker, question in asked:
@@ -98,10 +103,10 @@ def leaks(facts: Sequence[Fact], others: Sequence[Question] = ()) -> list[str]:
         if found:
             role, other = found
             owner = "the same fact" if other is asker else f"fact {other.id!r}"
-            warnings.append(
-                f"{where} question {question.prompt!r} is the {role} of {owner}, "
-                "so it is meant to move; use another question"
-            )
+            so = "so it is meant to move; use another question"
+            if asker is not None and question is asker.reversed:
+                so = "so its answer is asked for, and does not follow; leave it out"
+            warnings.append(f"{where} question {question.prompt!r} is the {role} of {owner}, {so}")
     return warnings + [f"fact {fact.id!r}: {what}" for fact, what in wordings(facts)]
 
 
@@ -136,7 +141,8 @@ def wordings(facts: Sequence[Fact]) -> Iterator[tuple[Fact, str]]:
 def unseen(facts: Iterable[Fact]) -> list[str]:
     """One warning per field with a character that nobody sees and that changes its tokens."""
     return [
-        f"{fact.where}: field {name!r}: U+{ord(found[0]):04X}, {unicodedata.name(found[0]).lower()}"
+        f"{fact.where}: field {name!r}: U+{ord(found[0]):04X}, "
+        + unicodedata.name(found[0], "unnamed").lower()
         for fact in facts
         for name, text in _texts(fact)
         if (found := UNSEEN.search(text))

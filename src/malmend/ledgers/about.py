@@ -15,7 +15,7 @@ from malmend.errors import EditorError, LedgerError
 from malmend.facts.encoded import Form
 from malmend.ledgers.tables import spoilt
 from malmend.ledgers.watch import StopRule
-from malmend.models.identity import bits, settings_of, unlike_settings
+from malmend.models.identity import bits, settings_of, tokens_digest, unlike_settings
 from malmend.models.load import LoadedModel
 
 
@@ -40,6 +40,7 @@ class About:
             configuration; empty of ledgers that are older.
         frames: in which each fact is solved beside its plain prompt; none in ledgers that are
             older.
+        tokenizer: digest of its tokenizer, and with frames of its chat template; empty likewise.
     """
 
     model: str
@@ -55,6 +56,7 @@ class About:
     bits: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     frames: Sequence[str] = ()
+    tokenizer: str = ""
 
     @classmethod
     def read(cls, raw: Mapping[str, Any], path: Path) -> About:
@@ -70,6 +72,8 @@ class About:
                     raise TypeError(f"{name} is no text")
             if not isinstance(found.settings, dict) or not isinstance(found.bits, str):
                 raise TypeError("bits or settings is of another kind")
+            if not isinstance(found.tokenizer, str):
+                raise TypeError("tokenizer is no text")
             RefineSettings(frames=tuple(found.frames))
             if not isinstance(found.editor, dict) or not found.weight_norm > 0:
                 raise TypeError("editor or weight_norm is of another kind")
@@ -91,6 +95,9 @@ class About:
         what = f"another {names[0]} in its configuration" if names else ""
         if not names and self.bits and self.bits != bits(loaded.model):
             what = "weights that differ below bfloat16"
+        tokens = tokens_digest(loaded.tokenizer, in_chat=bool(self.frames))
+        if not what and self.tokenizer not in ("", tokens):
+            what = "another tokenizer" + " or chat template" * bool(self.frames)
         if what:
             raise LedgerError(
                 f"The model {loaded.name} has {what}, so that facts read by it would not add up "

@@ -33,6 +33,29 @@ def unlike_settings(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[s
     return sorted(name for name in names if here.get(name) != there.get(name))
 
 
+def tokenizer_digest(tokenizer: Any, in_chat: bool = False) -> str:
+    """SHA-256 over all that cuts texts into tokens, padding and truncation aside.
+
+    ``in_chat``: and over the chat template.
+    """
+    said = json.loads(tokenizer.backend_tokenizer.to_str())
+    said.update(padding=None, truncation=None)
+    if in_chat:
+        said["chat_template"] = tokenizer.chat_template
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def tokens_digest(tokenizer: Any, in_chat: bool = False) -> str:
+    """SHA-256 over the vocabulary, and how a text of all its entries is cut.
+
+    Where another is refused: :func:`tokenizer_digest` changes with the library that writes it.
+    """
+    vocabulary = tokenizer.get_vocab()
+    ids = tokenizer(" ".join(sorted(vocabulary)), verbose=False)["input_ids"]
+    said = [vocabulary, ids, tokenizer.chat_template if in_chat else None]
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
 def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and saved buffers by name, tied ones once."""
     found = {name: one.detach() for name, one in model.named_parameters()}
