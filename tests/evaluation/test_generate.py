@@ -9,10 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import RwkvConfig, RwkvForCausalLM
 
 import helpers
 from command_support import greedy, make_model, teach
 from malmend.errors import MalmendError
+from malmend.evaluation import generate as generate_module
 from malmend.evaluation.generate import Answer, can_still_match, generate, matches, normalised
 from malmend.facts.tokens import Encoder
 from malmend.models.load import LoadedModel, prepared
@@ -64,6 +66,34 @@ def test_a_batch_of_different_lengths_says_what_each_prompt_alone_says(family, w
     assert texts(loaded, encoder, prompts(), 12, batch_tokens=30, whole=whole) == wanted
     alone = [texts(loaded, encoder, [one], 12, whole=whole)[0] for one in prompts()]
     assert alone == wanted
+
+
+@pytest.mark.parametrize("family", ["rwkv", "llama"])
+def test_answers_do_not_hang_on_who_is_asked_beside(family, monkeypatch):
+    """One read padding and mixed the states of a batch: of right answers a fifth was right."""
+    tokenizer = helpers.byte_level()
+    if family == "rwkv":
+        sizes = {"hidden_size": 32, "attention_hidden_size": 32, "intermediate_size": 64}
+        config = RwkvConfig(vocab_size=len(tokenizer), num_hidden_layers=2, **sizes)
+        torch.manual_seed(0)
+        model = RwkvForCausalLM(config).eval().requires_grad_(False)
+        model.head.weight.data *= 30
+    else:
+        model = make_model(tokenizer, layers=2)
+    loaded, sizes = prepared(model, tokenizer), []
+    decode = generate_module._decode_batch
+
+    def noted(loaded, rows, *rest):
+        sizes.append(len(rows))
+        return decode(loaded, rows, *rest)
+
+    monkeypatch.setattr(generate_module, "_decode_batch", noted)
+    encoder = Encoder(tokenizer)
+    asked = ["Peru:", "The capital of France is", "Mars has", "Lima: ", "In Chile, the largest of"]
+    together = texts(loaded, encoder, asked, 6, whole=True)
+    assert sizes == ([5] if family == "llama" else [1] * 5)
+    assert together == [texts(loaded, encoder, [one], 6, whole=True)[0] for one in asked]
+    assert len(set(together)) > 3
 
 
 def test_every_end_token_of_model_and_tokenizer_stops(monkeypatch):

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -29,8 +30,10 @@ from transformers import (
 
 from malmend.errors import MalmendError
 from malmend.facts.tokens import Encoder
+from malmend.models.ending import rounding
 from malmend.models.load import LoadedModel
 
+_TOGETHER: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _ARTICLE_BEFORE = re.compile(r"\b(a|an|the)\b(?=\s+\S)")
 _LAST_WORD = re.compile(r"\w*\Z")
@@ -171,17 +174,50 @@ def generate(
         limit = limit if room is None else min(limit, room - (len(ids) if joined else before))
         rows.append(_Row(ids, limit, None if golds is None else golds[index]))
     answers = [Answer("")] * len(prompts)
-    for chosen in _batches(rows, batch_tokens, room if joined else None):
+    alone = joined and len(rows) > 1 and not _says_the_same_together(loaded.model)
+    for chosen in _batches(rows, batch_tokens, room if joined else None, alone):
         said = _decode_batch(loaded, [rows[index] for index in chosen], encoder.prefix, whole)
         for index, answer in zip(chosen, said, strict=True):
             answers[index] = answer
     return answers
 
 
-def _batches(rows: Sequence[_Row], batch_tokens: int, room: int | None) -> Iterator[list[int]]:
+@torch.no_grad()
+def _says_the_same_together(model: PreTrainedModel) -> bool:
+    """Whether a decoder says the same beside another prompt, and behind padding, on a trial.
+
+    Some recurrent ones know no mask, or mix the states of a batch.
+    """
+    if model not in _TOGETHER:
+        ids = torch.tensor([[2, 1, 0, 1, 2], [0, 0, 0, 1, 2]], device=model.device)
+        mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 0, 1, 1]], device=model.device)
+        plain = GenerationConfig(
+            max_new_tokens=2,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            output_logits=True,
+            use_cache=model.generation_config.use_cache,
+        )
+        with _decoding_by(model, plain):
+            together, alone = (
+                model.generate(some, attention_mask=there, generation_config=plain)
+                for some, there in ((ids, mask), (ids[1:, 3:], mask[1:, 3:]))
+            )
+        share = rounding(model.dtype)
+        _TOGETHER[model] = all(
+            (behind_RW[-1] - own_1W[0]).abs().max() <= share * own_1W.abs().max()
+            for behind_RW, own_1W in zip(together.logits, alone.logits, strict=True)
+        )
+    return _TOGETHER[model]
+
+
+def _batches(
+    rows: Sequence[_Row], batch_tokens: int, room: int | None, alone: bool = False
+) -> Iterator[list[int]]:
     """Indices of rows that are decoded together, longest prompts first.
 
     A batch goes on until its last row is done, so no row of it may run out of positions by then.
+    With ``alone`` each holds one.
     """
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index].ids))
     chosen: list[int] = []
@@ -189,7 +225,9 @@ def _batches(rows: Sequence[_Row], batch_tokens: int, room: int | None) -> Itera
     for index in order:
         longest = len(rows[chosen[0] if chosen else index].ids)
         width = longest + max(most, rows[index].limit)
-        if chosen and ((len(chosen) + 1) * width > batch_tokens or width > (room or width)):
+        if chosen and (
+            alone or (len(chosen) + 1) * width > batch_tokens or width > (room or width)
+        ):
             yield chosen
             chosen, most = [], 0
         chosen.append(index)
