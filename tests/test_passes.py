@@ -180,7 +180,7 @@ def test_an_edit_is_settled_from_its_last_kept_solve_in_every_frame(tiny, monkey
         48,
         4.0,
     )
-    assert (list(others.held.questions), others.each, others.weight) == (known, 48, 2.0)
+    assert (list(others.held.questions), others.each, others.weight) == (known, 96, 4.0)
     for name in once.factors:
         torch.testing.assert_close(given["shifts"][name].float(), once.shift(name))
         torch.testing.assert_close(found.shift(name), factor * once.shift(name))

@@ -195,10 +195,10 @@ def test_what_it_holds_beside_micro_batches_is_planned():
 
 
 def test_the_numbers_are_those_of_the_docs():
-    read, kept = (112, 80, 7, 0.02, 3.0, 0.5, 1.5), (48, 2, 48, 0.5, 0.05)
+    read, kept = (112, 80, 7, 0.02, 3.0, 0.5, 1.5), (48, 2, 96, 0.05)
     assert (*read, *kept, 0.5, 0.06, 0.9, 0.98, 1e-6) == module.NUMBERS
     assert (RefineSettings.hold, RefineSettings.wordings, LEFT_OUT) == (150.0, 8, 0.3)
-    assert [150.0, 8, 128, 3.0, 400, True, 2, 0.3, 1, 5, *module.NUMBERS] == SETTLING
+    assert [150.0, 8, 128, 3.0, 400, True, 2, 0.3, 1, 6, *module.NUMBERS] == SETTLING
 
 
 def test_what_is_asked_is_said_and_what_is_held_stays():

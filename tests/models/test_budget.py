@@ -13,7 +13,16 @@ import tiny
 from malmend.errors import MalmendError
 from malmend.memory import Room, held
 from malmend.models import budget
-from malmend.models.budget import Work, check_memory, plan_memory, rows_of, sums_of, within
+from malmend.models.budget import (
+    MemoryPlan,
+    Work,
+    check_memory,
+    plan_memory,
+    rows_of,
+    sums_of,
+    watched,
+    within,
+)
 from malmend.models.capture import capture, keys_of
 from malmend.models.descent import Descent
 from malmend.models.sites import find_sites
@@ -159,3 +168,16 @@ def test_what_else_is_done_with_micro_batches_is_rehearsed_and_the_greater_count
     assert both.positions * 4 == alone.positions
     taken["loss"] = 1
     assert plan_memory(trunk, "4GB", Work(QUESTIONS, also=seen.append)).positions == alone.positions
+
+
+@pytest.mark.parametrize("over", [False, True])
+def test_more_than_the_budget_is_told(over):
+    """A model's first edit held a fifth more than it was given, and nothing said so."""
+    said, now = [], held()
+    plan = MemoryPlan(now + (100 if over else 400) * 10**6, now, 64, 10**6)
+    with watched(plan, said.append) as peak:
+        taken = torch.ones(50, 10**6)
+        assert taken.numel() == 5 * 10**7
+    assert peak() > now + 150 * 10**6
+    assert said[0] == plan.said
+    assert [one.endswith("is kept for later ones.") for one in said[1:]] == [True] * over

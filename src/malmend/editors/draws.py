@@ -26,7 +26,7 @@ LEAST_OPEN, MOST_OPEN = 0.02, 3.0  # nats that a reading is ranked by, at least 
 LUCK = (0.5, 1.5)  # what a rank is multiplied by, from and to, at random
 NEVER = 1e9  # steps since the last reading of what was not read yet
 HELD_EACH, READ = 48, 2  # questions and lines of a step, and how often each is read if they suffice
-KNOWN_EACH = 48  # of what is surely said of others, in a step
+KNOWN_EACH = 96  # of what is surely said of others, in a step
 NUMBERS = (READINGS, FEWEST, WAYS, LEAST_OPEN, MOST_OPEN, *LUCK, HELD_EACH, READ, KNOWN_EACH)
 
 

@@ -6,7 +6,7 @@ descended by what counts,
 
     L(S) = WAYS * mean over readings of the sum of nll_t over answer tokens with nll_t > SAID
          + hold * mean over held tokens of KL(p_t || p'_t)
-         + KNOWN * hold * the same over what the model surely says of other subjects,           (29)
+         + hold * the same over what the model surely says of other subjects,                   (29)
 
 in the metric of the prior: with P_l = L_l L_l^T of equation (1) and S_l = E_l L_l^-1, by Adam on
 E_l, whose steps are relative to the root mean square of what the solves found and fall linearly to
@@ -51,11 +51,10 @@ from malmend.numerics.prior import Prior
 from malmend.patch import shifted
 from malmend.processes import ALONE, Processes
 
-KNOWN = 0.5  # what is surely said of others weighs, beside ``hold``
 SAID = 0.05  # nats below which an answer token is said surely enough
 START = 0.5  # of the solved shift is started from
 RATE, BETAS, TINY = 0.06, (0.9, 0.98), 1e-6
-NUMBERS = (*draws.NUMBERS, KNOWN, SAID, START, RATE, *BETAS, TINY)
+NUMBERS = (*draws.NUMBERS, SAID, START, RATE, *BETAS, TINY)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from malmend.editors.refine import (
     missed,
 )
 from malmend.editors.restore import Held
-from malmend.editors.settle import KNOWN, Keeping, settle
+from malmend.editors.settle import Keeping, settle
 from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Question
 from malmend.methods.solves import Solved
@@ -77,11 +77,11 @@ class Settling:
         """What is held while the edit settles: as much as is read a few times."""
         trunk, processes, hold = self.whole, self.processes, self.refine.hold
         lines, found = holding.settling[: draws.lines_for(self.steps)], list[Keeping]()
-        parts = ((lines, draws.HELD_EACH, hold), (holding.known, draws.KNOWN_EACH, KNOWN * hold))
-        for number, (questions, each, weight) in enumerate(parts):
+        parts = ((lines, draws.HELD_EACH), (holding.known, draws.KNOWN_EACH))
+        for number, (questions, each) in enumerate(parts):
             self.progress("what should stay as it is", number / len(parts))
             if questions:
-                found.append(Keeping(Held.of_all(trunk, questions, processes), each, weight))
+                found.append(Keeping(Held.of_all(trunk, questions, processes), each, hold))
         self.progress("what should stay as it is", 1.0)
         return found
 

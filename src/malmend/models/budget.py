@@ -135,13 +135,22 @@ def within(trunk: Trunk, plan: MemoryPlan, folder: Path) -> Trunk:
 def watched(
     plan: MemoryPlan | None, told: Callable[[str], None]
 ) -> Iterator[Callable[[], int | None]]:
-    """Tells a plan, and yields what says the peak afterwards; does nothing without a plan."""
+    """Tells a plan, and yields what says the peak afterwards; does nothing without a plan.
+
+    Tells too where more was held than the budget.
+    """
     if plan is None:
         yield lambda: None
         return
     told(plan.said)
     with peak_memory() as taken:
         yield lambda: plan.held + (taken.most or 0)
+    most = plan.held + (taken.most or 0)
+    if most > plan.budget:
+        told(
+            f"At the peak {most / 1e9:.2f} GB were held, more than --memory: a model's first edit "
+            "calibrates it, which is not in the plan, and is kept for later ones."
+        )
 
 
 def rows_of(trunk: Trunk, questions: Sequence[Encoded], tokens: Tokens) -> int:
