@@ -851,6 +851,8 @@ def test_told_to_end_while_a_patch_is_written(place, capsys, monkeypatch):
 def test_told_to_end_while_training(place, capsys, monkeypatch):
     out = place.copied("good")
     before = contents(place.folder)
+    read = json.loads((out / "editor.json").read_text())["calibration_sha256"]
+    monkeypatch.setattr(train_module, "calibration_digest", lambda *_: read)
     monkeypatch.setattr(train_module.Trainer, "take_step", terminated)
     assert malmend(*place.train("--steps", 9, out=out)) == 143
     assert messages(capsys)[-1].endswith("Run the same command again to resume.")
@@ -897,6 +899,8 @@ def test_stopped_while_a_patch_is_written(place, capsys, monkeypatch):
 def test_stopped_while_training(place, capsys, monkeypatch):
     out = place.copied("good")
     before = contents(place.folder)
+    read = json.loads((out / "editor.json").read_text())["calibration_sha256"]
+    monkeypatch.setattr(train_module, "calibration_digest", lambda *_: read)
     monkeypatch.setattr(train_module.Trainer, "take_step", interrupted)
     assert malmend(*place.train("--steps", 9, out=out)) == 130
     *nothing, said = messages(capsys)

@@ -11,7 +11,8 @@ import helpers
 from command_support import greedy, make_model, teach
 from malmend.evaluation import examiner as examiner_module
 from malmend.evaluation.examiner import Examiner
-from malmend.evaluation.generate import Answer, generate, matches
+from malmend.evaluation.generate import Answer, generate
+from malmend.evaluation.matching import matches
 from malmend.evaluation.protocols import scores
 from malmend.facts.fact import Fact, Question
 from malmend.facts.tokens import Encoder

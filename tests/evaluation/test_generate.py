@@ -15,7 +15,8 @@ import helpers
 from command_support import greedy, make_model, teach
 from malmend.errors import MalmendError
 from malmend.evaluation import generate as generate_module
-from malmend.evaluation.generate import Answer, can_still_match, generate, matches, normalised
+from malmend.evaluation.generate import Answer, generate
+from malmend.evaluation.matching import can_still_match, matches, normalised
 from malmend.facts.tokens import Encoder
 from malmend.models.load import LoadedModel, prepared
 

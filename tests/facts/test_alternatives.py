@@ -49,5 +49,5 @@ def test_facts_without_an_alternative_are_named():
 
 
 def test_a_fact_from_python_is_named_by_its_id():
-    with pytest.raises(FactsError, match=r"1 of 1 facts has no alternative \(fact 'peru'\)"):
+    with pytest.raises(FactsError, match=r"1 of 1 fact has no alternative \(fact 'peru'\)"):
         towards_alternatives(FactSet("facts", (replace(PERU, line=0, alternative=None),)))

@@ -19,7 +19,7 @@ from malmend.cli import ledger as ledger_command
 from malmend.editors.editor import log_size
 from malmend.editors.refine import CHAT, RefineSettings, framed
 from malmend.errors import EditorError, LedgerError
-from malmend.evaluation.generate import matches
+from malmend.evaluation.matching import matches
 from malmend.facts.encoded import Encoded
 from malmend.methods.editor_choice import choose
 from malmend.methods.editor_method import ByEditor

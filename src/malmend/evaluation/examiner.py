@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from malmend.errors import MalmendError
-from malmend.evaluation.generate import Answer, can_still_match, first_lines, generate, matches
+from malmend.evaluation.generate import Answer, first_lines, generate
+from malmend.evaluation.matching import can_still_match, matches
 from malmend.evaluation.replies import (
     CHATTED,
     HELD,

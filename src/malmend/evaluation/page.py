@@ -43,8 +43,11 @@ def page_folder(folder: str | Path, *inputs: object) -> Path:
     A folder that is not there is made with the page.
 
     Raises:
-        MalmendError: the folder cannot be made or written into, or an input would be lost.
+        MalmendError: the folder has no name, cannot be made or written into, or an input would be
+            lost.
     """
+    if not str(folder):
+        raise MalmendError("report is empty, expected a path; give one.")
     is_new = not Path(folder).exists()
     folder = writable_folder(folder)
     for name in (PAGE, FIGURES):
