@@ -42,7 +42,7 @@ def test_generated_is_what_full_greedy_decoding_of_every_prompt_gives(end, edite
             # One that is given up at its last word could not be known to end there.
             assert row.cut or row.text == full == longer, (row, full)
     assert {row.cut for row in asked} == {False, True}
-    assert 3 <= sum(flags) < len(flags)
+    assert 2 <= sum(flags) < len(flags)
     inexact = [row for row in asked if row.generated and not row.exact]
     assert edited or inexact  # matches that only normalisation finds
     held = [row for row in replies.rows if row.kind in ("NS", "LS")]

@@ -162,7 +162,7 @@ def test_norms_and_embeddings_cannot_be_chosen():
 
 @pytest.mark.parametrize("layers", [-1, 0, tiny.BLOCKS + 1, 1000])
 def test_wrong_number_of_layers(layers):
-    with pytest.raises(ModelError, match=f"{layers} layers .* 1 to {tiny.BLOCKS}.*--layers"):
+    with pytest.raises(ModelError, match=f"{layers:,} layers .* 1 to {tiny.BLOCKS}.*--layers"):
         find_sites(tiny.model_of("llama"), layers)
 
 

@@ -103,7 +103,7 @@ def _panel(axis: Any, heading: str, of: Any, mine: dict[Any, list[Row]], names: 
         spread = [statistics.stdev(points[s]) if len(points[s]) > 1 else 0.0 for s in sizes]
         colour, marker = f"C{index % 10}", "osv^Dxp*h+"[index // 10 % 10]
         line = ("-", "--", "-.")[index // 10 % 3]
-        axis.plot(sizes, means, line, marker=marker, markersize=4, color=colour)
+        axis.plot(sizes, means, line, marker=marker, markersize=4, color=colour, label=name)
         low = [mean - one for mean, one in zip(means, spread, strict=True)]
         high = [mean + one for mean, one in zip(means, spread, strict=True)]
         axis.fill_between(sizes, low, high, color=colour, alpha=0.2, linewidth=0)
