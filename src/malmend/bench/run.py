@@ -86,11 +86,26 @@ def bench(
         )
     check_unlike(Path(out))
     folder = writable_folder(out)
+    for line in skipped_said(known.skipped, strict=False):
+        told(line)
+    with only_writer(folder, "--out"):  # from the first look at what is done
+        return _run(plan, cells, facts, folder, device, progress, told, stepped)
+
+
+def _run(
+    plan: Plan,
+    cells: Sequence[Cell],
+    facts: Sequence[Fact],
+    folder: Path,
+    device: str,
+    progress: Progress,
+    told: Callable[[str], None],
+    stepped: Callable[[dict[str, Any]], None],
+) -> BenchResult:
+    """Every cell that is not in the folder yet, as :func:`bench` says."""
     results = Results(folder)
     keyed = {key_of(cell, facts, plan, results.rows): cell for cell in cells}
     left = {key: cell for key, cell in keyed.items() if key not in results.rows}
-    for line in skipped_said(known.skipped, strict=False):
-        told(line)
     told(cost(list(left.values()), len(keyed), results))
     for place in sorted(
         _elsewhere(device, [results.rows[key] for key in keyed if key not in left])
@@ -99,22 +114,21 @@ def bench(
     asking: Asking | None = None
     failed = list[str]()
     size = next(iter(left.values())).size if left else 0
-    with only_writer(folder, "--out"):
-        for index, (key, cell) in enumerate(left.items()):
-            if cell.size != size:  # what smaller ones took says more than was known before
-                told(cost(list(left.values())[index:], len(keyed), results))
-                size = cell.size
-            try:
-                if asking is None or asking.loaded.name != cell.model:
-                    asking = None  # before another is loaded
-                    asking = Asking(load_model(cell.model, device=device), plan)
-                row = _row(asking, cell, facts, progress)
-            except Exception as error:  # whatever a method raises
-                failed.append(_failure(cell, error))
-                told(f"Failed: {failed[-1]}")
-                continue
-            results.add(key, row)
-            stepped(results.rows[key])
+    for index, (key, cell) in enumerate(left.items()):
+        if cell.size != size:  # what smaller ones took says more than was known before
+            told(cost(list(left.values())[index:], len(keyed), results))
+            size = cell.size
+        try:
+            if asking is None or asking.loaded.name != cell.model:
+                asking = None  # before another is loaded
+                asking = Asking(load_model(cell.model, device=device), plan)
+            row = _row(asking, cell, facts, progress)
+        except Exception as error:  # whatever a method raises
+            failed.append(_failure(cell, error))
+            told(f"Failed: {failed[-1]}")
+            continue
+        results.add(key, row)
+        stepped(results.rows[key])
     _check_done(failed, len(keyed), folder)
     return BenchResult(folder, tuple(results.rows[key] for key in keyed))
 
