@@ -10,6 +10,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ from malmend.editors.network import NetworkSettings
 from malmend.editors.settings import EditorSettings
 from malmend.editors.train_settings import TrainSettings
 from malmend.errors import MalmendError
+from malmend.material import calibrated
 from malmend.methods import editor_method
 from malmend.models.load import load_model
 from malmend.models.sites import find_sites
@@ -94,6 +96,14 @@ class Place:
 @pytest.fixture
 def place(tiny: Tiny, made: Path, tmp_path: Path) -> Place:
     return Place(tiny, made, tmp_path)
+
+
+def calibrated_alike(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a run go on with an editor that was calibrated quickly, as the command line cannot."""
+    said = json.loads((folder / "editor.json").read_text())["calibration_sha256"]
+    monkeypatch.setattr(
+        train_module, "calibrated", lambda *a, **k: replace(calibrated(*a, **k), read=said)
+    )
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -730,8 +740,7 @@ def test_a_full_disk_while_a_patch_is_written(place, capsys, monkeypatch):
 def test_a_full_disk_while_an_editor_is_written(existing, place, capsys, monkeypatch):
     out = place.copied("good") if existing else place.folder / "editor"
     if existing:
-        read = json.loads((out / "editor.json").read_text())["calibration_sha256"]
-        monkeypatch.setattr(train_module, "calibration_digest", lambda *_: read)
+        calibrated_alike(out, monkeypatch)
     before = contents(place.folder)
     with monkeypatch.context() as full:
         full.setattr(editor_folder, "save_file", half_written)
@@ -854,8 +863,7 @@ def test_told_to_end_while_a_patch_is_written(place, capsys, monkeypatch):
 def test_told_to_end_while_training(place, capsys, monkeypatch):
     out = place.copied("good")
     before = contents(place.folder)
-    read = json.loads((out / "editor.json").read_text())["calibration_sha256"]
-    monkeypatch.setattr(train_module, "calibration_digest", lambda *_: read)
+    calibrated_alike(out, monkeypatch)
     monkeypatch.setattr(train_module.Trainer, "take_step", terminated)
     assert malmend(*place.train("--steps", 9, out=out)) == 143
     assert messages(capsys)[-1].endswith("Run the same command again to resume.")
@@ -902,8 +910,7 @@ def test_stopped_while_a_patch_is_written(place, capsys, monkeypatch):
 def test_stopped_while_training(place, capsys, monkeypatch):
     out = place.copied("good")
     before = contents(place.folder)
-    read = json.loads((out / "editor.json").read_text())["calibration_sha256"]
-    monkeypatch.setattr(train_module, "calibration_digest", lambda *_: read)
+    calibrated_alike(out, monkeypatch)
     monkeypatch.setattr(train_module.Trainer, "take_step", interrupted)
     assert malmend(*place.train("--steps", 9, out=out)) == 130
     *nothing, said = messages(capsys)

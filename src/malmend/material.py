@@ -62,7 +62,8 @@ def calibrated(
     """
     known, words, general = _calibration_data(bench, facts, text, settings)
     general = [*general, *questions]
-    return kept(
+    said = json.dumps(read(settings, known, words, general), sort_keys=True)
+    found = kept(
         _kept_at(bench, editor_settings, settings, known, words, general),
         load_calibration,
         lambda: calibrate(
@@ -71,18 +72,7 @@ def calibrated(
         save_calibration,
         MOST_KEPT,
     )
-
-
-def calibration_digest(
-    bench: Workbench,
-    facts: str | Path | Sequence[Fact] | None = None,
-    text: str | Path | None = None,
-    settings: CalibrationSettings = CalibrationSettings(),
-) -> str:
-    """SHA-256 over what :func:`calibrated` reads, the model and further questions aside."""
-    known, words, general = _calibration_data(bench, facts, text, settings)
-    said = json.dumps(read(settings, known, words, general), sort_keys=True)
-    return hashlib.sha256(said.encode()).hexdigest()
+    return replace(found, read=hashlib.sha256(said.encode()).hexdigest())
 
 
 def around_sites(

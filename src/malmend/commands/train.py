@@ -32,7 +32,7 @@ from malmend.facts.lint import leaks, skipped_said, unseen, unseen_said
 from malmend.facts.readers import given_questions
 from malmend.files import reason
 from malmend.given import checked
-from malmend.material import calibrated, calibration_digest
+from malmend.material import calibrated
 from malmend.models.budget import MemoryPlan, Work, check_memory, watched
 from malmend.models.load import LoadedModel
 from malmend.models.store import ActivationStore
@@ -158,7 +158,7 @@ def train(
             start, bench.trunk, bench.encoder, known, others, training, store, processes
         )
         about = _about(bench, known, others, training)
-        about["calibration_sha256"] = calibration_digest(bench, calibrate or own, text, calibration)
+        about["calibration_sha256"] = found.read
         for line in (*skipped_said(known.skipped), *unseen_said(unseen(known))):
             told(line)
         records = _resumed(trainer, folder, about, told)

@@ -89,13 +89,17 @@ class CalibrationSettings:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The result: statistics by site name, starting values, and every pair that was tried."""
+    """The result: statistics by site name, starting values, and every pair that was tried.
+
+    ``read``: digest of the facts, questions, text and settings that it is of, where it is known.
+    """
 
     statistics: dict[str, SiteStatistics]
     eta: float
     weights: tuple[float, ...]
     ridge: float
     tried: tuple[dict[str, float], ...] = ()
+    read: str = ""
 
     def editor(self, settings: EditorSettings, trunk: Trunk, seed: int = 0) -> Editor:
         """An untrained editor that starts from these values."""
