@@ -375,7 +375,11 @@ CASES: dict[str, tuple[Callable[[Place], Arguments], str]] = {
     ),
     "patch without settings": (
         lambda p: p.eval("--patch", with_header(p.good, settings=None)),
-        "its settings are null, expected an object",
+        "its header's settings is null, expected an object",
+    ),
+    "patch with a configuration that is none": (
+        lambda p: p.eval("--patch", with_header(p.good, configuration=[1])),
+        "its header's configuration is [1], expected an object",
     ),
     "patch with an unknown end of answer": (
         lambda p: p.eval("--patch", with_header(p.good, settings={"end_of_answer": 7})),

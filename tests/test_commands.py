@@ -101,6 +101,7 @@ def test_edit_to_evaluation_to_answer(tiny, tmp_path):
     }
     assert patch.provenance["powers"] == {"text": [0.0], "asked": [0.0], "wording": [0.0]}
     assert patch.provenance["base"] == tiny.loaded.fingerprint
+    assert patch.provenance["configuration"]["hidden_size"] == tiny.loaded.model.config.hidden_size
     assert (patch.provenance["facts"], patch.provenance["skipped"]) == (3, 0)
 
     report = malmend.eval(tiny.loaded, FEW, path)

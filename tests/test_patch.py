@@ -24,6 +24,7 @@ from malmend import patch as patch_module
 from malmend import patch_file
 from malmend.errors import MalmendError, ModelError, PatchError
 from malmend.files import written_beside
+from malmend.models.identity import configuration_of
 from malmend.models.load import prepared
 from malmend.models.sites import find_sites
 from malmend.patch import (
@@ -502,6 +503,35 @@ def test_another_base_is_refused_unless_forced():
         original = tiny.model_of("llama", torch.float32).get_submodule(name).weight
         assert torch.equal(weight, original + patch.shift(name))
     assert_untouched(loaded.model, before)
+
+
+def test_the_same_weights_in_another_configuration_are_refused_unless_forced():
+    loaded = loaded_of()
+    patch = patch_for(loaded)
+    patch.provenance["configuration"] = configuration_of(loaded.model)
+    check_base(loaded, patch)
+    loaded.model.config.update({"rms_norm_eps": 0.5, "attention_dropout": 0.5})
+    told = r"says rms_norm_eps 1e-06, .* has the same weights and rms_norm_eps 0\.5.*--force"
+    with pytest.raises(PatchError, match=told), applied(loaded, patch):
+        pass
+    check_base(loaded, patch, force=True)
+
+
+def test_a_configuration_of_other_versions_is_no_other_model():
+    loaded = loaded_of()
+    kept = configuration_of(loaded.model)
+    narrow = torch.tensor(kept["rms_norm_eps"]).item()  # as a GGUF file has it
+    kept |= {"rms_norm_eps": narrow, "of_a_later_version": 1}
+    del kept["mlp_bias"]
+    check_base(loaded, Patch({}, {"base": loaded.fingerprint, "configuration": kept}))
+
+
+def test_a_configuration_with_infinity_is_kept(tmp_path):
+    loaded = loaded_of()
+    loaded.model.config.update({"time_step_limit": [0.0, float("inf")]})
+    patch = patch_for(loaded)
+    patch.provenance["configuration"] = configuration_of(loaded.model)
+    check_base(loaded, save_patch(patch, tmp_path / "p"))
 
 
 def test_the_same_base_in_bfloat16_is_accepted():

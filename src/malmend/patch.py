@@ -26,6 +26,7 @@ from malmend.errors import PatchError, nearest
 from malmend.facts.entry import short
 from malmend.facts.tokens import EndOfAnswer
 from malmend.given import checked
+from malmend.models.identity import configuration_of, unlike_kept
 from malmend.models.load import LoadedModel
 from malmend.models.sites import Site, put_back, shared_with
 
@@ -239,12 +240,26 @@ def edited(site: Site, shift_VK: Tensor) -> Tensor:
 
 
 def check_base(loaded: LoadedModel, patch: Patch, force: bool = False) -> None:
-    """Raises PatchError unless the patch was made for these weights, or ``force`` is given."""
-    if patch.base != loaded.fingerprint and not force:
+    """Raises PatchError unless the patch was made for this model, or ``force`` is given.
+
+    That is for these weights, and this configuration where the patch says one.
+    """
+    if force:
+        return
+    if patch.base != loaded.fingerprint:
         raise PatchError(
             f"The patch was made for a base with fingerprint {patch.base[:12] or 'none'} "
             f"({patch.provenance.get('model', 'unknown')}), the model {loaded.name} has "
             f"{loaded.fingerprint[:12]}; use the base the patch names, or --force."
+        )
+    kept = patch.provenance.get("configuration", {})
+    if unlike := unlike_kept(loaded.model, kept):
+        name = unlike[0]
+        raise PatchError(
+            f"The patch was made for a model whose configuration says {name} {short(kept[name])}, "
+            f"{loaded.name} has the same weights and {name} "
+            f"{short(configuration_of(loaded.model)[name])}, so that it says other things; use "
+            "the base the patch names, or --force."
         )
 
 

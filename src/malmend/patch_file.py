@@ -106,7 +106,7 @@ def _read(place: Path, path: Path) -> Patch:
             "use the malmend version that wrote it."
         )
     del header["format"]
-    check_settings(path, header.get("settings", {}))
+    check_header(path, header)
     return Patch(_grouped(path, tensors), header)
 
 
@@ -137,13 +137,15 @@ def _otherwise(path: Path) -> str:
     return ""
 
 
-def check_settings(path: Path, settings: object) -> None:
-    """Raises PatchError unless the part of a header that evaluation reads makes sense."""
-    if not isinstance(settings, dict):
-        raise PatchError(
-            f"{path} is damaged: its settings are {json.dumps(settings)[:40]}, expected an object."
-        )
-    end = settings.get("end_of_answer", "none")
+def check_header(path: Path, header: Mapping[str, Any]) -> None:
+    """Raises PatchError unless the parts of a header that are read make sense."""
+    for name in ("settings", "configuration"):
+        if not isinstance(part := header.get(name, {}), dict):
+            raise PatchError(
+                f"{path} is damaged: its header's {name} is {json.dumps(part)[:40]}, expected an "
+                "object."
+            )
+    end = header.get("settings", {}).get("end_of_answer", "none")
     if end not in get_args(EndOfAnswer):
         valid = ", ".join(map(repr, get_args(EndOfAnswer)))
         raise PatchError(

@@ -80,6 +80,7 @@ def test_revoking_is_never_having_added(tiny, ledger, gone):
     assert_same(found, wanted)
     assert found.provenance["facts_sha256"] == wanted.provenance["facts_sha256"]
     assert found.provenance["tokens"] == wanted.provenance["tokens"]
+    assert found.provenance["configuration"] == wanted.provenance["configuration"]
 
 
 def logits(tiny, patch, prompt="The capital of Vato is") -> torch.Tensor:

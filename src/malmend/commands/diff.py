@@ -10,7 +10,7 @@ from typing import Any
 from malmend.errors import PatchError
 from malmend.files import writable
 from malmend.given import checked
-from malmend.models.identity import settings_of, unlike_settings
+from malmend.models.identity import configuration_of, settings_of, unlike_settings
 from malmend.models.load import LoadedModel
 from malmend.models.sites import Site
 from malmend.models.source import lasting
@@ -147,4 +147,5 @@ def _provenance(mine: LoadedModel, theirs: LoadedModel) -> dict[str, object]:
         "other_base": theirs.fingerprint,
         "created": now(),
         "settings": {},
+        "configuration": configuration_of(mine.model),
     }

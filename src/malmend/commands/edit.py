@@ -28,6 +28,7 @@ from malmend.methods.method import Found, Method, settings_of
 from malmend.methods.method_choice import method_for
 from malmend.models.budget import watched
 from malmend.models.device import places_of
+from malmend.models.identity import configuration_of
 from malmend.models.load import LoadedModel
 from malmend.models.source import lasting
 from malmend.models.trunk import TrunkSettings
@@ -243,6 +244,7 @@ def _header(
         **found.said,
         **({} if seen is None else {"trained_on": seen}),
         "settings": {"end_of_answer": method.end_of_answer, **known},
+        "configuration": configuration_of(bench.loaded.model),
     }
 
 

@@ -169,5 +169,6 @@ def patch_of(ledger: Ledger, moved: Moved) -> Patch:
         "frames": list(about.frames),
         "tokens": tokens,
         "generation": ledger.current.number,
+        **({"configuration": dict(about.settings)} if about.settings else {}),
     }
     return make_patch(moved.shifts, tokens, header)

@@ -17,14 +17,14 @@ from malmend.errors import EditorError, LedgerError
 from malmend.facts.tokens import Encoder
 from malmend.files import listing_synced, new_folder, synced, writable_folder
 from malmend.given import checked
-from malmend.ledgers.about import About, plain_settings
+from malmend.ledgers.about import About
 from malmend.ledgers.entries import Generation, insert_about, insert_generation
 from malmend.ledgers.ledger import EDITOR, Signed
 from malmend.ledgers.tables import FILE, created, holds_tables
 from malmend.ledgers.watch import StopRule
 from malmend.methods.editor_choice import Choice, choose
 from malmend.methods.trained import TRAINED, method_in
-from malmend.models.identity import bits, tokens_digest
+from malmend.models.identity import bits, configuration_of, tokens_digest
 from malmend.models.load import LoadedModel
 from malmend.models.source import lasting
 from malmend.models.trunk import TrunkSettings
@@ -223,7 +223,7 @@ def _about(
         created=signed.time,
         malmend=version("malmend"),
         bits=bits(loaded.model),
-        settings=plain_settings(loaded.model),
+        settings=configuration_of(loaded.model),
         frames=list(frames),
         tokenizer=tokens_digest(loaded.tokenizer, in_chat=bool(frames)),
     )

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-
-from transformers import PreTrainedModel
 
 from malmend.editors.refine import RefineSettings
 from malmend.errors import EditorError, LedgerError
 from malmend.facts.encoded import Form
 from malmend.ledgers.tables import spoilt
 from malmend.ledgers.watch import StopRule
-from malmend.models.identity import bits, settings_of, tokens_digest, unlike_settings
+from malmend.models.identity import bits, tokens_digest, unlike_kept
 from malmend.models.load import LoadedModel
-
-
-def plain_settings(model: PreTrainedModel) -> dict[str, Any]:
-    """The model's configuration as a table keeps it."""
-    found: dict[str, Any] = json.loads(json.dumps(settings_of(model), default=str))
-    return found
 
 
 @dataclass(frozen=True)
@@ -36,8 +27,8 @@ class About:
         weight_norm: root of the sum of squares of all edited weights.
         rule: when to warn.
         created, malmend: when, and by which version.
-        bits, settings: of the unedited model: digest of its weights as they are, and its
-            configuration; empty of ledgers that are older.
+        bits, settings: of the unedited model: digest of its weights as they are, and what
+            counts of its configuration; empty of ledgers that are older.
         frames: in which each fact is solved beside its plain prompt; none in ledgers that are
             older.
         tokenizer: digest of its tokenizer, and with frames of its chat template; empty likewise.
@@ -89,9 +80,7 @@ class About:
                 f"model {loaded.name} has {loaded.fingerprint[:12]} in {loaded.dtype}; give that "
                 "one with --model, or begin another ledger."
             )
-        given = plain_settings(loaded.model)
-        both = given.keys() & self.settings.keys()  # versions of transformers name more or fewer
-        names = unlike_settings({n: given[n] for n in both}, {n: self.settings[n] for n in both})
+        names = unlike_kept(loaded.model, self.settings)
         what = f"another {names[0]} in its configuration" if names else ""
         if not names and self.bits and self.bits != bits(loaded.model):
             what = "weights that differ below bfloat16"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,10 +28,42 @@ def settings_of(model: PreTrainedModel) -> dict[str, Any]:
     return settings
 
 
+def configuration_of(model: PreTrainedModel) -> dict[str, Any]:
+    """Of the configuration, as JSON, what changes what the model computes."""
+    said = json.dumps(settings_of(model), default=str)
+    kept: dict[str, Any] = json.loads(said, parse_constant=str)  # infinity is no JSON
+    return {name: kept[name] for name in sorted(kept) if _matters(name)}
+
+
+def unlike_kept(model: PreTrainedModel, kept: Mapping[str, Any]) -> list[str]:
+    """The fields in which a model differs from a configuration that was kept.
+
+    Of fields that both have: versions of transformers name more or fewer.
+    """
+    here = configuration_of(model)
+    both = here.keys() & kept.keys()
+    return unlike_settings({n: here[n] for n in both}, {n: kept[n] for n in both})
+
+
 def unlike_settings(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
     """The fields in which two configurations differ and that change what the model computes."""
-    names = (name for name in {*here, *there} - NO_MATTER if "drop" not in name)
-    return sorted(name for name in names if here.get(name) != there.get(name))
+    names = (name for name in {*here, *there} if _matters(name))
+    return sorted(name for name in names if not _alike(here.get(name), there.get(name)))
+
+
+def _matters(name: str) -> bool:
+    return name not in NO_MATTER and "drop" not in name and not name.startswith("_")
+
+
+def _alike(here: Any, there: Any) -> bool:
+    """Equal, but for the rounding of a GGUF file's float32 (1e-05 is 9.99999974e-06 there)."""
+    if isinstance(here, Mapping) and isinstance(there, Mapping):
+        return here.keys() == there.keys() and all(_alike(here[n], there[n]) for n in here)
+    if isinstance(here, list) and isinstance(there, list):
+        return len(here) == len(there) and all(map(_alike, here, there))
+    if isinstance(here, float) and isinstance(there, float):
+        return math.isclose(here, there, rel_tol=1e-7)
+    return bool(here == there)
 
 
 def tokenizer_digest(tokenizer: Any, in_chat: bool = False) -> str:

@@ -30,7 +30,7 @@ from malmend.models.sites import Site
 from malmend.models.source import lasting
 from malmend.numerics.truncation import Spectrum
 from malmend.patch import Patch
-from malmend.patch_file import check_settings, load_patch
+from malmend.patch_file import check_header, load_patch
 from malmend.shipping.record import RECORD, read_record
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -229,7 +229,7 @@ def _scaling(folder: Path, config: Mapping[str, Any], name: str, rank: int) -> f
 def _provenance(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     record = read_record(folder)
     if record is not None:
-        check_settings(folder / RECORD, record["patch"].get("settings", {}))
+        check_header(folder / RECORD, record["patch"])
         return dict(record["patch"])
     model = config.get("base_model_name_or_path")
     return {"model": model, "method": FOREIGN, "settings": {}}
