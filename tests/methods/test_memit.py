@@ -351,15 +351,26 @@ def test_where_the_subject_ends_among_pieces_of_words(tokenizer, fact):
         assert any(line.startswith(start) and start for line in TEXT.splitlines())
 
 
-def test_a_subject_that_is_the_first_token_is_moved_behind_prefixes_alone():
+def test_a_subject_that_is_the_first_token_is_moved_at_the_next():
+    """The first is an attention sink: a move there is of every prompt."""
     fact = Fact("a", "Chile is in", "Lake", "Chile")
-    counts = []
     for template, prefixes in ((None, 0), (None, 2), ("<s> $A", 2)):
         method = Memit((0,), prefixes=prefixes)
         bench = bench_of(method, tokenizer=NAMED[template])
-        ((prompts, _),) = method.asked(bench, [fact])
-        counts.append((len(prompts), min(at for _, at in prompts) > 0))
-    assert counts == [(1, False), (2, True), (3, True)]
+        ((prompts, essence),) = method.asked(bench, [fact])
+        assert len(prompts) == 1 + prefixes
+        assert [prompts[0][1], essence[1]] == [1, 1]
+        read = bench.encoder.tokenizer.decode
+        for question, at in prompts[1:]:
+            assert read(question.ids[: at + 1]).endswith("Chile")
+
+
+def test_a_prompt_of_one_token_is_refused_or_moved_there_alone():
+    fact = Fact("a", "Chile", "Lake", "Chile")
+    method = Memit((0,))
+    bench = bench_of(method, tokenizer=NAMED[None])
+    with pytest.raises(EditorError, match=r"1 of 1 fact.* one token"):
+        method.asked(bench, [fact])
 
 
 def test_a_prompt_too_long_behind_a_prefix_is_left_out_there_alone():

@@ -15,15 +15,16 @@ with K the layer's inputs at those tokens and h as it is by now, and C the unedi
 k k^T over general text.
 
 Deviations: h and k are means over the same prompts, plain and prefixed, so that z is met where it
-was sought.  A prompt whose very first token ends the subject is left out where there are others:
-that token is an attention sink.  Prefixes are starts of lines of the package's own text, not the
-model's samples, and C is taken over that text and kept, with a millionth of its mean diagonal
-added.  The answer's loss is summed over its tokens, as in the paper's formula (its code takes the
-mean).  Four things of the move are otherwise than published: there the KL is KL(moved || unedited),
-as in ROME's equation (4), and of what is said at the subject's last token, not behind "is a"; the
-decay is decay * |delta| / |h|^2; and Adam stops where the whole loss is below 0.05, not the
-answer's.  The figures are of the forms here.  The move is added to the layer's output, which is the
-block's where it is added to a plain residual.  alpha, blocks and prefixes are by 24 facts on
+was sought.  A subject that ends with the prompt's very first token is written at the one behind it:
+that token is an attention sink, whose moves of a hundred times the length are of all prompts, so
+that one such fact of 64 spoilt the others.  Prefixes are starts of lines of the package's own text,
+not the model's samples, and C is taken over that text and kept, with a millionth of its mean
+diagonal added.  The answer's loss is summed over its tokens, as in the paper's formula (its code
+takes the mean).  Four things of the move are otherwise than published: there the KL is KL(moved ||
+unedited), as in ROME's equation (4), and of what is said at the subject's last token, not behind
+"is a"; the decay is decay * |delta| / |h|^2; and Adam stops where the whole loss is below 0.05, not
+the answer's.  The figures are of the forms here.  The move is added to the layer's output, which is
+the block's where it is added to a plain residual.  alpha, blocks and prefixes are by 24 facts on
 SmolLM2-135M: of alpha 15,000, 5,000, 1,500 and 150 ES was 0.22, 0.55, 1.00 and 1.00, retention
 0.99, 0.97, 0.97 and 0.96; of blocks 10-14, 12-16 and 14-18 (alpha 150) GS was 0.69, 0.70 and 0.73,
 retention 0.96, 0.97 and 0.85, with less GS of 3-8, 5-9, 8-12 and 16-20 on 16 facts; with two
@@ -166,7 +167,15 @@ class Memit:
         chosen = random.Random(self.seed).sample(lines, min(self.prefixes, len(lines)))
         read = bench.encoder.tokenizer.decode
         starts = [read(line.ids[:START], skip_special_tokens=True).strip() for line in chosen]
-        return [_asked(bench.encoder, fact, starts) for fact in facts]
+        found = [_asked(bench.encoder, fact, starts) for fact in facts]
+        lone = [f.where for f, (prompts, _) in zip(facts, found, strict=True) if not prompts[0][1]]
+        if lone:
+            raise EditorError(
+                f"MEMIT edits behind a prompt's first token, but {_some_of(lone, facts)} a prompt "
+                f"of one token ({_named(lone)}); ask in more words, leave them out, or use another "
+                "method."
+            )
+        return found
 
     def goals(self, bench: Workbench, asked: Sequence[Asked], progress: Progress) -> list[Tensor]:
         """Of every fact z, delta, and the last loss of its answer that was seen."""
@@ -272,12 +281,21 @@ def _check(model: PreTrainedModel, facts: Sequence[Fact] = ()) -> None:
     named = [(fact.where, (fact.subject or "").strip(), fact.prompt) for fact in facts]
     lost = [where for where, subject, prompt in named if not subject or subject not in prompt]
     if lost:
-        more = f" and {len(lost) - NAMED} more" if len(lost) > NAMED else ""
         raise EditorError(
-            f"MEMIT edits at the subject, but {len(lost):,} of {counted(len(facts), 'fact')} "
-            f"{'has' if len(lost) == 1 else 'have'} none in the prompt ({', '.join(lost[:NAMED])}"
-            f"{more}); add it as the prompt spells it, leave them out, or use another method."
+            f"MEMIT edits at the subject, but {_some_of(lost, facts)} none in the prompt "
+            f"({_named(lost)}); add it as the prompt spells it, leave them out, or use another "
+            "method."
         )
+
+
+def _some_of(some: Sequence[str], facts: Sequence[Fact]) -> str:
+    has = "has" if len(some) == 1 else "have"
+    return f"{len(some):,} of {counted(len(facts), 'fact')} {has}"
+
+
+def _named(places: Sequence[str]) -> str:
+    more = f" and {len(places) - NAMED} more" if len(places) > NAMED else ""
+    return ", ".join(places[:NAMED]) + more
 
 
 def _asked(encoder: Encoder, fact: Fact, starts: Sequence[str]) -> Asked:
@@ -289,16 +307,18 @@ def _asked(encoder: Encoder, fact: Fact, starts: Sequence[str]) -> Asked:
             prompts.append(_placed(encoder, question, subject))
         except MalmendError:  # too long behind this one
             continue
-    inside = [(question, at) for question, at in prompts if at > 0]
-    return inside or prompts, _placed(encoder, Question(f"{subject} is a"), subject)
+    return prompts, _placed(encoder, Question(f"{subject} is a"), subject)
 
 
 def _placed(encoder: Encoder, question: Question, subject: str) -> Placed:
-    """The last token of the subject, where it stands often of the last whole word."""
+    """The last token of the subject, where it stands often of the last whole word.
+
+    The one behind it, where that is the very first token.
+    """
     text, encoded = encoder.framed(question.prompt), encoder.encode(question)
     whole = [one.end() for one in re.finditer(rf"(?<!\w){re.escape(subject)}(?!\w)", text)]
     end = whole[-1] if whole else text.rindex(subject) + len(subject)
     spans = encoder.ids_of(text)[1]  # of every id, also of a BOS
     last = max(index for index, (start, _) in enumerate(spans) if start < end)
-    # A token that straddles the end of the prompt is the answer's.
-    return encoded, min(last, encoded.answer_start - 1)
+    # A token that straddles the end of the prompt is the answer's; a lone one is all there is.
+    return encoded, min(max(last, 1), encoded.answer_start - 1)
