@@ -336,7 +336,7 @@ def test_a_lock_that_cannot_be_taken_is_said(tmp_path):
     (tmp_path / LOCK).mkdir()
     with (
         pytest.raises(MalmendError, match=r"\.malmend\.lock cannot be locked"),
-        only_writer(tmp_path, "--out"),
+        only_writer(tmp_path),
     ):
         pass
 
@@ -347,7 +347,7 @@ def test_where_files_cannot_be_locked_a_run_goes_on(tmp_path, monkeypatch):
 
     monkeypatch.setattr("malmend.one_writer.FileLock.acquire", without)
     entered = False
-    with only_writer(tmp_path, "--out"):
+    with only_writer(tmp_path):
         entered = True
     assert entered
 
@@ -357,7 +357,7 @@ import sys
 from pathlib import Path
 from malmend.one_writer import only_writer
 
-with only_writer(Path(sys.argv[1]), "--out"):
+with only_writer(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -373,11 +373,11 @@ def test_one_run_at_a_time_writes_into_a_folder(tmp_path):
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
         said = f"Another run is writing into {tmp_path}; let it end, or give another --out."
-        with pytest.raises(MalmendError) as caught, only_writer(tmp_path, "--out"):
+        with pytest.raises(MalmendError) as caught, only_writer(tmp_path):
             pass
         assert str(caught.value) == said
         other.kill()
-    with only_writer(tmp_path, "--out"):  # the lock ends with its process
+    with only_writer(tmp_path):  # the lock ends with its process
         pass
     assert not list(tmp_path.iterdir())
 

@@ -25,7 +25,7 @@ def test_a_folder_that_is_written_into_is_refused(command, tiny, tmp_path, capsy
         "ke": ["train", tiny.model, tiny.facts, "--method", "ke", "--ke.steps", 1],
         "finetune": ["finetune", tiny.model, tiny.facts, "--validation", 0, "--epochs", 1],
     }[command]
-    with only_writer(tmp_path, "--out"):
+    with only_writer(tmp_path):
         assert malmend(*given, "--out", tmp_path) == 2
         assert "Another run is writing into" in capsys.readouterr().err
         assert [path.name for path in tmp_path.iterdir()] == [LOCK]

@@ -108,9 +108,7 @@ def written_beside(path: str | Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         if _is_of_another(error, beside, place):
             raise
-        raise MalmendError(
-            f"{path} cannot be written ({reason(error)}); give another path."
-        ) from error
+        raise _unwritable(path, error) from error
     finally:
         with suppress(OSError):  # where nothing could be written, nothing is left
             beside.unlink(missing_ok=True)
@@ -136,9 +134,7 @@ def _followed(path: Path) -> Path:
         if place.is_symlink():
             raise RuntimeError("a link that leads to itself")  # which some Pythons say themselves
     except (OSError, RuntimeError) as error:
-        raise MalmendError(
-            f"{path} cannot be written ({reason(error)}); give another path."
-        ) from error
+        raise _unwritable(path, error) from error
     return place
 
 
@@ -222,9 +218,7 @@ def _check_takes_files(folder: Path, path: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise MalmendError(
-            f"{path} cannot be written ({reason(error)}); give another path."
-        ) from error
+        raise _unwritable(path, error) from error
 
 
 def writable_folder(path: str | Path) -> Path:
@@ -240,9 +234,7 @@ def writable_folder(path: str | Path) -> Path:
     try:
         path.mkdir(exist_ok=True)
     except OSError as error:
-        raise MalmendError(
-            f"{path} cannot be made ({reason(error)}); give another path."
-        ) from error
+        raise _unwritable(path, error, "made") from error
     _check_takes_files(path, path)
     return path
 
@@ -267,9 +259,7 @@ def folder_beside(path: str | Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         if _is_of_another(error, beside, place):
             raise
-        raise MalmendError(
-            f"{path} cannot be written ({reason(error)}); give another path."
-        ) from error
+        raise _unwritable(path, error) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -300,6 +290,10 @@ def new_folder(path: str | Path) -> Path:
     _check_within_folder(place, "to make {} in")
     _check_takes_files(place.parent, path)
     return path
+
+
+def _unwritable(path: str | Path, error: Exception, what: str = "written") -> MalmendError:
+    return MalmendError(f"{path} cannot be {what} ({reason(error)}); give another path.")
 
 
 def reason(error: Exception) -> str:

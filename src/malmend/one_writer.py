@@ -16,12 +16,11 @@ LOCK = ".malmend.lock"  # of a folder that one run at a time writes into
 
 
 @contextmanager
-def only_writer(folder: Path, other: str) -> Iterator[None]:
+def only_writer(folder: Path) -> Iterator[None]:
     """Keeps every other run out of a folder that one is writing into; ends with the process.
 
     Args:
         folder: must exist.
-        other: what may be given in place of the folder, for the message.
 
     Raises:
         MalmendError: another run holds it.
@@ -31,14 +30,14 @@ def only_writer(folder: Path, other: str) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise MalmendError(
-            f"Another run is writing into {folder}; let it end, or give another {other}."
+            f"Another run is writing into {folder}; let it end, or give another --out."
         ) from None
     except (NotImplementedError, OSError) as error:
         number = getattr(error, "errno", errno.ENOSYS)  # of the first kind there is none
         if number not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
             raise MalmendError(
                 f"{folder / LOCK} cannot be locked ({reason(error)}): another user's run may be "
-                f"writing there; remove it if none is, or give another {other}."
+                f"writing there; remove it if none is, or give another --out."
             ) from error
         # else a file system that knows no locks
     try:

@@ -235,7 +235,7 @@ def shifted(sites: Sequence[Site], shifts: Mapping[str, Tensor]) -> Iterator[Non
 def edited(site: Site, shift_VK: Tensor) -> Tensor:
     """W0 + S as the weight lies, in float32, or in float64 where the weight is."""
     before = site.weight.data
-    wide = torch.float64 if before.dtype == torch.float64 else torch.float32
+    wide = torch.promote_types(before.dtype, torch.float32)
     return before.to(wide) + site.oriented(shift_VK).to(before.device, wide)
 
 

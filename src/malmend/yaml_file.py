@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from malmend.errors import MalmendError
+from malmend.errors import MalmendError, counted
 
 At = tuple[str | int, ...]  # where in a file, by names and places: ("sizes", 0)
 Lines = dict[At, int]
+Fault = tuple[At, str]  # where, and what is wrong
 
 
 def read_yaml(path: str | Path) -> tuple[Any, Lines]:
@@ -47,6 +48,16 @@ def read_yaml(path: str | Path) -> tuple[Any, Lines]:
     if twice:
         raise MalmendError("\n".join(f"{path}:{one}" for one in twice))
     return value, lines
+
+
+def refused(head: str, path: str | Path, lines: Lines, faults: Sequence[Fault]) -> MalmendError:
+    """The error of a file that holds faults: all of them, by line, of a value or of its field."""
+    found = [(lines.get(at) or lines.get(at[:1], 0), what) for at, what in faults]
+    said = [
+        f"{path}:{line}: {what}" if line else f"{path}: {what}"
+        for line, what in sorted(found, key=lambda one: one[0])
+    ]
+    return MalmendError("\n".join([f"{head}: {counted(len(said), 'fault')}", *said]))
 
 
 def _broken(path: str | Path, why: str, place: tuple[int, int] | None = None) -> MalmendError:

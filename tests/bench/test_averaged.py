@@ -14,7 +14,6 @@ from malmend.bench.making import making
 from malmend.bench.plan import Plan
 from malmend.bench.results import Results
 from malmend.bench.run import bench, bench_table
-from malmend.bench.table import latest
 from malmend.errors import MalmendError
 from malmend.models.load import load_model
 from malmend.one_writer import only_writer
@@ -129,20 +128,10 @@ def test_one_bench_at_a_time_runs_into_a_folder(plan, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "cells.jsonl").write_text("no row\n")  # nor is what is there looked at
-    with only_writer(out, "--out"), pytest.raises(MalmendError, match="Another run is writing"):
+    with only_writer(out), pytest.raises(MalmendError, match="Another run is writing"):
         bench(plan, out)
     (out / "cells.jsonl").unlink()
     assert len(bench(plan, out).rows) == 2
-
-
-@pytest.mark.parametrize("part", ["given", "asked", "facts", "malmend", "unsaid", "base"])
-def test_older_rows_go_by_what_they_say_of_themselves(part):
-    row = {"model": "m", "protocol": "together", "m": 2, "name": "ft", part: "a"}
-    rows = [row | {"seed": 0}, row | {"seed": 1}, row | {"seed": 1, "n": 2}]
-    assert latest(rows) == [rows[0], rows[2]]
-    assert latest([*rows, row | {"seed": 2, part: "b"}]) == [row | {"seed": 2, part: "b"}]
-    newer = row | {"seed": 2, "made": "x"}
-    assert latest([*rows, newer]) == [newer]
 
 
 def test_bounds_of_sizes_do_not_part_rows(plan, tmp_path):
@@ -186,4 +175,8 @@ def row(name: str, seed: int) -> dict[str, Any]:
         "seconds": 3.0,
         "failures": [],
         "patch": {},
+        "made": "made",
+        "facts_sha256": "facts",
+        "asked": [],
+        "base": "base",
     }

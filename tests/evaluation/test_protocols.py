@@ -19,7 +19,7 @@ from malmend.errors import MalmendError
 from malmend.evaluation import examiner as examiner_module
 from malmend.evaluation import perplexity as perplexity_module
 from malmend.evaluation.perplexity import perplexity
-from malmend.evaluation.protocols import between, scores, stayed
+from malmend.evaluation.protocols import between, scores
 from malmend.evaluation.replies import Asked, Replies, questions_of
 from malmend.facts.fact import Fact, Question
 from malmend.facts.tokens import Encoder
@@ -218,7 +218,7 @@ def test_a_divergence_without_bound_is_refused(monkeypatch):
 def test_an_unedited_model_retains_everything():
     one = examiner()
     before = one.examine(facts(), decode_facts=0, remember=True)
-    found = stayed(before, one.examine(facts(), decode_facts=0), "LS")
+    found = scores(one.examine(facts(), decode_facts=0), before)["LS"]
     assert (found.retention, found.kept) == (1.0, 1.0)
     assert 0.0 <= found.kl < 1e-12
 

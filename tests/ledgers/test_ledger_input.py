@@ -221,13 +221,14 @@ def test_rules_that_make_no_sense(rule):
 @pytest.mark.parametrize("rule", [{"retention": 0.5}, {"retension": 0.5}, 0.5, None])
 def test_a_rule_that_is_none_makes_no_ledger(tiny, tmp_path, rule):
     said = refused(malmend.ledger.init, tmp_path / "new", tiny.loaded, rule=rule)
-    assert "expected a malmend.ledger.StopRule" in said
+    assert "rule is " in said
+    assert "StopRule" in said
     assert not (tmp_path / "new").exists()
 
 
 def test_a_share_that_is_none_is_no_rule():
-    for share in ("0.5", None, True):
-        with pytest.raises(LedgerError, match="expected a share from 0 to 1"):
+    for share in ("0.5", None, True, float("nan")):
+        with pytest.raises(MalmendError, match=r"retention is .*, expected "):
             StopRule(retention=share)
 
 

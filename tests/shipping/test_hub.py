@@ -9,9 +9,8 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-from malmend.commands.push import push
+from malmend.commands.push import push, without_paths
 from malmend.errors import MalmendError
-from malmend.shipping.hub import without_paths
 from malmend.shipping.record import RECORD, write_record
 
 

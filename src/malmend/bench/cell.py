@@ -19,7 +19,6 @@ from malmend.bench.plan import Cell
 from malmend.bench.way import Way, way_of
 from malmend.commands.edit import edit
 from malmend.evaluation.protocols import scores
-from malmend.evaluation.replies import Asked as Reply
 from malmend.evaluation.replies import FactRow, Replies
 from malmend.facts.fact import Fact
 from malmend.memory import peak_memory
@@ -138,24 +137,15 @@ def _failures(rows: Sequence[FactRow]) -> list[dict[str, str]]:
     for row in rows:
         for before, after in zip(row.unedited, row.edited, strict=True):
             some = found.get(after.kind)
-            if some is not None and len(some) < SHOWN and _fails(after):
+            fails = after.moved if after.kind == "LS" else after.right is False
+            if some is not None and len(some) < SHOWN and fails:
                 some.append(
                     {
                         "kind": after.kind,
                         "prompt": after.question.prompt,
                         "wanted": after.question.answer or "",
-                        "unedited": _said(before),
-                        "edited": _said(after),
+                        "unedited": before.said,
+                        "edited": after.said,
                     }
                 )
     return [one for some in found.values() for one in some]
-
-
-def _fails(after: Reply) -> bool:
-    if after.kind == "LS":
-        return bool(after.moved)
-    return (after.exact if after.generated is None else after.generated) == 0.0
-
-
-def _said(asked: Reply) -> str:
-    return (asked.top if asked.text is None else asked.text) or ""

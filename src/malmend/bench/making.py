@@ -6,7 +6,7 @@ Two rows are averaged over their seeds only where all else that they were made o
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -24,34 +24,18 @@ from malmend.workbench import shipped
 SMALL = ("*.json", "*.jinja", "*.model", "*.txt")  # of a model's files, what is not its weights
 
 
-def key_of(
-    cell: Cell, facts: Sequence[Fact], plan: Plan, done: Collection[str] = frozenset()
-) -> str:
-    """By the cell, what is asked of which facts, and the editor's own files."""
-    draw = drawn(facts, cell.size, cell.seed)
-    source, weights, small = _source(cell), _weights(cell.model), _small_files(cell.model)
-    # Rows of before are named by their facts' places too, or without the package's editors or the
-    # files beside a model's weights, and may have taken hours.
-    keys = [
-        cell.key(chosen, [*editor, source, model], *_asked_by(cell, plan))
-        for model in ([*weights, *small], weights)
-        for editor in _editors(cell)
-        for chosen in (_texts(draw), hashlib.sha256(repr(draw).encode()).hexdigest())
-    ]
-    return next((key for key in keys if key in done), keys[0])
+def key_of(cell: Cell, facts: Sequence[Fact], plan: Plan) -> str:
+    """By the cell, what is asked of which facts, and the files of the editor and the model."""
+    model = [*_weights(cell.model), *_small_files(cell.model)]
+    inputs = [*_editor(cell), _source(cell), model]
+    return cell.key(_texts(drawn(facts, cell.size, cell.seed)), inputs, *_asked_by(cell, plan))
 
 
 def making(cell: Cell, facts: Iterable[Fact], plan: Plan, loaded: LoadedModel) -> str:
     """As :func:`key_of`, but for the seed: of all facts that are drawn from, and the model."""
     model = [loaded.digest, tokenizer_digest(loaded.tokenizer, in_chat=True)]
-    inputs = [*_editors(cell)[0], _source(cell), *model]
+    inputs = [*_editor(cell), _source(cell), *model]
     return replace(cell, seed=0).key(_texts(facts), inputs, *_asked_by(cell, plan))
-
-
-def alike(row: Mapping[str, Any]) -> object:
-    """What rows have alike that may be averaged; of one of before it was kept, what it says."""
-    parts = ("given", "asked", "facts", "malmend", "unsaid", "base")
-    return row.get("made") or [row.get(part) for part in parts]
 
 
 def asked(plan: Plan) -> list[Any]:
@@ -82,19 +66,17 @@ def _source(cell: Cell) -> str:
     return "" if source is None else _digest(source)
 
 
-def _editors(cell: Cell) -> list[list[str]]:
-    """What names a cell's editor, as it is now and as it was: a folder's files, or the package's.
+def _editor(cell: Cell) -> list[str]:
+    """Hashes of a cell's editor: of a folder's files, or of the package's.
 
     Which of the package's editors is meant is known only with the model's weights.
     """
-    way, none = way_of(cell.name, cell.given), ["", ""]
-    if way.editor not in ("auto", "none"):
-        names = ("editor.json", "editor.safetensors")
-        return [[_digest(Path(way.editor) / name) for name in names]]
+    way = way_of(cell.name, cell.given)
     if way.editor == "none" or way.method is not None or way.context is not None:
-        return [none]
-    carried = sorted(shipped("editors").glob("*/editor.json"))
-    return [[*map(_digest, carried)], none]
+        return []
+    if way.editor == "auto":
+        return [*map(_digest, sorted(shipped("editors").glob("*/editor.json")))]
+    return [_digest(Path(way.editor) / name) for name in ("editor.json", "editor.safetensors")]
 
 
 def _weights(model: str) -> list[tuple[str, int, int]]:

@@ -30,11 +30,11 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from malmend.bench.way import way_of
-from malmend.errors import MalmendError, counted, nearest
+from malmend.errors import MalmendError, nearest
 from malmend.facts.entry import short
 from malmend.files import reason
 from malmend.given import faults as type_faults
-from malmend.yaml_file import At, read_yaml
+from malmend.yaml_file import Fault, read_yaml, refused
 
 Protocol = Literal["together", "alone"]
 NEEDED = ("models", "facts", "methods")
@@ -136,20 +136,14 @@ def read_plan(path: str | Path) -> Plan:
     elif isinstance(methods, list) and len(set(map(str, methods))) == len(methods):  # names alone
         given["methods"] = {str(name): {} for name in methods}
     if faults := list(_faults(given)):
-        found = [(lines.get(at) or lines.get(at[:1], 0), what) for at, what in faults]
-        said = [
-            f"{path}:{line}: {what}" if line else f"{path}: {what}"
-            for line, what in sorted(found, key=lambda one: one[0])
-        ]
-        count = counted(len(said), "fault")
-        raise MalmendError("\n".join([f"The plan {path} cannot be used: {count}", *said]))
+        raise refused(f"The plan {path} cannot be used", path, lines, faults)
     values: dict[str, Any] = {
         name: tuple(one) if isinstance(one, list) else one for name, one in given.items()
     }
     return Plan(**values)
 
 
-def _faults(given: Mapping[str, Any]) -> Iterator[tuple[At, str]]:
+def _faults(given: Mapping[str, Any]) -> Iterator[Fault]:
     """Everything that is wrong with a plan's fields, and where; each says at its end what to do."""
     hints = get_type_hints(Plan)
     for name in (one for one in given if one not in hints):
@@ -169,7 +163,7 @@ def _faults(given: Mapping[str, Any]) -> Iterator[tuple[At, str]]:
             yield from (((name,), what) for what in _kind(name, value, hint))
 
 
-def _list_faults(name: str, values: object, hint: Any) -> Iterator[tuple[At, str]]:
+def _list_faults(name: str, values: object, hint: Any) -> Iterator[Fault]:
     if not isinstance(values, list | tuple) or not values:
         said = short(values) if values else "empty"
         yield (name,), f"{name} is {said}; give {EXPECTED[name]}{_or_none(name)}"
@@ -201,7 +195,7 @@ def _or_none(name: str) -> str:
     return "" if name in NEEDED else ", or leave the field out"
 
 
-def _method_faults(methods: object) -> Iterator[tuple[At, str]]:
+def _method_faults(methods: object) -> Iterator[Fault]:
     if not isinstance(methods, Mapping) or not methods:
         said = short(methods) if methods else "empty"
         yield ("methods",), f"methods is {said}; give {EXPECTED['methods']}"

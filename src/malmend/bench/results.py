@@ -16,9 +16,9 @@ from malmend.files import reason
 NAME = "cells.jsonl"
 # What tables, figures and estimates read of a row.
 FIELDS = {"model", "name", "protocol", "m", "seed", "unedited", "edited", "edit_seconds", "seconds"}
-FIELDS |= {"failures", "patch"}
-SAID = ("prompt", "wanted", "unedited", "edited")  # of a failure
-MOST = 1e305  # of a number; the mean of larger ones is none, and older perplexities go up to 1e304
+FIELDS |= {"failures", "patch", "made", "facts_sha256", "asked", "base"}
+SAID = ("kind", "prompt", "wanted", "unedited", "edited")  # of a failure
+MOST = 1e305  # of a number; the mean of larger ones is none
 
 
 class Results:
@@ -48,7 +48,8 @@ class Results:
                 raise TypeError(key)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise MalmendError(
-                f"{self.path}:{number}: is no row of a bench; remove it, or give another folder."
+                f"{self.path}:{number}: is no row of a bench of this version; remove it, or "
+                "give another folder."
             ) from error
         self.rows[key] = row
 
@@ -99,7 +100,6 @@ def _makes_sense(row: Mapping[str, Any]) -> bool:
     numbers += [row.get("perplexity", {}).get(one) for one in ("unedited", "edited")]
     known = [row["edit_seconds"], row["seconds"], row["seed"], row["m"]]
     said = [one[part] for one in row["failures"] for part in SAID]
-    said += [one.get("kind", "") for one in row["failures"]]
     words = [row["model"], row["name"], *said]
     return (
         all(value is None or _is_number(value) for value in [*numbers, row.get("edit_bytes")])

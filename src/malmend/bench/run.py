@@ -88,7 +88,7 @@ def bench(
     folder = writable_folder(out)
     for line in skipped_said(known.skipped, strict=False):
         told(line)
-    with only_writer(folder, "--out"):  # from the first look at what is done
+    with only_writer(folder):  # from the first look at what is done
         return _run(plan, cells, facts, folder, device, progress, told, stepped)
 
 
@@ -104,7 +104,7 @@ def _run(
 ) -> BenchResult:
     """Every cell that is not in the folder yet, as :func:`bench` says."""
     results = Results(folder)
-    keyed = {key_of(cell, facts, plan, results.rows): cell for cell in cells}
+    keyed = {key_of(cell, facts, plan): cell for cell in cells}
     left = {key: cell for key, cell in keyed.items() if key not in results.rows}
     told(cost(list(left.values()), len(keyed), results))
     for place in sorted(

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
-from malmend.bench.making import alike
 from malmend.bench.results import NAME
 from malmend.evaluation.figures import perplexity
 from malmend.evaluation.perplexity import HIGHEST
@@ -57,15 +56,15 @@ def latest(rows: Sequence[Row]) -> list[Row]:
         return row["model"], row["protocol"], row["m"], row["name"]
 
     def about(row: Row) -> tuple[object, ...]:
-        return tuple(json.dumps(row.get(name)) for name in ("facts_sha256", "asked", "base"))
+        return tuple(json.dumps(row[name]) for name in ("facts_sha256", "asked", "base"))
 
     def draw(row: Row) -> tuple[object, ...]:
         return row["model"], row["protocol"], row["m"], row["seed"]
 
     asked = {draw(row): about(row) for row in rows}
     rows = [row for row in rows if about(row) == asked[draw(row)]]
-    last = {cell(row): alike(row) for row in rows}
-    kept = [row for row in rows if alike(row) == last[cell(row)]]
+    last = {cell(row): row["made"] for row in rows}
+    kept = [row for row in rows if row["made"] == last[cell(row)]]
     return list({(*cell(row), row["seed"]): row for row in kept}.values())
 
 
@@ -131,8 +130,7 @@ _SAID = {
 def failures(rows: Sequence[Row]) -> str:
     """What edited models said instead, as a Markdown table: the largest cell of each method.
 
-    Of each kind of question the first :data:`SHOWN`, and a line that says so.  Rows of before there
-    were kinds are of edit prompts.
+    Of each kind of question the first :data:`SHOWN`, and a line that says so.
     """
     largest: dict[tuple[str, str, str], Row] = {}
     for row in rows:
@@ -144,7 +142,7 @@ def failures(rows: Sequence[Row]) -> str:
     for (_, _, name), row in largest.items():
         shown = Counter[str]()
         for one in row["failures"]:
-            kind = one.get("kind", "ES")
+            kind = one["kind"]
             shown[kind] += 1
             if shown[kind] <= SHOWN:
                 said = [one[part] for part in ("prompt", "wanted", "unedited", "edited")]

@@ -7,7 +7,7 @@ from typing import Any
 
 from malmend.errors import MalmendError, bad_value, nearest
 from malmend.facts.entry import short
-from malmend.yaml_file import At, read_yaml
+from malmend.yaml_file import Fault, read_yaml, refused
 
 
 def check_config(parser: Any, path: str) -> None:
@@ -21,14 +21,11 @@ def check_config(parser: Any, path: str) -> None:
             f"{path} holds no options by name, expected such as 'steps: 80', one on a line; give "
             "one at least, or leave --config out."
         )
-    found = [(lines.get(at, 0), what) for at, what in _faults(parser, given)]
-    if found:
-        said = [f"{path}:{line}: {what}" for line, what in sorted(found, key=lambda one: one[0])]
-        count = "1 fault" if len(said) == 1 else f"{len(said)} faults"
-        raise MalmendError("\n".join([f"{path} cannot be used: {count}", *said]))
+    if faults := list(_faults(parser, given)):
+        raise refused(f"{path} cannot be used", path, lines, faults)
 
 
-def _faults(parser: Any, given: Mapping[Any, Any]) -> Iterator[tuple[At, str]]:
+def _faults(parser: Any, given: Mapping[Any, Any]) -> Iterator[Fault]:
     """What is wrong in a file, and where."""
     known = {one.dest for one in parser._actions} - {"help", "config"}
     known = {name for name in known if not name.endswith(".help")}
@@ -51,9 +48,7 @@ def _faults(parser: Any, given: Mapping[Any, Any]) -> Iterator[tuple[At, str]]:
             yield from _fault(parser, known, (name,), value)
 
 
-def _fault(
-    parser: Any, known: set[str], at: tuple[str, ...], value: Any
-) -> Iterator[tuple[At, str]]:
+def _fault(parser: Any, known: set[str], at: tuple[str, ...], value: Any) -> Iterator[Fault]:
     """What the parser has against one value, if anything."""
     if (dotted := ".".join(at)) not in known:
         yield (

@@ -129,7 +129,7 @@ def _patch(arguments: list[str]) -> None:
         made = actions.patch(**given, progress=bars, told=show.status)
     count, generation = made.provenance["facts"], made.provenance["generation"]
     empty = " The shift is zero: the model with it is the base, bit for bit." * (not count)
-    _say(f"Patch of generation {generation}, {_facts(count)}: {given['out']}.{empty}")
+    show.say(f"Patch of generation {generation}, {_facts(count)}: {given['out']}.{empty}")
 
 
 def _list(arguments: list[str]) -> None:
@@ -149,20 +149,19 @@ def _list(arguments: list[str]) -> None:
         writable(out, given["ledger"])
     entries = actions.list_facts(**given)
     for one in entries:
-        _say(f"{one.id}  {one.prompt} -> {one.answer}")
+        show.say(f"{one.id}  {one.prompt} -> {one.answer}")
         where = f"{one.status} since generation {one.generation}"
         show.OUT.print(
             escape(f"    {where}; {one.author}, {one.time}, {one.source}"),
             style="dim",
-            highlight=False,
             soft_wrap=True,
         )
     if not entries:
-        _say("The ledger holds no fact.")
+        show.say("The ledger holds no fact.")
     if out is not None:
         with written_beside(out) as beside:
             beside.write_text("".join(map(_line, entries)), encoding="utf-8")
-        _say(f"Facts file: {out}")
+        show.say(f"Facts file: {out}")
 
 
 def _line(entry: Entry) -> str:
@@ -176,12 +175,11 @@ def _history(arguments: list[str]) -> None:
     for step in actions.history(**parse(_parser("history"), arguments)):
         one = step.generation
         moved = f"{step.entered:,} came, {step.left:,} went, {_facts(one.facts)}"
-        _say(f"{one.number:>4}  {one.time}  {one.action}: {moved}{_state(one)}  ({one.author})")
+        show.say(f"{one.number:>4}  {one.time}  {one.action}: {moved}{_state(one)}  ({one.author})")
     show.OUT.print(
         "norm: of all shifts, as a share of the edited weights' own\n"
         "kept: general questions' answer tokens that keep their first choice",
         style="dim",
-        highlight=False,
     )
 
 
@@ -196,19 +194,18 @@ def _verify(arguments: list[str]) -> int:
     with show.bars() as bars:
         found = actions.verify(**given, progress=bars)
     failing = found.failing
-    _say(f"{len(found.rows) - len(failing):,} of {_facts(len(found.rows))} hold.")
+    show.say(f"{len(found.rows) - len(failing):,} of {_facts(len(found.rows))} hold.")
     for row in failing:
-        said = row.reply.text if row.reply.text is not None else row.reply.top
         since = "held when it was added" if row.entry.held else "did not hold when it was added"
-        _say(f"  {_asked(row.entry, said)} ({since})")
+        show.say(f"  {_asked(row.entry, row.reply.said)} ({since})")
     in_chat = [row for row in found.rows if row.holds_in_chat is not None]
     if in_chat:
         lost = [row for row in in_chat if not row.holds_in_chat]
-        _say(f"In a chat {len(in_chat) - len(lost):,} of {_facts(len(in_chat))} hold.")
+        show.say(f"In a chat {len(in_chat) - len(lost):,} of {_facts(len(in_chat))} hold.")
         for row in lost:
-            _say(f"  {_asked(row.entry, row.reply.text_chat)}")
+            show.say(f"  {_asked(row.entry, row.reply.text_chat)}")
     if found.retention is not None:
-        _say(f"General questions keep {found.retention:.1%} of their answer tokens.")
+        show.say(f"General questions keep {found.retention:.1%} of their answer tokens.")
     _warn(found.warning)
     return FAILING if failing else 0
 
@@ -224,24 +221,24 @@ def _changed(done: actions.LedgerChange) -> None:
     if not done.entered and not done.left:
         same = one.action.startswith("rollback")  # which is a generation all the same
         what = "The same facts as before" if same else "Nothing changed"
-        _say(f"{what}: generation {one.number}, {_facts(one.facts)}.")
+        show.say(f"{what}: generation {one.number}, {_facts(one.facts)}.")
         return
     parts = []
     for what, entries in (("came", done.entered), ("went", done.left)):
         if entries:
             parts.append(f"{_facts(len(entries))} {what} ({_ids(entries)})")
-    _say(f"Generation {one.number}: {', '.join(parts)}; {_facts(one.facts)} now.")
+    show.say(f"Generation {one.number}: {', '.join(parts)}; {_facts(one.facts)} now.")
     new = [entry for entry in done.entered if entry.generation == one.number]
     if new and one.action in ("add", "replace"):
-        _say(f"New facts that hold: {sum(entry.held for entry in new):,} of {len(new):,}.")
+        show.say(f"New facts that hold: {sum(entry.held for entry in new):,} of {len(new):,}.")
     kept = "" if one.retention is None else f", general questions keep {one.retention:.1%}"
-    _say(f"Norm of the shift: {one.norm:.2%} of the edited weights' own{kept}.")
+    show.say(f"Norm of the shift: {one.norm:.2%} of the edited weights' own{kept}.")
     _warn(done.warning)
 
 
 def _warn(warning: str | None) -> None:
     if warning:
-        _say(f"Warning: {warning}. Revoke facts, or expect other answers to go.")
+        show.say(f"Warning: {warning}. Revoke facts, or expect other answers to go.")
 
 
 def _ids(entries: Sequence[Entry]) -> str:
@@ -251,10 +248,6 @@ def _ids(entries: Sequence[Entry]) -> str:
 
 def _facts(count: int) -> str:
     return counted(count, "fact")
-
-
-def _say(line: str) -> None:
-    show.OUT.print(escape(line), highlight=False, soft_wrap=True)
 
 
 # What runs each action, and what it does, for a person.

@@ -6,7 +6,6 @@ nested settings put together, and its errors in plain words.
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -160,17 +159,6 @@ def take_editor_settings(given: dict[str, Any], network: bool) -> Any:
     return EditorSettings(**values)
 
 
-def flat(values: dict[str, Any]) -> dict[str, Any]:
-    """Defaults for a parser: nested dataclasses by dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if name == "network":
-            flat |= {f"network.{part}": one for part, one in vars(value).items()}
-        else:
-            flat[name] = value
-    return flat
-
-
 def parse(parser: Any, arguments: list[str]) -> dict[str, Any]:
     """Options as plain values; ``--facts-per-step`` and ``--facts_per_step`` are the same."""
     from malmend.editors.refine import RefineSettings
@@ -254,8 +242,7 @@ def _usage_error(command: str, message: str, parser: Any) -> str:
     name = re.split(r"[=\s]", given)[0].replace("_", "-")
     if name in options and parser.after_dashes:
         return f"malmend {command} takes no further {given!r}; options stand before a bare --."
-    close = difflib.get_close_matches(name, options, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else "."
+    hint = nearest(name, options) or "."
     return f"There is no option {name!r} of malmend {command}{hint} See malmend {command} --help."
 
 

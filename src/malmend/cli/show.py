@@ -39,8 +39,8 @@ class _Terminal(Console):
 
 LONGEST = 300  # characters of a text that an inspection shows
 
-OUT = _Terminal(emoji=False)
-ERR = _Terminal(stderr=True, emoji=False)
+OUT = _Terminal(emoji=False, highlight=False)
+ERR = _Terminal(stderr=True, emoji=False, highlight=False)
 
 
 @contextmanager
@@ -78,7 +78,7 @@ def silence() -> None:
 def status(line: str) -> None:
     """What comes next; on standard error, where the bars are."""
     # What is set in cites a place in a file, which stays whole.
-    ERR.print(escape(line), highlight=False, soft_wrap=line.startswith(" "))
+    ERR.print(escape(line), soft_wrap=line.startswith(" "))
 
 
 @contextmanager
@@ -152,22 +152,20 @@ def trained_on(seen: int | None, facts: int) -> None:
 def page(folder: str | Path) -> None:
     """Where the report's page lies."""
     path = Path(folder) / PAGE
-    OUT.print(
-        f"Report: {escape(str(path))} (open it in a browser)", highlight=False, soft_wrap=True
-    )
+    OUT.print(f"Report: {escape(str(path))} (open it in a browser)", soft_wrap=True)
 
 
 def asked(result: AskResult) -> None:
     """A prompt and what the model says."""
-    OUT.print(f"[bold]{escape(result.prompt)}[/bold]", highlight=False)
+    OUT.print(f"[bold]{escape(result.prompt)}[/bold]")
     before = _cut(result.unedited, result.unedited_cut)
     if result.edited is None:
-        OUT.print(escape(before) if before.strip() else "(nothing)", highlight=False)
+        OUT.print(escape(before) if before.strip() else "(nothing)")
         return
     after = _cut(result.edited, result.edited_cut)
     for name, text in (("unedited:", before), ("edited:", after)):
         line = " / ".join(part.strip() for part in text.splitlines() if part.strip())
-        OUT.print(f"  {name:<9} {escape(line) or '(nothing)'}", highlight=False, soft_wrap=True)
+        OUT.print(f"  {name:<9} {escape(line) or '(nothing)'}", soft_wrap=True)
 
 
 def _cut(text: str, cut: bool) -> str:
@@ -186,13 +184,18 @@ def continued(result: ContinuationsResult) -> None:
     if left := len(result.skipped):
         begin = "begins as an earlier one does" if left == 1 else "begin as earlier ones do"
         OUT.print(f"Left out {counted(left, 'passage')} that {begin}.")
-    OUT.print(f"  ...{escape(first.prompt[-60:])} -> {escape(first.answer)}", highlight=False)
+    OUT.print(f"  ...{escape(first.prompt[-60:])} -> {escape(first.answer)}")
     OUT.print("Edit them with --end-of-answer none: a continuation has no end.")
+
+
+def say(line: str) -> None:
+    """A line of text, folded by nobody but the terminal."""
+    OUT.print(escape(line), soft_wrap=True)
 
 
 def plain(text: str) -> None:
     """Text that may be piped into a file: no markup in it, no line broken."""
-    OUT.print(text, end="", markup=False, highlight=False, soft_wrap=True)
+    OUT.print(text, end="", markup=False, soft_wrap=True)
 
 
 def cell(row: Mapping[str, Any]) -> None:
@@ -207,7 +210,6 @@ def cell(row: Mapping[str, Any]) -> None:
             f"{row['name']}, m {row['m']:,}, {row['protocol']}, seed {row['seed']}: "
             f"{'  '.join(shown)}  {row['seconds']:.0f} s"
         ),
-        highlight=False,
         soft_wrap=True,
     )
 
@@ -228,7 +230,7 @@ def cached(result: CacheResult) -> None:
             "or is gone) and may be removed alone:"
         )
         for path in result.stale:
-            OUT.print(f"  {escape(str(path))}", highlight=False, soft_wrap=True)
+            OUT.print(f"  {escape(str(path))}", soft_wrap=True)
     if result.cleared:
         OUT.print("All of it was removed.")
     elif result.left:
@@ -240,7 +242,7 @@ def cached(result: CacheResult) -> None:
 
 def inspected(result: Inspection) -> None:
     """Names and values, nested ones indented."""
-    OUT.print(f"[bold]{result.kind}[/bold] {escape(result.name)}", highlight=False)
+    OUT.print(f"[bold]{result.kind}[/bold] {escape(result.name)}")
     entries = dict(result.entries)
     if isinstance(joined := entries.get("subjects"), str):  # an editor's, which nobody can read
         entries["subjects"] = len(joined) // len(subject_hash(""))
@@ -250,21 +252,21 @@ def inspected(result: Inspection) -> None:
 def _entries(entries: Mapping[str, Any], indent: int) -> None:
     for name, value in entries.items():
         if isinstance(value, Mapping):
-            OUT.print(f"{' ' * indent}{escape(name)}:", highlight=False)
+            OUT.print(f"{' ' * indent}{escape(name)}:")
             _entries(value, indent + 2)
         elif isinstance(value, list) and all(isinstance(one, str) for one in value):
-            OUT.print(f"{' ' * indent}{escape(name)}: {len(value)}", highlight=False)
+            OUT.print(f"{' ' * indent}{escape(name)}: {len(value)}")
             for line in value[:20]:
-                OUT.print(f"{' ' * indent}  {escape(_short(line))}", highlight=False)
+                OUT.print(f"{' ' * indent}  {escape(_short(line))}")
             if len(value) > 20:
-                OUT.print(f"{' ' * indent}  and {len(value) - 20:,} more", highlight=False)
+                OUT.print(f"{' ' * indent}  and {len(value) - 20:,} more")
         else:
             if isinstance(value, list) and value and isinstance(value[0], float):
                 value = ", ".join(f"{one:.4g}" for one in value)
             counts = isinstance(value, int) and not isinstance(value, bool)
             shown = f"{value:,}" if counts else value
             shown = escape(_short(str(shown)))
-            OUT.print(f"{' ' * indent}{escape(name)}: {shown}", highlight=False)
+            OUT.print(f"{' ' * indent}{escape(name)}: {shown}")
 
 
 def _short(text: str) -> str:

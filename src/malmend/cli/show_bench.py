@@ -24,7 +24,7 @@ def bench(markdown: str) -> None:
     for block in re.split(r"\n\n+", markdown.strip()):
         lines = [_cells(line) for line in block.splitlines() if line.startswith("|")]
         if not lines:
-            OUT.print(escape(block.replace("**", "")), highlight=False)
+            OUT.print(escape(block.replace("**", "")))
         elif "prompt" in lines[0]:
             _failures(lines[0], lines[2:])
         else:
@@ -76,7 +76,7 @@ def _parted(widths: Sequence[int]) -> Iterator[list[int]]:
 def _failures(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Each answer below its prompt: long texts find no room side by side."""
     for method, size, kind, *texts in rows:
-        OUT.print(f"[bold]{escape(method)}[/bold], m {size}, {kind}", highlight=False)
+        OUT.print(f"[bold]{escape(method)}[/bold], m {size}, {kind}")
         for name, text in zip(head[3:], texts, strict=True):
-            OUT.print(f"  {name:<9} {escape(text) or '(nothing)'}", highlight=False)
+            OUT.print(f"  {name:<9} {escape(text) or '(nothing)'}")
     OUT.print()

@@ -34,7 +34,7 @@ def report(result: Report) -> None:
     trained_on(result.about.get("trained_on"), result.facts)
     _leaks(result.leaks)
     for line in unseen_said(result.unseen):
-        OUT.print(escape(line), highlight=False)
+        OUT.print(escape(line))
     table = Table(title=f"{counted(result.facts, 'fact')}, {escape(str(result.about['model']))}")
     table.add_column("question")
     table.add_column("protocol")
@@ -53,11 +53,11 @@ def report(result: Report) -> None:
     OUT.print(table)
     if result.perplexity and result.about.get("text"):
         text = escape(str(result.about["text"]))
-        OUT.print(f"  perplexity: of {text}; lower is better", style="dim", highlight=False)
+        OUT.print(f"  perplexity: of {text}; lower is better", style="dim")
     for metric, meaning in figures.protocols(result).items():
-        OUT.print(f"  {metric.replace('_', ' ')}: {meaning}", style="dim", highlight=False)
+        OUT.print(f"  {metric.replace('_', ' ')}: {meaning}", style="dim")
     if any(one.interval for model in (result.unedited, result.edited) for one in model.values()):
-        OUT.print("  (from–to): a 95% interval, in percent", style="dim", highlight=False)
+        OUT.print("  (from–to): a 95% interval, in percent", style="dim")
     for by, groups in result.groups.items():
         _groups(by.replace("_", " "), groups)
 
@@ -72,7 +72,7 @@ def _leaks(leaks: Sequence[str]) -> None:
         "answered otherwise too, so figures of them mislead:"
     )
     for leak in leaks[:3]:
-        OUT.print(f"  {escape(leak)}", highlight=False)
+        OUT.print(f"  {escape(leak)}")
     if len(leaks) > 3:
         OUT.print(f"  and {len(leaks) - 3:,} more (--json has all)")
 
@@ -161,7 +161,6 @@ def demonstrated(result: DemoResult) -> None:
         "  neighbours ask the same about another subject, which other reports seldom do\n"
         f"  not asked: {result.report.about['left_out']}",
         style="dim",
-        highlight=False,
     )
     OUT.print("\nIn free-running text:")
     for one in result.asked:
@@ -173,7 +172,7 @@ def demonstrated(result: DemoResult) -> None:
         "patch off again": result.weights_after,
     }
     for name, digest in digests.items():
-        OUT.print(f"  {name:<18} {digest}", highlight=False, soft_wrap=True)
+        OUT.print(f"  {name:<18} {digest}", soft_wrap=True)
     back = result.weights_before == result.weights_after
     OUT.print(
         "The weights are bit for bit what they were."

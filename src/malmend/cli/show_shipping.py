@@ -8,7 +8,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from malmend.cli.show import OUT
+from malmend.cli.show import OUT, say
 from malmend.commands.conflicts import ConflictsResult
 from malmend.commands.diff import DiffResult
 from malmend.commands.export import ExportResult
@@ -32,21 +32,21 @@ def exported(result: ExportResult) -> None:
     else:
         lost = max(one["lost"] for one in sites.values())
         unmoved = max(one["unmoved"] for one in sites.values())
-        _say(
+        say(
             f"Merged into {len(sites)} layers, {record['dtype']}: rounding took at most {lost:.2g} "
             f"of a layer's shift, and {100 * unmoved:.1f}% of its weights did not move."
         )
     if result.metrics:
         counts = of_facts(record["asked"], record["decoded_facts"])
         _scores(f"asked of what was read back, {counts}", result.metrics)
-    _say(f"Folder: {result.folder} (README.md is its card, malmend.json has all figures)")
+    say(f"Folder: {result.folder} (README.md is its card, malmend.json has all figures)")
 
 
 def _adapter(record: Mapping[str, Any], sites: Mapping[str, Mapping[str, Any]]) -> None:
     worst = max(one["error"] for one in sites.values())
     rank, needed = record["rank"], served_rank(record["rank"])
     if record["exact"]:
-        _say(f"LoRA of rank {rank} at {len(sites)} layers: exact, off by {worst:.1g} (rounding).")
+        say(f"LoRA of rank {rank} at {len(sites)} layers: exact, off by {worst:.1g} (rounding).")
     else:
         table = Table(title=f"cut to rank {rank}, relative errors")
         for heading in ("layer", "rank was", "on keys", "Frobenius"):
@@ -55,16 +55,16 @@ def _adapter(record: Mapping[str, Any], sites: Mapping[str, Mapping[str, Any]]) 
             cells = (f"{one['error_on_keys']:.3g}", f"{one['error']:.3g}")
             table.add_row(escape(name), f"{one['rank']:,}", *cells)
         OUT.print(table)
-        _say(f"  on keys: of {record['keys']}")
+        say(f"  on keys: of {record['keys']}")
     if needed is None:
-        _say(f"vLLM takes ranks up to {VLLM_RANKS[-1]}; give --rank for one that it serves.")
+        say(f"vLLM takes ranks up to {VLLM_RANKS[-1]}; give --rank for one that it serves.")
     else:
-        _say(f"vLLM serves it with --max-lora-rank {needed}.")
+        say(f"vLLM serves it with --max-lora-rank {needed}.")
 
 
 def pushed(address: str) -> None:
     """Where the upload lies."""
-    _say(f"Uploaded: {address}")
+    say(f"Uploaded: {address}")
 
 
 def differing(result: DiffResult) -> None:
@@ -81,22 +81,22 @@ def differing(result: DiffResult) -> None:
             table.add_row(escape(one.name), shape, f"{one.norm:.3g}", rank)
         OUT.print(table)
         if len(edited) > MOST_ROWS:
-            _say(f"  and {len(edited) - MOST_ROWS:,} more")
-        _say("  norm: of the difference, relative to the weight; rank: above what rounding gives")
-    _say(f"{len(edited):,} weights differ, {found.same:,} are equal bit for bit.")
+            say(f"  and {len(edited) - MOST_ROWS:,} more")
+        say("  norm: of the difference, relative to the weight; rank: above what rounding gives")
+    say(f"{len(edited):,} weights differ, {found.same:,} are equal bit for bit.")
     if rounded:
-        _say(f"{rounded:,} more differ by rounding alone: one model is kept in less precision.")
+        say(f"{rounded:,} more differ by rounding alone: one model is kept in less precision.")
     if result.settings:
         said = [f"{name} ({a!r} and {b!r})" for name, (a, b) in result.settings.items()]
-        _say(f"The configurations differ in {', '.join(said)}: one computes otherwise.")
+        say(f"The configurations differ in {', '.join(said)}: one computes otherwise.")
     for where, names in ((result.model, found.only_here), (result.other, found.only_there)):
         if names:
             more = f" and {len(names) - MOST_NAMES:,} more" * (len(names) > MOST_NAMES)
-            _say(f"Only in {where}: {', '.join(names[:MOST_NAMES])}{more}")
+            say(f"Only in {where}: {', '.join(names[:MOST_NAMES])}{more}")
     for name, (here, there) in found.reshaped.items():
-        _say(f"Of another shape: {name}, {here} and {there}")
+        say(f"Of another shape: {name}, {here} and {there}")
     if result.path is not None:
-        _say(f"Patch: {result.path}; measure it with malmend eval --patch.")
+        say(f"Patch: {result.path}; measure it with malmend eval --patch.")
 
 
 def conflicting(result: ConflictsResult) -> None:
@@ -113,9 +113,9 @@ def conflicting(result: ConflictsResult) -> None:
                 table.add_row(escape(one.site), ranks, *cells)
         OUT.print(table)
     if pairs:
-        _say("  keys, values: overlap of row and of column spaces (what chance gives)")
+        say("  keys, values: overlap of row and of column spaces (what chance gives)")
     else:
-        _say("No two of the patches shift the same layer.")
+        say("No two of the patches shift the same layer.")
     for name, found in result.metrics.items():
         asking = result.asked[name]
         _scores(f"{name}, asked {of_facts(len(asking.facts), asking.decoded)}", found)
@@ -152,7 +152,3 @@ def _scores(title: str, found: Measured) -> None:
 def _figure(one: Scores | None, metric: str) -> float | None:
     value: float | None = getattr(one, metric) if one is not None and one.questions else None
     return value
-
-
-def _say(line: str) -> None:
-    OUT.print(escape(line), highlight=False, soft_wrap=True)

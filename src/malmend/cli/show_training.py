@@ -21,7 +21,6 @@ def step(record: StepRecord, steps: int) -> None:
         f"step {record.step:>4}/{steps}  loss {record.loss:.4f}  "
         f"generality {record.gen:.4f}  locality {record.loc:.4f}  "
         f"gradient {record.grad_norm:.3g}  eta {record.eta:.3g}  {record.seconds:.1f} s",
-        highlight=False,
         soft_wrap=True,
     )
 
@@ -35,7 +34,7 @@ def learning(record: Any, steps: int) -> None:
     """One line per step of a method that is no editor: every figure of its record."""
     figures = {name: value for name, value in vars(record).items() if name != "step"}
     shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
-    ERR.print(f"step {record.step:>4}/{steps}  {shown}", highlight=False, soft_wrap=True)
+    ERR.print(f"step {record.step:>4}/{steps}  {shown}", soft_wrap=True)
 
 
 def leaking(leaks: Sequence[str]) -> None:
@@ -67,7 +66,6 @@ def epoch(record: EpochRecord) -> None:
     ERR.print(
         f"epoch {record.epoch:>3}  loss {record.loss:.4f}  right of what is {judged} "
         f"{record.accuracy:.3f}  {record.seconds:.0f} s",
-        highlight=False,
         soft_wrap=True,
     )
 

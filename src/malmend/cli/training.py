@@ -8,7 +8,6 @@ from malmend.cli.options import (
     add_editor_settings,
     add_trained,
     derive,
-    flat,
     parse,
     parser_of,
     take_editor_settings,
@@ -57,7 +56,8 @@ def train(arguments: list[str], what: str) -> None:
     if given["method"] == "mend-single":
         paper = {**vars(published_mend()), **vars(published_mend_training())}
     if paper:  # other defaults; what was given still counts
-        parser.set_defaults(flat(paper))
+        network = vars(paper.pop("network"))
+        parser.set_defaults(paper | {f"network.{name}": one for name, one in network.items()})
         given = parse(parser, arguments)
     take_method(given, {name: kind.settings for name, kind in TRAINED.items()})
     given.pop("paper")

@@ -103,7 +103,7 @@ def finetune(
     for one in sets:
         check_encodes(one, encoder)
     writable_folder(folder)  # only once the facts are good
-    with only_writer(folder, "--out"):
+    with only_writer(folder):
         _check_new(folder)  # another run may have ended meanwhile
         if classes := encoder.reading.classes:  # a misspelt label would be one of them
             told(f"Classes: {', '.join(_counted(classes, labels))}.")

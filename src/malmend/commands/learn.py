@@ -96,7 +96,7 @@ def learn(
     known = checked_facts(facts, encoder, limit, strict, alternative, away)
     others = given_questions(locality)
     check_folder(folder)
-    with only_writer(folder, "--out"):
+    with only_writer(folder):
         loaded = opened(model, dtype, device)
         sites = settings.sites_in(loaded.model)
         bench = lay_out(loaded, sites, settings.end_of_answer, trunk=trunk)

@@ -21,7 +21,7 @@ from malmend.ledgers.check import named, paired, unlike
 from malmend.ledgers.entries import Entry, Generation
 from malmend.ledgers.ledger import Ledger, Signed
 from malmend.ledgers.rows import taken
-from malmend.ledgers.watch import Watch, holds
+from malmend.ledgers.watch import Watch
 from malmend.models.load import LoadedModel
 from malmend.models.trunk import TrunkSettings
 from malmend.patch import by_one_thread
@@ -65,7 +65,7 @@ class Verified:
     @property
     def holds(self) -> bool:
         """Whether the model gives the fact's answer, in its own words where it has any."""
-        return holds(self.reply)
+        return bool(self.reply.right)
 
     @property
     def holds_in_chat(self) -> bool | None:

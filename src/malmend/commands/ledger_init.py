@@ -55,7 +55,7 @@ NOT_ADDITIVE = {
 
 
 @by_one_thread
-@checked("rule")
+@checked()
 def init(
     ledger: str | Path,
     model: str | LoadedModel,
@@ -101,8 +101,6 @@ def init(
         MalmendError: any bad input, in one sentence.
     """
     signed, folder = signed_by(author), Path(ledger)
-    if not isinstance(rule, StopRule):  # which the table would keep, and no reader take
-        raise LedgerError(f"rule is {rule!r:.80}, expected a malmend.ledger.StopRule.")
     refuse(method)
     named = method_in(editor) if isinstance(editor, str | Path) else None
     refuse(named if named in TRAINED else "malmen")

@@ -139,7 +139,7 @@ def train(
     others = given_questions(locality)
     check_trainable(known.facts, others, training.facts_per_step, "--facts-per-step")
     check_folder(folder)  # before the model is loaded, but only once the facts are good
-    with only_writer(folder, "--out") if processes.is_first else nullcontext():
+    with only_writer(folder) if processes.is_first else nullcontext():
         loaded = opened(model, dtype, device)
         # What "auto" stands for is said in the editor's folder, and may be given when resuming.
         settings = replace(settings, tokens=resolved(settings.tokens, loaded.reading.form))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from malmend.errors import EditorError
 from malmend.facts.fact import Fact, Question
@@ -44,3 +44,10 @@ def drawn(facts: Sequence[Fact], size: int, seed: int, step: int) -> list[Fact]:
     epoch, part = divmod(step, per_epoch)
     order = random.Random(f"{seed} epoch {epoch}").sample(range(len(facts)), per_epoch * size)
     return [facts[index] for index in order[part * size : (part + 1) * size]]
+
+
+def batches(count: int, size: int, epochs: int, seed: int) -> Iterator[list[int]]:
+    """Indices of the facts of every step, each epoch in an order of its own."""
+    for epoch in range(epochs):
+        order = random.Random(f"{seed} {epoch}").sample(range(count), count)
+        yield from (order[at : at + size] for at in range(0, count, size))

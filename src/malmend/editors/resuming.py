@@ -13,9 +13,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from malmend.editors.checkpoint import check_finite
-from malmend.editors.editor import Editor
-from malmend.editors.folder import whole
 from malmend.errors import EditorError
 from malmend.facts.fact import Fact, Question, subject_hashes, training_digests
 from malmend.files import written_beside
@@ -44,47 +41,6 @@ def read_training(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     with safe_open(path, framework="pt") as file:
         about: dict[str, Any] = json.loads(file.metadata()["training"])
         return about, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-
-
-def save_run(
-    parts: tuple[Editor, torch.optim.Adam], step: int, about: Mapping[str, Any], folder: Path
-) -> None:
-    """Writes an editor in training and its optimiser, with all that ``about`` says of the run."""
-    editor, optimiser = parts
-    tensors = {f"editor.{name}": tensor for name, tensor in editor.state_dict().items()}
-    moments = sorted(optimiser.state_dict()["state"])
-    said = {"step": step, "moments": moments}
-    save_training(tensors | moments_of(optimiser), {**said, **about}, folder)
-
-
-def resume_run(
-    parts: tuple[Editor, torch.optim.Adam],
-    mine: Mapping[str, Mapping[str, Any]],
-    folder: Path,
-) -> dict[str, Any]:
-    """Puts what :func:`save_run` wrote into an editor and its optimiser; returns what it said.
-
-    Args:
-        parts: of a run that was set up alike; changed only where the whole file is good.
-        mine: this run's settings, by the name that the file has them under.
-        folder: where the file lies.
-
-    Raises:
-        EditorError: the file is damaged, or was written under other settings.
-    """
-    editor, optimiser = parts
-    path = folder / FILE
-    with whole(path, AGAIN):
-        about, tensors = read_training(path)
-        check_same(about, mine, path)
-        step = about["step"]
-        if type(step) is not int or step < 1:
-            raise ValueError(f"it stands at step {step!r}")
-        check_finite(tensors)
-        state = state_with(optimiser, tensors, about.get("moments"))
-        _take_weights(editor, {k.removeprefix("editor."): t for k, t in tensors.items()}, path)
-        optimiser.load_state_dict(state)
-        return about
 
 
 def moments_of(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -200,13 +156,3 @@ def _check_moments(
                 raise ValueError(f"the optimiser's {name} {index} is of another shape")
             if not tensor.isfinite().all() or (name != "exp_avg" and (tensor < 0).any()):
                 raise ValueError(f"the optimiser's {name} {index} is negative, NaN or infinite")
-
-
-def _take_weights(editor: Editor, weights: Mapping[str, Tensor], path: Path) -> None:
-    try:
-        editor.load_state_dict(dict(weights))
-    except RuntimeError as error:
-        raise EditorError(
-            f"{path} holds an editor for layers of another shape; give the same model, or "
-            "another --out."
-        ) from error

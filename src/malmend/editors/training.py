@@ -20,14 +20,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from malmend.editors.checkpoint import check_finite
 from malmend.editors.drawing import check_trainable, drawn
 from malmend.editors.editor import Editor
+from malmend.editors.folder import whole
 from malmend.editors.metaloss import Judged, MetaLoss, meta_loss
 from malmend.editors.pairs import TOGETHER, Pairs
-from malmend.editors.resuming import resume_run, save_run
+from malmend.editors.resuming import (
+    AGAIN,
+    FILE,
+    check_same,
+    moments_of,
+    read_training,
+    save_training,
+    state_with,
+)
 from malmend.editors.train_settings import TrainSettings
-from malmend.errors import MalmendError
+from malmend.errors import EditorError, MalmendError
 from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact, Question
 from malmend.facts.tokens import Encoder
@@ -36,6 +47,8 @@ from malmend.models.store import ActivationStore
 from malmend.models.trunk import Trunk
 from malmend.patch import shifted
 from malmend.processes import ALONE, Processes
+
+WEIGHTS = "editor."  # before the names of an editor's tensors in the file of a run
 
 
 @dataclass(frozen=True)
@@ -203,21 +216,40 @@ class Trainer:
 
     def save(self, folder: Path, about: Mapping[str, object]) -> None:
         """Writes all that resuming needs to ``training.safetensors``, whole or not at all."""
-        save_run(self._parts, self.step, {**self._mine, **about}, folder)
+        tensors = {f"{WEIGHTS}{n}": one for n, one in self.editor.state_dict().items()}
+        moments = sorted(self.optimiser.state_dict()["state"])
+        said = {"step": self.step, "moments": moments, **self._mine, **about}
+        save_training(tensors | moments_of(self.optimiser), said, folder)
 
     def resume(self, folder: Path) -> dict[str, Any]:
         """Goes on from what :meth:`save` wrote; returns what it said about the run.
 
         Raises:
-            EditorError: the file is damaged, or was written under other settings.
+            EditorError: the file is damaged, or was written under other settings; nothing has
+                changed.
         """
-        about = resume_run(self._parts, self._mine, folder)
-        self.step = about["step"]
+        path = folder / FILE
+        with whole(path, AGAIN):
+            about, tensors = read_training(path)
+            check_same(about, self._mine, path)
+            step = about["step"]
+            if type(step) is not int or step < 1:
+                raise ValueError(f"it stands at step {step!r}")
+            check_finite(tensors)
+            state = state_with(self.optimiser, tensors, about.get("moments"))
+            self._take_weights({k.removeprefix(WEIGHTS): t for k, t in tensors.items()}, path)
+            self.optimiser.load_state_dict(state)
+        self.step = step
         return about
 
-    @property
-    def _parts(self) -> tuple[Editor, torch.optim.Adam]:
-        return self.editor, self.optimiser
+    def _take_weights(self, weights: Mapping[str, Tensor], path: Path) -> None:
+        try:
+            self.editor.load_state_dict(dict(weights))
+        except RuntimeError as error:
+            raise EditorError(
+                f"{path} holds an editor for layers of another shape; give the same model, or "
+                "another --out."
+            ) from error
 
     @property
     def _mine(self) -> dict[str, dict[str, Any]]:

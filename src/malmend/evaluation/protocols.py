@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from malmend.evaluation.replies import HELD, KINDS, SPOKEN, Asked, FactRow, Kind, Replies
 
@@ -69,16 +69,6 @@ class Group:
     edited: Mapping[str, Scores] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Stayed:
-    """How well an edit left questions of one kind alone; None where nothing was asked."""
-
-    retention: float | None = None
-    kl: float | None = None
-    kept: float | None = None
-    kept_of: int | None = None
-
-
 def scores(replies: Replies, unedited: Replies | None = None) -> dict[str, Scores]:
     """All metrics of one model's replies, by kind.
 
@@ -91,26 +81,22 @@ def scores(replies: Replies, unedited: Replies | None = None) -> dict[str, Score
     out: dict[str, Scores] = {}
     for kind in KINDS:
         spoken = kind in SPOKEN
-        left = Stayed()
-        if unedited is not None and kind in HELD:
-            left = stayed(unedited, replies, kind)
-        out[kind] = Scores(
+        found = Scores(
             token_ratio=replies.mean(kind, "token_ratio"),
             exact=replies.mean(kind, "exact"),
             interval=_interval(replies, kind),
             generated=replies.mean(kind, "generated") if spoken else None,
             generated_chat=replies.mean(kind, "generated_chat") if spoken else None,
-            retention=left.retention,
-            kl=left.kl,
-            kept=left.kept,
-            kept_of=left.kept_of,
             questions=asked[kind],
         )
+        if unedited is not None and kind in HELD:
+            found = _with_stayed(found, unedited, replies, kind)
+        out[kind] = found
     return out
 
 
-def stayed(unedited: Replies, edited: Replies, kind: Kind) -> Stayed:
-    """Retention, KL and what was kept, over all tokens or questions of a kind.
+def _with_stayed(found: Scores, unedited: Replies, edited: Replies, kind: Kind) -> Scores:
+    """And how well an edit left questions of a kind alone, over all tokens or questions of it.
 
         retention = sum of [top before = top after] / number of counted tokens
         kl        = sum of KL(unedited || edited) / number of counted tokens
@@ -130,7 +116,8 @@ def stayed(unedited: Replies, edited: Replies, kind: Kind) -> Stayed:
             judged = judged or before.exact is not None
             if before.exact == 1.0:
                 kept.append(after.exact == 1.0)
-    return Stayed(
+    return replace(
+        found,
         retention=sum(same) / len(same) if same else None,
         # Rounding can leave the KL of two equal distributions a hair below zero.
         kl=max(math.fsum(moved) / len(moved), 0.0) if moved else None,

@@ -56,6 +56,17 @@ class Asked:
     cut_chat: bool | None = None
 
     @property
+    def right(self) -> bool | None:
+        """Whether the answer is right, free-running where it was decoded; None where none is."""
+        found = self.exact if self.generated is None else self.generated
+        return None if found is None else found == 1.0
+
+    @property
+    def said(self) -> str:
+        """What the model says, free-running where it was decoded."""
+        return (self.top if self.text is None else self.text) or ""
+
+    @property
     def mean_kl(self) -> float | None:
         """Mean over the counted tokens; rounding could leave it a hair below zero."""
         return max(0.0, math.fsum(self.kl) / len(self.kl)) if self.kl else None

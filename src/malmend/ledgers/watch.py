@@ -8,11 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from malmend.errors import LedgerError
 from malmend.evaluation.examiner import Examiner
 from malmend.evaluation.replies import Asked
 from malmend.facts.fact import Fact
-from malmend.given import shown
+from malmend.given import check_fields, check_range
 from malmend.material import KEPT_BACK, held_out_questions
 from malmend.patch import shifted
 from malmend.progress import Progress, counting, silent
@@ -38,22 +37,9 @@ class StopRule:
     refuse: bool = False
 
     def __post_init__(self) -> None:
-        if type(self.questions) is not int or type(self.refuse) is not bool:
-            raise LedgerError(
-                f"rule.questions is {shown(self.questions)} and rule.refuse {shown(self.refuse)}, "
-                "expected a whole number, and true or false."
-            )
-        is_number = isinstance(self.retention, int | float) and self.retention is not True
-        if not is_number or not 0 <= self.retention <= 1:
-            raise LedgerError(
-                f"rule.retention is {shown(self.retention)}, expected a share from 0 to 1; change "
-                "--rule.retention."
-            )
-        if not 0 <= self.questions <= KEPT_BACK:
-            raise LedgerError(
-                f"rule.questions is {shown(self.questions)}, expected 0 to {KEPT_BACK}, which is "
-                "how many no prior reads; change --rule.questions."
-            )
+        check_fields(self)
+        check_range(self, ("retention",), 0.0, 1.0, "--rule.")
+        check_range(self, ("questions",), 0, KEPT_BACK, "--rule.")
 
     def warning(self, retention: float | None) -> str | None:
         """What is said where the rule is broken; None where it is not, or nothing was measured."""
@@ -80,12 +66,7 @@ class Watched:
     @property
     def held(self) -> list[bool]:
         """Which facts hold."""
-        return [holds(reply) for reply in self.replies]
-
-
-def holds(reply: Asked) -> bool:
-    """Whether a free-running answer is the fact's, or the class of a model that has no words."""
-    return (reply.exact if reply.generated is None else reply.generated) == 1.0
+        return [bool(reply.right) for reply in self.replies]
 
 
 class Watch:

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from malmend.editors.drawing import batches
 from malmend.editors.keymoments import end_of
 from malmend.editors.metaloss import Judged, meta_loss
 from malmend.facts.fact import Fact
 from malmend.facts.tokens import EndOfAnswer
 from malmend.given import check_fields, check_range, check_seed
 from malmend.material import general_text
-from malmend.methods.epochs import batches
 from malmend.methods.method import Found
 from malmend.models.sites import Site, feed_forward_sites
 from malmend.patch import shifted

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from malmend.editors.drawing import batches
 from malmend.facts.encoded import collate
 from malmend.facts.fact import Fact
 from malmend.facts.tokens import EndOfAnswer
 from malmend.given import check_fields, check_range, check_seed
-from malmend.methods.epochs import batches
 from malmend.methods.method import Found
 from malmend.models.forms import answer_logits, find_stacks
 from malmend.models.sites import Site, linear_sites, put_back

@@ -128,7 +128,7 @@ class Trunk:
     @property
     def wide(self) -> torch.dtype:
         """What captured tensors are kept in: float64 for a float64 model, else float32."""
-        return torch.float64 if self.model.dtype == torch.float64 else torch.float32
+        return torch.promote_types(self.model.dtype, torch.float32)
 
     def batches(self, questions: Sequence[Encoded]) -> Iterator[tuple[list[int], Batch]]:
         """Micro-batches of like length, longest first, with the indices of their questions."""

@@ -105,7 +105,7 @@ def _collect(sites: Sequence[Site], totals: dict[str, Tensor], scale: float) -> 
         grad = site.weight.grad
         if grad is None:
             continue
-        wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+        wide = torch.promote_types(grad.dtype, torch.float32)
         grad_VK = site.oriented(grad).to(wide)
         if site.name in totals:
             totals[site.name].add_(grad_VK, alpha=scale)

@@ -70,7 +70,7 @@ def _few(logits_AW: Tensor) -> Iterator[slice]:
 
 
 def _wide_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return torch.promote_types(logits.dtype, torch.float32)
 
 
 def _wide(logits: Tensor) -> Tensor:
