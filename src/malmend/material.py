@@ -60,15 +60,14 @@ def calibrated(
         progress: called with stage and share done.
         questions: more questions whose answers must not move, beside the project's own.
     """
-    known, words, general = _calibration_data(bench, facts, text, settings)
+    known, words, general, far = _calibration_data(bench, facts, text, settings)
     general = [*general, *questions]
-    said = json.dumps(read(settings, known, words, general), sort_keys=True)
+    said = json.dumps(read(settings, known, words, [*general, *far]), sort_keys=True)
+    given = (bench.trunk, bench.encoder, editor_settings, known, words, settings)
     found = kept(
-        _kept_at(bench, editor_settings, settings, known, words, general),
+        _kept_at(bench, editor_settings, settings, known, words, [*general, *far]),
         load_calibration,
-        lambda: calibrate(
-            bench.trunk, bench.encoder, editor_settings, known, words, settings, progress, general
-        ),
+        lambda: calibrate(*given, progress, general, far),
         save_calibration,
         MOST_KEPT,
     )
@@ -87,8 +86,8 @@ def around_sites(
 
     Of what :func:`calibrated` reads, and its arguments.
     """
-    known, words, general = _calibration_data(bench, facts, text, settings)
-    path = _kept_at(bench, editor_settings, settings, known, words, general)
+    known, words, general, far = _calibration_data(bench, facts, text, settings)
+    path = _kept_at(bench, editor_settings, settings, known, words, [*general, *far])
     names, terms = [site.name for site in bench.trunk.sites], editor_settings.terms
 
     def make() -> Around:
@@ -203,10 +202,11 @@ def _calibration_data(
     facts: str | Path | Sequence[Fact] | None,
     text: str | Path | None,
     settings: CalibrationSettings,
-) -> tuple[list[Fact], str, list[Question]]:
-    """Calibration facts, evenly over their file, text, and general questions.
+) -> tuple[list[Fact], str, list[Question], list[Question]]:
+    """Calibration facts, evenly over their file, text, general questions, and others of these.
 
-    They are the project's own where none are given; of the questions as many as of the facts.
+    They are the project's own where none are given; of the questions as many as of the facts, and
+    of the others as many as the search asks.
 
     Raises:
         MalmendError: the tokenizer can say none of the project's facts.
@@ -234,12 +234,13 @@ def _calibration_data(
         known = [_with_another(fact, encoder.reading.classes) for fact in known]
         known = list(aimed(bench, FactSet("calibration facts", tuple(known)), away=True))
     questions = read_questions(shipped("questions.jsonl"))[:-KEPT_BACK]
-    asked = [question for question in questions[: 2 * count] if question.answer]
+    most = count + settings.search_facts
+    asked = [question for question in questions[: 2 * most] if question.answer]
     if says_classes:
         asked = [Question(_stated(question.prompt, question.answer)) for question in asked]
     general = [question for question in asked if can_be_asked(encoder, question)]
     words = read_text(shipped("text.txt") if text is None else text)
-    return known, words, general[:count]
+    return known, words, general[:count], general[count:most]
 
 
 def _statement(fact: Fact, classes: Sequence[str]) -> Fact:

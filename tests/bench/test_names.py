@@ -12,7 +12,7 @@ from malmend.bench.table import failures, markdown
 
 def row(model: str, name: str = "ft") -> dict[str, Any]:
     scores = {"ES": {"token_ratio": 0.5}}
-    said = {"prompt": "a", "wanted": "b", "unedited": "c", "edited": "d"}
+    said = {"kind": "ES", "prompt": "a", "wanted": "b", "unedited": "c", "edited": "d"}
     return {
         "model": model,
         "name": name,

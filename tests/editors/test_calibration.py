@@ -32,6 +32,7 @@ from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Question, spread
 from malmend.models.descent import Descent
 from malmend.patch import shifted
+from malmend.progress import silent
 
 SMALL = CalibrationSettings(
     moment_facts=8,
@@ -94,7 +95,7 @@ def test_the_search_tries_every_pair_and_keeps_the_best(tokens):
     trunk = tiny_trunk(tiny_model())
     settings = replace(EDITOR, tokens=tokens)
     found = calibrate(trunk, encoder(), settings, FACTS, TEXT, SMALL)
-    pairs = [(eta, alpha) for eta in SMALL.etas for alpha in SMALL.alphas]
+    pairs = [(eta, alpha) for alpha in SMALL.alphas for eta in SMALL.etas]
     assert [(row["eta"], row["alpha"]) for row in found.tried] == pairs
     best = min(found.tried, key=lambda row: row["loss"])
     assert (found.eta, found.ridge) == (best["eta"], SMALL.ridge)
@@ -163,6 +164,37 @@ def test_general_questions_are_the_far_ones_of_the_search():
     for known, mine, without in zip(found.statistics.values(), wanted, bare, strict=True):
         torch.testing.assert_close(known.priors_KK["asked"], mine, rtol=1e-10, atol=1e-12)
         assert (mine - without).norm() > 1e-3 * without.norm()
+
+
+def test_the_search_asks_what_no_prior_reads():
+    sizes = replace(SMALL, search_facts=3, etas=(1.0,), alphas=(10.0,))
+    general, far = (tuple(Question(f"w{i} w{j}", "w9") for i in range(3)) for j in (1, 2))
+
+    def found(*questions):
+        return calibrate(
+            tiny_trunk(tiny_model()), encoder(), EDITOR, FACTS, TEXT, sizes, silent, *questions
+        )
+
+    both, read, never = found(general, far), found(general), found((), far)
+    for known, mine in zip(both.statistics.values(), read.statistics.values(), strict=True):
+        torch.testing.assert_close(known.priors_KK["asked"], mine.priors_KK["asked"])
+    assert both.tried[0]["gen"] == pytest.approx(read.tried[0]["gen"], rel=1e-12)
+    assert both.tried[0]["kl"] != pytest.approx(read.tried[0]["kl"], rel=1e-3)
+    # The search alone is asked them: the prior is that of no question at all.
+    bare = found()
+    for known, mine in zip(never.statistics.values(), bare.statistics.values(), strict=True):
+        torch.testing.assert_close(known.priors_KK["asked"], mine.priors_KK["asked"])
+
+
+def test_a_search_without_a_finite_loss_is_said(monkeypatch):
+    """The first candidate was taken, and kept for every later edit."""
+
+    def broken(*rest, **more):
+        return replace(meta_loss(*rest, **more), gen=math.nan)
+
+    monkeypatch.setattr(calibration, "meta_loss", broken)
+    with pytest.raises(MalmendError, match="finite losses"):
+        calibrate(tiny_trunk(tiny_model()), encoder(), EDITOR, FACTS, TEXT, SMALL)
 
 
 def test_the_search_minds_the_weight_of_locality():

@@ -79,10 +79,13 @@ def test_no_questions_no_figure(tiny, tmp_path):
 @pytest.mark.parametrize("facts", [256, 5_000])  # the prior of a training reads all it may
 def test_general_questions_are_not_those_of_the_prior(tiny, facts):
     bench = lay_out(tiny.loaded, find_sites(tiny.loaded.model))
-    _, _, read = _calibration_data(bench, None, None, CalibrationSettings(prior_facts=facts))
+    settings = CalibrationSettings(prior_facts=facts)
+    _, _, read, far = _calibration_data(bench, None, None, settings)
     asked = held_out_questions(bench.encoder, StopRule().questions)
     assert len(asked) == StopRule().questions
-    assert not set(asked) & set(read)
+    assert not set(asked) & {*read, *far}
+    assert not set(read) & set(far)
+    assert len(far) == (settings.search_facts if facts == 256 else 0)
 
 
 @pytest.fixture(scope="module")

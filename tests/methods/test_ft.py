@@ -37,10 +37,11 @@ def by_hand(bench, method, held=()):
     weights = [dict(model.named_parameters())[name].requires_grad_(True) for name in names]
     optimiser = torch.optim.AdamW(weights, method.rate, weight_decay=method.decay)
     order = batches(len(questions), method.batch, method.epochs, method.seed)
-    for step, batch in enumerate(order):
+    turn = 0  # each in its turn, after a short last batch too
+    for batch in order:
         loss = nll(model, [questions[i] for i in batch])
-        for at in range(len(batch) if held else 0):
-            passage = held[(step * len(batch) + at) % len(held)]
+        for _ in batch if held else ():
+            passage, turn = held[turn % len(held)], turn + 1
             here, there = (answer_log_probs(one, passage) for one in (model, before))
             kl = (there.exp() * (there - here)).sum()
             loss = loss + method.locality * kl / len(batch)

@@ -63,7 +63,9 @@ def test_the_shift_is_the_adapters_product_after_adamw(family):
     assert all(not left.any() and right.any() for left, right in factors.values())
     model = bench.loaded.model
     weights = dict(model.named_parameters())
-    optimiser = torch.optim.AdamW([one for pair in factors.values() for one in pair], METHOD.rate)
+    optimiser = torch.optim.AdamW(
+        [one for pair in factors.values() for one in pair], METHOD.rate, weight_decay=0.01
+    )
 
     def shifts():
         return {name: 3.0 * left @ right for name, (left, right) in factors.items()}

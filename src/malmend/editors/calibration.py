@@ -14,7 +14,6 @@ Shape letters: K key width.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -117,6 +116,7 @@ def calibrate(
     settings: CalibrationSettings = CalibrationSettings(),
     progress: Progress = silent,
     general: Sequence[Question] = (),
+    far: Sequence[Question] = (),
 ) -> Calibration:
     """Finds a model's statistics and starting values.
 
@@ -128,7 +128,9 @@ def calibrate(
         text: general text, one passage per line.
         settings: sizes and candidates.
         progress: called with the stage's name and the share of it that is done.
-        general: questions about all kinds of things, whose answers must not move.
+        general: questions about all kinds of things, which the prior holds.
+        far: more of them, which it does not read: the search asks what of these moves.  Without
+            any it asks the general ones, and without those the text's last lines.
     """
     usable = [fact for fact in facts if fact.paraphrases]
     if not usable:
@@ -165,10 +167,10 @@ def calibrate(
     )
     if editor_settings.eta is not None:
         return start
-    far = encoder.encode_all(general) or [
+    others = encoder.encode_all(far or general) or [
         end_of(one, settings.unrelated_tokens) for one in reversed(passages)
     ]
-    unrelated = _unrelated(encoder, moment_facts[: settings.search_facts], far)
+    unrelated = _unrelated(encoder, moment_facts[: settings.search_facts], others)
     return _search(
         trunk,
         encoder,
@@ -240,18 +242,24 @@ def _search(
     terms = editor_settings.terms
     alphas = settings.alphas if terms else settings.alphas[:1]
     without_network = replace(editor_settings, network=replace(editor_settings.network, blocks=0))
-    tried = []
-    candidates = list(itertools.product(etas, alphas))
-    for index, (eta, alpha) in enumerate(candidates):
+    tried = list[dict[str, float]]()
+    for alpha in alphas:
         weights = settings.weights(terms, alpha)
-        editor = replace(start, eta=eta, weights=weights).editor(without_network, trunk)
-        with shifted(trunk.sites, editor.shifts(pairs)):
-            loss = meta_loss(trunk, judged, settings.locality, grads=False)
-        tried.append(
-            {"eta": eta, "alpha": alpha, "loss": loss.total, "gen": loss.gen, "kl": loss.loc}
-        )
-        progress("search for eta and alpha", (index + 1) / len(candidates))
+        editor = replace(start, eta=1.0, weights=weights).editor(without_network, trunk)
+        units = editor.shifts(pairs)  # without a network a shift is linear in eta
+        for eta in etas:
+            with shifted(trunk.sites, {name: eta * unit for name, unit in units.items()}):
+                loss = meta_loss(trunk, judged, settings.locality, grads=False)
+            tried.append(
+                {"eta": eta, "alpha": alpha, "loss": loss.total, "gen": loss.gen, "kl": loss.loc}
+            )
+            progress("search for eta and alpha", len(tried) / (len(etas) * len(alphas)))
     # A NaN compares as neither less nor more, and would stay if it came first.
     best = min(tried, key=lambda row: math.inf if math.isnan(row["loss"]) else row["loss"])
+    if not math.isfinite(best["loss"]):
+        raise MalmendError(
+            "No eta that was tried on the calibration facts leaves the model finite losses; load "
+            "it in float32, or give the editor an eta."
+        )
     weights = settings.weights(terms, best["alpha"])
     return replace(start, eta=best["eta"], weights=weights, tried=tuple(tried))

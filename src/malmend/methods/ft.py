@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 from typing import Literal
 
 import torch
@@ -88,13 +89,13 @@ class FineTuning:
         optimiser = torch.optim.AdamW(weights, self.rate, weight_decay=self.decay)
         count = counting(progress, "fine-tuning", self.epochs * len(judged))
         order = batches(len(judged), self.batch, self.epochs, self.seed)
-        losses = []
-        for step, batch in enumerate(order):
+        losses, turns = [], cycle(passages)
+        for batch in order:
             asked = [judged[index] for index in batch]
             if passages:
                 asked = [
                     replace(one, unrelated=other.unrelated, unedited_AH=other.unedited_AH)
-                    for one, other in zip(asked, _turn(passages, step, len(asked)), strict=True)
+                    for one, other in zip(asked, turns, strict=False)
                 ]
             with shifted(sites, _moved(sites, weights, start)):
                 loss = meta_loss(trunk, asked, self.locality)
@@ -114,10 +115,6 @@ class FineTuning:
         ends = [end_of(line, LAST) for line in general_text(bench.encoder)]
         states = bench.trunk.unedited_states(ends)
         return [Judged(one, one, known) for one, known in zip(ends, states, strict=True)]
-
-
-def _turn(passages: Sequence[Judged], step: int, count: int) -> list[Judged]:
-    return [passages[(step * count + at) % len(passages)] for at in range(count)]
 
 
 def _moved(

@@ -2,8 +2,8 @@
 
     W = W_0 + (alpha / rank) B A,   minimise over A, B   mean over facts of -log p(answer | prompt)
 
-by AdamW, beside every linear layer of every block, as PEFT's "all-linear" does.  The adapter is
-then taken off the model and becomes the patch, of its rank.  Not a system of the papers.
+by AdamW (decay 0.01), beside every linear layer of every block, as PEFT's "all-linear" does.  The
+adapter is then taken off the model and becomes the patch, of its rank.  Not a system of the papers.
 
 Shape letters: V value width, K key width.
 """
@@ -33,6 +33,7 @@ from malmend.progress import Progress, counting
 from malmend.workbench import Workbench
 
 MOST_RANK = 100_000  # more than any layer has
+DECAY = 0.01  # of A and B, as AdamW has it of itself
 ADAPTER = "default"  # PEFT's name for an adapter without one
 
 
@@ -87,7 +88,7 @@ class Lora:
         losses = []
         with self._adapted(model, sites), torch.enable_grad():
             learned = [one for one in model.parameters() if one.requires_grad]
-            optimiser = torch.optim.AdamW(learned, self.rate)
+            optimiser = torch.optim.AdamW(learned, self.rate, weight_decay=DECAY)
             for batch in batches(len(questions), self.batch, self.epochs, self.seed):
                 tokens = collate([questions[index] for index in batch])
                 labels_A = tokens.labels_A.to(model.device)
