@@ -139,7 +139,7 @@ def _otherwise(path: Path) -> str:
 
 def check_header(path: Path, header: Mapping[str, Any]) -> None:
     """Raises PatchError unless the parts of a header that are read make sense."""
-    for name in ("settings", "configuration"):
+    for name in ("settings", "configuration", "cut"):
         if not isinstance(part := header.get(name, {}), dict):
             raise PatchError(
                 f"{path} is damaged: its header's {name} is {json.dumps(part)[:40]}, expected an "

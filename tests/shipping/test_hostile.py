@@ -76,6 +76,13 @@ def test_a_record_whose_settings_are_none(adapter, settings):
         read_adapter(adapter)
 
 
+@pytest.mark.parametrize("sites", [None, [], {}, {"a": 1}, {"a": {}}])
+def test_a_record_of_a_cut_that_does_not_say_it(adapter, sites):
+    changed(adapter, "malmend.json", exact=False, sites=sites)
+    with pytest.raises(PatchError, match="not from which rank; it is damaged"):
+        read_adapter(adapter)
+
+
 def test_a_record_with_what_is_no_number(adapter):
     changed(adapter, "malmend.json", x=float("nan"))
     with pytest.raises(MalmendError, match="is damaged"):

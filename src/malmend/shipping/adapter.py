@@ -52,6 +52,7 @@ MORE_THAN_A_SHIFT = (
 # Starts (init_lora_weights) that take something off the base, so that B A is no shift of it.
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MEASURED = ("metrics", "mean_residual", "residual_after")  # of a header: by the whole shifts
 PLAIN_USES = ("use_rslora",)  # of PEFT's use_..., those that only scale
 
 
@@ -126,7 +127,8 @@ def based_on(patch: Patch, loaded: LoadedModel) -> Patch:
 def read_adapter(folder: str | Path) -> Patch:
     """A LoRA adapter as a patch: factors scaling * B and A of each layer, float32.
 
-    Its provenance is that of the patch where malmend exported it.
+    Its provenance is that of the patch where malmend exported it; of one that was cut for it,
+    without what was measured of the patch.
 
     Raises:
         PatchError: no LoRA, one that is more than a shift of the base (DoRA, saved modules, PiSSA),
@@ -230,6 +232,20 @@ def _provenance(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     record = read_record(folder)
     if record is not None:
         check_header(folder / RECORD, record["patch"])
-        return dict(record["patch"])
+        return dict(record["patch"]) if record.get("exact", True) else _cut(folder, record)
     model = config.get("base_model_name_or_path")
     return {"model": model, "method": FOREIGN, "settings": {}}
+
+
+def _cut(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+    """The header of a patch whose shifts were cut: not the figures, which are of what they were."""
+    said = {name: one for name, one in record["patch"].items() if name not in MEASURED}
+    try:
+        whole = max(site["rank"] for site in record["sites"].values())
+        cut = {"rank": record["rank"], "from": said.get("cut", {}).get("from", whole)}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise PatchError(
+            f"{folder / RECORD} says that the shifts were cut and not from which rank; it is "
+            "damaged, export again."
+        ) from error
+    return {**said, "cut": cut}
