@@ -747,6 +747,13 @@ def test_numbers_that_are_none(value, part, tmp_path):
     assert f"NaN or infinity in '{part}'" in refused(written(tmp_path / "p", tensors))
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(4, 5), (2_000_000, 2_000_000)])
+def test_finite_halves_of_a_shift_that_is_not(rows, columns, tmp_path):
+    """It was found in a traceback of an export, of which inspect had said nothing."""
+    huge = {"a.left": torch.full((rows, 1), 1e38), "a.right": torch.full((1, columns), 1e38)}
+    assert "shift of a is beyond what float32 holds" in refused(written(tmp_path / "p", huge))
+
+
 @pytest.mark.parametrize(
     ("tensors", "told"),
     [

@@ -30,7 +30,7 @@ from malmend.models.sites import Site
 from malmend.models.source import lasting
 from malmend.numerics.truncation import Spectrum
 from malmend.patch import Patch
-from malmend.patch_file import check_header, load_patch
+from malmend.patch_file import check_header, check_product, load_patch
 from malmend.shipping.record import RECORD, read_record
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -160,8 +160,7 @@ def read_adapter(folder: str | Path) -> Patch:
             raise PatchError(f"{folder} lacks a fitting half of {name}; it is damaged.")
         scaling = _scaling(folder, config, name, halves["A"].shape[0])
         left_VR, right_RK = (scaling * halves["B"].double()).float(), halves["A"].float()
-        if not (left_VR.isfinite().all() and right_RK.isfinite().all()):
-            raise PatchError(f"{folder} scales {name} beyond what float32 holds; it is damaged.")
+        check_product(folder, name, left_VR, right_RK)
         factors[name] = (left_VR, right_RK)
     if not factors:
         raise PatchError(f"{folder} holds no adapter of any layer; it is damaged.")
