@@ -17,7 +17,8 @@ import malmend
 from malmend.errors import LedgerError, MalmendError, PatchError
 from malmend.ledgers.watch import StopRule
 from malmend.models.load import load_model
-from malmend.patch_file import load_patch
+from malmend.patch import Patch
+from malmend.patch_file import load_patch, save_patch
 from malmend.processes import started
 from malmend.shipping.adapter import read_adapter
 
@@ -102,6 +103,25 @@ def test_a_header_or_a_record_with_a_number_that_json_lacks(adapter, patch, tmp_
     record.write_text(record.read_text().replace("{", '{"x": ' + number + ", ", 1))
     with pytest.raises(PatchError, match=r"is damaged \(.* is no number of JSON\)"):
         read_adapter(adapter)
+
+
+def test_halves_of_an_adapter_whose_product_is_none(adapter):
+    path = adapter / "adapter_model.safetensors"
+    save_file({name: torch.full_like(one, 1e38) for name, one in load_file(path).items()}, path)
+    with pytest.raises(PatchError, match="beyond what float32 holds"):
+        read_adapter(adapter)
+
+
+@pytest.mark.parametrize(("rows", "rank"), [(2_000_000, 1), (1, 2_000_000), (4, 3), (4, 0)])
+def test_a_patch_is_inspected_in_the_memory_of_its_halves(tmp_path, rows, rank):
+    """The whole matrix, or that of the ranks, would have taken 16 TB."""
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randn(rows, rank, generator=generator)
+    right = torch.randn(rank, rows, generator=generator)
+    save_patch(Patch({"a": (left, right)}, {"base": "b"}), tmp_path / "patch")
+    norm = left.norm() * right.norm() if rank == 1 else (left @ right).norm()
+    said = malmend.inspect(tmp_path / "patch").entries["shifts"]["a"]
+    assert said == f"{rows} x {rows}, rank {rank}, norm {norm:.3g}"
 
 
 def test_a_model_with_a_weight_that_is_none_is_not_compared(tiny, tmp_path):
