@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import errno
+import os
 import shutil
 import sqlite3
 import threading
@@ -577,3 +578,14 @@ def test_work_that_cannot_be_committed_is_swept_by_the_next(tiny, empty, monkeyp
     assert not malmend.ledger.list_facts(empty)
     malmend.ledger.add(empty, FACTS[2:4], model=tiny.model)
     assert len([name for name in files_in(empty) if name.startswith("rows-")]) == 1
+
+
+def test_a_folder_whose_name_is_no_utf8(tiny, empty, tmp_path):
+    """Which Latin-1 is not; SQLite reads such a path, safetensors does not."""
+    with pytest.raises(LedgerError, match="There is no ledger in"):
+        malmend.ledger.list_facts(tmp_path / os.fsdecode(b"\xff"))
+    folder = shutil.copytree(empty, tmp_path / os.fsdecode(b"k\xf6nig"))
+    assert "is not valid UTF-8" in refused(malmend.ledger.list_facts, folder)
+    out = tmp_path / os.fsdecode(b"\xfcber")
+    assert "is no UTF-8, expected" in refused(malmend.ledger.patch, empty, out)
+    assert "is no UTF-8, expected" in refused(malmend.ledger.init, out, tiny.loaded)
