@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
@@ -918,3 +919,19 @@ def test_what_a_patch_will_replace_is_told(tmp_path):
         assert replaced(path) == ["p will be replaced (it is no patch)."]
     save_file({"a": torch.ones(2, 3)}, path)
     assert replaced(path) == ["p will be replaced (it is no patch)."]
+
+
+@pytest.mark.parametrize(("here", "there"), [("float16", "float32"), ("float32", "float16")])
+def test_a_load_in_float16_is_told_of_where_it_is_refused(here, there):
+    """It rounds weights otherwise than bfloat16, through which fingerprints are taken."""
+    wide = tiny.model_of("llama", torch.float32)
+    for weight in wide.parameters():
+        weight.data.normal_(0, 1e-8)  # which float16 does not hold
+    models = {"float32": wide, "float16": copy.deepcopy(wide).half()}
+    loaded, other = (prepared(models[name], None, "tiny") for name in (here, there))
+    patch = make_patch(shifts_of(other.model), 2, {"base": other.fingerprint, "dtype": there})
+    with pytest.raises(PatchError, match=rf"; load it in {there}, as for .*\(float16 rounds"):
+        check_base(loaded, patch)
+    plain = Patch(patch.factors, {"base": other.fingerprint})  # as an older one
+    with pytest.raises(PatchError, match="; use the base the patch names"):
+        check_base(loaded, plain)
