@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -41,8 +42,7 @@ def changed(folder: Path, name: str, **values: object) -> None:
 @pytest.mark.parametrize(
     "values",
     [
-        {"rank_pattern": {"(": 4}},
-        {"alpha_pattern": {"[": 4}},
+        {"rank_pattern": [1]},
         {"lora_alpha": 10**400},
         {"lora_alpha": float("nan")},
         {"lora_alpha": 1e300},
@@ -54,6 +54,55 @@ def changed(folder: Path, name: str, **values: object) -> None:
 def test_a_configuration_that_makes_no_sense(adapter, values):
     changed(adapter, "adapter_config.json", **values)
     with pytest.raises(MalmendError, match=r"damaged|says rank"):
+        read_adapter(adapter)
+
+
+RUNAWAY = [
+    "(a+)+",
+    "(a|a)*",
+    "(",
+    "[",
+    "a{9}",
+    "(?=a)",
+    r"(\w+)*",
+    ".*" * 4,
+    r"\d+" * 9,
+    "a*",
+    "a?",
+]
+
+
+@pytest.mark.parametrize("key", RUNAWAY)
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_may_run_for_ever_is_not_run(adapter, monkeypatch, field, key):
+    """PEFT takes it for a regular expression, which are anybody's, as are the layers' names."""
+    monkeypatch.setattr("peft.utils.other.get_pattern_key", None)
+    changed(adapter, "adapter_config.json", **{field: {key: 4}})
+    with pytest.raises(PatchError, match=re.escape(f"{field} has the key {key!r:.80}, expected")):
+        read_adapter(adapter)
+
+
+@pytest.mark.parametrize("before", ["", "^", r"(^|.*\.)", ".*", r"model.layers.\d+."])
+def test_a_pattern_of_plain_parts_is_read(adapter, patch, before):
+    """Of all layers, each under its whole name or its end."""
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    names = config["target_modules"]
+    ends = [name if before in ("", "^") else name.rpartition(".mlp.")[2] for name in names]
+    ends = [f"mlp.{end}" if before.endswith("+.") else end for end in ends]
+    keys = {before + end + "$" * (before != ""): 2.0 * config["r"] for end in ends}
+    changed(adapter, "adapter_config.json", alpha_pattern=keys)
+    twice = read_adapter(adapter)
+    for name in names:
+        torch.testing.assert_close(twice.shift(name), 2 * load_patch(patch).shift(name))
+
+
+def test_a_name_as_long_as_a_book_meets_no_pattern(adapter):
+    path = adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file({name.replace("mlp", "m" * 300): one for name, one in tensors.items()}, path)
+    assert len(read_adapter(adapter).factors) == 2
+    changed(adapter, "adapter_config.json", rank_pattern={".*x": 4})
+    with pytest.raises(PatchError, match="characters, expected at most 200 where"):
         read_adapter(adapter)
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,9 @@ MORE_THAN_A_SHIFT = (
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MEASURED = ("metrics", "mean_residual", "residual_after")  # of a header: by the whole shifts
+# Of a pattern's key: what matches more than one text, and what else there may be.
+WILD, PLAIN = re.compile(r"\(\^\|\.\*\\\.\)|\.\*|\\d\+"), re.compile(r"(?:[\w.^$-]|\\\.)*")
+MOST_WILD, LONGEST = 3, 200  # how often, and in how long a name: it is tried at each place of it
 PLAIN_USES = ("use_rslora",)  # of PEFT's use_..., those that only scale
 
 
@@ -154,6 +157,7 @@ def read_adapter(folder: str | Path) -> Patch:
         if not tensor.isfinite().all():
             raise PatchError(f"{folder} holds NaN or infinity in {key!r}; it is damaged.")
         kept.setdefault(name, {})[part] = tensor
+    _check_patterns(folder, config, kept)
     factors = {}
     for name, halves in kept.items():
         if halves.keys() != {"A", "B"} or halves["A"].shape[0] != halves["B"].shape[1]:
@@ -206,6 +210,27 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError, ValueError) as error:
         raise PatchError(f"{path} is damaged ({reason(error)}); save the adapter again.") from error
+
+
+def _check_patterns(folder: Path, config: Mapping[str, Any], names: Collection[str]) -> None:
+    """Raises PatchError about a pattern of ranks or alphas that PEFT may match for ever.
+
+    Its keys are regular expressions, for names that are the file's own too.
+    """
+    for part in ("rank_pattern", "alpha_pattern"):
+        said = config.get(part)
+        for key in said if isinstance(said, dict) else ():
+            rest, wild = WILD.subn("", key)
+            if wild > MOST_WILD or not PLAIN.fullmatch(rest):
+                raise PatchError(
+                    f"{folder / CONFIG}: {part} has the key {key!r:.80}, expected a layer's name "
+                    f"with \\d+, .* or (^|.*\\.) in it {MOST_WILD} times at most; name its layers."
+                )
+            if (longest := max(map(len, names), default=0)) > LONGEST:
+                raise PatchError(
+                    f"{folder} names a layer by {longest:,} characters, expected at most {LONGEST} "
+                    f"where there is a {part}; it is damaged."
+                )
 
 
 def _scaling(folder: Path, config: Mapping[str, Any], name: str, rank: int) -> float:
