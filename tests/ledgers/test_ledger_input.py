@@ -18,6 +18,7 @@ from pathlib import Path
 import ledger_support
 import pytest
 from ledger_support import added, begun
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import command_support
@@ -28,7 +29,7 @@ from malmend.editors.checkpoint import load_editor, save_editor
 from malmend.editors.editor import Editor, SiteStatistics
 from malmend.editors.settings import training_free
 from malmend.errors import EditorError, FactsError, LedgerError, MalmendError
-from malmend.ledgers import tables
+from malmend.ledgers import sums, tables
 from malmend.ledgers.access import reading
 from malmend.ledgers.watch import StopRule
 from malmend.models.sites import find_sites
@@ -589,3 +590,43 @@ def test_a_folder_whose_name_is_no_utf8(tiny, empty, tmp_path):
     out = tmp_path / os.fsdecode(b"\xfcber")
     assert "is no UTF-8, expected" in refused(malmend.ledger.patch, empty, out)
     assert "is no UTF-8, expected" in refused(malmend.ledger.init, out, tiny.loaded)
+
+
+@pytest.mark.parametrize("wound", ["no editor.json", "half of one", "no weights", "no folder"])
+def test_an_editor_that_was_spoilt_is_put_back_and_not_trained(ledger, wound):
+    """It is a copy, and any other would be refused."""
+    place = ledger / "editor"
+    said, weights = place / "editor.json", next(place.glob("*.safetensors"))
+    if wound == "half of one":
+        said.write_text(said.read_text()[:40])
+    elif wound == "no folder":
+        shutil.rmtree(place)
+    else:
+        (said if wound == "no editor.json" else weights).unlink()
+    message = refused(malmend.ledger.list_facts, ledger)
+    assert message.endswith("; put back a copy of the ledger's folder.")
+    assert "train" not in message
+
+
+@pytest.mark.parametrize("kind", ["rows", "sums"])
+def test_a_disk_that_is_full_in_the_end_is_told_in_the_ledgers_words(
+    tiny, ledger, monkeypatch, kind
+):
+    """Its path is the ledger's own, so that another one cannot be given."""
+    before = files_in(ledger)
+
+    def full(tensors, path, header):
+        if kind in path.name:
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        return save_file(tensors, path, header)
+
+    monkeypatch.setattr(sums, "save_file", full)
+    with pytest.raises(LedgerError) as caught:
+        added(tiny, ledger, FACTS[38:])
+    assert str(caught.value).endswith(
+        "cannot be written (I/O error: No space left on device (os error 28)), so nothing was "
+        "changed; make room, or check who may write there, and run it again."
+    )
+    assert files_in(ledger) == before
+    monkeypatch.undo()
+    assert malmend.ledger.list_facts(ledger)

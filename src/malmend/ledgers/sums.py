@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from malmend.editors.malmen import Malmen
-from malmend.errors import LedgerError
+from malmend.errors import LedgerError, MalmendError
 from malmend.files import listing_synced, reason, written_beside
 from malmend.numerics.prior import Prior
 from malmend.numerics.ridge import solved
@@ -137,10 +137,22 @@ def load_sums(path: Path, shapes: Shapes) -> dict[str, Sums]:
 
 
 def save_durably(tensors: Mapping[str, Tensor], path: Path, header: Mapping[str, str]) -> None:
-    """Writes a safetensors file; it and its name are on the disk when this returns."""
-    with written_beside(path) as beside:
-        save_file({name: one.contiguous() for name, one in tensors.items()}, beside, dict(header))
-    listing_synced(path.parent)
+    """Writes a safetensors file; it and its name are on the disk when this returns.
+
+    Raises:
+        LedgerError: it cannot be written.
+    """
+    whole = {name: one.contiguous() for name, one in tensors.items()}
+    try:
+        with written_beside(path) as beside:
+            save_file(whole, beside, dict(header))
+        listing_synced(path.parent)
+    except (OSError, MalmendError) as error:  # which asks for another path
+        why = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        raise LedgerError(
+            f"{path} cannot be written ({reason(why)}), so nothing was changed; make room, or "
+            "check who may write there, and run it again."
+        ) from error
 
 
 def checked(
