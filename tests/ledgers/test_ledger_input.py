@@ -133,6 +133,15 @@ def test_unknown_and_revoked_ids(ledger):
     assert "No fact was named" in refused(malmend.ledger.revoke, ledger, [])
 
 
+def test_a_fact_that_left_by_a_rollback_was_not_revoked(ledger):
+    malmend.ledger.rollback(ledger, 0)
+    said = {(one.status, one.generation) for one in malmend.ledger.list_facts(ledger, former=True)}
+    assert said == {("rolled back", 2)}
+    assert "it was rolled back in generation 2." in refused(malmend.ledger.revoke, ledger, ["f2"])
+    malmend.ledger.rollback(ledger, 1)
+    assert len(malmend.ledger.list_facts(ledger)) == 38
+
+
 @pytest.mark.parametrize(("number", "what"), [(-1, "0 to 1"), (1, "current one"), (9, "0 to 1")])
 def test_generations_that_there_are_not(ledger, number, what):
     assert what in refused(malmend.ledger.rollback, ledger, number)
