@@ -254,9 +254,7 @@ def check_base(loaded: LoadedModel, patch: Patch, force: bool = False) -> None:
     if patch.base != loaded.fingerprint:
         made, advice = patch.provenance.get("dtype", loaded.dtype), ""
         if made != loaded.dtype and "float16" in (made, loaded.dtype):
-            advice = (
-                f"load it in {made}, as for the patch (float16 rounds to another fingerprint), "
-            )
+            advice = f"load it in {made!s:.20}, as for it (float16 rounds to another fingerprint), "
         raise PatchError(
             f"The patch was made for a base with fingerprint {patch.base[:12] or 'none'} "
             f"({patch.provenance.get('model', 'unknown')}), the model {loaded.name} has "
