@@ -239,6 +239,15 @@ def with_alternatives(facts: list[Fact]) -> list[Fact]:
     return [replace(fact, alternative=other.answer) for fact, other in turned]
 
 
+def test_a_patched_model_whose_logits_are_none_has_no_answer(tiny):
+    [site] = find_sites(tiny.loaded.model, 1)
+    huge = torch.full(site.shape_VK, 1e38)
+    patch = malmend.Patch({site.name: (huge,)}, {"base": tiny.loaded.fingerprint})
+    with pytest.raises(MalmendError, match="NaN or infinity, so it says nothing; check"):
+        malmend.ask(tiny.loaded, FEW[0].prompt, patch)
+    assert malmend.ask(tiny.loaded, FEW[0].prompt).unedited
+
+
 def test_alternatives_are_edited_in_and_asked_for(tiny):
     facts = with_alternatives(FEW)
     chosen = {"settings": LAST, **eager(tiny)}

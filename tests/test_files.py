@@ -451,3 +451,28 @@ def test_what_is_read_may_be_no_path_at_all(tmp_path):
     """It is refused where it is read, with what it should have been."""
     (tmp_path / "config.json").write_text("")
     assert writable(tmp_path / "new", "x" * 5000, "a\0b", "no/such").name == "new"
+
+
+NOT_UTF8 = (os.fsdecode(b"m\xfcll"), "is no UTF-8, expected a path that is")
+NUL = ("a\0b", "holds a NUL, expected a path without one")
+
+
+@pytest.mark.parametrize(("name", "told"), [NOT_UTF8, NUL])
+@pytest.mark.parametrize("folder", ["", "{}/"])
+def test_names_that_no_file_of_ours_can_have(tmp_path, name, told, folder):
+    path = tmp_path / (folder + "{}").format(name, name)
+    for write in (writable, writable_folder, new_folder, lambda path: save("text", path)):
+        with pytest.raises(MalmendError, match=told) as caught:
+            write(path)
+        assert caught.value.args[0].count(".") == 1 + str(path).count(".")
+    with pytest.raises(MalmendError, match=told), folder_beside(path):
+        pass
+    assert not os.listdir(tmp_path)
+
+
+def test_a_name_that_is_cut_within_a_letter_stays_one(tmp_path):
+    name = "a" + "ü" * 125
+    assert part_of(tmp_path / name).name.startswith(f".a{'ü' * 99}.")
+    part_of(tmp_path / os.fsdecode(b"\xff" * 250)).name.encode()  # of a cache's folder, say
+    save("text", tmp_path / name)
+    assert os.listdir(tmp_path) == [name]

@@ -14,13 +14,16 @@ from transformers import AutoModelForSequenceClassification
 
 import forms_folders as folders
 from command_support import malmend
+from malmend.commands.ask import ask
 from malmend.commands.finetune import finetune
+from malmend.errors import MalmendError
 from malmend.evaluation.generate import generate
 from malmend.facts.fact import FactSet
 from malmend.facts.readers import read_facts
 from malmend.models.identity import bits
 from malmend.models.load import LoadedModel, load_model
-from malmend.patch import applied
+from malmend.models.sites import find_sites
+from malmend.patch import Patch, applied
 from malmend.patch_file import load_patch
 from malmend.workbench import encoder_for
 
@@ -303,6 +306,15 @@ def test_what_is_for_decoders_only(family, learned, capsys):
 
 
 # --- inspect and train
+
+
+def test_a_class_whose_probability_is_none_is_not_said(learned):
+    have = learned("bert")
+    loaded = load_model(have.model)
+    [site] = find_sites(loaded.model, 1)
+    patch = Patch({site.name: (torch.full(site.shape_VK, 1e38),)}, {"base": loaded.fingerprint})
+    with pytest.raises(MalmendError, match="NaN or infinity, so it says nothing; check"):
+        ask(loaded, "A claim.", patch)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
@@ -747,6 +748,13 @@ def test_numbers_that_are_none(value, part, tmp_path):
     assert f"NaN or infinity in '{part}'" in refused(written(tmp_path / "p", tensors))
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(4, 5), (2_000_000, 2_000_000)])
+def test_finite_halves_of_a_shift_that_is_not(rows, columns, tmp_path):
+    """It was found in a traceback of an export, of which inspect had said nothing."""
+    huge = {"a.left": torch.full((rows, 1), 1e38), "a.right": torch.full((1, columns), 1e38)}
+    assert "shift of a is beyond what float32 holds" in refused(written(tmp_path / "p", huge))
+
+
 @pytest.mark.parametrize(
     ("tensors", "told"),
     [
@@ -911,3 +919,19 @@ def test_what_a_patch_will_replace_is_told(tmp_path):
         assert replaced(path) == ["p will be replaced (it is no patch)."]
     save_file({"a": torch.ones(2, 3)}, path)
     assert replaced(path) == ["p will be replaced (it is no patch)."]
+
+
+@pytest.mark.parametrize(("here", "there"), [("float16", "float32"), ("float32", "float16")])
+def test_a_load_in_float16_is_told_of_where_it_is_refused(here, there):
+    """It rounds weights otherwise than bfloat16, through which fingerprints are taken."""
+    wide = tiny.model_of("llama", torch.float32)
+    for weight in wide.parameters():
+        weight.data.normal_(0, 1e-8)  # which float16 does not hold
+    models = {"float32": wide, "float16": copy.deepcopy(wide).half()}
+    loaded, other = (prepared(models[name], None, "tiny") for name in (here, there))
+    patch = make_patch(shifts_of(other.model), 2, {"base": other.fingerprint, "dtype": there})
+    with pytest.raises(PatchError, match=rf"; load it in {there}, as for .*\(float16 rounds"):
+        check_base(loaded, patch)
+    plain = Patch(patch.factors, {"base": other.fingerprint})  # as an older one
+    with pytest.raises(PatchError, match="; use the base the patch names"):
+        check_base(loaded, plain)

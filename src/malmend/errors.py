@@ -59,8 +59,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 # What orders a terminal about, or the reading direction: C0 but for tab and line end, DEL, C1, and
-# Unicode's embeddings, overrides and isolates.
-_ORDERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+# Unicode's embeddings, overrides and isolates.  And what it cannot write: a path's bytes that are
+# no UTF-8.
+_ORDERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def harmless(text: str) -> str:

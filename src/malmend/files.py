@@ -31,7 +31,8 @@ def part_of(path: Path) -> Path:
                 if _is_left(left):
                     is_folder = left.is_dir() and not left.is_symlink()
                     shutil.rmtree(left) if is_folder else left.unlink()
-    name = path.name.encode()[:200].decode(errors="ignore")  # names have 255 bytes at most
+    # Names have 255 bytes at most; a letter that is cut in two is left out.
+    name = os.fsencode(path.name)[:200].decode(errors="ignore")
     return path.with_name(f".{name}.{machine}-{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
 
 
@@ -123,12 +124,24 @@ def _is_of_another(error: Exception, *written: Path) -> bool:
     return not any(at.is_relative_to(one.absolute()) for one in written)
 
 
+def _check_letters(path: Path) -> None:
+    """Raises MalmendError about a path that a system, or what reads safetensors, cannot take."""
+    if "\0" in str(path):
+        raise MalmendError(f"{str(path)!r} holds a NUL, expected a path without one.")
+    if any("\ud800" <= one <= "\udfff" for one in str(path)):  # for a byte that is none
+        raise MalmendError(
+            f"{str(path)!r} is no UTF-8, expected a path that is, for safetensors files are read "
+            "from no other; give another path."
+        )
+
+
 def _followed(path: Path) -> Path:
     """Where a link leads: that is written, and the link stays.
 
     Raises:
         MalmendError: it leads to itself, or the path is none.
     """
+    _check_letters(path)
     try:
         place = path.resolve() if path.is_symlink() else path
         if place.is_symlink():
@@ -228,6 +241,7 @@ def writable_folder(path: str | Path) -> Path:
         MalmendError: ``path`` is a file, its parent does not exist, or it takes no file.
     """
     path = Path(path)
+    _check_letters(path)
     if path.exists() and not path.is_dir():
         raise MalmendError(f"{path} is a file, expected a folder to write into.")
     _check_within_folder(path, "to make {} in")
@@ -283,6 +297,7 @@ def new_folder(path: str | Path) -> Path:
         MalmendError: it is a file or holds files, or the folder around it takes none.
     """
     path = Path(path).absolute()
+    _check_letters(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         what = "holds files already" if path.is_dir() else "is a file"
         raise MalmendError(f"{path} {what}, expected a new folder; give another path.")

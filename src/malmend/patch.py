@@ -79,6 +79,11 @@ class Patch:
         """``alternative`` and ``away``: what stood for the facts' answers."""
         return {name: bool(self.provenance.get(name)) for name in ("alternative", "away")}
 
+    def shape_VK(self, name: str) -> tuple[int, int]:
+        """Of one site's shift."""
+        factors = self.factors[name]
+        return factors[0].shape[0], factors[-1].shape[1]
+
     def shift(self, name: str) -> Tensor:
         """S of one site, float32, V x K.  The same number whenever it is asked for."""
         first, *rest = self.factors[name]
@@ -247,10 +252,13 @@ def check_base(loaded: LoadedModel, patch: Patch, force: bool = False) -> None:
     if force:
         return
     if patch.base != loaded.fingerprint:
+        made, advice = patch.provenance.get("dtype", loaded.dtype), ""
+        if made != loaded.dtype and "float16" in (made, loaded.dtype):
+            advice = f"load it in {made!s:.20}, as for it (float16 rounds to another fingerprint), "
         raise PatchError(
             f"The patch was made for a base with fingerprint {patch.base[:12] or 'none'} "
             f"({patch.provenance.get('model', 'unknown')}), the model {loaded.name} has "
-            f"{loaded.fingerprint[:12]}; use the base the patch names, or --force."
+            f"{loaded.fingerprint[:12]}; {advice}use the base the patch names, or --force."
         )
     kept = patch.provenance.get("configuration", {})
     if unlike := unlike_kept(loaded.model, kept):
@@ -276,8 +284,7 @@ def sites_of(model: PreTrainedModel, patch: Patch) -> list[Site]:
             lacks = f"which this model lacks{nearest(name, modules) or '.'}"
             what = "which is no linear layer of this model." if name in modules else lacks
             raise PatchError(f"The patch shifts {name}, {what} It was made for another model.")
-        factors = patch.factors[name]
-        site, wanted = Site(name, modules[name]), (*factors[0].shape[:1], *factors[-1].shape[1:])
+        site, wanted = Site(name, modules[name]), patch.shape_VK(name)
         if site.shape_VK != wanted:
             raise PatchError(
                 f"The patch's shift of {name} is {wanted}, this model's layer is {site.shape_VK}; "

@@ -139,7 +139,7 @@ def _otherwise(path: Path) -> str:
 
 def check_header(path: Path, header: Mapping[str, Any]) -> None:
     """Raises PatchError unless the parts of a header that are read make sense."""
-    for name in ("settings", "configuration"):
+    for name in ("settings", "configuration", "cut"):
         if not isinstance(part := header.get(name, {}), dict):
             raise PatchError(
                 f"{path} is damaged: its header's {name} is {json.dumps(part)[:40]}, expected an "
@@ -154,7 +154,7 @@ def check_header(path: Path, header: Mapping[str, Any]) -> None:
 
 
 def _grouped(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, ...]]:
-    """Tensors by site, checked: known parts, matching shapes, finite numbers."""
+    """Tensors by site, checked: known parts, matching shapes, finite numbers and shifts."""
     factors: dict[str, tuple[Tensor, ...]] = {}
     for key, tensor in tensors.items():
         name, _, part = key.rpartition(".")
@@ -176,4 +176,19 @@ def _grouped(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tenso
             raise PatchError(f"{path} lacks {name}.left; it is damaged.")
     if not factors:
         raise PatchError(f"{path} holds no shift; it is damaged.")
+    for name, kept in factors.items():
+        if len(kept) == 2:
+            check_product(path, name, *kept)
     return factors
+
+
+def check_product(path: Path, name: str, left_VR: Tensor, right_RK: Tensor) -> None:
+    """Raises PatchError where float32 may not hold the shift of two halves.
+
+    By a bound on its entries, since the whole may be too large to be looked at: |L| |R|.
+    """
+    norms = [torch.linalg.vector_norm(one, dtype=torch.float64) for one in (left_VR, right_RK)]
+    if not norms[0] * norms[1] <= torch.finfo(torch.float32).max:  # NaN is not either
+        raise PatchError(
+            f"{path}: the shift of {name} is beyond what float32 holds; it is damaged."
+        )

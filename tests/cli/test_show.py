@@ -130,3 +130,8 @@ def test_an_interval_is_shown_inside_the_range_and_explained(capsys):
     assert "(from–to): a 95% interval" in said
     show_report.report(replace(shown, unedited={"ES": replace(figures, interval=None)}))
     assert "95%" not in capsys.readouterr().out
+
+
+def test_a_name_that_is_no_utf8_is_shown_escaped(capsys):
+    show.inspected(Inspection("facts", "f\udcfc.jsonl", {"first": "g\udcfc"}))
+    assert capsys.readouterr().out == "facts f\\udcfc.jsonl\n  first: g\\udcfc\n"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 from collections import Counter
 from typing import Any
@@ -402,3 +403,18 @@ def test_blanks_articles_and_marks_do_not_count(text):
     assert not {"a", "an", "the"} & set(normalised(text).split()[:-1])
     assert matches(text, text)
     assert matches(f"the {text}.", text) == bool(normalised(text))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_logits_that_are_none_give_no_answer(whole):
+    """From some token on; of NaN the largest is the first, so that id would be said."""
+    loaded = spoken_model()
+    steps = itertools.count()
+    hook = loaded.model.get_output_embeddings().register_forward_hook(
+        lambda module, given, out: out * torch.nan if next(steps) > 6 else out
+    )
+    try:
+        with pytest.raises(MalmendError, match="NaN or infinity, so it says nothing"):
+            generate(loaded, Encoder(loaded.tokenizer), prompts(), 12, whole=whole)
+    finally:
+        hook.remove()

@@ -17,6 +17,7 @@ from page_support import HOSTILE, KEPT, many, pair, report, row
 from command_support import files_in
 from malmend.errors import MalmendError
 from malmend.evaluation import figures, view
+from malmend.evaluation import page as page_module
 from malmend.evaluation.page import _json, page, page_folder, write_page
 
 
@@ -325,21 +326,42 @@ def test_the_page_and_its_figures_are_written_whole(tmp_path):
     assert saved == json.loads(json.dumps(report().to_json()))
 
 
-def test_a_full_disk_leaves_the_old_page(tmp_path, monkeypatch):
-    (tmp_path / "index.html").write_text("old")
-    written = Path.write_text
+@pytest.mark.parametrize("name", ["index.html", "report.json"])
+@pytest.mark.parametrize("step", ["write_text", "synced"])
+def test_a_full_disk_leaves_the_old_report(tmp_path, monkeypatch, name, step):
+    for old in ("index.html", "report.json"):
+        (tmp_path / old).write_text("old")
 
-    def full(self: Path, text: str, **keywords: str) -> int:
-        if "index" not in self.name:
-            return written(self, text, **keywords)
-        self.write_bytes(text[:10].encode())
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def full(path: Path, *given: str, **keywords: str) -> int:
+        if name not in path.name:
+            return plain(path, *given, **keywords)
+        path.write_bytes(b"some")
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(MalmendError, match=r"index.html cannot be written \(No space left"):
+    owner = Path if step == "write_text" else page_module
+    plain = getattr(owner, step)
+    monkeypatch.setattr(owner, step, full)
+    with pytest.raises(MalmendError, match=rf"{name} cannot be written \(No space left"):
         write_page(report(), tmp_path)
-    assert (tmp_path / "index.html").read_bytes() == b"old"
-    assert files_in(tmp_path) == {"index.html", "report.json"}
+    monkeypatch.undo()
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "index.html": "old",
+        "report.json": "old",
+    }
+
+
+@pytest.mark.parametrize("fault", ["a page", "a figure"])
+def test_a_report_that_cannot_be_shown_leaves_nothing(tmp_path, monkeypatch, fault):
+    known = report()
+    if fault == "a page":
+        monkeypatch.setattr(page_module, "page", lambda report: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            write_page(known, tmp_path / "out")
+    else:
+        known = replace(known, perplexity={"unedited": float("nan")})
+        with pytest.raises(MalmendError, match=r"NaN or infinity, so .*report.json was not"):
+            write_page(known, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_for_the_page_is_checked_before_work(tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import errno
+import os
 import shutil
 import sqlite3
 import threading
@@ -17,6 +18,7 @@ from pathlib import Path
 import ledger_support
 import pytest
 from ledger_support import added, begun
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import command_support
@@ -27,7 +29,7 @@ from malmend.editors.checkpoint import load_editor, save_editor
 from malmend.editors.editor import Editor, SiteStatistics
 from malmend.editors.settings import training_free
 from malmend.errors import EditorError, FactsError, LedgerError, MalmendError
-from malmend.ledgers import tables
+from malmend.ledgers import sums, tables
 from malmend.ledgers.access import reading
 from malmend.ledgers.watch import StopRule
 from malmend.models.sites import find_sites
@@ -129,6 +131,15 @@ def test_unknown_and_revoked_ids(ledger):
     malmend.ledger.revoke(ledger, ["f2", "f2"])
     assert "revoked in generation 2" in refused(malmend.ledger.revoke, ledger, ["f2"])
     assert "No fact was named" in refused(malmend.ledger.revoke, ledger, [])
+
+
+def test_a_fact_that_left_by_a_rollback_was_not_revoked(ledger):
+    malmend.ledger.rollback(ledger, 0)
+    said = {(one.status, one.generation) for one in malmend.ledger.list_facts(ledger, former=True)}
+    assert said == {("rolled back", 2)}
+    assert "it was rolled back in generation 2." in refused(malmend.ledger.revoke, ledger, ["f2"])
+    malmend.ledger.rollback(ledger, 1)
+    assert len(malmend.ledger.list_facts(ledger)) == 38
 
 
 @pytest.mark.parametrize(("number", "what"), [(-1, "0 to 1"), (1, "current one"), (9, "0 to 1")])
@@ -347,11 +358,11 @@ def test_tables_that_malmend_did_not_write(ledger, statements):
 
 
 def spoil(path, name, change):
-    tensors, header = load_file(path), _header(path)
+    """Writes the file with a tensor changed, and without digests, as an earlier version."""
+    tensors = load_file(path)
     tensors[name] = change(tensors[name].clone())
-    save_file(
-        {key: one.contiguous() for key, one in tensors.items() if one is not None}, path, header
-    )
+    header = {key: one for key, one in _header(path).items() if key == "malmend"}
+    save_file({key: one.contiguous() for key, one in tensors.items()}, path, header)
 
 
 def _header(path):
@@ -390,6 +401,26 @@ def test_tensors_that_malmend_did_not_write(tiny, ledger, kind, part, change):
     spoil(path, f"{name}.{part}", change)
     assert "damaged" in refused(malmend.ledger.revoke, ledger, ["f0"])
     assert len(malmend.ledger.list_facts(ledger)) == 38
+
+
+@pytest.mark.parametrize("kind", ["sums", "rows"])
+@pytest.mark.parametrize("part", [0.5, 0.99])
+def test_a_bit_that_flipped_in_the_numbers(ledger, kind, part):
+    """Which stay finite: the shift was then another, and nothing was said."""
+    [path] = ledger.glob(f"{kind}-*")
+    whole = bytearray(path.read_bytes())
+    whole[int(part * len(whole))] ^= 1
+    path.write_bytes(whole)
+    assert "not what was written); put back" in refused(malmend.ledger.revoke, ledger, ["f0"])
+
+
+def test_a_ledger_without_digests_is_read(ledger):
+    for path in ledger.glob("*.safetensors"):
+        names = load_file(path).keys()
+        assert _header(path).keys() - {"malmend"} == names
+        spoil(path, next(iter(names)), lambda one: one)
+        assert not (_header(path) or {}).keys() - {"malmend"}
+    assert malmend.ledger.revoke(ledger, ["f0"]).generation.facts == 37
 
 
 @pytest.mark.parametrize("kind", ["sums", "rows", "editor/editor"])
@@ -577,3 +608,54 @@ def test_work_that_cannot_be_committed_is_swept_by_the_next(tiny, empty, monkeyp
     assert not malmend.ledger.list_facts(empty)
     malmend.ledger.add(empty, FACTS[2:4], model=tiny.model)
     assert len([name for name in files_in(empty) if name.startswith("rows-")]) == 1
+
+
+def test_a_folder_whose_name_is_no_utf8(tiny, empty, tmp_path):
+    """Which Latin-1 is not; SQLite reads such a path, safetensors does not."""
+    with pytest.raises(LedgerError, match="There is no ledger in"):
+        malmend.ledger.list_facts(tmp_path / os.fsdecode(b"\xff"))
+    folder = shutil.copytree(empty, tmp_path / os.fsdecode(b"k\xf6nig"))
+    assert "is not valid UTF-8" in refused(malmend.ledger.list_facts, folder)
+    out = tmp_path / os.fsdecode(b"\xfcber")
+    assert "is no UTF-8, expected" in refused(malmend.ledger.patch, empty, out)
+    assert "is no UTF-8, expected" in refused(malmend.ledger.init, out, tiny.loaded)
+
+
+@pytest.mark.parametrize("wound", ["no editor.json", "half of one", "no weights", "no folder"])
+def test_an_editor_that_was_spoilt_is_put_back_and_not_trained(ledger, wound):
+    """It is a copy, and any other would be refused."""
+    place = ledger / "editor"
+    said, weights = place / "editor.json", next(place.glob("*.safetensors"))
+    if wound == "half of one":
+        said.write_text(said.read_text()[:40])
+    elif wound == "no folder":
+        shutil.rmtree(place)
+    else:
+        (said if wound == "no editor.json" else weights).unlink()
+    message = refused(malmend.ledger.list_facts, ledger)
+    assert message.endswith("; put back a copy of the ledger's folder.")
+    assert "train" not in message
+
+
+@pytest.mark.parametrize("kind", ["rows", "sums"])
+def test_a_disk_that_is_full_in_the_end_is_told_in_the_ledgers_words(
+    tiny, ledger, monkeypatch, kind
+):
+    """Its path is the ledger's own, so that another one cannot be given."""
+    before = files_in(ledger)
+
+    def full(tensors, path, header):
+        if kind in path.name:
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        return save_file(tensors, path, header)
+
+    monkeypatch.setattr(sums, "save_file", full)
+    with pytest.raises(LedgerError) as caught:
+        added(tiny, ledger, FACTS[38:])
+    assert str(caught.value).endswith(
+        "cannot be written (I/O error: No space left on device (os error 28)), so nothing was "
+        "changed; make room, or check who may write there, and run it again."
+    )
+    assert files_in(ledger) == before
+    monkeypatch.undo()
+    assert malmend.ledger.list_facts(ledger)

@@ -12,6 +12,7 @@ import command_support
 import helpers
 import malmend
 from command_support import greedy, make_facts, make_model, teach
+from malmend.commands import ledger_init
 from malmend.editors.calibration import CalibrationSettings
 from malmend.errors import LedgerError
 from malmend.evaluation.examiner import Examiner
@@ -68,6 +69,18 @@ def test_a_rule_that_refuses_changes_nothing(tiny, tmp_path):
     assert not list(ledger.glob("rows-*"))
     assert StopRule(0.5).warning(0.5) is None
     assert StopRule(0.5).warning(None) is None
+
+
+def test_a_rule_that_would_never_refuse_begins_no_ledger(tiny, tmp_path, monkeypatch):
+    rule = StopRule(questions=0, refuse=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("malmend.workbench.load_model", None)  # it is said before the work
+        with pytest.raises(LedgerError, match=r"measures nothing, so that --rule.refuse never"):
+            malmend.ledger.init(tmp_path / "ledger", tiny.model, rule=rule)
+    assert not (tmp_path / "ledger").exists()
+    monkeypatch.setattr(ledger_init, "_check_rule", lambda rule: None)  # as earlier versions
+    ledger = begun(tiny, tmp_path / "ledger", rule)
+    assert added(tiny, ledger, FACTS).generation.retention is None
 
 
 def test_no_questions_no_figure(tiny, tmp_path):

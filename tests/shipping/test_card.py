@@ -87,6 +87,13 @@ def test_what_was_cut_and_what_was_rounded_is_said():
     assert "Rounding to bfloat16 took at most 0.5" in card(RECORD | {"to": "merged"}, "causal")
 
 
+def test_figures_of_before_a_cut_are_said_to_be_that():
+    own = RECORD | {"to": "lora", "metrics": {}, "facts": None}
+    own |= {"patch": RECORD["patch"] | {"metrics": {"ES": {"token_ratio": {"edited": 1.0}}}}}
+    assert 'the edit itself measured before it was cut: {"ES":' in card(own, "causal")
+    assert 'the edit itself measured: {"ES":' in card(own | {"exact": True}, "causal")
+
+
 def test_an_export_that_was_forced_says_so():
     made_for = {"patch": RECORD["patch"] | {"model": "/home/me/first", "base": "def456"}}
     for to in ("lora", "merged"):

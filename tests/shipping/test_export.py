@@ -77,6 +77,27 @@ def test_the_figures_are_those_of_what_was_read_back(tiny, patch, tmp_path):
     assert record_of(tmp_path / "cut")["metrics"]["exported"]["LS"]["kl"] == back.edited["LS"].kl
 
 
+@pytest.mark.parametrize("to", ["lora", "merged"])
+def test_what_is_made_of_a_cut_adapter_says_the_cut(tiny, patch, tmp_path, to):
+    made = load_patch(patch)
+    figures = {"metrics": {"ES": {"token_ratio": {"edited": 1.0}}}, "mean_residual": 0.25}
+    full = api.Patch(made.factors, {**made.provenance, **figures, "residual_after": 0.5})
+    export(full, tmp_path / "whole", model=tiny.loaded)
+    assert read_adapter(tmp_path / "whole").provenance == full.provenance
+    export(full, tmp_path / "cut", rank=8, model=tiny.loaded)
+    said = read_adapter(tmp_path / "cut").provenance
+    assert said == {**made.provenance, "cut": {"rank": 8, "from": RANK}}
+    assert api.inspect(tmp_path / "cut").entries["cut"] == {"rank": 8, "from": RANK}
+    export(tmp_path / "cut", tmp_path / "again", to, model=tiny.loaded)
+    card = " ".join((tmp_path / "again" / "README.md").read_text().split())
+    assert f"cut to rank 8, from {RANK}." in card
+    assert "itself measured" not in card
+    if to == "lora":
+        assert read_adapter(tmp_path / "again").provenance == said
+        export(tmp_path / "cut", tmp_path / "less", rank=1, model=tiny.loaded)
+        assert read_adapter(tmp_path / "less").provenance["cut"] == {"rank": 1, "from": RANK}
+
+
 def test_a_patch_made_for_alternatives_is_asked_for_them(tiny, patch, tmp_path):
     facts, other = towards_alternatives(tiny, patch, tmp_path)
     found = export(other, tmp_path / "out", facts=facts, model=tiny.loaded, decode_facts=0).metrics

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from malmend.errors import MalmendError
 from malmend.evaluation.classes import classes_of
-from malmend.evaluation.generate import Answer, generate
+from malmend.evaluation.generate import Answer, generate, no_numbers
 from malmend.given import checked
 from malmend.models.load import LoadedModel
 from malmend.models.trunk import Trunk
@@ -65,11 +66,14 @@ def ask(
     loaded = opened(model, dtype, device)
     patch = None if patch is None else based_on(patch, loaded)
     encoder = encoder_for(loaded, "none", chat)
+    # Made of the unedited model: its trials compare numbers, which an edited one may not give.
+    trunk = Trunk(loaded.model, ()) if encoder.reading.form == "classes" else None
 
     def answer() -> Answer:
-        if encoder.reading.form == "classes":
-            trunk = Trunk(loaded.model, ())
+        if trunk is not None:
             [(name, share)] = classes_of(trunk, encoder, [prompt])
+            if math.isnan(share):
+                raise no_numbers(loaded.name)
             return Answer(f"{name} ({share:.3f})")
         return generate(loaded, encoder, [prompt], max_new_tokens, whole=True)[0]
 

@@ -8,6 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from malmend.editors.checkpoint import load_editor
 from malmend.errors import MalmendError
 from malmend.evaluation.page import FIGURES, PAGE
@@ -171,11 +174,21 @@ def _patch(path: Path) -> Inspection:
     patch = read_patch(path)
     shifts = {}
     for name, factors in patch.factors.items():
-        rows, columns = patch.shift(name).shape
+        rows, columns = patch.shape_VK(name)
         kept = f"rank {factors[0].shape[1]}" if len(factors) == 2 else "full"
-        norm = patch.shift(name).norm().item()
-        shifts[name] = f"{rows} x {columns}, {kept}, norm {norm:.3g}"
+        shifts[name] = f"{rows} x {columns}, {kept}, norm {_norm(factors):.3g}"
     return Inspection("patch", str(path), {**patch.provenance, "shifts": shifts})
+
+
+def _norm(factors: tuple[Tensor, ...]) -> float:
+    """Of the shift, by the smaller of R x R and V x K: neither is larger than the file."""
+    if len(factors) == 1:
+        return float(torch.linalg.vector_norm(factors[0], dtype=torch.float64))
+    left_VR, right_RK = (one.double() for one in factors)
+    (values, rank), keys = left_VR.shape, right_RK.shape[1]
+    if rank * rank > values * keys:
+        return float((left_VR @ right_RK).norm())
+    return float(((left_VR.T @ left_VR) * (right_RK @ right_RK.T)).sum().clamp(min=0).sqrt())
 
 
 def _adapter(path: Path) -> Inspection:

@@ -90,7 +90,7 @@ def rollback(
         after = {entry.number for entry in wanted}
         moved = open_ledger.move(wanted, progress)
         return LedgerChange(
-            open_ledger.commit(moved, f"rollback to {generation}", signed),
+            open_ledger.commit(moved, f"rollback to {generation}", signed, "rolled back"),
             entered=[entry for entry in wanted if entry.number not in before],
             left=[entry for entry in open_ledger.active if entry.number not in after],
         )

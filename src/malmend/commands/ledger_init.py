@@ -104,6 +104,7 @@ def init(
     refuse(method)
     named = method_in(editor) if isinstance(editor, str | Path) else None
     refuse(named if named in TRAINED else "malmen")
+    _check_rule(rule)
     _check_folder(folder)
     own_data = (calibrate, text, calibration) != (None, None, CalibrationSettings())
     chosen = choose(editor, settings, own_data)
@@ -131,6 +132,15 @@ def init(
         insert_generation(db, first)
         listing_synced(folder)
     return first
+
+
+def _check_rule(rule: StopRule) -> None:
+    """Raises LedgerError about one that never refuses; earlier versions began ledgers with it."""
+    if rule.refuse and not rule.questions:
+        raise LedgerError(
+            "--rule.questions 0 measures nothing, so that --rule.refuse never refuses; ask some "
+            "questions, or leave --rule.refuse out."
+        )
 
 
 def signed_by(author: str | None) -> Signed:

@@ -130,14 +130,18 @@ def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def load_editor(folder: str | Path) -> SavedEditor:
+def load_editor(folder: str | Path, otherwise: str = "train it again") -> SavedEditor:
     """Reads an editor's folder.
+
+    Args:
+        folder: as :func:`save_editor` wrote it.
+        otherwise: what is to be done about one that is damaged.
 
     Raises:
         EditorError: no such folder, not an editor, damaged, or written by a newer version.
     """
     folder = Path(folder)
-    with whole(f"The editor in {folder}", "train it again"):
+    with whole(f"The editor in {folder}", otherwise):
         about, tensors, identity = read_folder(folder, partial(_check_format, folder))
         editor = _rebuilt(_settings(about["settings"]), about["sites"], _whole(tensors))
         return SavedEditor(editor, about, identity)

@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from malmend.errors import MalmendError
-from malmend.evaluation.generate import Answer, first_lines, generate
+from malmend.evaluation.generate import Answer, first_lines, generate, no_numbers
 from malmend.evaluation.matching import can_still_match, matches
 from malmend.evaluation.replies import (
     CHATTED,
@@ -195,10 +194,7 @@ class Examiner:
 
     def _check(self, whole: Tensor | bool) -> None:
         if not whole:
-            raise MalmendError(
-                f"The logits of {self.loaded.name} hold NaN or infinity, so nothing can be measured"
-                " of it; check its weights and the patch, or load it in float32."
-            )
+            raise no_numbers(self.loaded.name)
 
     def _spoken(
         self, questions: Sequence[Question], forced: dict[Question, _Forced]

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from transformers import (
     GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
     PreTrainedModel,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -79,6 +81,26 @@ class _LineEnds(StoppingCriteria):
         return torch.tensor(done, device=input_ids.device)
 
 
+def no_numbers(name: str) -> MalmendError:
+    """What is said of a model whose logits are none."""
+    return MalmendError(
+        f"The logits of {name} hold NaN or infinity, so it says nothing; check its weights and the "
+        "patch, or load it in float32."
+    )
+
+
+class _Numbers(LogitsProcessor):
+    """Refuses NaN, of which the first token would be taken for the largest."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __call__(self, _ids: Tensor, scores: Tensor) -> Tensor:
+        if scores.isnan().any():
+            raise no_numbers(self.name)
+        return scores
+
+
 @torch.no_grad()
 def generate(
     loaded: LoadedModel,
@@ -102,7 +124,7 @@ def generate(
         whole: go on over line breaks.
 
     Raises:
-        MalmendError: a prompt leaves the model no position to answer at.
+        MalmendError: a prompt leaves the model no position to answer at, or logits are NaN.
     """
     # An encoder-decoder has as many positions again for the answers, behind a prefix.
     room, before = loaded.positions, len(encoder.prefix)
@@ -217,6 +239,7 @@ def _decode_batch(
             input_ids=rows.to(device),
             attention_mask=mask.to(device),
             generation_config=plain,
+            logits_processor=LogitsProcessorList([_Numbers(loaded.name)]),
             stopping_criteria=StoppingCriteriaList([] if whole else [line_ends]),
             **given,
         )

@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -20,7 +21,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from malmend.errors import MalmendError, counted
 from malmend.evaluation import figures, view
 from malmend.evaluation.report import Report
-from malmend.files import writable, writable_folder, written_beside
+from malmend.files import synced, writable, writable_folder, written_beside
 
 PAGE, FIGURES = "index.html", "report.json"
 LONGEST_SHOWN = 600  # characters of a text in the table of what moved
@@ -29,11 +30,14 @@ MOVED_SHOWN = 100  # of what moved, the farthest; every one stands beside its fa
 
 def write_page(report: Report, folder: str | Path) -> Path:
     """Writes the page, and the report's JSON beside it, whole or not at all; returns its path."""
+    texts = {FIGURES: report.text(Path(folder) / FIGURES), PAGE: page(report)}
     folder = writable_folder(folder)
-    report.save(folder / FIGURES)
-    with written_beside(folder / PAGE) as beside:
-        html = page(report)  # which may name a path that is no UTF-8
-        beside.write_text(html, encoding="utf-8", errors="backslashreplace", newline="\n")
+    with ExitStack() as both:
+        for name, text in texts.items():
+            beside = both.enter_context(written_beside(folder / name))
+            # It may name a path that is no UTF-8.
+            beside.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
+            synced(beside)  # so that neither takes its name before the disk has both
     return folder / PAGE
 
 

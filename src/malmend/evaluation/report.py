@@ -69,19 +69,27 @@ class Report:
             "rows": [_row(row) for row in self.rows],
         }
 
+    def text(self, path: str | Path) -> str:
+        """The JSON that is to be written there.
+
+        Raises:
+            MalmendError: a figure is not finite.
+        """
+        try:
+            return json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
+        except ValueError as error:
+            raise MalmendError(
+                f"The report holds NaN or infinity, so {path} was not written; check the patch and "
+                "the model's weights."
+            ) from error
+
     def save(self, path: str | Path) -> None:
         """Writes the JSON, whole or not at all.
 
         Raises:
             MalmendError: it cannot be written, or a figure is not finite.
         """
-        try:
-            text = json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
-        except ValueError as error:
-            raise MalmendError(
-                f"The report holds NaN or infinity, so {path} was not written; check the patch and "
-                "the model's weights."
-            ) from error
+        text = self.text(path)
         with written_beside(path) as beside:
             # A path may be no UTF-8; what Python puts in place of its bytes is escaped, as in JSON.
             beside.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -18,7 +18,8 @@ from typing import Any
 from malmend.facts.fact import Fact
 from malmend.ledgers.tables import spoilt
 
-STATUSES = ("active", "revoked", "replaced")
+# Of ledgers of earlier versions "revoked" is also what left by a rollback.
+STATUSES = ("active", "revoked", "replaced", "rolled back")
 _OWN_FILE = re.compile(r"(rows|sums)-[0-9a-f]{12}\.safetensors")
 
 
@@ -28,7 +29,7 @@ class Entry:
 
     Attributes:
         number: counts all facts that the ledger ever held, from 1.
-        status: "active", "revoked" or "replaced".
+        status: one of :data:`STATUSES`.
         generation: in which it got this status.
         held: whether the model gave the answer right after the fact was added.
         rows, place: the file with its tokens, and its place among that file's facts.

@@ -108,17 +108,15 @@ class Ledger:
         Raises:
             LedgerError: it is not there, damaged, or another one.
         """
+        place, otherwise = self.folder / EDITOR, "put back a copy of the ledger's folder"
+        if not (place / "editor.json").is_file():
+            raise LedgerError(f"There is no editor in {place} (no editor.json); {otherwise}.")
         try:
-            saved = load_editor(self.folder / EDITOR)
+            saved = load_editor(place, otherwise)
         except EditorError as error:
-            raise LedgerError(
-                f"The editor in the ledger's folder cannot be used: {error}"
-            ) from error
+            raise LedgerError(str(error)) from error
         if saved.identity != self.about.identity:
-            raise LedgerError(
-                f"{self.folder / EDITOR} is not the editor that the ledger began with; put back a "
-                "copy of the ledger's folder."
-            )
+            raise LedgerError(f"{place} is not the editor that the ledger began with; {otherwise}.")
         return saved.editor
 
     def changes(self) -> dict[int, tuple[int, int]]:

@@ -25,7 +25,7 @@ from malmend.errors import EditorError
 from malmend.facts.fact import Fact
 from malmend.files import reason
 from malmend.ledgers.entries import Entry
-from malmend.ledgers.sums import Rows, checked, damaged, save_durably
+from malmend.ledgers.sums import Rows, checked, damaged, read_tensor, save_durably
 from malmend.models.capture import capture, token_counts
 from malmend.progress import Progress, counting
 from malmend.workbench import Workbench
@@ -128,7 +128,7 @@ def _read(
     try:
         with safe_open(path, framework="pt") as file:
             parts = {
-                part: file.get_tensor(f"{name}.{part}")
+                part: read_tensor(file, f"{name}.{part}")
                 for part in ("keys", "diffs", "weights", "starts")
             }
             chosen = _places(path, f"{name}.starts", parts["starts"], site, facts)

@@ -12,10 +12,12 @@ Shape letters: N tokens, K key width, V value width, M facts.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from malmend.editors.malmen import Malmen
-from malmend.errors import LedgerError
+from malmend.errors import LedgerError, MalmendError
 from malmend.files import listing_synced, reason, written_beside
 from malmend.numerics.prior import Prior
 from malmend.numerics.ridge import solved
@@ -122,7 +124,7 @@ def load_sums(path: Path, shapes: Shapes) -> dict[str, Sums]:
             if not all(type(one) is int and 0 <= one < 2**53 for one in removed.values()):
                 raise ValueError("how much was removed is no count")
             # Copies: sums are added to, and a tensor of the file changes with the file.
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+            tensors = {key: read_tensor(file, key).clone() for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise damaged(path, reason(error)) from error
     found = {}
@@ -137,10 +139,44 @@ def load_sums(path: Path, shapes: Shapes) -> dict[str, Sums]:
 
 
 def save_durably(tensors: Mapping[str, Tensor], path: Path, header: Mapping[str, str]) -> None:
-    """Writes a safetensors file; it and its name are on the disk when this returns."""
-    with written_beside(path) as beside:
-        save_file({name: one.contiguous() for name, one in tensors.items()}, beside, dict(header))
-    listing_synced(path.parent)
+    """Writes a safetensors file; it and its name are on the disk when this returns.
+
+    Its header says each tensor's digest too, by the tensor's name.
+
+    Raises:
+        LedgerError: it cannot be written.
+    """
+    whole = {name: one.contiguous() for name, one in tensors.items()}
+    digests = {name: _digest(one) for name, one in whole.items()}
+    try:
+        with written_beside(path) as beside:
+            save_file(whole, beside, {**header, **digests})
+        listing_synced(path.parent)
+    except (OSError, MalmendError) as error:  # which asks for another path
+        why = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        raise LedgerError(
+            f"{path} cannot be written ({reason(why)}), so nothing was changed; make room, or "
+            "check who may write there, and run it again."
+        ) from error
+
+
+def read_tensor(file: Any, name: str) -> Tensor:
+    """A tensor of an open safetensors file.
+
+    Raises:
+        SafetensorError: there is none of this name, or it is not what :func:`save_durably` wrote.
+    """
+    tensor: Tensor = file.get_tensor(name)
+    said = (file.metadata() or {}).get(name)
+    if said is not None and said != _digest(tensor):  # older ledgers do not say it
+        raise SafetensorError(f"{name} is not what was written")
+    return tensor
+
+
+def _digest(tensor: Tensor) -> str:
+    """SHA-256 over the numbers, in hexadecimal."""
+    data: memoryview = tensor.cpu().reshape(-1).view(torch.uint8).numpy().data
+    return hashlib.sha256(data).hexdigest()
 
 
 def checked(

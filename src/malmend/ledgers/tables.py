@@ -7,6 +7,7 @@ committed is taken back when the file is next opened.
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -106,7 +107,7 @@ def _is_empty(db: sqlite3.Connection) -> bool:
 
 
 def _connected(path: Path, wait: float, mode: str = "rw") -> sqlite3.Connection:
-    uri = f"file:{quote(str(path.absolute()))}?mode={mode}"
+    uri = f"file:{quote(os.fsencode(path.absolute()))}?mode={mode}"
     db = sqlite3.connect(uri, timeout=wait, isolation_level=None, uri=True)
     try:
         db.execute("PRAGMA trusted_schema = OFF")

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from malmend.models.sites import Site
 from malmend.models.source import lasting
 from malmend.numerics.truncation import Spectrum
 from malmend.patch import Patch
-from malmend.patch_file import check_header, load_patch
+from malmend.patch_file import check_header, check_product, load_patch
 from malmend.shipping.record import RECORD, read_record
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -52,6 +52,10 @@ MORE_THAN_A_SHIFT = (
 # Starts (init_lora_weights) that take something off the base, so that B A is no shift of it.
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MEASURED = ("metrics", "mean_residual", "residual_after")  # of a header: by the whole shifts
+# Of a pattern's key: what matches more than one text, and what else there may be.
+WILD, PLAIN = re.compile(r"\(\^\|\.\*\\\.\)|\.\*|\\d\+"), re.compile(r"(?:[\w.^$-]|\\\.)*")
+MOST_WILD, LONGEST = 3, 200  # how often, and in how long a name: it is tried at each place of it
 PLAIN_USES = ("use_rslora",)  # of PEFT's use_..., those that only scale
 
 
@@ -126,7 +130,8 @@ def based_on(patch: Patch, loaded: LoadedModel) -> Patch:
 def read_adapter(folder: str | Path) -> Patch:
     """A LoRA adapter as a patch: factors scaling * B and A of each layer, float32.
 
-    Its provenance is that of the patch where malmend exported it.
+    Its provenance is that of the patch where malmend exported it; of one that was cut for it,
+    without what was measured of the patch.
 
     Raises:
         PatchError: no LoRA, one that is more than a shift of the base (DoRA, saved modules, PiSSA),
@@ -152,14 +157,14 @@ def read_adapter(folder: str | Path) -> Patch:
         if not tensor.isfinite().all():
             raise PatchError(f"{folder} holds NaN or infinity in {key!r}; it is damaged.")
         kept.setdefault(name, {})[part] = tensor
+    _check_patterns(folder, config, kept)
     factors = {}
     for name, halves in kept.items():
         if halves.keys() != {"A", "B"} or halves["A"].shape[0] != halves["B"].shape[1]:
             raise PatchError(f"{folder} lacks a fitting half of {name}; it is damaged.")
         scaling = _scaling(folder, config, name, halves["A"].shape[0])
         left_VR, right_RK = (scaling * halves["B"].double()).float(), halves["A"].float()
-        if not (left_VR.isfinite().all() and right_RK.isfinite().all()):
-            raise PatchError(f"{folder} scales {name} beyond what float32 holds; it is damaged.")
+        check_product(folder, name, left_VR, right_RK)
         factors[name] = (left_VR, right_RK)
     if not factors:
         raise PatchError(f"{folder} holds no adapter of any layer; it is damaged.")
@@ -207,6 +212,27 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
         raise PatchError(f"{path} is damaged ({reason(error)}); save the adapter again.") from error
 
 
+def _check_patterns(folder: Path, config: Mapping[str, Any], names: Collection[str]) -> None:
+    """Raises PatchError about a pattern of ranks or alphas that PEFT may match for ever.
+
+    Its keys are regular expressions, for names that are the file's own too.
+    """
+    for part in ("rank_pattern", "alpha_pattern"):
+        said = config.get(part)
+        for key in said if isinstance(said, dict) else ():
+            rest, wild = WILD.subn("", key)
+            if wild > MOST_WILD or not PLAIN.fullmatch(rest):
+                raise PatchError(
+                    f"{folder / CONFIG}: {part} has the key {key!r:.80}, expected a layer's name "
+                    f"with \\d+, .* or (^|.*\\.) in it {MOST_WILD} times at most; name its layers."
+                )
+            if (longest := max(map(len, names), default=0)) > LONGEST:
+                raise PatchError(
+                    f"{folder} names a layer by {longest:,} characters, expected at most {LONGEST} "
+                    f"where there is a {part}; it is damaged."
+                )
+
+
 def _scaling(folder: Path, config: Mapping[str, Any], name: str, rank: int) -> float:
     """alpha / r of a layer, as PEFT has it."""
     from peft.utils.other import get_pattern_key
@@ -230,6 +256,20 @@ def _provenance(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     record = read_record(folder)
     if record is not None:
         check_header(folder / RECORD, record["patch"])
-        return dict(record["patch"])
+        return dict(record["patch"]) if record.get("exact", True) else _cut(folder, record)
     model = config.get("base_model_name_or_path")
     return {"model": model, "method": FOREIGN, "settings": {}}
+
+
+def _cut(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+    """The header of a patch whose shifts were cut: not the figures, which are of what they were."""
+    said = {name: one for name, one in record["patch"].items() if name not in MEASURED}
+    try:
+        whole = max(site["rank"] for site in record["sites"].values())
+        cut = {"rank": record["rank"], "from": said.get("cut", {}).get("from", whole)}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise PatchError(
+            f"{folder / RECORD} says that the shifts were cut and not from which rank; it is "
+            "damaged, export again."
+        ) from error
+    return {**said, "cut": cut}

@@ -98,6 +98,11 @@ def _what(record: Mapping[str, Any], is_lora: bool) -> str:
             f"- **Forced:** the patch was made for another base, {first}, fingerprint "
             f"`{patch.get('base')}`, and put on this one all the same (`--force`)."
         )
+    if cut := patch.get("cut"):
+        rows.append(
+            f"- **Cut before:** the patch was read from an adapter that had been cut to rank "
+            f"{cut.get('rank')}, from {cut.get('from')}."
+        )
     if is_lora and record["exact"]:
         rows.append(f"- **Rank:** {record['rank']}, the shift's own: nothing was cut off.")
     elif is_lora:
@@ -189,10 +194,10 @@ lm_eval --model hf --model_args pretrained=FOLDER --tasks hellaswag,lambada_open
 def _figures(record: Mapping[str, Any]) -> str:
     found = record["metrics"]
     if not found:
-        return (
-            "Nothing was measured at the export (it was given no facts); what the edit itself "
-            f"measured: {json.dumps(record['patch'].get('metrics', {}))}."
-        )
+        own = record["patch"].get("metrics")
+        before = "" if record.get("exact", True) else " before it was cut"
+        measured = f"; what the edit itself measured{before}: {json.dumps(own)}" if own else ""
+        return f"Nothing was measured at the export (it was given no facts){measured}."
     lines = [
         f"From `{shown(record['facts'])}`, "
         f"{of_facts(record['asked'], record['decoded_facts'])}. *patch* is the edit before the "
