@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from malmend.errors import ModelError, is_out_of_memory
+from malmend.errors import ModelError, is_of_device, is_out_of_memory
 from malmend.facts.encoded import Encoded, Form, TokenBatch, collate
 from malmend.facts.fact import class_key
 from malmend.facts.tokens import Reading
@@ -46,12 +46,12 @@ class Unrun(Exception):
 def tried() -> Iterator[None]:
     """Inside, whatever a model raises that cannot be run so is :class:`Unrun`.
 
-    Not that there is no memory, which says nothing of the model.
+    Not that there is no memory, or that a device failed, which says nothing of the model.
     """
     try:
         yield
     except _UNRUN as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or is_of_device(error):
             raise
         raise Unrun(reason(error)) from error
 

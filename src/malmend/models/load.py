@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from malmend.errors import ModelError
+from malmend.errors import ModelError, is_full_device
 from malmend.facts.encoded import Form
 from malmend.facts.fact import class_key
 from malmend.facts.tokens import Reading
@@ -190,7 +190,9 @@ def _put(model: PreTrainedModel, place: torch.device | None) -> PreTrainedModel:
         return model
     try:
         return model.to(place)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_full_device(error):
+            raise
         raise ModelError(
             f"{type(model).__name__} does not fit {place}; give --device cpu, or, to edit it, "
             "--device auto where there are several, or --dtype bfloat16."
