@@ -27,7 +27,7 @@ from malmend.errors import MalmendError
 from malmend.evaluation.matching import can_still_match
 from malmend.facts.tokens import Encoder
 from malmend.models.ending import rounding
-from malmend.models.forms import Unrun, tried
+from malmend.models.forms import Unrun, tried, without_cudnn
 from malmend.models.load import LoadedModel
 
 _TOGETHER: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
@@ -233,12 +233,14 @@ def _decode_batch(
 def _decoding_by(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
     """Sets a model's own settings aside: whatever is unset would be filled in from them.
 
-    What they forbid or favour would not be the model's first choice.
+    What they forbid or favour would not be the model's first choice.  Decoded without cuDNN's
+    attention.
     """
     own = model.generation_config
     model.generation_config = settings
     try:
-        yield
+        with without_cudnn():
+            yield
     finally:
         model.generation_config = own
 

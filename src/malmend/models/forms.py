@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.backends import cuda
 from transformers import PreTrainedModel
 
 from malmend.errors import ModelError, is_of_device, is_out_of_memory
@@ -202,6 +203,23 @@ def cannot_run(model: PreTrainedModel, error: Unrun, what: str) -> ModelError:
     )
 
 
+@contextmanager
+def without_cudnn() -> Iterator[None]:
+    """Inside, attention is none of cuDNN's: wherever a model itself is run.
+
+    In half precision it comes first on newer GPUs, builds a plan for every new shape, and with a
+    mask some of its gradients are NaN (pytorch#196678).  Other choices of a kernel stay.
+    """
+    if not cuda.cudnn_sdp_enabled():  # or another thread, or a block around, has it off already
+        yield
+        return
+    cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        cuda.enable_cudnn_sdp(True)
+
+
 def run(model: PreTrainedModel, tokens: TokenBatch, encoded: Tensor | None = None) -> Any:
     """The model's own forward pass over a batch.
 
@@ -218,7 +236,8 @@ def run(model: PreTrainedModel, tokens: TokenBatch, encoded: Tensor | None = Non
         inputs["decoder_attention_mask"] = tokens.decoded_mask_BD.to(device)
     if tokens.questions[0].form != "classes":
         inputs["use_cache"] = False
-    return model(**inputs)
+    with without_cudnn():
+        return model(**inputs)
 
 
 def probe(model: PreTrainedModel, *rows: tuple[int, ...]) -> TokenBatch:
