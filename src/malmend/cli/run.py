@@ -65,8 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         said = "There is no memory left; give a smaller model, or --memory where it is an option"
         if is_full_device(error):
-            said = "The device has no room left; edit fewer layers or facts at once, or give "
-            said += "--device auto"
+            said = "The device has no room left; give less of --trunk.batch-tokens, --dtype "
+            said += "bfloat16 or --device auto, or edit fewer layers"
         why = "".join(f" ({harmless(one)})" for one in str(error).splitlines()[:1])
         print(f"malmend: {said}{why}.", file=sys.stderr)
         return 1
