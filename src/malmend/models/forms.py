@@ -132,6 +132,31 @@ def form_of(model: PreTrainedModel) -> Form:
     return form
 
 
+def positions_of(config: Any) -> int | None:
+    """The longest text, in tokens, that a configuration states; None where it states none."""
+    stated = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return stated if isinstance(stated, int) and stated > 0 else None
+
+
+def positions_in(model: PreTrainedModel) -> int | None:
+    """How many tokens a model can read at most; None where its configuration sets no end.
+
+    RoBERTa counts its tokens from behind the place that its table keeps for padding.
+    """
+    stated = positions_of(model.config)
+    for name, one in model.named_modules():
+        is_table = isinstance(one, nn.Embedding) and one.num_embeddings == stated
+        if is_table and "position" in name and one.padding_idx is not None:
+            return stated - one.padding_idx - 1
+    return stated
+
+
+def reads(model: PreTrainedModel, count: int) -> bool:
+    """Whether it has positions for so many tokens: a trial beyond them ends all work on a GPU."""
+    room = positions_in(model)
+    return room is None or count <= room
+
+
 def find_stacks(model: PreTrainedModel) -> tuple[Stack, ...]:
     """The model's rows of like blocks, in the order they run: one, or encoder and decoder.
 
