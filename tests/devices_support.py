@@ -168,12 +168,12 @@ def _brought(name: str, args: Any, kwargs: Any) -> Tensor:
         elif one is not None:
             kept.append(one)
     place = CPU if name == "cpu" else source.device if place is None else torch.device(place)
-    if place != source.device:
-        source = _Moved.apply(source, place)
-    elif kwargs.get("copy"):
-        source = source.clone()
     dtypes = [one for one in [*kept, kwargs.get("dtype")] if isinstance(one, torch.dtype)]
-    return source.to(dtypes[0]) if dtypes and dtypes[0] != source.dtype else source
+    if dtypes and dtypes[0] != source.dtype:  # before it crosses, as CUDA's copies are made
+        source = source.to(dtypes[0])
+    if place != source.device:
+        return _Moved.apply(source, place)
+    return source.clone() if kwargs.get("copy") else source
 
 
 def _type_of(one: Any) -> type:

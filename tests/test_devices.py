@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import command_support
+import devices_support
 import helpers
 import malmend
 from command_support import CALIBRATION, Tiny, as_lines, make_facts, make_model
@@ -22,6 +23,7 @@ from malmend.commands.conflicts import conflicts
 from malmend.commands.diff import diff
 from malmend.commands.export import export
 from malmend.commands.learn import learn
+from malmend.editors.editor import Editor, SiteStatistics
 from malmend.editors.network import EditorNetwork, NetworkSettings
 from malmend.editors.refine import RefineSettings
 from malmend.editors.settings import EditorSettings, training_free
@@ -29,6 +31,7 @@ from malmend.editors.train_settings import TrainSettings
 from malmend.methods.table import METHODS
 from malmend.methods.trained import TRAINED
 from malmend.models.load import LoadedModel, prepared
+from malmend.numerics.moments import RunningMoments
 from malmend.patch import Patch
 
 tiny = command_support.tiny
@@ -107,6 +110,38 @@ def test_what_a_device_takes_is_taken():
         assert one.grad.device == device(0)
         assert one.grad.tolist() == [[2.0, 2.0], [0.0, 0.0]]
         assert other.detach().cpu().numpy().sum() == 8.0
+
+
+@pytest.fixture
+def crossings(monkeypatch):
+    """Shape, dtype and destination of every tensor that goes from one device to another."""
+    found, forward = [], devices_support._Moved.forward
+
+    def moved(ctx: Any, source: torch.Tensor, place: torch.device) -> torch.Tensor:
+        found.append((tuple(source.shape), source.dtype, place))
+        return forward(ctx, source, place)
+
+    monkeypatch.setattr(devices_support._Moved, "forward", staticmethod(moved))
+    return found
+
+
+def test_the_matrices_of_a_prior_stay_where_they_are(crossings):
+    settings = training_free()
+    moments = [RunningMoments(width) for width in (9, 5)]
+    for one in moments:
+        one.add(torch.randn(20, len(one.mean_F)))
+    priors = {term: torch.eye(9) for term in settings.terms}
+    editor = Editor(settings, {"site": (5, 9)}, {"site": SiteStatistics(*moments, priors)})
+    order, kept = list(editor.state_dict()), editor.prior(0, 7).matrices_KK
+    with devices():
+        prior = editor.on(device(0)).prior(0, 7)
+        assert prior.device == editor.key_mean_0.device == device(0)
+        assert (9, 9) not in [shape for shape, *_ in crossings]
+        assert [one.data_ptr() for one in prior.matrices_KK] == [one.data_ptr() for one in kept]
+        prior.factor()
+    assert list(editor.state_dict()) == order
+    assert crossings.count(((9, 9), torch.float32, device(0))) == len(priors)
+    assert ((9, 9), torch.float64, device(0)) not in crossings  # which is twice as much
 
 
 @SECOND

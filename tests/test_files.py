@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from malmend import kept as kept_module
 from malmend.errors import MalmendError
 from malmend.files import (
     folder_beside,
@@ -167,6 +168,21 @@ def test_what_is_being_written_and_folders_are_left_alone(tmp_path):
     (tmp_path / "folder").mkdir()
     prune(tmp_path, 0)
     assert names(tmp_path) == {"file1", ".file.0123.part", "folder"}
+
+
+def test_what_the_same_run_has_used_stays(tmp_path):
+    """A large calibration went when what lies around its layers was written, at each edit anew."""
+    aged(tmp_path, 10, 10)
+    read, made, other = (tmp_path / name for name in ("file0", "made", "other"))
+    assert kept_in(read, most_bytes=5) == "\0" * 10
+    assert names(tmp_path) == {"file0", "file1"}
+    kept_in(made, "made", 5)
+    kept_in(other, "other", 5)
+    assert names(tmp_path) == {"file0", "made", "other"}
+    kept_module._USED.clear()  # as another process begins
+    kept_in(other, most_bytes=5)
+    kept_in(tmp_path / "new", "new", 5)
+    assert names(tmp_path) == {"other", "new"}
 
 
 def test_writing_one_removes_what_was_used_longest_ago(tmp_path):

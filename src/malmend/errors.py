@@ -52,10 +52,27 @@ class LedgerError(MalmendError):
     """A ledger is damaged, busy, or is asked for what it does not hold."""
 
 
+# What torch's errors, known by what they say, begin with, and say of memory.
+_OF_DEVICE = ("CUDA error", "cusolver error", "cuDNN error")
+_FULL = re.compile(r"out of memory|_ALLOC(ATION)?_FAILED")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory, or a device's, had no room; torch's own errors are known by what they say."""
-    said = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and said)
+    """Whether memory, or a device's, had no room."""
+    here = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return isinstance(error, MemoryError) or here or is_full_device(error)
+
+
+def is_full_device(error: BaseException) -> bool:
+    """Whether a device's memory had no room, its libraries' included."""
+    full = type(error).__name__ == "OutOfMemoryError" or _FULL.search(str(error))
+    return isinstance(error, RuntimeError) and bool(full)
+
+
+def is_of_device(error: BaseException) -> bool:
+    """Whether a device failed, of which nothing follows for the model."""
+    said = type(error).__name__ == "AcceleratorError" or str(error).startswith(_OF_DEVICE)
+    return isinstance(error, RuntimeError) and said
 
 
 # What orders a terminal about, or the reading direction: C0 but for tab and line end, DEL, C1, and

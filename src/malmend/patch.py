@@ -29,6 +29,7 @@ from malmend.given import checked
 from malmend.models.identity import configuration_of, unlike_kept
 from malmend.models.load import LoadedModel
 from malmend.models.sites import Site, put_back, shared_with
+from malmend.numerics.truncation import within_rank
 
 
 @dataclass(eq=False)
@@ -114,12 +115,8 @@ def _factored(shift_VK: Tensor, tokens: int) -> tuple[Tensor, ...]:
     rank = min(tokens, rows, columns)
     if rank * (rows + columns) >= rows * columns:
         return (shift_VK.float().contiguous(),)
-    left, sizes, right = torch.linalg.svd(shift_VK.double(), full_matrices=False)
-    root = sizes[:rank].sqrt()  # balanced halves
-    return (
-        (left[:, :rank] * root).float().contiguous(),
-        (root.unsqueeze(1) * right[:rank]).float().contiguous(),
-    )
+    left_VR, right_RK = within_rank(shift_VK, rank).halves()
+    return left_VR.float().contiguous(), right_RK.float().contiguous()
 
 
 @contextmanager

@@ -24,12 +24,12 @@ from malmend.facts.readers import facts_of, read_text
 from malmend.facts.tokens import Encoder, EndOfAnswer
 from malmend.models.budget import MemoryPlan, Work, plan_memory, within
 from malmend.models.device import CPU, SPREAD, places_of
+from malmend.models.forms import positions_of
 from malmend.models.load import (
     LoadedModel,
     load_config,
     load_model,
     load_tokenizer,
-    positions_of,
     stated_reading,
 )
 from malmend.models.sites import Site

@@ -392,14 +392,15 @@ def test_a_patch_gives_the_terminal_no_orders(tiny, tmp_path, capsys):
     assert r"other\x1b[2J" in shown
 
 
-def test_a_full_device_is_one_sentence(tiny, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, torch.AcceleratorError])
+def test_a_full_device_is_one_sentence(kind, tiny, tmp_path, capsys, monkeypatch):
     def full(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
+        raise kind("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
 
     monkeypatch.setattr("malmend.commands.edit.lay_out", full)
     assert malmend("edit", tiny.model, tiny.facts, "--out", tmp_path / "patch", *tiny.fast) == 1
     shown = capsys.readouterr().err
-    assert "The device has no room left; edit fewer layers or facts" in shown
+    assert "The device has no room left; give less of --trunk.batch-tokens, --dtype" in shown
     assert "(CUDA out of memory. Tried to allocate 2.00 GiB.)" in shown
     assert "Traceback" not in shown
 

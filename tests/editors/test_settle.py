@@ -194,6 +194,16 @@ def test_what_it_holds_beside_micro_batches_is_planned():
     assert module.beside(trunk, ()) == 2 * 8 * (7 * v * k + k * k)
 
 
+def test_of_what_lies_on_an_accelerator_only_the_copies_are_planned(monkeypatch):
+    """--memory is of the system's memory; gigabytes of another were counted."""
+    trunk, asked = tiny_trunk(tiny_model()), ROWS[0]
+    states = module.beside(trunk, asked) - module.beside(trunk, ())
+    monkeypatch.setattr(type(trunk.model), "device", torch.device("meta"))
+    v, k = trunk.sites[0].shape_VK
+    assert module.beside(trunk, asked) == 2 * 8 * 3 * v * k + states
+    assert states > 0
+
+
 def test_the_numbers_are_those_of_the_docs():
     read, kept = (112, 80, 7, 0.02, 3.0, 0.5, 1.5), (48, 2, 96, 0.05)
     assert (*read, *kept, 0.5, 0.06, 0.9, 0.98, 1e-6) == module.NUMBERS

@@ -539,6 +539,17 @@ def test_what_a_step_takes_beside_grows_with_its_facts():
     assert took[2] - took[1] == 100 * each
 
 
+def test_of_a_step_on_an_accelerator_the_rows_alone_are_planned(monkeypatch):
+    trainer = trainer_of()
+    given = (trainer.trunk, replace(SETTINGS, facts_per_step=2))
+    few, none = trainer.encoder.encode_all(fact.question for fact in FACTS[:2]), ()
+    monkeypatch.setattr(training, "rows_of", lambda _trunk, asked, _tokens: len(asked))
+    here, nothing = (training.step_bytes(trainer.editor, *given, of) for of in (few, none))
+    monkeypatch.setattr(type(trainer.editor), "device", torch.device("meta"))
+    assert training.step_bytes(trainer.editor, *given, few) == here - nothing
+    assert nothing > 3 * sum(one.numel() for one in trainer.editor.parameters())
+
+
 def test_a_store_changes_no_bit_of_training(tmp_path):
     settings = replace(SETTINGS, steps=5)  # into the second epoch
     without, filling = trainer_of(settings), trainer_of(settings, folder=tmp_path)

@@ -175,6 +175,21 @@ def test_an_answer_ends_where_the_positions_do():
         generate(loaded, encoder, [" ".join(["w1"] * room)], 6)
 
 
+@pytest.mark.parametrize("room", [5, 6])
+def test_no_trial_is_beyond_the_positions(room, monkeypatch):
+    """On a GPU such a trial ends the process's work: nothing recovers from its assert."""
+    model = helpers.tiny_gpt2(len(WORDS) + 4, n_positions=room)
+    seen, forward = [], model.transformer.wpe.forward
+
+    def read(ids_BT):
+        seen.append(int(ids_BT.max()))
+        return forward(ids_BT)
+
+    monkeypatch.setattr(model.transformer.wpe, "forward", read)
+    assert generate_module._says_the_same_together(model)
+    assert max(seen, default=0) == (room - 1 if room == 6 else 0)
+
+
 def test_no_prompt_gives_no_answer():
     loaded = spoken_model()
     assert texts(loaded, Encoder(loaded.tokenizer), []) == []

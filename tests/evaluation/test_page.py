@@ -168,6 +168,13 @@ def test_what_was_edited_is_said_first():
         assert words in said
 
 
+@pytest.mark.parametrize(("rounds", "is_said"), [(0.0, True), (3.0, False)])
+def test_that_settling_was_discarded_is_said(rounds, is_said):
+    patch = {"method": "malmen", "steps": 80, "rounds": rounds}
+    said = Read(page(replace(report(), about=report().about | {"patch": patch}))).said()
+    assert ("Settling was discarded; the patch is the last solve." in said) == is_said
+
+
 def test_links_lead_somewhere():
     read = Read(page(report()))
     ids = {attributes["id"] for _, attributes in read.tags if "id" in attributes}

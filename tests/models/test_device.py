@@ -119,9 +119,10 @@ def test_one_that_is_spread_is_loaded_by_a_device_map(two, tiny, monkeypatch):
     assert asked == ["auto", None]
 
 
-def test_one_that_does_not_fit(two, tiny, monkeypatch):
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, torch.AcceleratorError])
+def test_one_that_does_not_fit(two, tiny, monkeypatch, kind):
     def full(_model: object, _place: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        raise kind("CUDA error: out of memory")
 
     monkeypatch.setattr(load.PreTrainedModel, "to", full)
     with pytest.raises(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import helpers
 import tiny
 from malmend.facts.encoded import collate
 from malmend.models import ending as ending_module
@@ -183,6 +184,22 @@ def test_a_model_of_fewer_positions_than_the_trial_is_run_whole():
     with torch.no_grad():
         found = trunk.logits(trunk.batch(asked))
     assert (found - tiny.logits_alone(model, asked)).abs().max() < 1e-11
+
+
+@pytest.mark.parametrize("room", [8, 11])
+def test_no_trial_is_beyond_the_positions_that_a_model_states(room, monkeypatch):
+    """On a GPU such a trial ends the process's work: nothing recovers from its assert."""
+    model = helpers.tiny_gpt2(60, n_positions=room)
+    seen, forward = [], model.transformer.wpe.forward
+
+    def read(ids_BT):
+        seen.append(int(ids_BT.max()))
+        return forward(ids_BT)
+
+    monkeypatch.setattr(model.transformer.wpe, "forward", read)
+    trunk = trunk_of(model)
+    assert trunk.cut._ending is None
+    assert 0 < max(seen) < room
 
 
 class Last(nn.Module):

@@ -35,6 +35,7 @@ from helpers import words
 from malmend.cli import main
 from malmend.errors import ModelError
 from malmend.models import load, source
+from malmend.models.forms import positions_of
 from malmend.models.identity import digest, fingerprint
 from malmend.models.load import load_base, load_model, load_tokenizer, prepared
 from malmend.models.source import cache_folder, lasting, save_tokenizer
@@ -431,7 +432,7 @@ def test_a_gguf_file_is_copied_once(gguf, monkeypatch):
     assert (copy / "complete.json").is_file()
     monkeypatch.setattr(source, "part_of", None)  # a second copy would need a name
     assert load_model(str(gguf)).fingerprint == first.fingerprint
-    assert load.positions_of(load.load_config(str(gguf))) == first.positions == 64
+    assert positions_of(load.load_config(str(gguf))) == first.positions == 64
 
 
 def test_the_terminal_is_told_before_a_gguf_file_is_read_for_the_first_time(gguf, capsys):

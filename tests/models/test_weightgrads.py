@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import tiny
+from devices_support import device, devices, spread
 from malmend.models.output import kl_from
 from malmend.models.sites import find_sites
 from malmend.models.trunk import Trunk, TrunkSettings
@@ -78,3 +79,23 @@ def test_a_weight_is_a_factor_of_a_terms_gradient_alone():
     for name, grad in grads.items():
         wanted = 0.3 * each[0][1][name] - 2.0 * each[1][1][name]
         torch.testing.assert_close(grad, wanted, rtol=1e-12, atol=1e-13)
+
+
+def test_gradients_stay_where_their_weights_lie():
+    """Of two devices each layer's on its own: settling has its numbers there."""
+    asked = QUESTIONS[:6]
+
+    def of(model):
+        trunk = Trunk(model, find_sites(model, 2))
+        return trunk, *weight_grads(trunk, [Term(asked, saying(trunk), 1.0)])
+
+    _, wanted_losses, wanted = of(tiny.model_of("llama"))
+    with devices():
+        trunk, losses, found = of(spread(tiny.model_of("llama"), 3))
+        places = {site.name: site.weight.device for site in trunk.sites}
+        assert set(places.values()) == {device(0), device(1)}
+        assert {name: grad.device for name, grad in found.items()} == places
+        assert losses[0].device.type == "cpu"
+        for name, grad in wanted.items():
+            torch.testing.assert_close(found[name].cpu(), grad, rtol=0, atol=1e-12)
+    torch.testing.assert_close(losses[0], wanted_losses[0], rtol=0, atol=1e-12)

@@ -174,3 +174,12 @@ def test_derivatives_of_extreme_logits_stay_finite():
     wide = torch.tensor([[1e4, 0.0, -1e4]])
     assert nll_and_grad(wide, torch.tensor([2]))[0].item() == pytest.approx(2e4)
     assert torch.isfinite(kl_and_grad(wide, wide.flip(1))[1]).all()
+
+
+def test_on_an_accelerator_all_rows_are_one_pass(monkeypatch):
+    """Each more is a few launches of small kernels."""
+    monkeypatch.setattr(losses, "IN_CACHE", 2 * W)
+    slices = {
+        place: list(losses._few(torch.empty(5, W, device=place))) for place in ("cpu", "meta")
+    }
+    assert slices == {"cpu": [slice(0, 2), slice(2, 4), slice(4, 5)], "meta": [slice(0, 5)]}

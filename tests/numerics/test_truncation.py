@@ -13,6 +13,7 @@ from malmend.numerics.truncation import (
     rounding_floor,
     spectrum,
     truncated,
+    within_rank,
 )
 
 ROWS, COLUMNS = 9, 14
@@ -171,3 +172,58 @@ def test_rounding_where_no_key_sees_a_shift_makes_no_nan():
         signs.add(((shift @ metric) * shift).sum().item() < 0)
         assert relative_error(shift, nothing, metric) in (0.0, 1.0)
     assert signs == {True, False}
+
+
+# --- a projection to a known rank
+
+
+def of_rank(rank, decay=0.0, noise=0.0, rows=40, columns=70):
+    """Singular values over ``decay`` orders of magnitude; of ``noise`` the share, of full rank."""
+    sizes = torch.logspace(0, -decay, rank, dtype=torch.float64)
+    exact = random(rows, rank, seed=1) * sizes @ random(rank, columns, seed=2)
+    other = random(rows, columns, seed=3)
+    return exact + noise * exact.norm() / other.norm() * other
+
+
+@pytest.mark.parametrize(
+    ("shift", "bound"),
+    [
+        (of_rank(12), 12),
+        (of_rank(12, decay=10), 12),
+        (of_rank(5), 12),
+        (of_rank(5, decay=6), 12),
+        (of_rank(12, noise=1e-7), 12),
+        (of_rank(12, decay=6, noise=1e-9), 12),
+        (of_rank(1), 1),
+    ],
+    ids=["whole", "spread", "deficient", "both", "noise", "spread noise", "one"],
+)
+def test_within_rank_is_the_decomposition_cut(shift, bound):
+    """Against LAPACK's of the whole shift, as float32 halves too: what a patch keeps."""
+    left, sizes, right = (one.double() for one in torch.linalg.svd(shift, full_matrices=False))
+    found = within_rank(shift, bound)
+    assert found.rank == bound
+    assert torch.allclose(found.sizes_R, sizes[:bound], rtol=1e-9, atol=1e-12 * sizes[0])
+    eye = torch.eye(bound, dtype=torch.float64)
+    assert torch.allclose(found.left_VR.T @ found.left_VR, eye, atol=1e-12)
+    assert torch.allclose(found.right_RK @ found.right_RK.T, eye, atol=1e-12)
+    root = sizes[:bound].sqrt()
+    theirs = (left[:, :bound] * root).float(), (root.unsqueeze(1) * right[:bound]).float()
+    ours = [one.float() for one in found.halves()]
+    error, best = (
+        relative_error(shift, one[0].double() @ one[1].double()) for one in (ours, theirs)
+    )
+    assert error <= 1.05 * best
+
+
+def test_within_rank_of_nothing():
+    for shift, bound in ((torch.zeros(9, 14), 4), (random(9, 14), 0)):
+        left, right = within_rank(shift, bound).halves()
+        assert left.shape == (9, bound)
+        assert right.shape == (bound, 14)
+        assert not (left @ right).any()
+
+
+def test_within_rank_is_the_same_each_time():
+    first, again = (within_rank(of_rank(6), 6).halves() for _ in range(2))
+    assert all(map(torch.equal, first, again))

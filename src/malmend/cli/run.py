@@ -26,7 +26,14 @@ from malmend.cli.options import (
     take_editor_settings,
     take_method,
 )
-from malmend.errors import MalmendError, Resumable, harmless, is_out_of_memory, nearest
+from malmend.errors import (
+    MalmendError,
+    Resumable,
+    harmless,
+    is_full_device,
+    is_out_of_memory,
+    nearest,
+)
 
 # What an operating system says of a path that another one, or other rights, would put right.
 BAD_PATHS = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EROFS, errno.ELOOP}
@@ -57,9 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not is_out_of_memory(error):
             raise
         said = "There is no memory left; give a smaller model, or --memory where it is an option"
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not read for this
-            said = "The device has no room left; edit fewer layers or facts at once, or give "
-            said += "--device auto"
+        if is_full_device(error):
+            said = "The device has no room left; give less of --trunk.batch-tokens, --dtype "
+            said += "bfloat16 or --device auto, or edit fewer layers"
         why = "".join(f" ({harmless(one)})" for one in str(error).splitlines()[:1])
         print(f"malmend: {said}{why}.", file=sys.stderr)
         return 1

@@ -119,12 +119,7 @@ def edited(result: EditResult) -> None:
 def settled(said: Mapping[str, Any]) -> None:
     """What settling came to, where an edit did: by the patch's header."""
     steps, rounds, readings = (said.get(name, 0) for name in ("steps", "rounds", "readings"))
-    if not steps:
-        return
-    if not rounds:
-        OUT.print(
-            "Settling did worse than the last solve and was discarded; the patch is that solve."
-        )
+    if not steps or not rounds:  # that it was discarded is told
         return
     line, taken = f"Settled in {steps:,} steps.", steps * min(READINGS, readings) / readings
     if taken < rounds:

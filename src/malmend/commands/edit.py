@@ -47,6 +47,10 @@ from malmend.workbench import (
     trained_on,
 )
 
+DISCARDED = (
+    "Settling gave NaN, or did worse than the last solve, and was discarded; the patch is that "
+    "solve."
+)
 DECODED = 200  # facts of a report that are also answered free-running, the slow part
 
 
@@ -135,7 +139,8 @@ def edit(
         progress: called with stage and share done.
         told: called with lines about the editor, about what was given and is not read, about a
             file that the patch will replace, and about facts that were skipped and characters that
-            nobody sees, once they are known and before the work, and with the memory's plan.
+            nobody sees, once they are known and before the work, with the memory's plan, and after
+            the work where settling was discarded.
 
     Raises:
         MalmendError: any bad input, in one sentence.
@@ -172,6 +177,9 @@ def edit(
     with watched(plan, told) as peak:
         done = _edited(bench, by.method, known, aims, out, progress, processes)
     done = replace(done, peak=peak())
+    header = done.patch.provenance
+    if header.get("steps") and header.get("rounds") == 0:
+        told(DISCARDED)
     if report is None or not processes.is_first:
         return done
     asked = (loaded, read, done.patch, None, strict, alternative, away)

@@ -149,11 +149,10 @@ class Editor(nn.Module):
 
     def on(self, device: torch.device) -> Editor:
         """Itself, moved; but for the matrices of the prior, which go over one at a time."""
+        matrices = {name: one for name, one in self._buffers.items() if name.startswith("prior_")}
+        self._buffers.update(dict.fromkeys(matrices))  # large, and None is not moved
         self.to(device)
-        for site in range(len(self.names)):
-            for term in self.terms:
-                name = f"prior_{term}_{site}"
-                setattr(self, name, getattr(self, name).cpu())
+        self._buffers.update(matrices)
         return self
 
     def prior(self, site: int, tokens: int) -> Prior:

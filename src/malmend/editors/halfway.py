@@ -79,7 +79,8 @@ class Halfway:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with written_beside(self.path) as beside:
                 save_file({**tensors, STEPS: torch.tensor(steps)}, beside)
-            prune(self.path.parent, MOST_KEPT, self.path.name.split("-")[0])
+            own = self.path.name.split("-")[0]  # of all processes
+            prune(self.path.parent, MOST_KEPT, lambda path: path.name.startswith(own))
 
 
 @contextmanager

@@ -40,7 +40,10 @@ class Judged:
 
 @dataclass(eq=False)
 class MetaLoss:
-    """Both parts in nats per fact, and G = dL_meta/dW per site, V x K, where it was asked for."""
+    """Both parts in nats per fact, and G = dL_meta/dW per site, V x K, where it was asked for.
+
+    G lies where the weights do.
+    """
 
     locality: float
     gen: float = 0.0

@@ -164,9 +164,12 @@ def rehearse(trunk: Trunk, questions: Sequence[Encoded]) -> None:
 def beside(trunk: Trunk, held: Sequence[Encoded]) -> int:
     """Bytes of E, both moments, S, W + S, two gradients and L, of all sites, and of what is held.
 
-    That is what the output layer reads of these questions, as :class:`Held` keeps it.
+    That is what the output layer reads of these questions, as :class:`Held` keeps it.  On an
+    accelerator all but this lies there, and of E and its moments a copy is made to be kept.
     """
-    numbers = sum(v * k * 7 + k * k for v, k in (site.shape_VK for site in trunk.sites))
+    shapes = [site.shape_VK for site in trunk.sites]
+    here = trunk.model.device.type == "cpu"
+    numbers = sum(v * k * 7 + k * k if here else v * k * 3 for v, k in shapes)
     states = sum(len(one.sources) for one in held) * trunk.states_width
     return numbers * trunk.wide.itemsize + states * trunk.model.dtype.itemsize
 

@@ -286,7 +286,8 @@ def step_bytes(
     """Bytes that a step takes beside micro-batches, sums and captured tensors.
 
     These are gradient and Adam's moments, the network's graph over one chunk of tokens, dL/dD of
-    all of a step's tokens in float64, and pairs on their way between the store and the step.
+    all of a step's tokens in float64, and pairs on their way between the store and the step.  On an
+    accelerator the first two lie there, and are not counted.
     """
     most = settings.facts_per_step
     longest = sorted(questions, key=lambda one: -len(one.ids))[:most]
@@ -296,6 +297,8 @@ def step_bytes(
     numbers = sum(v + k for v, k in widths) * trunk.wide.itemsize
     moving = 2 * moving_tokens * numbers
     asked = 8 * tokens * sum(v for v, _ in widths)
+    if editor.device.type != "cpu":
+        return moving + asked
     parameters = sum(one.numel() * one.element_size() for one in editor.parameters())
     network = editor.settings.network
     widest = max(value + key for value, key in editor.shapes.values())

@@ -29,7 +29,7 @@ from malmend.errors import MalmendError
 from malmend.evaluation.matching import can_still_match
 from malmend.facts.tokens import Encoder
 from malmend.models.ending import rounding
-from malmend.models.forms import Unrun, tried
+from malmend.models.forms import Unrun, reads, tried, without_cudnn
 from malmend.models.load import LoadedModel
 
 _TOGETHER: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
@@ -153,8 +153,11 @@ def generate(
 def _says_the_same_together(model: PreTrainedModel) -> bool:
     """Whether a decoder says the same beside another prompt, and behind padding, on a trial.
 
-    Some recurrent ones know no mask, or mix the states of a batch.
+    Some recurrent ones know no mask, or mix the states of a batch; none that has fewer positions
+    than the trial.
     """
+    if not reads(model, 6):
+        return True
     if model not in _TOGETHER:
         ids = torch.tensor([[2, 1, 0, 1, 2], [0, 0, 0, 1, 2]], device=model.device)
         mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 0, 1, 1]], device=model.device)
@@ -171,7 +174,7 @@ def _says_the_same_together(model: PreTrainedModel) -> bool:
                     model.generate(some, attention_mask=there, generation_config=plain)
                     for some, there in ((ids, mask), (ids[1:, 3:], mask[1:, 3:]))
                 )
-        except Unrun:  # of so few positions that no two prompts are of unlike length
+        except Unrun:  # of fewer positions than it states
             return True
         share = rounding(model.dtype)
         _TOGETHER[model] = all(
@@ -256,12 +259,14 @@ def _decode_batch(
 def _decoding_by(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
     """Sets a model's own settings aside: whatever is unset would be filled in from them.
 
-    What they forbid or favour would not be the model's first choice.
+    What they forbid or favour would not be the model's first choice.  Decoded without cuDNN's
+    attention.
     """
     own = model.generation_config
     model.generation_config = settings
     try:
-        yield
+        with without_cudnn():
+            yield
     finally:
         model.generation_config = own
 

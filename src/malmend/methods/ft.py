@@ -101,7 +101,7 @@ class FineTuning:
                 loss = meta_loss(trunk, asked, self.locality)
             losses.append(loss.total)
             for site, weight in zip(sites, weights, strict=True):
-                weight.grad = loss.shift_grads[site.name].to(weight.dtype)
+                weight.grad = loss.shift_grads[site.name].to(weight)
             optimiser.step()
             count(len(batch))
         shifts = {

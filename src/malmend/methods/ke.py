@@ -179,7 +179,7 @@ def shifts_of(network: Network, bench: Workbench, edit: Encoded) -> dict[str, Te
     """S of one fact by site, in the network's graph; the model must be unedited."""
     grads = meta_loss(bench.trunk, [Judged(edit)]).shift_grads
     found = network(heard(bench, edit))
-    return {name: one.shift(grads[name]) for name, one in found.items()}
+    return {name: one.shift(grads[name].cpu()) for name, one in found.items()}
 
 
 def fill(network: Network, weights: Mapping[str, Tensor]) -> None:

@@ -45,6 +45,7 @@ from malmend.models.forms import (
     probe,
     run,
     tried,
+    without_cudnn,
 )
 from malmend.models.lane import Lane
 from malmend.models.sites import Site, stack_of
@@ -146,7 +147,8 @@ class Cut:
         else:
             device = self.model.device
             ids, mask = tokens.ids_BT.to(device), tokens.mask_BT.to(device)
-            stored = self.model.get_encoder()(ids, attention_mask=mask).last_hidden_state
+            with without_cudnn():
+                stored = self.model.get_encoder()(ids, attention_mask=mask).last_hidden_state
         return [row[:length].clone() for row, length in zip(stored, tokens.lengths, strict=True)]
 
     def head(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from malmend.facts.encoded import Encoded, TokenBatch, collate
-from malmend.models.forms import Unrun, run, tried
+from malmend.models.forms import Unrun, reads, run, tried
 
 WIDE = (torch.float32, torch.float64)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -98,7 +98,9 @@ def _at(flat_A: Tensor, original: Callable[..., Any]) -> Callable[..., Any]:
 @torch.no_grad()
 def _last_run(model: PreTrainedModel, block: nn.Module) -> nn.Module | None:
     """Of the outermost parts with a matrix the one that ends last, if it mixes no tokens."""
-    ended = list[tuple[nn.Module, list[Tensor]]]()
+    ended, asked = list[tuple[nn.Module, list[Tensor]]](), trial()
+    if not reads(model, max(asked.lengths)):
+        return None
 
     def note(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], out: Any) -> None:
         plain = all(isinstance(one, Tensor) for one in (*args, out)) and not keywords
@@ -112,8 +114,8 @@ def _last_run(model: PreTrainedModel, block: nn.Module) -> nn.Module | None:
     ]
     try:
         with tried():
-            run(model, trial())
-    except Unrun:  # as a model of fewer positions
+            run(model, asked)
+    except Unrun:  # as a model of fewer positions than it states
         return None
     finally:
         for handle in handles:

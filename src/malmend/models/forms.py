@@ -16,9 +16,10 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.backends import cuda
 from transformers import PreTrainedModel
 
-from malmend.errors import ModelError, is_out_of_memory
+from malmend.errors import ModelError, is_of_device, is_out_of_memory
 from malmend.facts.encoded import Encoded, Form, TokenBatch, collate
 from malmend.facts.fact import class_key
 from malmend.facts.tokens import Reading
@@ -46,12 +47,12 @@ class Unrun(Exception):
 def tried() -> Iterator[None]:
     """Inside, whatever a model raises that cannot be run so is :class:`Unrun`.
 
-    Not that there is no memory, which says nothing of the model.
+    Not that there is no memory, or that a device failed, which says nothing of the model.
     """
     try:
         yield
     except _UNRUN as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or is_of_device(error):
             raise
         raise Unrun(reason(error)) from error
 
@@ -131,6 +132,31 @@ def form_of(model: PreTrainedModel) -> Form:
     return form
 
 
+def positions_of(config: Any) -> int | None:
+    """The longest text, in tokens, that a configuration states; None where it states none."""
+    stated = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return stated if isinstance(stated, int) and stated > 0 else None
+
+
+def positions_in(model: PreTrainedModel) -> int | None:
+    """How many tokens a model can read at most; None where its configuration sets no end.
+
+    RoBERTa counts its tokens from behind the place that its table keeps for padding.
+    """
+    stated = positions_of(model.config)
+    for name, one in model.named_modules():
+        is_table = isinstance(one, nn.Embedding) and one.num_embeddings == stated
+        if is_table and "position" in name and one.padding_idx is not None:
+            return stated - one.padding_idx - 1
+    return stated
+
+
+def reads(model: PreTrainedModel, count: int) -> bool:
+    """Whether it has positions for so many tokens: a trial beyond them ends all work on a GPU."""
+    room = positions_in(model)
+    return room is None or count <= room
+
+
 def find_stacks(model: PreTrainedModel) -> tuple[Stack, ...]:
     """The model's rows of like blocks, in the order they run: one, or encoder and decoder.
 
@@ -202,6 +228,23 @@ def cannot_run(model: PreTrainedModel, error: Unrun, what: str) -> ModelError:
     )
 
 
+@contextmanager
+def without_cudnn() -> Iterator[None]:
+    """Inside, attention is none of cuDNN's: wherever a model itself is run.
+
+    In half precision it comes first on newer GPUs, builds a plan for every new shape, and with a
+    mask some of its gradients are NaN (pytorch#196678).  Other choices of a kernel stay.
+    """
+    if not cuda.cudnn_sdp_enabled():  # or another thread, or a block around, has it off already
+        yield
+        return
+    cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        cuda.enable_cudnn_sdp(True)
+
+
 def run(model: PreTrainedModel, tokens: TokenBatch, encoded: Tensor | None = None) -> Any:
     """The model's own forward pass over a batch.
 
@@ -218,7 +261,8 @@ def run(model: PreTrainedModel, tokens: TokenBatch, encoded: Tensor | None = Non
         inputs["decoder_attention_mask"] = tokens.decoded_mask_BD.to(device)
     if tokens.questions[0].form != "classes":
         inputs["use_cache"] = False
-    return model(**inputs)
+    with without_cudnn():
+        return model(**inputs)
 
 
 def probe(model: PreTrainedModel, *rows: tuple[int, ...]) -> TokenBatch:

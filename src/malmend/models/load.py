@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from huggingface_hub.utils import logging as hub_logging
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,14 +21,20 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from malmend.errors import ModelError
+from malmend.errors import ModelError, is_full_device
 from malmend.facts.encoded import Form
 from malmend.facts.fact import class_key
 from malmend.facts.tokens import Reading
 from malmend.given import checked
 from malmend.models.device import CPU, SPREAD, device_of
 from malmend.models.explain import explained
-from malmend.models.forms import check_told_apart, class_names, form_of, reading_of
+from malmend.models.forms import (
+    check_told_apart,
+    class_names,
+    form_of,
+    positions_in,
+    reading_of,
+)
 from malmend.models.identity import State, digest, fingerprint, state_of
 from malmend.models.source import SAFE, check_whole, save_tokenizer, source_of
 
@@ -80,16 +85,8 @@ class LoadedModel:
 
     @property
     def positions(self) -> int | None:
-        """How many tokens the model can read at most; None where its configuration sets no end.
-
-        RoBERTa counts its tokens from behind the place that its table keeps for padding.
-        """
-        stated = positions_of(self.model.config)
-        for name, one in self.model.named_modules():
-            is_table = isinstance(one, nn.Embedding) and one.num_embeddings == stated
-            if is_table and "position" in name and one.padding_idx is not None:
-                return stated - one.padding_idx - 1
-        return stated
+        """As :func:`malmend.models.forms.positions_in`."""
+        return positions_in(self.model)
 
     @property
     def dtype(self) -> str:
@@ -110,12 +107,6 @@ class LoadedModel:
         return digest(self.model)
 
 
-def positions_of(config: Any) -> int | None:
-    """The longest text, in tokens, that a configuration states; None where it states none."""
-    stated = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return stated if isinstance(stated, int) and stated > 0 else None
-
-
 def load_tokenizer(name: str) -> Any:
     """The tokenizer alone, so that facts can be checked before any weight is read.
 
@@ -127,7 +118,7 @@ def load_tokenizer(name: str) -> Any:
 
 
 def load_config(name: str) -> Any:
-    """The configuration alone, for :func:`positions_of` and :func:`stated_reading`.
+    """The configuration alone, for :func:`stated_reading` and ``positions_of`` of forms.py.
 
     Raises:
         ModelError: there is no such model.
@@ -190,7 +181,9 @@ def _put(model: PreTrainedModel, place: torch.device | None) -> PreTrainedModel:
         return model
     try:
         return model.to(place)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_full_device(error):
+            raise
         raise ModelError(
             f"{type(model).__name__} does not fit {place}; give --device cpu, or, to edit it, "
             "--device auto where there are several, or --dtype bfloat16."

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from malmend.facts.encoded import Encoded, TokenBatch, collate
 from malmend.models.cut import Cut
-from malmend.models.forms import Unrun, at_places, output_reads, tried
+from malmend.models.forms import Unrun, at_places, output_reads, tried, without_cudnn
 
 
 class Suffix:
@@ -131,7 +131,7 @@ def _run(
         inputs[name] = cache
     if "position_ids" in takes:
         inputs["position_ids"] = at.to(device)
-    with output_reads(model, choose):
+    with output_reads(model, choose), without_cudnn():
         out = model(**inputs, use_cache=True)
     return out.logits, out[name]
 

@@ -39,7 +39,7 @@ def weight_grads(
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Each term's losses by question, without its weight, and the weighted sum's gradient by site.
 
-    The losses are Q numbers in float64 on the CPU, the gradients V x K.
+    The losses are Q numbers in float64 on the CPU, the gradients V x K where the weights lie.
 
     The gradient is accumulated in float32 or wider, whatever the weights' dtype; before that a term
     weighs at least a half and less than 1, the power of two that is left comes then.
@@ -62,7 +62,7 @@ def weight_grads(
             # Off a GPU only here: after every micro-batch it would have to wait.
             for indices, sums_Q in kept:
                 losses_Q[torch.tensor(indices)] = sums_Q.cpu()
-    return losses, {name: total_VK.cpu() for name, total_VK in totals.items()}
+    return losses, totals
 
 
 def saying(trunk: Trunk, enough: float = 0.0) -> Callable[[Sequence[int], Batch], Part]:

@@ -65,8 +65,10 @@ def kl_and_grad(before_AW: Tensor, after_AW: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _few(logits_AW: Tensor) -> Iterator[slice]:
-    """Rows that stay in a processor's cache from one pass over them to the next."""
-    return chunks(len(logits_AW), max(1, IN_CACHE // logits_AW.shape[1]))
+    """Rows that stay in a processor's cache from one pass over them to the next; elsewhere all."""
+    here = logits_AW.device.type == "cpu"
+    size = IN_CACHE // logits_AW.shape[1] if here else len(logits_AW)
+    return chunks(len(logits_AW), max(1, size))
 
 
 def _wide_dtype(logits: Tensor) -> torch.dtype:

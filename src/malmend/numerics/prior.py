@@ -46,7 +46,8 @@ class Prior:
         """``gram_KK`` (float64, overwritten) plus P."""
         for weight, matrix_KK in zip(self.weights, self.matrices_KK, strict=True):
             if weight != 0.0:
-                gram_KK.add_(matrix_KK.to(gram_KK), alpha=weight)
+                there_KK = matrix_KK.to(gram_KK.device)  # narrow over the bus
+                gram_KK.add_(there_KK.to(gram_KK.dtype), alpha=weight)
         gram_KK.diagonal().add_(self.ridge)
         return gram_KK
 

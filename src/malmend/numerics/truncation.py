@@ -63,6 +63,21 @@ def spectrum(factors: Sequence[Tensor]) -> Spectrum:
     return Spectrum(left_VR[:, :kept], sizes_R[:kept], right_RK[:kept])
 
 
+def within_rank(shift_VK: Tensor, rank: int) -> Spectrum:
+    """Equation (S1) of a shift of no higher rank than this, from a projection to that many columns.
+
+    Q spans S S^T S W of a random W, so it holds all that S gives, and of rounding in S beyond the
+    rank hardly anything: S's own decomposition takes ten times as long (1,024 x 4,096, rank 256).
+    """
+    shift_VK = shift_VK.double()
+    generator = torch.Generator().manual_seed(0)  # the same factors of the same shift
+    drawn_KR = torch.randn(shift_VK.shape[1], rank, dtype=torch.float64, generator=generator)
+    basis_VR = torch.linalg.qr(shift_VK @ drawn_KR.to(shift_VK.device))[0]
+    basis_VR = torch.linalg.qr(shift_VK @ (shift_VK.T @ basis_VR))[0]
+    turn_RR, sizes_R, right_RK = torch.linalg.svd(basis_VR.T @ shift_VK, full_matrices=False)
+    return Spectrum(basis_VR @ turn_RR, sizes_R, right_RK)
+
+
 def rounding_floor(norm: float, shape: tuple[int, int], eps: float) -> float:
     """What no singular value of a matrix's rounding noise exceeds:
 
