@@ -10,7 +10,7 @@ import malmend
 from command_support import CALIBRATION, make_facts
 from malmend.commands.continuations import ContinuationsResult
 from malmend.commands.ledger_facts import LedgerChange, Verification, Verified
-from malmend.evaluation.replies import Asked
+from malmend.evaluation.replies import Reply
 from malmend.facts.fact import Question
 from malmend.ledgers.entries import Entry, Generation
 
@@ -52,7 +52,7 @@ def test_a_patch_of_a_strangers_gives_the_terminal_no_orders():
 def test_of_what_has_a_row_per_fact():
     held = Entry(1, "f", "P", "A", None, "s", "t", "me", "active", 1, True, "rows", 0, (3,))
     made = Generation(1, "add", "me", "t", 1_000, None, 0.2, None)
-    right = Verified(held, Asked("ES", 0, Question("P", "A"), 1.0, 1.0))
+    right = Verified(held, Reply("ES", 0, Question("P", "A"), 1.0, 1.0))
     facts = tuple(make_facts(12))
     change = LedgerChange(made, [held] * 1_000, duplicates=facts)
     assert repr(change).endswith("1,000 entered, 0 left, warning=None)")

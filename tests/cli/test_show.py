@@ -11,7 +11,7 @@ from malmend.cli import show, show_report
 from malmend.commands.ask import AskResult
 from malmend.commands.inspect import Inspection
 from malmend.evaluation.protocols import Group, scores
-from malmend.evaluation.replies import Asked, Replies
+from malmend.evaluation.replies import Replies, Reply
 from malmend.evaluation.report import Report
 from malmend.facts.fact import Fact, Question, subject_hashes
 
@@ -21,7 +21,7 @@ def replies(*rights: float, edited: bool = False) -> Replies:
     asked = [
         ("NS", index, Question(str(index), "a"), right, right) for index, right in enumerate(rights)
     ]
-    return Replies([Asked(*one, predicted=(int(one[3]),), kl=kl) for one in asked])
+    return Replies([Reply(*one, predicted=(int(one[3]),), kl=kl) for one in asked])
 
 
 def report(before: Replies, after: Replies, **more: object) -> Report:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from malmend.evaluation.protocols import groups_of, scores
-from malmend.evaluation.replies import Asked, FactRow, Kind, Replies
+from malmend.evaluation.replies import FactRow, Kind, Replies, Reply
 from malmend.evaluation.report import Report
 from malmend.facts.fact import Question
 
@@ -31,7 +31,7 @@ KEPT = {
 
 def pair(
     kind: Kind, fact: int, before: float | None, after: float | None, prompt: str, **more: Any
-) -> tuple[Asked, Asked]:
+) -> tuple[Reply, Reply]:
     """One question of two answer tokens, unedited and edited; ``more`` is of both replies."""
     kl, moved = more.pop("kl", ()), more.pop("moved", None)
     gold = more.pop("gold", "Lima")
@@ -39,15 +39,15 @@ def pair(
     spoken = {side: more.pop(side) for side in said if side in more}
     ids = {1.0: (5, 6), 0.5: (5, 0), 0.0: (0, 0), None: (7,)}
 
-    def reply(value: float | None, **its: Any) -> Asked:
+    def reply(value: float | None, **its: Any) -> Reply:
         exact = None if value is None else float(value == 1)
-        return Asked(kind, fact, Question(prompt, gold), value, exact, predicted=ids[value], **its)
+        return Reply(kind, fact, Question(prompt, gold), value, exact, predicted=ids[value], **its)
 
     one = reply(before, **more, generated=spoken.get("generated_before"))
     return one, reply(after, **more, generated=spoken.get("generated_after"), kl=kl, moved=moved)
 
 
-def facts() -> list[tuple[str, list[tuple[Asked, Asked]]]]:
+def facts() -> list[tuple[str, list[tuple[Reply, Reply]]]]:
     """Ids, and the replies to what is asked beside each fact."""
     return [
         (
@@ -96,7 +96,7 @@ def facts() -> list[tuple[str, list[tuple[Asked, Asked]]]]:
     ]  # fmt: skip
 
 
-def row(name: str, asked: Sequence[tuple[Asked, Asked]], edited: bool = True) -> FactRow:
+def row(name: str, asked: Sequence[tuple[Reply, Reply]], edited: bool = True) -> FactRow:
     hostile = name == HOSTILE
     return FactRow(
         id=name,

@@ -20,7 +20,7 @@ from malmend.evaluation import examiner as examiner_module
 from malmend.evaluation import perplexity as perplexity_module
 from malmend.evaluation.perplexity import perplexity
 from malmend.evaluation.protocols import between, scores
-from malmend.evaluation.replies import Asked, Replies, questions_of
+from malmend.evaluation.replies import Replies, Reply, questions_of
 from malmend.facts.fact import Fact, Question
 from malmend.facts.tokens import Encoder
 from malmend.models.sites import find_sites
@@ -80,8 +80,8 @@ def test_the_end_of_answer_token_changes_no_metric():
 
 
 def test_means_are_per_fact_first():
-    def asked(fact: int, ratio: float | None) -> Asked:
-        return Asked("GS", fact, Question("p", "a"), token_ratio=ratio)
+    def asked(fact: int, ratio: float | None) -> Reply:
+        return Reply("GS", fact, Question("p", "a"), token_ratio=ratio)
 
     replies = Replies([asked(0, 1.0), asked(1, 0.0), asked(1, 0.5), asked(1, 1.0), asked(2, None)])
     assert replies.mean("GS", "token_ratio") == 0.75

@@ -11,7 +11,7 @@ import pytest
 from command_support import files_in
 from malmend.errors import MalmendError
 from malmend.evaluation.protocols import PROTOCOLS, Scores, groups_of, scores
-from malmend.evaluation.replies import Asked, FactRow, Kind, Replies, rows_of
+from malmend.evaluation.replies import FactRow, Kind, Replies, Reply, rows_of
 from malmend.evaluation.report import Report
 from malmend.facts.fact import Fact, Question
 
@@ -28,9 +28,9 @@ FACTS = [
 ]
 
 
-def asked(kind: Kind, fact: int, ratio: float | None, prompt: str = "p", **more: object) -> Asked:
+def asked(kind: Kind, fact: int, ratio: float | None, prompt: str = "p", **more: object) -> Reply:
     exact = None if ratio is None else float(ratio == 1)
-    return Asked(kind, fact, Question(prompt, "a"), ratio, exact, **more)  # type: ignore[arg-type]
+    return Reply(kind, fact, Question(prompt, "a"), ratio, exact, **more)  # type: ignore[arg-type]
 
 
 def before() -> Replies:

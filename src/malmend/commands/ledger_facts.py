@@ -11,7 +11,7 @@ from malmend.commands.ledger_init import signed_by
 from malmend.editors.editor import Editor
 from malmend.editors.refine import CHAT
 from malmend.errors import LedgerError, counted
-from malmend.evaluation.replies import Asked
+from malmend.evaluation.replies import Reply
 from malmend.facts.fact import Fact, FactSet
 from malmend.facts.lint import unseen, unseen_said
 from malmend.given import checked
@@ -60,7 +60,7 @@ class Verified:
     """A fact as it was asked; ``reply`` says what came, through the chat template too if asked."""
 
     entry: Entry
-    reply: Asked
+    reply: Reply
 
     @property
     def holds(self) -> bool:

@@ -17,9 +17,9 @@ from malmend.evaluation.replies import (
     CHATTED,
     HELD,
     SPOKEN,
-    Asked,
     Kind,
     Replies,
+    Reply,
     questions_of,
 )
 from malmend.facts.encoded import Encoded
@@ -119,10 +119,10 @@ class Examiner:
         known: _Forced,
         said: Answer | None,
         in_chat: Answer | None,
-    ) -> Asked:
+    ) -> Reply:
         held, gold = kind in HELD, question.answer or ""
         before = self._before.get(question) if held and known.kl else None
-        return Asked(
+        return Reply(
             kind=kind,
             fact=fact,
             question=question,

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from malmend.evaluation.replies import HELD, KINDS, SPOKEN, Asked, FactRow, Kind, Replies
+from malmend.evaluation.replies import HELD, KINDS, SPOKEN, FactRow, Kind, Replies, Reply
 
 PROTOCOLS = {
     "token_ratio": "share of answer tokens right, teacher forced (MALMEN)",
@@ -149,7 +149,7 @@ def _group(rows: Sequence[FactRow]) -> Group:
     return Group(len(rows), scores(before), scores(after, before) if after.rows else {})
 
 
-def _joined(rows: Iterable[Sequence[Asked]]) -> Replies:
+def _joined(rows: Iterable[Sequence[Reply]]) -> Replies:
     return Replies([one for row in rows for one in row])
 
 

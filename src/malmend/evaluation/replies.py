@@ -22,7 +22,7 @@ CHATTED: tuple[Kind, ...] = ("ES", "GS")  # and through the chat template
 
 
 @dataclass(frozen=True)
-class Asked:
+class Reply:
     """One question put to one fact's model, with what is known of the reply.
 
     What does not apply to the question's kind, or was not asked, is None or empty.
@@ -76,7 +76,7 @@ class Asked:
 class Replies:
     """All replies of one model, edited or not, in the order of the questions."""
 
-    rows: list[Asked] = field(default_factory=list)
+    rows: list[Reply] = field(default_factory=list)
 
     def mean(self, kind: Kind, metric: str) -> float | None:
         """Mean over a fact's questions, then over facts; None where nothing was asked."""
@@ -100,8 +100,8 @@ class FactRow:
     id: str
     prompt: str
     answer: str
-    unedited: tuple[Asked, ...]
-    edited: tuple[Asked, ...]
+    unedited: tuple[Reply, ...]
+    edited: tuple[Reply, ...]
     relation: str | None = None
     subject: str | None = None
     answer_tokens: int = 0
@@ -109,8 +109,8 @@ class FactRow:
 
 def rows_of(facts: Sequence[Fact], unedited: Replies, edited: Replies | None) -> list[FactRow]:
     """Replies by fact."""
-    before: dict[int, list[Asked]] = {index: [] for index in range(len(facts))}
-    after: dict[int, list[Asked]] = {index: [] for index in range(len(facts))}
+    before: dict[int, list[Reply]] = {index: [] for index in range(len(facts))}
+    after: dict[int, list[Reply]] = {index: [] for index in range(len(facts))}
     for row in unedited.rows:
         before[row.fact].append(row)
     for row in edited.rows if edited else ():

@@ -10,7 +10,7 @@ from typing import Any
 
 from malmend.errors import MalmendError, counted
 from malmend.evaluation.protocols import PROTOCOLS, Group, Scores
-from malmend.evaluation.replies import CHATTED, HELD, SPOKEN, Asked, FactRow
+from malmend.evaluation.replies import CHATTED, HELD, SPOKEN, FactRow, Reply
 from malmend.files import written_beside
 
 
@@ -135,7 +135,7 @@ def _row(row: FactRow) -> dict[str, Any]:
     }
 
 
-def _asked(one: Asked) -> dict[str, Any]:
+def _asked(one: Reply) -> dict[str, Any]:
     shown = {
         "kind": one.kind,
         "prompt": one.question.prompt,

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from malmend.evaluation.replies import HELD, Asked, FactRow, Kind
+from malmend.evaluation.replies import HELD, FactRow, Kind, Reply
 from malmend.evaluation.report import Report
 
 # Each kind of question: its name and what it is.
@@ -53,9 +53,9 @@ class Moved:
     beside: str  # id of the first fact that it stands beside
 
 
-def pairs(row: FactRow) -> Iterator[tuple[Asked, Asked | None]]:
+def pairs(row: FactRow) -> Iterator[tuple[Reply, Reply | None]]:
     """Every question of a fact: the unedited model's reply and the edited one's."""
-    after: Sequence[Asked | None] = row.edited or [None] * len(row.unedited)
+    after: Sequence[Reply | None] = row.edited or [None] * len(row.unedited)
     yield from zip(row.unedited, after, strict=True)
 
 
@@ -78,7 +78,7 @@ def flags(row: FactRow) -> list[str]:
     return [name for name in FILTERS if name in found]
 
 
-def _lost(before: Asked, after: Asked) -> bool:
+def _lost(before: Reply, after: Reply) -> bool:
     """Whether an answer was right under some protocol and is not any more."""
     return any(
         getattr(before, protocol) == 1 and getattr(after, protocol) == 0
@@ -93,9 +93,9 @@ def any_cut(report: Report) -> bool:
     )
 
 
-def held(report: Report, kind: Kind) -> list[tuple[FactRow, Asked, Asked]]:
+def held(report: Report, kind: Kind) -> list[tuple[FactRow, Reply, Reply]]:
     """The distinct questions of a kind that should stay, each with the first fact it is beside."""
-    found: dict[object, tuple[FactRow, Asked, Asked]] = {}
+    found: dict[object, tuple[FactRow, Reply, Reply]] = {}
     for row in report.rows:
         for before, after in pairs(row):
             if before.kind == kind and after is not None:
@@ -186,7 +186,7 @@ def _entry(row: FactRow) -> dict[str, Any]:
     )
 
 
-def _reply(one: Asked) -> dict[str, Any]:
+def _reply(one: Reply) -> dict[str, Any]:
     share = None if one.token_ratio is None else round(one.token_ratio * len(one.predicted))
     return _without_none(
         {

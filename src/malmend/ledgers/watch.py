@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from malmend.evaluation.examiner import Examiner
-from malmend.evaluation.replies import Asked
+from malmend.evaluation.replies import Reply
 from malmend.facts.fact import Fact
 from malmend.given import check_fields, check_range
 from malmend.material import KEPT_BACK, held_out_questions
@@ -60,7 +60,7 @@ class Watched:
         retention: over the general questions; None where none are asked.
     """
 
-    replies: Sequence[Asked]
+    replies: Sequence[Reply]
     retention: float | None
 
     @property
