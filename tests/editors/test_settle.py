@@ -24,9 +24,11 @@ from test_restore import held_questions, kl_of
 from torch.func import functional_call
 
 from malmend.editors import draws
+from malmend.editors import halfway as halfway_module
 from malmend.editors import settle as module
 from malmend.editors.draws import Readings
 from malmend.editors.editor import Editor
+from malmend.editors.halfway import Halfway
 from malmend.editors.refine import SETTLING, RefineSettings
 from malmend.editors.restore import Held
 from malmend.editors.settings import EditorSettings
@@ -262,6 +264,25 @@ def test_the_weights_stay_and_the_same_is_found_again():
     assert all(torch.equal(kept[name], one) for name, one in case.model.state_dict().items())
     assert not any(one.requires_grad for one in case.model.parameters())
     assert torch.equal(generator, torch.random.get_rng_state())
+
+
+def test_a_step_that_gives_nan_is_the_last(monkeypatch, tmp_path):
+    """All others were taken too, and what they gave was kept to be gone on from."""
+    case, counts, real = Case(), [], module.weight_grads
+    halfway = Halfway(tmp_path / "kept")
+
+    def third_breaks(trunk, terms):
+        losses, grads = real(trunk, terms)
+        if len(counts) == 2:
+            next(iter(grads.values()))[0, 0] = torch.inf
+        return losses, grads
+
+    monkeypatch.setattr(module, "weight_grads", third_breaks)
+    monkeypatch.setattr(halfway_module, "EVERY", 3)
+    found = case.settled(9, progress=counts.append, halfway=halfway)
+    assert len(counts) == 2
+    assert not all(shift_VK.isfinite().all() for shift_VK in found.values())
+    assert halfway.found() == (0, {})
 
 
 def test_two_processes_settle_as_one_does(monkeypatch):

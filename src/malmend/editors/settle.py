@@ -91,8 +91,8 @@ def settle(
         halfway: where it goes on from, and is kept; None for nowhere.
 
     Returns:
-        The shifts in float64.  The same draws are made of however many processes, but for
-        rounding of what is open.
+        The shifts in float64, of NaN where a step gave it, which is the last then.  The same draws
+        are made of however many processes, but for rounding of what is open.
     """
     metric = _metric(trunk, priors, shifts)
     readings = Readings(asked, processes, steps)
@@ -116,6 +116,8 @@ def settle(
             grad_VK = grads.get(site.name)
             grad_VK = torch.zeros(site.shape_VK, dtype=trunk.wide) if grad_VK is None else grad_VK
             metric[site.name].step(processes.summed(grad_VK), 1 - step / steps)
+        if any(one.broken for one in metric.values()):
+            break  # no step mends it, and it is not to be gone on from
         progress(1)
         if halfway is not None:
             halfway.keep(step + 1, lambda: _state(parts), is_last=step + 1 == steps)
@@ -227,6 +229,11 @@ class _Metric:
         self._free_VK.grad, group["lr"] = grad_VK, RATE * self.share * self._whole * share
         self._adam.step()
         self._free_VK.grad = None
+
+    @property
+    def broken(self) -> bool:
+        """Whether E holds NaN or infinity."""
+        return not bool(self._free_VK.isfinite().all())
 
     def state(self) -> dict[str, Tensor]:
         """E and what its next step depends on."""
