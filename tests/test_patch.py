@@ -527,6 +527,22 @@ def test_a_configuration_of_other_versions_is_no_other_model():
     check_base(loaded, Patch({}, {"base": loaded.fingerprint, "configuration": kept}))
 
 
+def test_a_part_of_a_configuration_counts_as_the_whole_does():
+    """Each part has a dtype and a dropout of its own, by which the bfloat16 load was refused."""
+    loaded = loaded_of()
+    part = {"dtype": "float32", "dropout_rate": 0.1, "_name_or_path": "/home/x", "rms_norm_eps": 1}
+    loaded.model.config.update({"text_config": part})
+    kept = configuration_of(loaded.model)
+    assert kept["text_config.rms_norm_eps"] == 1
+    assert not any("text_config" in name for name in kept if not name.endswith("rms_norm_eps"))
+    patch = Patch({}, {"base": loaded.fingerprint, "configuration": kept})
+    loaded.model.config.update({"text_config": {**part, "dtype": "bfloat16", "of_later": 1}})
+    check_base(loaded, patch)
+    loaded.model.config.update({"text_config": {**part, "rms_norm_eps": 2}})
+    with pytest.raises(PatchError, match=r"says text_config\.rms_norm_eps 1, "):
+        check_base(loaded, patch)
+
+
 def test_a_configuration_with_infinity_is_kept(tmp_path):
     loaded = loaded_of()
     loaded.model.config.update({"time_step_limit": [0.0, float("inf")]})
@@ -537,6 +553,7 @@ def test_a_configuration_with_infinity_is_kept(tmp_path):
 
 def test_the_same_base_in_bfloat16_is_accepted():
     patch, narrow = patch_for(loaded_of()), loaded_of(dtype=torch.bfloat16)
+    patch.provenance["configuration"] = configuration_of(loaded_of().model)
     before = {name: narrow.model.get_submodule(name).weight.clone() for name in patch.factors}
     with applied(narrow, patch) as model:
         for name, weight in before.items():

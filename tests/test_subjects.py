@@ -149,7 +149,7 @@ def test_general_questions_are_the_first_that_can_be_said(tiny, tmp_path, monkey
     whole = material.calibrate
 
     def calibrate(*rest):
-        given_to.append(rest[-1])
+        given_to.append(rest[-2:])
         return whole(*rest)
 
     monkeypatch.setattr(material, "calibrate", calibrate)
@@ -159,11 +159,11 @@ def test_general_questions_are_the_first_that_can_be_said(tiny, tmp_path, monkey
     sizes = replace(CALIBRATION, moment_facts=count, prior_facts=count)
     calibrated(bench, free, tiny.calibrate, tiny.text, sizes)
     wanted = [Question(f"Who is number {index}?", f"Number {index}") for index in range(5)]
-    assert given_to == [wanted[:count]]
+    assert given_to == [(wanted[:count], wanted[count:])]
     # Kept under a name that the questions are a part of.
     calibrated(bench, free, tiny.calibrate, tiny.text, sizes)
     assert len(given_to) == 1
     lines = [lines[0] | {"answer": "Another"}, last]
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
     calibrated(bench, free, tiny.calibrate, tiny.text, sizes)
-    assert given_to[1:] == [[Question("Who is number 0?", "Another")]]
+    assert given_to[1:] == [([Question("Who is number 0?", "Another")], [])]

@@ -26,7 +26,7 @@ from malmend.errors import PatchError, nearest
 from malmend.facts.entry import short
 from malmend.facts.tokens import EndOfAnswer
 from malmend.given import checked
-from malmend.models.identity import configuration_of, unlike_kept
+from malmend.models.identity import configuration_of, unlike
 from malmend.models.load import LoadedModel
 from malmend.models.sites import Site, put_back, shared_with
 from malmend.numerics.truncation import within_rank
@@ -242,30 +242,31 @@ def edited(site: Site, shift_VK: Tensor) -> Tensor:
 
 
 def check_base(loaded: LoadedModel, patch: Patch, force: bool = False) -> None:
-    """Raises PatchError unless the patch was made for this model, or ``force`` is given.
+    """Raises PatchError unless the patch was made for this model, or ``force`` is given."""
+    if not force and (why := misfit(loaded, patch)):
+        raise PatchError(f"{why} use the base the patch names, or --force.")
 
-    That is for these weights, and this configuration where the patch says one.
-    """
-    if force:
-        return
+
+def misfit(loaded: LoadedModel, patch: Patch) -> str:
+    """Why a patch was not made for this model: other weights, or another configuration than it
+    says; empty where it was."""
     if patch.base != loaded.fingerprint:
         made, advice = patch.provenance.get("dtype", loaded.dtype), ""
         if made != loaded.dtype and "float16" in (made, loaded.dtype):
-            advice = f"load it in {made!s:.20}, as for it (float16 rounds to another fingerprint), "
-        raise PatchError(
+            advice = f" load it in {made!s:.20}, as for it (float16 rounds to another fingerprint),"
+        return (
             f"The patch was made for a base with fingerprint {patch.base[:12] or 'none'} "
             f"({patch.provenance.get('model', 'unknown')}), the model {loaded.name} has "
-            f"{loaded.fingerprint[:12]}; {advice}use the base the patch names, or --force."
+            f"{loaded.fingerprint[:12]};{advice}"
         )
     kept = patch.provenance.get("configuration", {})
-    if unlike := unlike_kept(loaded.model, kept):
-        name = unlike[0]
-        raise PatchError(
-            f"The patch was made for a model whose configuration says {name} {short(kept[name])}, "
-            f"{loaded.name} has the same weights and {name} "
-            f"{short(configuration_of(loaded.model)[name])}, so that it says other things; use "
-            "the base the patch names, or --force."
+    for name, (there, here) in unlike(kept, configuration_of(loaded.model)).items():
+        return (
+            f"The patch was made for a model whose configuration says {name} {short(there)}, "
+            f"{loaded.name} has the same weights and {name} {short(here)}, so that it says other "
+            "things;"
         )
+    return ""
 
 
 def sites_of(model: PreTrainedModel, patch: Patch) -> list[Site]:

@@ -357,6 +357,13 @@ def test_a_full_disk_leaves_the_old_report(tmp_path, monkeypatch, name, step):
     }
 
 
+def test_a_page_is_not_new_beside_old_figures(tmp_path):
+    (tmp_path / "report.json").mkdir()  # which no file takes the name of
+    with pytest.raises(MalmendError, match=r"report\.json"):
+        write_page(report(), tmp_path)
+    assert not (tmp_path / "index.html").exists()
+
+
 @pytest.mark.parametrize("fault", ["a page", "a figure"])
 def test_a_report_that_cannot_be_shown_leaves_nothing(tmp_path, monkeypatch, fault):
     known = report()

@@ -365,7 +365,7 @@ def test_a_subject_that_is_the_first_token_is_moved_at_the_next():
             assert read(question.ids[: at + 1]).endswith("Chile")
 
 
-def test_a_prompt_of_one_token_is_refused_or_moved_there_alone():
+def test_a_prompt_of_one_token_is_refused():
     fact = Fact("a", "Chile", "Lake", "Chile")
     method = Memit((0,))
     bench = bench_of(method, tokenizer=NAMED[None])

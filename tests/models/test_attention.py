@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import wraps
 
 import pytest
@@ -85,6 +86,18 @@ def test_on_again_after_an_exception(monkeypatch):
     monkeypatch.setattr(model.model, "forward", fails)
     with pytest.raises(RuntimeError):
         run(model, collate(QUESTIONS))
+
+
+def test_two_threads_that_overlap():
+    """The first one out switched it on for the other."""
+    first, second = without_cudnn(), without_cudnn()
+    first.__enter__()
+    with ThreadPoolExecutor(1) as other:
+        other.submit(second.__enter__).result()
+        first.__exit__(None, None, None)
+        assert not cuda.cudnn_sdp_enabled()
+        other.submit(second.__exit__, None, None, None).result()
+    assert cuda.cudnn_sdp_enabled()
 
 
 def test_inside_another_and_beside_a_choice_of_kernel():

@@ -221,6 +221,7 @@ def test_what_changes_no_output_is_no_matter(tmp_path):
     """As fine-tuning elsewhere leaves configurations."""
     loaded, other = loaded_of("llama"), loaded_of("llama")
     changed = {"pad_token_id": 3, "attention_dropout": 0.1, "initializer_range": 0.5}
+    changed |= {"unk_token_id": 0, "rope_interleaved": False}  # the latter only there, as of a GGUF
     other.model.config.update(changed)
     other.model.model.layers[3].mlp.down_proj.weight.data += 1
     assert diff(loaded, other, out=tmp_path / "patch").patch is not None

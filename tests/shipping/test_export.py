@@ -27,6 +27,7 @@ from command_support import files_in, malmend
 from malmend.commands import export as export_module
 from malmend.commands.evaluate import evaluate
 from malmend.commands.export import export
+from malmend.models.identity import configuration_of
 from malmend.models.load import load_model
 from malmend.patch import applied
 from malmend.patch_file import load_patch
@@ -229,6 +230,16 @@ def test_another_base_needs_force(tiny, patch, tmp_path, capsys):
     assert malmend(*arguments, "--force") == 0
     assert record_of(tmp_path / "out")["forced"] is True
     assert "Forced" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_another_configuration_that_is_forced_is_recorded(tiny, patch, tmp_path):
+    known = load_patch(patch)
+    other = {**configuration_of(tiny.loaded.model), "rms_norm_eps": 0.5}
+    known = replace(known, provenance={**known.provenance, "configuration": other})
+    with pytest.raises(api.PatchError, match=r"rms_norm_eps 0\.5"):
+        export(known, tmp_path / "out", model=tiny.loaded)
+    export(known, tmp_path / "out", model=tiny.loaded, force=True)
+    assert record_of(tmp_path / "out")["forced"] is True
 
 
 # --- where a patch is read, an adapter may stand

@@ -73,7 +73,7 @@ def _editor(cell: Cell) -> list[str]:
     """
     way = way_of(cell.name, cell.given)
     if way.editor == "none" or way.method is not None or way.context is not None:
-        return []
+        return ["", ""]
     if way.editor == "auto":
         return [*map(_digest, sorted(shipped("editors").glob("*/editor.json")))]
     return [_digest(Path(way.editor) / name) for name in ("editor.json", "editor.safetensors")]

@@ -10,7 +10,7 @@ from typing import Any
 from malmend.errors import PatchError
 from malmend.files import writable
 from malmend.given import checked
-from malmend.models.identity import configuration_of, settings_of, unlike_settings
+from malmend.models.identity import configuration_of, unlike
 from malmend.models.load import LoadedModel
 from malmend.models.sites import Site
 from malmend.models.source import lasting
@@ -80,11 +80,10 @@ def diff(
         for line in replaced(out):
             told(line)
     found = compared(mine.model, theirs.model, progress)
-    here, there = settings_of(mine.model), settings_of(theirs.model)
-    unlike = {name: (here.get(name), there.get(name)) for name in unlike_settings(here, there)}
+    settings = unlike(configuration_of(mine.model), configuration_of(theirs.model))
     if out is None:
-        return DiffResult(mine.name, theirs.name, found, unlike)
-    patch = save_patch(_patch(mine, theirs, found, unlike), out)
+        return DiffResult(mine.name, theirs.name, found, settings)
+    patch = save_patch(_patch(mine, theirs, found, settings), out)
     if left := [one.name for one in found.rounded]:
         told(
             f"The patch leaves out what differs by rounding alone, {len(left):,} "
@@ -92,14 +91,14 @@ def diff(
             + f" and {len(left) - SHOWN:,} more"
             * (len(left) > SHOWN)
         )
-    return DiffResult(mine.name, theirs.name, found, unlike, patch, Path(out))
+    return DiffResult(mine.name, theirs.name, found, settings, patch, Path(out))
 
 
 def _patch(
     mine: LoadedModel,
     theirs: LoadedModel,
     found: Comparison,
-    unlike: Mapping[str, tuple[Any, Any]],
+    settings: Mapping[str, tuple[Any, Any]],
 ) -> Patch:
     """The edited weights as shifts, whole: W_0 + S is the other's weight but for one rounding."""
     lone = [*found.only_here, *found.only_there, *found.reshaped]
@@ -108,11 +107,11 @@ def _patch(
             f"{lone[0]} (one of {len(lone)}) is in only one of the models, or of another shape "
             "there, so that no patch leads from one to the other; --out is for models of one build."
         )
-    if unlike:
-        name, (here, there) = next(iter(unlike.items()))
+    if settings:
+        name, (here, there) = next(iter(settings.items()))
         raise PatchError(
-            f"The configurations differ in {', '.join(unlike)} ({name} is {here!r} and {there!r}), "
-            "so that no patch of weights makes the one model of the other; --out is for models of "
+            f"The configurations differ in {', '.join(settings)} ({name} is {here!r} and {there!r}),"
+            " so that no patch of weights makes the one model of the other; --out is for models of "
             "one build."
         )
     if not found.edited:

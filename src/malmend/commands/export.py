@@ -17,7 +17,7 @@ from malmend.given import checked
 from malmend.models.load import DTYPES, LoadedModel
 from malmend.models.source import lasting
 from malmend.models.trunk import TrunkSettings
-from malmend.patch import Patch, by_one_thread, now
+from malmend.patch import Patch, by_one_thread, misfit, now
 from malmend.progress import Progress, silent
 from malmend.shipping.adapter import based_on, read_patch
 from malmend.shipping.card import CARD, card
@@ -195,6 +195,6 @@ def _about(loaded: LoadedModel, patch: Patch) -> dict[str, Any]:
         "created": now(),
         "model": lasting(loaded.name),
         "base": loaded.fingerprint,
-        **({} if patch.base == loaded.fingerprint else {"forced": True}),
+        **({"forced": True} if misfit(loaded, patch) else {}),
         "patch": dict(patch.provenance),
     }

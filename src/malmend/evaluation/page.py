@@ -30,7 +30,8 @@ MOVED_SHOWN = 100  # of what moved, the farthest; every one stands beside its fa
 
 def write_page(report: Report, folder: str | Path) -> Path:
     """Writes the page, and the report's JSON beside it, whole or not at all; returns its path."""
-    texts = {FIGURES: report.text(Path(folder) / FIGURES), PAGE: page(report)}
+    # The last is renamed first.
+    texts = {PAGE: page(report), FIGURES: report.text(Path(folder) / FIGURES)}
     folder = writable_folder(folder)
     with ExitStack() as both:
         for name, text in texts.items():

@@ -12,7 +12,7 @@ from malmend.errors import EditorError, LedgerError
 from malmend.facts.encoded import Form
 from malmend.ledgers.tables import spoilt
 from malmend.ledgers.watch import StopRule
-from malmend.models.identity import bits, tokens_digest, unlike_kept
+from malmend.models.identity import bits, configuration_of, tokens_digest, unlike
 from malmend.models.load import LoadedModel
 
 
@@ -80,7 +80,7 @@ class About:
                 f"model {loaded.name} has {loaded.fingerprint[:12]} in {loaded.dtype}; give that "
                 "one with --model, or begin another ledger."
             )
-        names = unlike_kept(loaded.model, self.settings)
+        names = list(unlike(self.settings, configuration_of(loaded.model)))
         what = f"another {names[0]} in its configuration" if names else ""
         if not names and self.bits and self.bits != bits(loaded.model):
             what = "weights that differ below bfloat16"

@@ -17,7 +17,7 @@ k k^T over general text.
 Deviations: h and k are means over the same prompts, plain and prefixed, so that z is met where it
 was sought.  A subject that ends with the prompt's very first token is written at the one behind it:
 that token is an attention sink, whose moves of a hundred times the length are of all prompts, so
-that one such fact of 64 spoilt the others.  Prefixes are starts of lines of the package's own text,
+that one such fact spoilt two others.  Prefixes are starts of lines of the package's own text,
 not the model's samples, and C is taken over that text and kept, with a millionth of its mean
 diagonal added.  The answer's loss is summed over its tokens, as in the paper's formula (its code
 takes the mean).  Four things of the move are otherwise than published: there the KL is KL(moved ||
@@ -320,5 +320,5 @@ def _placed(encoder: Encoder, question: Question, subject: str) -> Placed:
     end = whole[-1] if whole else text.rindex(subject) + len(subject)
     spans = encoder.ids_of(text)[1]  # of every id, also of a BOS
     last = max(index for index, (start, _) in enumerate(spans) if start < end)
-    # A token that straddles the end of the prompt is the answer's; a lone one is all there is.
+    # A token that straddles the end of the prompt is the answer's.
     return encoded, min(max(last, 1), encoded.answer_start - 1)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from threading import Lock
 from typing import Any
 
 from torch import Tensor, nn
@@ -228,6 +229,17 @@ def cannot_run(model: PreTrainedModel, error: Unrun, what: str) -> ModelError:
     )
 
 
+@dataclass
+class _Switch:
+    """The process's one switch: how many blocks of all threads it is off for, and what it was."""
+
+    inside: int = 0
+    before: bool = True
+
+
+_CUDNN, _SWITCHING = _Switch(), Lock()
+
+
 @contextmanager
 def without_cudnn() -> Iterator[None]:
     """Inside, attention is none of cuDNN's: wherever a model itself is run.
@@ -235,14 +247,18 @@ def without_cudnn() -> Iterator[None]:
     In half precision it comes first on newer GPUs, builds a plan for every new shape, and with a
     mask some of its gradients are NaN (pytorch#196678).  Other choices of a kernel stay.
     """
-    if not cuda.cudnn_sdp_enabled():  # or another thread, or a block around, has it off already
-        yield
-        return
-    cuda.enable_cudnn_sdp(False)
+    with _SWITCHING:
+        if not _CUDNN.inside:
+            _CUDNN.before = cuda.cudnn_sdp_enabled()
+        _CUDNN.inside += 1
+        cuda.enable_cudnn_sdp(False)
     try:
         yield
     finally:
-        cuda.enable_cudnn_sdp(True)
+        with _SWITCHING:
+            _CUDNN.inside -= 1
+            if not _CUDNN.inside:
+                cuda.enable_cudnn_sdp(_CUDNN.before)
 
 
 def run(model: PreTrainedModel, tokens: TokenBatch, encoded: Tensor | None = None) -> Any:

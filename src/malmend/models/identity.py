@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 # Of a configuration, what changes no output of the weights; nor does dropout, of whichever name.
 NO_MATTER = {"architectures", "dtype", "torch_dtype", "initializer_range", "problem_type"}
 NO_MATTER |= {"use_cache", "return_dict", "output_attentions", "output_hidden_states"}
-NO_MATTER |= {"bos_token_id", "eos_token_id", "pad_token_id"}
+NO_MATTER |= {"bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"}
+NO_MATTER |= {"transformers_version"}
 
 State = tuple[tuple[int, int], ...]
 
@@ -29,36 +30,35 @@ def settings_of(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def configuration_of(model: PreTrainedModel) -> dict[str, Any]:
-    """Of the configuration, as JSON, what changes what the model computes."""
+    """Of the configuration, by dotted names and as JSON, what changes what the model computes."""
     said = json.dumps(settings_of(model), default=str)
-    kept: dict[str, Any] = json.loads(said, parse_constant=str)  # infinity is no JSON
-    return {name: kept[name] for name in sorted(kept) if _matters(name)}
+    return dict(sorted(_dotted(json.loads(said, parse_constant=str))))  # infinity is no JSON
 
 
-def unlike_kept(model: PreTrainedModel, kept: Mapping[str, Any]) -> list[str]:
-    """The fields in which a model differs from a configuration that was kept.
+def unlike(here: Mapping[str, Any], there: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The fields in which two configurations differ, and what each says.
 
-    Of fields that both have: versions of transformers name more or fewer.
+    Of fields that both have: versions of transformers, and a GGUF file, name more or fewer.  Older
+    ledgers keep it whole, by names in names.
     """
-    here = configuration_of(model)
-    both = here.keys() & kept.keys()
-    return unlike_settings({n: here[n] for n in both}, {n: kept[n] for n in both})
+    mine, theirs = dict(_dotted(here)), dict(_dotted(there))
+    both = sorted(mine.keys() & theirs.keys())
+    return {n: (mine[n], theirs[n]) for n in both if not _alike(mine[n], theirs[n])}
 
 
-def unlike_settings(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
-    """The fields in which two configurations differ and that change what the model computes."""
-    names = (name for name in {*here, *there} if _matters(name))
-    return sorted(name for name in names if not _alike(here.get(name), there.get(name)))
-
-
-def _matters(name: str) -> bool:
-    return name not in NO_MATTER and "drop" not in name and not name.startswith("_")
+def _dotted(settings: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """What counts of a configuration and of those in it: a part has a dtype of its own too."""
+    for name, value in settings.items():
+        if name in NO_MATTER or "drop" in name or name.startswith("_"):
+            continue
+        if isinstance(value, Mapping):
+            yield from _dotted(value, f"{before}{name}.")
+        else:
+            yield before + name, value
 
 
 def _alike(here: Any, there: Any) -> bool:
     """Equal, but for the rounding of a GGUF file's float32 (1e-05 is 9.99999974e-06 there)."""
-    if isinstance(here, Mapping) and isinstance(there, Mapping):
-        return here.keys() == there.keys() and all(_alike(here[n], there[n]) for n in here)
     if isinstance(here, list) and isinstance(there, list):
         return len(here) == len(there) and all(map(_alike, here, there))
     if isinstance(here, float) and isinstance(there, float):

@@ -95,8 +95,9 @@ def _what(record: Mapping[str, Any], is_lora: bool) -> str:
     if record.get("forced"):
         first = shown_model(str(patch.get("model", "of no name")))
         rows.append(
-            f"- **Forced:** the patch was made for another base, {first}, fingerprint "
-            f"`{patch.get('base')}`, and put on this one all the same (`--force`)."
+            f"- **Forced:** the patch was made for another base, or another configuration of it "
+            f"({first}, fingerprint `{patch.get('base')}`), and put on this one all the same "
+            "(`--force`)."
         )
     if cut := patch.get("cut"):
         rows.append(
