@@ -14,7 +14,7 @@ from ledger_support import QUIET, added, apart, assert_same, own
 
 import command_support
 import malmend
-from command_support import EAGER, Tiny, make_facts
+from command_support import CALIBRATION, Tiny, make_facts
 from malmend.cli import ledger as ledger_command
 from malmend.editors.editor import log_size
 from malmend.editors.refine import CHAT, RefineSettings, framed
@@ -141,7 +141,8 @@ def test_what_is_too_long_in_a_frame_has_rows_of_the_others_alone(
 
 
 def test_verify_says_which_facts_hold_in_a_chat(chatting, tmp_path):
-    ledger, given = tmp_path / "ledger", own(chatting) | {"calibration": EAGER}  # so that some hold
+    holding = replace(CALIBRATION, etas=(1.0,), alphas=(10.0,))  # by which some do
+    ledger, given = tmp_path / "ledger", own(chatting) | {"calibration": holding}
     malmend.ledger.init(ledger, chatting.loaded, frames=(CHAT,), rule=QUIET, **given)
     added(chatting, ledger, FACTS[:4])
     found = malmend.ledger.verify(ledger, chatting.loaded)
