@@ -111,8 +111,8 @@ def _patch(
         name, (here, there) = next(iter(settings.items()))
         raise PatchError(
             f"The configurations differ in {', '.join(settings)} "
-            f"({name} is {here!r} and {there!r}), so that no patch of weights makes the one model of the other; --out is for models of "
-            "one build."
+            f"({name} is {here!r} and {there!r}), so that no patch of weights makes the one model "
+            "of the other; --out is for models of one build."
         )
     if not found.edited:
         raise PatchError(
