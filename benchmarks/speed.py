@@ -155,7 +155,7 @@ def step(bench: Bench) -> list[Row]:
     """A training step of 256 facts: published, ours in the first epoch, ours later."""
     laid, editor = bench.paper()
     facts = bench.facts[:FACTS]
-    settings = replace(published_training(), facts_per_step=FACTS, clip=1e30)
+    settings = replace(published_training(), facts_per_step=FACTS, clip=1e12)
     with tempfile.TemporaryDirectory() as folder:
         store = ActivationStore(Path(folder) / "pairs", 1, laid.trunk.wide, KEEP)
         trainer = Trainer(editor, laid.trunk, laid.encoder, facts, (), settings, store)
