@@ -224,6 +224,8 @@ def main() -> None:
         given.facts, given.model = (8, 16), "tiny"
     names = [given.model] if given.model else [REAL, "smollm2-random", "gptj-6b"]
     on_cuda = given.device.startswith("cuda")
+    if on_cuda and not torch.cuda.is_available():
+        parser.error(f"there is no {given.device} here; --device cpu --tiny shows that it runs")
     device = torch.cuda.get_device_name(given.device) if on_cuda else given.device
     about, rows = {"device": device, "torch": torch.__version__, "dtype": given.dtype}, list[Row]()
     path = given.out / f"{'-'.join([given.model or 'all', *given.stages])}.json"

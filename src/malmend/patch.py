@@ -244,27 +244,30 @@ def edited(site: Site, shift_VK: Tensor) -> Tensor:
 def check_base(loaded: LoadedModel, patch: Patch, force: bool = False) -> None:
     """Raises PatchError unless the patch was made for this model, or ``force`` is given."""
     if not force and (why := misfit(loaded, patch)):
-        raise PatchError(f"{why} use the base the patch names, or --force.")
+        raise PatchError(f"{why}; use the base the patch names, or --force.")
 
 
 def misfit(loaded: LoadedModel, patch: Patch) -> str:
-    """Why a patch was not made for this model: other weights, or another configuration than it
-    says; empty where it was."""
+    """Why a patch was not made for this model: other weights, or another configuration.
+
+    Empty where it was, and of a configuration where the patch says none.
+    """
     if patch.base != loaded.fingerprint:
         made, advice = patch.provenance.get("dtype", loaded.dtype), ""
         if made != loaded.dtype and "float16" in (made, loaded.dtype):
-            advice = f" load it in {made!s:.20}, as for it (float16 rounds to another fingerprint),"
+            advice = f"; load it in {made!s:.20}, as for it (float16 rounds to another fingerprint)"
         return (
             f"The patch was made for a base with fingerprint {patch.base[:12] or 'none'} "
             f"({patch.provenance.get('model', 'unknown')}), the model {loaded.name} has "
-            f"{loaded.fingerprint[:12]};{advice}"
+            f"{loaded.fingerprint[:12]}{advice}"
         )
     kept = patch.provenance.get("configuration", {})
-    for name, (there, here) in unlike(kept, configuration_of(loaded.model)).items():
+    if differing := unlike(kept, configuration_of(loaded.model)):
+        name, (there, here) = next(iter(differing.items()))
         return (
             f"The patch was made for a model whose configuration says {name} {short(there)}, "
             f"{loaded.name} has the same weights and {name} {short(here)}, so that it says other "
-            "things;"
+            "things"
         )
     return ""
 
