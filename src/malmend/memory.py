@@ -27,8 +27,9 @@ class Peak:
     """``most``: bytes of anonymous memory at the peak beyond the start; None where not known.
 
     Anonymous memory is what no file stands behind: of weights and activations that are mapped from
-    files the pages come and go as the system likes.  Read from Linux's accounting, a hundred times
-    a second, so a peak that is shorter may be missed.
+    files the pages come and go as the system likes.  What is freed while it watches and kept by the
+    allocator counts, since the process holds it.  Read from Linux's accounting, a hundred times a
+    second, so a peak that is shorter may be missed.
     """
 
     most: int | None = None
