@@ -45,7 +45,7 @@ SETTINGS = TrainSettings(facts_per_step=1024, halvings=2, steps=40)
 EDITOR = EditorSettings()
 # Added to the prior's log weights and to their powers of N when the editor is shipped: forty steps
 # leave the powers near where they began.  Chosen on facts of the zsRE train split that were not
-# trained on; docs/results.md has what else was tried.
+# trained on; docs/history.md, *The shipped editor*, has what else was tried.
 LOG_WEIGHT, POWER = -0.82, -0.96
 
 
