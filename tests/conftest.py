@@ -5,9 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 # Tiny tensors on two threads only wait for one another.
 torch.set_num_threads(1)
+
+# Nothing may hang on how busy a machine is: no deadline for an example, none for drawing the first.
+settings.register_profile("any-speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any-speed")
 
 SLOW = Path(__file__).with_name("slow.txt")
 
