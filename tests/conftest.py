@@ -1,13 +1,23 @@
 """Its place makes ``helpers`` and ``tiny`` importable from every test."""
 
+import os
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 # Tiny tensors on two threads only wait for one another.
 torch.set_num_threads(1)
+
+# Nothing may hang on how busy a machine is: no deadline for an example, none for drawing the first.
+settings.register_profile("any-speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any-speed")
+
+# Nor on what a terminal or a run of several processes has set: what is printed would be another.
+for name in ("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "WORLD_SIZE"):
+    os.environ.pop(name, None)
 
 SLOW = Path(__file__).with_name("slow.txt")
 

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 TESTS = Path(__file__).parent
@@ -13,9 +14,15 @@ TESTS = Path(__file__).parent
 
 def run_two(*command: object) -> list[subprocess.CompletedProcess[str]]:
     """Python with these arguments in both processes, each with what it wrote."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    with socket.socket() as kept:
+        # Bound until both have ended, else another program may be given the port before the first
+        # process, whose imports take seconds, listens there: that it may all the same.
+        kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        kept.bind(("127.0.0.1", 0))
+        return _run_two(kept.getsockname()[1], command)
+
+
+def _run_two(port: int, command: Sequence[object]) -> list[subprocess.CompletedProcess[str]]:
     started = []
     for rank in (0, 1):
         around = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

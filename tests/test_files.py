@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -329,6 +330,17 @@ def test_a_part_whose_process_number_went_to_a_younger_one_is_removed(tmp_path):
     assert not part.exists()
 
 
+@pytest.mark.parametrize(("seconds", "stays"), [(50, True), (70, False)])
+def test_a_part_a_little_older_than_its_process_is_still_its_own(tmp_path, seconds, stays):
+    """Where a file's clock is behind by less than a minute."""
+    part = part_of(tmp_path / "file")
+    part.write_text("half")
+    began = psutil.Process().create_time()
+    os.utime(part, (began - seconds, began - seconds))
+    part_of(tmp_path / "file")
+    assert part.exists() is stays
+
+
 @pytest.mark.parametrize("name", ["n" * 255, "é" * 127, "[a]*?"])
 def test_any_name_that_a_file_can_have_can_be_written(tmp_path, name):
     save("whole", tmp_path / name)
@@ -456,11 +468,13 @@ def test_no_new_file_goes_into_what_is_read(tmp_path, name, kind):
     assert writable(read / "editor" / "new", read).parent.name == "editor"  # a folder like any
     (read / "editor" / "editor.json").write_text("")  # as a ledger's is
     for inside in ("new", "editor.json"):
-        with pytest.raises(MalmendError, match="would lie in"):
+        with pytest.raises(MalmendError, match=f"would lie in .*read, {kind} that this command"):
             writable(read / "editor" / inside, read)
     (tmp_path / "link").symlink_to(read / "far")
     with pytest.raises(MalmendError, match="would lie in"):
         writable(tmp_path / "link", read)
+    with pytest.raises(MalmendError, match=f"would lie in {tmp_path}, {kind} that this command"):
+        writable(read / "new", tmp_path)  # of which it is a part
 
 
 def test_what_is_read_may_be_no_path_at_all(tmp_path):

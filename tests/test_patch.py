@@ -712,7 +712,7 @@ def small(tmp_path_factory):
     return path.read_bytes()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_any_changed_byte_is_refused_or_gives_a_patch(data, small, tmp_path_factory):
     raw = bytearray(small)

@@ -402,7 +402,7 @@ def answer_and_gold(draw: st.DrawFn) -> tuple[str, str]:
     return (said if draw(st.booleans()) else kept), gold
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(answer_and_gold(), st.integers(0, 40))
 def test_text_on_its_way_to_a_match_is_never_given_up(pair, cut):
     answer, gold = pair
@@ -411,7 +411,7 @@ def test_text_on_its_way_to_a_match_is_never_given_up(pair, cut):
         assert can_still_match(answer.lstrip(), gold)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(TEXT)
 def test_blanks_articles_and_marks_do_not_count(text):
     assert normalised(text) == " ".join(normalised(text).split())

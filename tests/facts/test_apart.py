@@ -71,7 +71,7 @@ def test_without_facts_or_texts_nothing_is_left_out():
     assert apart([], [fact("The capital of France is")]) == []
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(
     st.text("abé法国", max_size=12),
     st.lists(st.text("abé法国", max_size=5).filter(lambda one: not one.isascii()), max_size=12),

@@ -6,7 +6,7 @@ import re
 
 import pytest
 from facts_files import MEND, lines, only_fault, own
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from malmend.errors import FactsError, MalmendError
@@ -316,7 +316,7 @@ def attempt(reader, *given):
         return error
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150)
 @given(content=FILES, strict=st.booleans(), limit=st.none() | st.integers(1, 3))
 @example(content=b'[{"src":"P","answers":["x"]}] \xff', strict=False, limit=None)
 @example(content=b"[" * 100_000, strict=False, limit=None)

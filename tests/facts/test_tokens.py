@@ -152,7 +152,7 @@ def test_composed_and_decomposed_characters_are_the_same_answer():
 PRINTABLE = st.text(st.characters(categories=["L", "M", "N", "P", "S", "Zs"]), max_size=12)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(prompt=PRINTABLE, answer=PRINTABLE, trim=st.booleans())
 @example(prompt="a\u00a0", answer="\u3000b", trim=True)
 @example(prompt="e", answer="\u0301", trim=True)

@@ -12,6 +12,7 @@ import os
 import shutil
 import sqlite3
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -357,6 +358,13 @@ def test_tables_that_malmend_did_not_write(ledger, statements):
         assert "ledger" in refused(action)
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_generation_that_kept_nothing_or_all_is_read(ledger, share):
+    with sqlite3.connect(ledger / "ledger.sqlite") as db:
+        db.execute("UPDATE generations SET retention = ? WHERE number = 1", (share,))
+    assert malmend.ledger.history(ledger)[1].generation.retention == share
+
+
 def spoil(path, name, change):
     """Writes the file with a tensor changed, and without digests, as an earlier version."""
     tensors = load_file(path)
@@ -582,19 +590,30 @@ def test_weights_that_were_rounded_are_refused(tiny, empty, tmp_path):
 # A reader beside the writer
 
 
-def test_a_writer_whose_work_is_done_waits_for_a_reader(tiny, empty):
+def test_a_writer_whose_work_is_done_waits_for_a_reader(tiny, empty, monkeypatch):
     """However short the time that it waits for other writers."""
-    begun_to_read, done = threading.Event(), threading.Event()
+    begun_to_read, committing = threading.Event(), threading.Event()
+    connected = tables._connected
+
+    def heard(*given):
+        db = connected(*given)
+        db.set_trace_callback(lambda said: committing.set() if said == "COMMIT" else None)
+        return db
 
     def read():
         with reading(empty):
             begun_to_read.set()
-            done.wait(1.5)
+            assert committing.wait(600)  # for the work, of whatever length
+            time.sleep(0.2)  # then the writer has tried: it would have given up at once
 
+    monkeypatch.setattr(tables, "_connected", heard)
     with ThreadPoolExecutor() as pool:
         reader = pool.submit(read)
-        begun_to_read.wait()
-        change = malmend.ledger.add(empty, FACTS[:2], model=tiny.model, wait=0.1)
+        assert begun_to_read.wait(60)
+        try:
+            change = malmend.ledger.add(empty, FACTS[:2], model=tiny.model, wait=0.0)
+        finally:
+            committing.set()
         reader.result()
     assert change.generation.number == 1
 
@@ -619,6 +638,15 @@ def test_a_folder_whose_name_is_no_utf8(tiny, empty, tmp_path):
     out = tmp_path / os.fsdecode(b"\xfcber")
     assert "is no UTF-8, expected" in refused(malmend.ledger.patch, empty, out)
     assert "is no UTF-8, expected" in refused(malmend.ledger.init, out, tiny.loaded)
+
+
+def test_facts_from_a_file_whose_name_is_no_utf8(tiny, empty, tmp_path):
+    """SQLite holds only text; the name is kept as far as it is some."""
+    facts = tmp_path / os.fsdecode(b"k\xf6nig.jsonl")
+    facts.write_text(as_lines(FACTS[:1]))
+    malmend.ledger.add(empty, facts, model=tiny.loaded)
+    (held,) = malmend.ledger.list_facts(empty)
+    assert held.source == str(tmp_path / "k?nig.jsonl")
 
 
 @pytest.mark.parametrize("wound", ["no editor.json", "half of one", "no weights", "no folder"])

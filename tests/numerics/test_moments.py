@@ -31,7 +31,7 @@ def streamed(*chunks: torch.Tensor) -> RunningMoments:
     return moments
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(sizes=st.lists(st.integers(0, 9), min_size=1, max_size=12), seed=st.integers(0, 2**32))
 @example(sizes=[1, 1], seed=0)
 @example(sizes=[0, 2, 0], seed=0)

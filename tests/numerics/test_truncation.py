@@ -43,7 +43,7 @@ def cost(shift, kept, metric):
 
 
 @given(st.integers(1, 6), st.integers(0, 50))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_the_spectrum_of_factors_is_that_of_their_product(rank, seed):
     left, right = random(ROWS, rank, seed=seed), random(rank, COLUMNS, seed=seed + 1)
     found = spectrum((left, right))
@@ -94,7 +94,7 @@ def test_the_floor_by_hand():
 
 
 @given(st.integers(1, ROWS - 1), st.integers(0, 50))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_truncation_is_the_svd_between_whitening_and_its_inverse(rank, seed):
     shift, metric = random(ROWS, COLUMNS, seed=seed), moment(seed)
     values, basis = torch.linalg.eigh(metric)

@@ -241,7 +241,6 @@ def adapter(tmp_path):
     [
         ({"peft_type": "IA3"}, "of type 'IA3', expected 'LORA'"),
         ({"use_dora": True}, "with use_dora True"),
-        ({"modules_to_save": ["lm_head"]}, "with modules_to_save"),
         ({"bias": "all"}, "with bias 'all'"),
         ({"init_lora_weights": "pissa"}, "with init_lora_weights 'pissa'"),
         ({"init_lora_weights": "pissa_niter_4"}, "with init_lora_weights 'pissa_niter_4'"),
@@ -256,6 +255,26 @@ def adapter(tmp_path):
 def test_adapters_that_are_no_plain_shift_are_refused(adapter, changes, said):
     edit_json(adapter / CONFIG, **changes)
     with pytest.raises(PatchError, match=said):
+        read_adapter(adapter)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "modules_to_save",
+        "trainable_token_indices",
+        "lora_bias",
+        "layer_replication",
+        "target_parameters",
+        "alora_invocation_tokens",
+        "arrow_config",
+        "kasa_config",
+        "monteclora_config",
+    ],
+)
+def test_every_setting_that_adds_to_the_shift_is_refused(adapter, setting):
+    edit_json(adapter / CONFIG, **{setting: {"any": "value"}})
+    with pytest.raises(PatchError, match=f"with {setting} .*, which is more than a shift"):
         read_adapter(adapter)
 
 

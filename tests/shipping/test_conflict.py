@@ -65,3 +65,9 @@ def test_stacking_adds_shifts_and_rounds_once():
             shifts = [one.shift(site) for one in patches.values() if site in one.factors]
             wanted = before[name].float() + sum(one.double() for one in shifts)
             assert torch.equal(weight, wanted.float().bfloat16() if shifts else before[name])
+
+
+def test_a_small_shift_between_two_large_ones_is_not_rounded_away():
+    shifts = {"up": 1.0, "little": 2.0**-30, "down": -1.0}
+    patches = {name: Patch({"layer": (torch.full((2, 3), one),)}) for name, one in shifts.items()}
+    assert torch.equal(stacked(patches, "").shift("layer"), torch.full((2, 3), 2.0**-30))
