@@ -253,19 +253,14 @@ def test_the_keyboard_is_enough(opened):
 
 
 @pytest.mark.slow
-def test_four_thousand_facts_stay_quick(opened):
+def test_of_four_thousand_facts_a_page_is_drawn(opened):
     page = opened(many(4096))
     assert page.shown == [f"f{index}" for index in range(50)]
     assert page.one("#page").text == "page 1 of 82"
     page.one("#next").click()
     assert page.shown[0] == "f50"
-    took = page.js(
-        "const start = performance.now();"
-        "const box = document.querySelector('input[value=failure]');"
-        "box.checked = true; box.dispatchEvent(new Event('change'));"
-        "return performance.now() - start"
-    )
-    assert took < 5000  # milliseconds; a tenth of a second where nothing else runs
+    page.one("input[value=failure]").click()
+    assert len(page.all("#rows tr.fact")) == 50  # no more are there, hidden or not
     assert page.one("#shown").text == "410 of 4,096 facts."
     assert page.shown == [f"f{10 * index}" for index in range(50)]
     page.one("#relation option[value='3']").click()  # r3, of the fourth fact
