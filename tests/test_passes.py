@@ -15,7 +15,7 @@ import torch
 import command_support
 import malmend
 from command_support import CALIBRATION, make_facts, make_model
-from malmend import material, workbench
+from malmend import material
 from malmend.cli import show
 from malmend.commands.edit import DISCARDED
 from malmend.editors import draws, restore, settle
@@ -435,7 +435,7 @@ def test_a_budget_is_planned_with_all_rows_that_a_solve_has(tokens, refine, tiny
             super().__init__(keys_NK, *given)
             solved.append(len(keys_NK))
 
-    monkeypatch.setattr(workbench, "plan_memory", plan)
+    monkeypatch.setattr("malmend.methods.editor_method.plan_memory", plan)
     settings = replace(training_free(), tokens=tokens, layers=2, eta=1.0)
     with monkeypatch.context() as patch:
         patch.setattr("malmend.editors.malmen.RidgeFactor", Noted)

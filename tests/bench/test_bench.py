@@ -19,6 +19,7 @@ import command_support
 import helpers
 import malmend
 from command_support import malmend as command
+from malmend import workbench
 from malmend.bench import asking as asking_module
 from malmend.bench import cell as cell_module
 from malmend.bench import making as making_module
@@ -337,7 +338,7 @@ def test_what_lies_in_the_working_folder_is_no_part_of_a_cell(given, plan, tmp_p
 def test_another_editor_of_the_package_is_another_cell(plan, tmp_path, monkeypatch):
     about = tmp_path / "any" / "editor.json"
     about.parent.mkdir()
-    monkeypatch.setattr(making_module, "shipped", lambda _name: tmp_path)
+    monkeypatch.setattr(workbench, "shipped", lambda _name: tmp_path)
     facts = command_support.make_facts(4)
     keys: dict[str, list[str]] = {}
     methods = {"auto": {"passes": 1}, "none": {"layers": 2}, "ft": {}}

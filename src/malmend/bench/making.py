@@ -19,7 +19,7 @@ from malmend.editors.refine import SETTLING, UNSAID
 from malmend.facts.fact import Fact
 from malmend.models.identity import tokenizer_digest
 from malmend.models.load import LoadedModel
-from malmend.workbench import shipped
+from malmend.workbench import shipped_editors
 
 SMALL = ("*.json", "*.jinja", "*.model", "*.txt")  # of a model's files, what is not its weights
 
@@ -75,7 +75,7 @@ def _editor(cell: Cell) -> list[str]:
     if way.editor == "none" or way.method is not None or way.context is not None:
         return ["", ""]
     if way.editor == "auto":
-        return [*map(_digest, sorted(shipped("editors").glob("*/editor.json")))]
+        return [_digest(one / "editor.json") for one in shipped_editors()]
     return [_digest(Path(way.editor) / name) for name in ("editor.json", "editor.safetensors")]
 
 

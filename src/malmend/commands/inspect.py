@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from malmend.editors.checkpoint import load_editor
+from malmend.editors.folder import said_in
 from malmend.errors import MalmendError
 from malmend.evaluation.page import FIGURES, PAGE
 from malmend.facts.entry import short
@@ -166,8 +167,7 @@ def _trained(path: Path) -> Inspection:
     method = trained_method(path)
     assert method is not None
     ends = method.end_of_answer  # reads the whole folder
-    about = json.loads((path / "editor.json").read_text(encoding="utf-8"))
-    return Inspection("editor", str(path), {**about, "end_of_answer": ends})
+    return Inspection("editor", str(path), {**said_in(path), "end_of_answer": ends})
 
 
 def _patch(path: Path) -> Inspection:

@@ -33,7 +33,7 @@ from malmend.facts.readers import given_questions
 from malmend.files import reason
 from malmend.given import checked
 from malmend.material import calibrated
-from malmend.models.budget import MemoryPlan, Work, check_memory, watched
+from malmend.models.budget import MemoryPlan, Work, check_memory, plan_memory, watched
 from malmend.models.load import LoadedModel
 from malmend.models.store import ActivationStore
 from malmend.models.trunk import TrunkSettings
@@ -50,7 +50,6 @@ from malmend.workbench import (
     lay_out,
     opened,
     trunk_folder,
-    within_memory,
 )
 
 
@@ -185,7 +184,8 @@ def _within(
     questions = bench.encoder.encode_all(fact.question for fact in facts)
     extra = step_bytes(start, bench.trunk, training, questions)
     work = Work(questions, start.settings.tokens, extra, partial(rehearse, bench.trunk))
-    return within_memory(bench, memory, work)
+    plan = plan_memory(bench.trunk, memory, work)
+    return bench.within(plan), plan
 
 
 def _trained(

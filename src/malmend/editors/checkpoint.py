@@ -7,7 +7,6 @@ holds what resuming needs and may be deleted.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -20,6 +19,7 @@ from malmend.editors.editor import Editor, SiteStatistics
 from malmend.editors.folder import (
     identity_of,
     read_folder,
+    said_in,
     settings_of,
     weights_in,
     whole,
@@ -70,7 +70,7 @@ def seen_in_training(folder: Path, identity: str, facts: Sequence[Fact]) -> int 
     None where it is not the editor of this identity that lies there.
     """
     try:
-        about = json.loads((folder / "editor.json").read_text(encoding="utf-8"))
+        about = said_in(folder)
         return _seen(about, facts) if identity_of(weights_in(folder, about)) == identity else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None  # whoever reads it next says what is wrong

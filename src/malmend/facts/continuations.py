@@ -7,7 +7,7 @@ to the text, and any text of a user's can be.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from malmend.errors import FactsError, MalmendError
 from malmend.facts.fact import Fact, Question, Skipped
@@ -82,8 +82,3 @@ def _fits(encoder: Encoder, question: Question, tokens: int) -> bool:
         return encoder.encode(question).counted == tokens
     except MalmendError:  # a sign that the tokenizer does not know
         return False
-
-
-def as_rows(facts: Sequence[Fact]) -> list[dict[str, str]]:
-    """Objects of malmend's own format."""
-    return [{"id": f.id, "prompt": f.prompt, "answer": f.answer} for f in facts]

@@ -1,14 +1,17 @@
-"""The JSON objects of a facts file's text, with their places, or what stands in their place."""
+"""The JSON objects of a facts file: those of a text, with their places, and those of facts."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from malmend.facts.entry import Entry, Faults, broken, described, once
+from malmend.facts.fact import Fact
 from malmend.facts.formats import FORMATS, OWN_FIELDS
+from malmend.files import written_beside
 
 OBJECT = "give an object with 'prompt' and 'answer', or with the fields of another format"
 
@@ -23,6 +26,15 @@ def entries_of(text: str, source: str, faults: Faults) -> list[Entry]:
         faults.append(whole)
         return []
     return list(_line_entries(text, source, faults))
+
+
+def write_facts(facts: Iterable[Fact], path: str | Path) -> None:
+    """Writes what is edited of facts, and their subjects, in malmend's own format."""
+    with written_beside(path) as beside, beside.open("w", encoding="utf-8") as file:
+        for fact in facts:
+            fields = {"id": fact.id, "prompt": fact.prompt, "answer": fact.answer}
+            about = {} if fact.subject is None else {"subject": fact.subject}
+            file.write(json.dumps(fields | about, ensure_ascii=False) + "\n")
 
 
 def wrapped(fields: Mapping[str, object]) -> str | None:

@@ -25,12 +25,12 @@ from malmend.methods.by_editor import find_by_editor, refinable
 from malmend.methods.editor_choice import Choice
 from malmend.methods.method import Found
 from malmend.methods.settling import Holding
-from malmend.models.budget import MemoryPlan, Work, rows_of
+from malmend.models.budget import MemoryPlan, Work, plan_memory, rows_of
 from malmend.models.load import LoadedModel
 from malmend.models.sites import Site, around
 from malmend.processes import ALONE, Processes
 from malmend.progress import Progress
-from malmend.workbench import Workbench, within_memory
+from malmend.workbench import Workbench
 
 # Fields of RefineSettings that settling alone reads, and that later solves alone do.
 OF_SETTLING = ("steps", "wordings", "hold", "around")
@@ -167,9 +167,8 @@ class ByEditor:
             also=partial(self.rehearse, bench),
             rows=self.rows(bench, mine, questions),
         )
-        within, plan = within_memory(self.own(bench), memory, work)
-        trunk = bench.trunk.again(within.trunk.settings, within.trunk.room)
-        return replace(bench, trunk=trunk), plan
+        plan = plan_memory(self.own(bench).trunk, memory, work)
+        return bench.within(plan), plan
 
     def rows(self, bench: Workbench, facts: Sequence[Fact], questions: Sequence[Encoded]) -> int:
         """How many rows a solve of these facts has at most, whose questions these are."""
