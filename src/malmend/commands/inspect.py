@@ -18,7 +18,7 @@ from malmend.evaluation.page import FIGURES, PAGE
 from malmend.facts.entry import short
 from malmend.facts.fact import training_digests
 from malmend.facts.lint import leaks, unseen
-from malmend.facts.readers import beside, read_facts
+from malmend.facts.readers import nearest_file, read_facts
 from malmend.files import reason
 from malmend.given import checked
 from malmend.ledgers.tables import FILE as LEDGER
@@ -98,7 +98,7 @@ def inspect(
         return read(path)
     _check_is_read(path)
     if path.suffix.startswith(FILES) and not path.is_dir():
-        hint = beside(path) or "."
+        hint = nearest_file(path) or "."
         raise MalmendError(f"There is no file {thing}{hint} Give a file, or a model's name.")
     return model()
 

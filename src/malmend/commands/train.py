@@ -12,12 +12,12 @@ from typing import Any
 
 from malmend.editors.calibration import CalibrationSettings
 from malmend.editors.checkpoint import SavedEditor, load_editor, save_editor
-from malmend.editors.drawing import check_trainable
 from malmend.editors.editor import Editor
 from malmend.editors.resuming import check_run, rounds_otherwise, run_of
 from malmend.editors.settings import EditorSettings
 from malmend.editors.train_settings import TrainSettings
 from malmend.editors.training import StepRecord, Trainer, estimate_seconds, rehearse, step_bytes
+from malmend.editors.training_facts import check_trainable
 from malmend.editors.training_folder import (
     check_folder,
     check_steps,
@@ -157,7 +157,7 @@ def train(
             start, bench.trunk, bench.encoder, known, others, training, store, processes
         )
         about = _about(bench, known, others, training)
-        about["calibration_sha256"] = found.read
+        about["calibration_sha256"] = found.digest
         for line in (*skipped_said(known.skipped), *unseen_said(unseen(known))):
             told(line)
         records = _resumed(trainer, folder, about, told)

@@ -20,7 +20,7 @@ from malmend.editors.folder import (
     identity_of,
     read_folder,
     said_in,
-    settings_of,
+    settings_from,
     weights_in,
     whole,
     write_folder,
@@ -192,8 +192,8 @@ def _settings(raw: Mapping[str, Any]) -> EditorSettings:
                 f"The editor has an unknown setting {name!r}{nearest(name, known)}; it was written "
                 "by a newer version of malmend, use that."
             )
-    descent, network = raw["descent"], settings_of(NetworkSettings, raw["network"])
-    descent = None if descent is None else settings_of(Descent, descent)
+    descent, network = raw["descent"], settings_from(NetworkSettings, raw["network"])
+    descent = None if descent is None else settings_from(Descent, descent)
     given = {**raw, "network": network, "descent": descent}
-    settings: EditorSettings = settings_of(EditorSettings, given)
+    settings: EditorSettings = settings_from(EditorSettings, given)
     return settings

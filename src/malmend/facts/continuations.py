@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from malmend.errors import FactsError, MalmendError
 from malmend.facts.fact import Fact, Question, Skipped
-from malmend.facts.lint import default_id, same_prompt
+from malmend.facts.lint import default_id, prompt_key
 from malmend.facts.tokens import Encoder
 
 TRIED = 32  # places in a line at which prompt and answer may part
@@ -54,7 +54,7 @@ def continuations(
         if parted is None:
             continue
         fact = Fact(default_id(parted.prompt), parted.prompt, parted.answer or "", line=number)
-        earlier = found.setdefault(same_prompt(fact.prompt), fact)
+        earlier = found.setdefault(prompt_key(fact.prompt), fact)
         if earlier is not fact:
             skipped.append(Skipped(fact, earlier))
     if not found:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from malmend.facts.entry import Entry, Faults, broken, described, once
+from malmend.facts.entry import Faults, FileEntry, broken, described, once
 from malmend.facts.fact import Fact
 from malmend.facts.formats import FORMATS, OWN_FIELDS
 from malmend.files import written_beside
@@ -16,7 +16,7 @@ from malmend.files import written_beside
 OBJECT = "give an object with 'prompt' and 'answer', or with the fields of another format"
 
 
-def entries_of(text: str, source: str, faults: Faults) -> list[Entry]:
+def entries_of(text: str, source: str, faults: Faults) -> list[FileEntry]:
     """Every object of a JSON list or of JSON Lines; what is none goes to ``faults``."""
     if is_list(text):
         return list(_list_entries(text, source, faults))
@@ -101,7 +101,7 @@ def is_facts(text: str) -> bool:
     return isinstance(value[0] if isinstance(value, list) and value else value, dict)
 
 
-def _line_entries(text: str, source: str, faults: Faults) -> Iterator[Entry]:
+def _line_entries(text: str, source: str, faults: Faults) -> Iterator[FileEntry]:
     # only "\n" ends a line: str.splitlines would also cut at U+2028, which JSON strings may hold
     refused = {number for number, _ in faults}  # which are no UTF-8
     for number, line in enumerate(text.split("\n"), start=1):
@@ -114,10 +114,10 @@ def _line_entries(text: str, source: str, faults: Faults) -> Iterator[Entry]:
             fault = f"{where}: {broken(error)}; give one whole JSON object per line"
             faults += [] if number in refused else [(number, fault)]
         else:
-            yield from _object(Entry(where, number, number, {}, faults), value)
+            yield from _object(FileEntry(where, number, number, {}, faults), value)
 
 
-def _list_entries(text: str, source: str, faults: Faults) -> Iterator[Entry]:
+def _list_entries(text: str, source: str, faults: Faults) -> Iterator[FileEntry]:
     # entry by entry, because json.loads on the whole does not tell at which line an entry starts
     decode = json.JSONDecoder(object_pairs_hook=once).raw_decode
     position, counted, line, number, mark = _past_space(text, text.index("[") + 1), 0, 1, 0, ","
@@ -134,7 +134,7 @@ def _list_entries(text: str, source: str, faults: Faults) -> Iterator[Entry]:
             faults.append((at, fault))
             return
         where = f"{source}:{line}: entry {number}"
-        yield from _object(Entry(where, line, number, {}, faults), value)
+        yield from _object(FileEntry(where, line, number, {}, faults), value)
         position = _past_space(text, position)
         mark, position = text[position : position + 1], position + 1
     if mark != "]":
@@ -151,7 +151,7 @@ def _past_space(text: str, position: int) -> int:
     return found.end() if found else position
 
 
-def _object(place: Entry, value: object) -> Iterator[Entry]:
+def _object(place: FileEntry, value: object) -> Iterator[FileEntry]:
     if isinstance(value, dict):
         place.single(value)
         yield replace(place, fields=value)

@@ -145,12 +145,12 @@ class ByEditor:
         """Whether layers beside the editor's own are descended too."""
         return self.settles and self.refine.around and self.choice.settings.sites is None
 
-    def beside(self, bench: Workbench, facts: Sequence[Fact]) -> int:
+    def settling_bytes(self, bench: Workbench, facts: Sequence[Fact]) -> int:
         """Bytes that a memory's plan has to leave beside micro-batches and captured tensors."""
         if not self.settles:
             return 0
         lines = self.lines(bench.encoder, facts)[: lines_for(self.refine.steps)]
-        return settle.beside(bench.trunk, self.processes.share(lines))
+        return settle.settling_bytes(bench.trunk, self.processes.share(lines))
 
     def within(
         self, bench: Workbench, facts: Sequence[Fact], memory: str | None
@@ -163,7 +163,7 @@ class ByEditor:
         work = Work(
             questions,
             self.choice.settings.tokens,
-            extra=self.beside(bench, facts),
+            extra=self.settling_bytes(bench, facts),
             also=partial(self.rehearse, bench),
             rows=self.rows(bench, mine, questions),
         )
