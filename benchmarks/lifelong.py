@@ -38,7 +38,7 @@ from malmend.editors.checkpoint import load_editor
 from malmend.editors.editor import Editor
 from malmend.evaluation.examiner import Examiner
 from malmend.evaluation.perplexity import perplexity, unread
-from malmend.evaluation.protocols import stayed
+from malmend.evaluation.protocols import scores
 from malmend.evaluation.replies import Replies
 from malmend.facts.fact import Fact
 from malmend.facts.readers import read_text
@@ -81,7 +81,7 @@ class Judge:
         with shifted(list(bench.trunk.sites), shifts):
             after = examiner.examine(facts, decode_facts=self.decode)
             surprise = perplexity(bench.loaded, bench.trunk, self.text)
-        left = stayed(before, after, "LS")
+        left = scores(after, before)["LS"]
         return {
             **success(after),
             "retention": left.retention,

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -164,3 +165,9 @@ def mixture(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     sizes |= {"vocab_size": len(tokenizer), "eos_token_id": 0, "initializer_range": 0.3}
     torch.manual_seed(0)
     return MixtralForCausalLM(MixtralConfig(**sizes)).eval()
+
+
+def weights_of(folder: Path) -> Path:
+    """The weights in an editor's folder."""
+    (path,) = folder.glob("editor-*.safetensors")
+    return path

@@ -102,7 +102,7 @@ def calibrated_alike(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets a run go on with an editor that was calibrated quickly, as the command line cannot."""
     said = json.loads((folder / "editor.json").read_text())["calibration_sha256"]
     monkeypatch.setattr(
-        train_module, "calibrated", lambda *a, **k: replace(calibrated(*a, **k), read=said)
+        train_module, "calibrated", lambda *a, **k: replace(calibrated(*a, **k), digest=said)
     )
 
 

@@ -15,7 +15,7 @@ import torch
 import command_support
 import malmend
 from command_support import CALIBRATION, make_facts, make_model
-from malmend import material, workbench
+from malmend import material
 from malmend.cli import show
 from malmend.commands.edit import DISCARDED
 from malmend.editors import draws, restore, settle
@@ -407,7 +407,7 @@ def test_a_budget_is_planned_with_the_lines_that_are_held(tiny, briefly):
     held = edits.lines(bench.encoder, few)[: draws.lines_for(4)]
     tokens, width = sum(len(one.sources) for one in held), tiny.loaded.model.config.hidden_size
     assert tokens > 0
-    assert edits.beside(bench, few) - none.beside(bench, few) == tokens * width * 4
+    assert edits.settling_bytes(bench, few) - none.settling_bytes(bench, few) == tokens * width * 4
 
 
 def test_a_budget_is_planned_with_all_layers_that_settle(tiny, briefly):
@@ -415,7 +415,7 @@ def test_a_budget_is_planned_with_all_layers_that_settle(tiny, briefly):
     edits = ByEditor(chosen, text=tiny.text, refine=replace(SETTLED, hold=0.0))
     sites = edits.sites_in(tiny.loaded.model)
     assert len(sites) > len(find_sites(tiny.loaded.model))
-    planned = edits.beside(lay_out(tiny.loaded, sites, "eos"), [*FEW])
+    planned = edits.settling_bytes(lay_out(tiny.loaded, sites, "eos"), [*FEW])
     sizes = [site.shape_VK for site in sites]
     assert planned == 4 * sum(7 * v * k + k * k for v, k in sizes)  # float32
 
@@ -435,7 +435,7 @@ def test_a_budget_is_planned_with_all_rows_that_a_solve_has(tokens, refine, tiny
             super().__init__(keys_NK, *given)
             solved.append(len(keys_NK))
 
-    monkeypatch.setattr(workbench, "plan_memory", plan)
+    monkeypatch.setattr("malmend.methods.editor_method.plan_memory", plan)
     settings = replace(training_free(), tokens=tokens, layers=2, eta=1.0)
     with monkeypatch.context() as patch:
         patch.setattr("malmend.editors.malmen.RidgeFactor", Noted)
@@ -749,7 +749,7 @@ def test_a_budget_is_planned_with_what_follows_the_first_solve(
     seen = set()
     monkeypatch.setattr(restore, "rehearse", lambda _trunk, _some: seen.add("restore"))
     monkeypatch.setattr(settle, "rehearse", lambda _trunk, _some: seen.add("settle"))
-    monkeypatch.setattr(settle, "beside", lambda _trunk, _held: seen.add("beside") or 1000)
+    monkeypatch.setattr(settle, "settling_bytes", lambda _trunk, _held: seen.add("beside") or 1000)
     malmend.edit(tiny.loaded, FEW, memory="6GB", refine=refine, **own(tiny))
     assert seen == rehearsed
 

@@ -18,8 +18,8 @@ from malmend.editors.around import Around, load_around, save_around
 from malmend.editors.calibration import Calibration, CalibrationSettings, calibrate
 from malmend.editors.calibration_file import (
     calibration_key,
+    inputs_of,
     load_calibration,
-    read,
     save_calibration,
 )
 from malmend.editors.keymoments import first_of, key_moments, passages_of
@@ -62,7 +62,7 @@ def calibrated(
     """
     known, words, general, far = _calibration_data(bench, facts, text, settings)
     general = [*general, *questions]
-    said = json.dumps(read(settings, known, words, [*general, *far]), sort_keys=True)
+    said = json.dumps(inputs_of(settings, known, words, [*general, *far]), sort_keys=True)
     given = (bench.trunk, bench.encoder, editor_settings, known, words, settings)
     found = kept(
         _kept_at(bench, editor_settings, settings, known, words, [*general, *far]),
@@ -71,7 +71,7 @@ def calibrated(
         save_calibration,
         MOST_KEPT,
     )
-    return replace(found, read=hashlib.sha256(said.encode()).hexdigest())
+    return replace(found, digest=hashlib.sha256(said.encode()).hexdigest())
 
 
 def around_sites(

@@ -44,7 +44,6 @@ def only_writer(folder: Path) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            Path(
-                lock.lock_file
-            ).unlink()  # while it is held: whoever waits sees it gone, and makes one
+            # While it is held: whoever waits sees it gone, and makes one.
+            Path(lock.lock_file).unlink()
         lock.release()

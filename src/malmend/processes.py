@@ -51,8 +51,7 @@ class Processes:
         if facts < self.count:
             raise MalmendError(
                 f"There {'is 1 fact' if facts == 1 else f'are {facts} facts'} and {self.count} "
-                "processes, which need one each; start "
-                "fewer."
+                "processes, which need one each; start fewer."
             )
 
     def summed(self, tensor: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ of its configuration and weights.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -16,13 +15,14 @@ from typing import Any
 from torch import nn
 
 from malmend.editors.checkpoint import seen_in_training
+from malmend.editors.folder import said_in
 from malmend.errors import FactsError, MalmendError, ModelError, counted
 from malmend.evaluation.classes import away as away_from_said
 from malmend.facts.alternatives import towards_alternatives
 from malmend.facts.fact import Fact, FactSet, facts_digest
 from malmend.facts.readers import facts_of, read_text
 from malmend.facts.tokens import Encoder, EndOfAnswer
-from malmend.models.budget import MemoryPlan, Work, plan_memory, within
+from malmend.models.budget import MemoryPlan, within
 from malmend.models.device import CPU, SPREAD, places_of
 from malmend.models.forms import positions_of
 from malmend.models.load import (
@@ -52,6 +52,10 @@ class Workbench:
     trunk: Trunk
     encoder: Encoder
 
+    def within(self, plan: MemoryPlan) -> Workbench:
+        """The same by a memory's plan."""
+        return replace(self, trunk=within(self.trunk, plan, cached("spill")))
+
 
 def lay_out(
     loaded: LoadedModel,
@@ -68,16 +72,6 @@ def lay_out(
     check_bare(loaded)
     cut = Trunk(loaded.model, sites, trunk, trunk_folder(loaded))
     return Workbench(loaded, cut, encoder_for(loaded, end_of_answer, chat))
-
-
-def within_memory(bench: Workbench, memory: str, work: Work) -> tuple[Workbench, MemoryPlan]:
-    """The bench within a budget such as "4GB", and how it is spent.
-
-    Raises:
-        MalmendError: as :func:`malmend.models.budget.plan_memory`.
-    """
-    plan = plan_memory(bench.trunk, memory, work)
-    return replace(bench, trunk=within(bench.trunk, plan, cached("spill"))), plan
 
 
 def trunk_folder(loaded: LoadedModel) -> Path:
@@ -210,10 +204,12 @@ def tokenizer_of(model: str | LoadedModel) -> object:
 
 def shipped_editor(base: str) -> Path | None:
     """The folder of the editor that the package carries for a model with this fingerprint."""
-    for about in sorted(shipped("editors").glob("*/editor.json")):
-        if json.loads(about.read_text(encoding="utf-8"))["base"] == base:
-            return about.parent
-    return None
+    return next((one for one in shipped_editors() if said_in(one).get("base") == base), None)
+
+
+def shipped_editors() -> list[Path]:
+    """The folders of all editors that the package carries."""
+    return [about.parent for about in sorted(shipped("editors").glob("*/editor.json"))]
 
 
 def trained_on(said: Mapping[str, Any], facts: Sequence[Fact]) -> int | None:
@@ -225,9 +221,7 @@ def trained_on(said: Mapping[str, Any], facts: Sequence[Fact]) -> int | None:
     name, identity = said.get("editor"), said.get("editor_id")
     if not isinstance(name, str) or not isinstance(identity, str):
         return None
-    carried = shipped("editors").glob("*/editor.json")
-    is_shipped = name.startswith(SHIPPED)
-    folders = [about.parent for about in carried] if is_shipped else [Path(name)]
+    folders = shipped_editors() if name.startswith(SHIPPED) else [Path(name)]
     counts = (seen_in_training(folder, identity, facts) for folder in folders)
     return next((count for count in counts if count is not None), None)
 

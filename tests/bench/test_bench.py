@@ -19,6 +19,7 @@ import command_support
 import helpers
 import malmend
 from command_support import malmend as command
+from malmend import workbench
 from malmend.bench import asking as asking_module
 from malmend.bench import cell as cell_module
 from malmend.bench import making as making_module
@@ -27,10 +28,10 @@ from malmend.bench.asking import Asking
 from malmend.bench.cell import drawn, run_cell
 from malmend.bench.making import key_of
 from malmend.bench.plan import Plan, read_plan
+from malmend.bench.planned_method import PlannedMethod, planned_method, source_of
 from malmend.bench.results import NAME, Results
 from malmend.bench.run import bench, bench_plot, bench_table
 from malmend.bench.table import failures, markdown
-from malmend.bench.way import Way, source_of, way_of
 from malmend.editors.checkpoint import save_editor
 from malmend.editors.editor import Editor, SiteStatistics
 from malmend.editors.refine import RefineSettings
@@ -143,23 +144,23 @@ def test_files_that_are_no_plan(content, tmp_path):
 
 
 def test_what_stands_under_a_name_becomes_settings():
-    assert way_of("ft", {"epochs": 7, "most": 64}).method == FineTuning(epochs=7)
-    assert way_of("held", {"method": "ft-kl"}).method == FineTuningKL()
-    solved = way_of("once", {"passes": 1, "frames": ["{prompt}!"]})
+    assert planned_method("ft", {"epochs": 7, "most": 64}).method == FineTuning(epochs=7)
+    assert planned_method("held", {"method": "ft-kl"}).method == FineTuningKL()
+    solved = planned_method("once", {"passes": 1, "frames": ["{prompt}!"]})
     assert (solved.editor, solved.settings) == ("auto", None)
     assert (solved.refine.passes, solved.refine.frames) == (1, ("{prompt}!",))
-    free = way_of("free", {"layers": 3, "linear": "first"})
+    free = planned_method("free", {"layers": 3, "linear": "first"})
     assert (free.editor, free.settings) == (
         "none",
         malmend.EditorSettings(layers=3, linear="first"),
     )
-    assert way_of("mend", {}).settings == malmend.EditorSettings(method="mend")
+    assert planned_method("mend", {}).settings == malmend.EditorSettings(method="mend")
     for name in ("paper", "mend-single"):
-        assert way_of(name, {"editor": "runs/paper"}) == Way(editor="runs/paper")
+        assert planned_method(name, {"editor": "runs/paper"}) == PlannedMethod(editor="runs/paper")
     for method in ("mend", "enn"):
-        named = way_of("a", {"method": method, "editor": "runs/a", "passes": 1})
-        assert named == Way(editor="runs/a", refine=RefineSettings(passes=1))
-    summed = way_of("a", {"method": "mend", "editor": "none"})
+        named = planned_method("a", {"method": method, "editor": "runs/a", "passes": 1})
+        assert named == PlannedMethod(editor="runs/a", refine=RefineSettings(passes=1))
+    summed = planned_method("a", {"method": "mend", "editor": "none"})
     assert (summed.editor, summed.settings) == ("none", malmend.EditorSettings(method="mend"))
 
 
@@ -337,7 +338,7 @@ def test_what_lies_in_the_working_folder_is_no_part_of_a_cell(given, plan, tmp_p
 def test_another_editor_of_the_package_is_another_cell(plan, tmp_path, monkeypatch):
     about = tmp_path / "any" / "editor.json"
     about.parent.mkdir()
-    monkeypatch.setattr(making_module, "shipped", lambda _name: tmp_path)
+    monkeypatch.setattr(workbench, "shipped", lambda _name: tmp_path)
     facts = command_support.make_facts(4)
     keys: dict[str, list[str]] = {}
     methods = {"auto": {"passes": 1}, "none": {"layers": 2}, "ft": {}}
@@ -362,7 +363,7 @@ def test_a_class_of_a_broken_module_is_refused(source, said, tmp_path, monkeypat
     (tmp_path / "broken_method.py").write_text(source)
     before = list(sys.path)
     with pytest.raises(MalmendError, match=f"cannot be imported .*{said}") as caught:
-        way_of("mine", {"class": "broken_method:Mine"})
+        planned_method("mine", {"class": "broken_method:Mine"})
     assert "\n" not in str(caught.value)
     assert sys.path == before
 
@@ -374,7 +375,7 @@ def test_a_class_of_the_working_folder_leaves_no_trace_in_the_path(tmp_path, mon
     (tmp_path / "lone_method.py").write_text(
         "from dataclasses import dataclass\n@dataclass\nclass Mine:\n    x: int = 1\n"
     )
-    assert way_of("mine", {"class": "lone_method:Mine", "x": 3}).method.x == 3
+    assert planned_method("mine", {"class": "lone_method:Mine", "x": 3}).method.x == 3
     assert source_of("lone_method:Mine") == tmp_path / "lone_method.py"
     assert sys.path == before
 
@@ -702,9 +703,9 @@ def test_the_plans_of_the_results_read(name, monkeypatch):
 
 
 def test_settings_may_be_nested(tmp_path):
-    descended = way_of("a", {"descent": {"steps": 2}}).settings
+    descended = planned_method("a", {"descent": {"steps": 2}}).settings
     assert descended.descent.steps == 2
-    assert way_of("a", {"descent": None}).settings.descent is None
+    assert planned_method("a", {"descent": None}).settings.descent is None
 
 
 def test_a_plan_without_a_cell_is_refused(plan, tmp_path):

@@ -19,6 +19,7 @@ from support import (
     tiny_trunk,
 )
 
+from helpers import weights_of
 from malmend.editors import checkpoint
 from malmend.editors import folder as editor_folder
 from malmend.editors.checkpoint import load_editor, save_editor
@@ -37,11 +38,6 @@ def an_editor(
     trunk = tiny_trunk(tiny_model(dtype=torch.float32, **kinds))
     captured = captured_of(trunk, random_facts(3), settings)
     return random_editor(settings, trunk, captured, seed=seed), captured
-
-
-def weights_of(folder: Path) -> Path:
-    (path,) = folder.glob("editor-*.safetensors")
-    return path
 
 
 def rewrite(folder: Path, change: Callable[[dict], None]) -> None:

@@ -193,16 +193,16 @@ def test_a_singular_prior_is_refused():
 def test_what_it_holds_beside_micro_batches_is_planned():
     trunk = tiny_trunk(tiny_model())
     v, k = trunk.sites[0].shape_VK
-    assert module.beside(trunk, ()) == 2 * 8 * (7 * v * k + k * k)
+    assert module.settling_bytes(trunk, ()) == 2 * 8 * (7 * v * k + k * k)
 
 
 def test_of_what_lies_on_an_accelerator_only_the_copies_are_planned(monkeypatch):
     """--memory is of the system's memory; gigabytes of another were counted."""
     trunk, asked = tiny_trunk(tiny_model()), ROWS[0]
-    states = module.beside(trunk, asked) - module.beside(trunk, ())
+    states = module.settling_bytes(trunk, asked) - module.settling_bytes(trunk, ())
     monkeypatch.setattr(type(trunk.model), "device", torch.device("meta"))
     v, k = trunk.sites[0].shape_VK
-    assert module.beside(trunk, asked) == 2 * 8 * 3 * v * k + states
+    assert module.settling_bytes(trunk, asked) == 2 * 8 * 3 * v * k + states
     assert states > 0
 
 

@@ -9,7 +9,7 @@ from malmend.facts.fact import Fact, Question, Skipped, same_answer, same_class
 from malmend.facts.lint import (
     default_id,
     leaks,
-    same_prompt,
+    prompt_key,
     skip_repeats,
     skipped_said,
     unseen,
@@ -29,9 +29,9 @@ def test_blanks_around_an_answer_make_no_contradiction():
 
 
 def test_same_prompt_ignores_white_space_and_keeps_case():
-    assert same_prompt("  The capital\tof \n France ") == same_prompt("The capital of France")
-    assert same_prompt("US is") != same_prompt("us is")
-    assert same_prompt("a b") != same_prompt("ab")
+    assert prompt_key("  The capital\tof \n France ") == prompt_key("The capital of France")
+    assert prompt_key("US is") != prompt_key("us is")
+    assert prompt_key("a b") != prompt_key("ab")
 
 
 def test_default_id_depends_on_the_prompt_alone():

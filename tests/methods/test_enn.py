@@ -17,6 +17,7 @@ from torch.func import functional_call
 import malmend.methods.enn as enn
 import tiny
 from command_support import make_facts
+from helpers import weights_of
 from malmend.editors.folder import identity_of
 from malmend.errors import EditorError, MalmendError
 from malmend.facts.fact import Question
@@ -418,11 +419,6 @@ def test_an_edit_of_another_base_is_refused(tmp_path):
     cut = Trunk(bench.trunk.model, bench.trunk.sites[:1])
     with pytest.raises(EditorError, match="is for other layers"):
         Enn(str(tmp_path)).find(Workbench(bench.loaded, cut, bench.encoder), FACTS, silent)
-
-
-def weights_of(folder):
-    (path,) = folder.glob("editor-*.safetensors")
-    return path
 
 
 def _saved(tmp_path):

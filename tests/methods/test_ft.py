@@ -9,8 +9,8 @@ import torch
 from methods_support import FACTS, answer_log_probs, bench_of, encoded, nll, with_shifts
 
 import tiny
-from malmend.editors.drawing import batches
 from malmend.editors.keymoments import end_of, first_of, passages_of
+from malmend.editors.training_facts import batches
 from malmend.errors import EditorError
 from malmend.facts.readers import read_text
 from malmend.material import general_text

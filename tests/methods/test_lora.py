@@ -10,7 +10,7 @@ from methods_support import FACTS, bench_of, bytes_of, encoded, nll, with_shifts
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch.func import functional_call
 
-from malmend.editors.drawing import batches
+from malmend.editors.training_facts import batches
 from malmend.errors import EditorError
 from malmend.methods import lora
 from malmend.methods.lora import Lora

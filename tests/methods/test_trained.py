@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import command_support
 import malmend
 from command_support import malmend as command
+from helpers import weights_of
 from malmend.commands.learn import learn
 from malmend.editors import folder as editor_folder
 from malmend.editors.folder import identity_of
@@ -32,11 +33,6 @@ QUICK = {
     "ke": {"steps": 3, "layers": 1, "hidden": 4, "facts_per_step": 2, "save_every": 2},
 }
 ALL = pytest.mark.parametrize("name", TRAINED)
-
-
-def weights_of(folder: Path) -> Path:
-    (path,) = folder.glob("editor-*.safetensors")
-    return path
 
 
 def options(name: str, **changes: object) -> list[object]:

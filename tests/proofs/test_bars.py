@@ -13,7 +13,6 @@ import random
 from pathlib import Path
 
 import pytest
-import torch
 
 import malmend
 from malmend.editors.settings import training_free
@@ -30,12 +29,6 @@ pytestmark = [
         not DEV.is_file(), reason=f"no facts at {DEV}; name their folder in MALMEND_DATA"
     ),
 ]
-
-
-@pytest.fixture(scope="module")
-def loaded():
-    torch.set_num_threads(os.cpu_count() or 1)  # the suite runs its tiny models on one
-    return malmend.load_model("smollm2-135m")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import os
 import random
 import time
 
@@ -26,12 +25,6 @@ pytestmark = [
     ),
 ]
 ONCE = RefineSettings(passes=1)
-
-
-@pytest.fixture(scope="module")
-def loaded():
-    torch.set_num_threads(os.cpu_count() or 1)  # the suite runs its tiny models on one
-    return malmend.load_model("smollm2-135m")
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 import malmend
 from malmend.facts.alternatives import towards_alternatives
@@ -31,12 +30,6 @@ pytestmark = [
 outside = pytest.mark.skipif(
     not DATA.is_dir(), reason=f"no facts in {DATA}; name their folder in MALMEND_DATA"
 )
-
-
-@pytest.fixture(scope="module")
-def loaded():
-    torch.set_num_threads(os.cpu_count() or 1)  # the suite runs its tiny models on one
-    return malmend.load_model("smollm2-135m")
 
 
 def drawn(path: Path, count: int, tag: str | None = None):

@@ -28,7 +28,7 @@ from shipping_support import (
 from malmend.errors import PatchError
 from malmend.models.sites import find_sites
 from malmend.numerics.truncation import spectrum
-from malmend.patch import Patch, applied
+from malmend.patch import Patch, applied, sites_of
 from malmend.patch_file import save_patch
 from malmend.shipping.adapter import (
     CONFIG,
@@ -40,7 +40,6 @@ from malmend.shipping.adapter import (
     read_patch,
     write_adapter,
 )
-from malmend.shipping.layers import exportable
 
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 # 3 keeps the patch as factors, 1000 as whole matrices.
@@ -57,7 +56,7 @@ def _peft_asks_by_an_old_name():
 def write(loaded, patch, folder):
     folder.mkdir()
     spectra = {name: spectrum(factors) for name, factors in patch.factors.items()}
-    return write_adapter(loaded, exportable(loaded, patch), spectra, folder)
+    return write_adapter(loaded, sites_of(loaded.model, patch), spectra, folder)
 
 
 def edit_json(path, **changes):
@@ -90,7 +89,7 @@ def test_peft_gives_the_patched_models_logits(family, bound, tmp_path):
         assert torch.equal(logits_of(adapted, inputs), bare)
     merged = adapted.merge_and_unload()
     assert (logits_of(merged, inputs) - wanted).abs().max() < bar
-    for site in exportable(loaded, patch):
+    for site in sites_of(loaded.model, patch):
         moved = merged.get_submodule(site.name).weight.double() - site.weight.double()
         torch.testing.assert_close(
             site.oriented(moved).float(), patch.shift(site.name), rtol=0, atol=1e-6

@@ -21,8 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from malmend.errors import ModelError
 from malmend.models.load import DTYPES, load_model, save_model
 from malmend.models.sites import find_sites
-from malmend.patch import Patch, applied
-from malmend.shipping.layers import exportable
+from malmend.patch import Patch, applied, sites_of
 from malmend.shipping.merged import base_dtype, cast_copy, merged, read_back, rounding
 
 
@@ -120,7 +119,7 @@ def test_what_rounding_took_by_its_definition(family):
     small = Patch({n: (1e-3 * patch.shift(n),) for n in patch.factors}, patch.provenance)
     for dtype, least, most in (("float32", 0, 1e-3), ("bfloat16", 0.1, 9.0)):
         whole = merged(loaded, small, dtype)
-        for site in exportable(loaded, small):
+        for site in sites_of(loaded.model, small):
             weight, kind = site.oriented(site.weight), DTYPES[dtype]
             shift = small.shift(site.name)
             moved = (weight + shift).to(kind).double() - weight.to(kind).double()
@@ -130,7 +129,7 @@ def test_what_rounding_took_by_its_definition(family):
             assert found.unmoved == pytest.approx((moved == 0).float().mean().item())
             assert least <= found.lost < most
     nothing = Patch({n: (0 * patch.shift(n),) for n in patch.factors}, patch.provenance)
-    found = rounding(loaded, copy.deepcopy(loaded), nothing, exportable(loaded, nothing)[0])
+    found = rounding(loaded, copy.deepcopy(loaded), nothing, sites_of(loaded.model, nothing)[0])
     assert (found.lost, found.unmoved) == (0.0, 0.0)
 
 
@@ -141,7 +140,7 @@ def test_a_weight_that_no_shift_asks_for_is_not_one_that_stayed():
     half[name] = (plain.shift(name).clone(),)
     half[name][0][::2] = 0.0  # every second row of the layer is to stay
     patch = Patch(half, plain.provenance)
-    site = exportable(loaded, patch)[0]
+    site = sites_of(loaded.model, patch)[0]
     whole = merged(loaded, patch, "float32")
     assert rounding(loaded, whole, patch, site).unmoved == 0.0
     # One weight that should have moved is put back.

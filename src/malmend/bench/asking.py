@@ -25,7 +25,7 @@ from malmend.workbench import aimed, checked_facts, encoder_for, lay_out
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
+class Answers:
     """The replies to everything, unedited and edited, by fact."""
 
     rows: list[FactRow]
@@ -54,7 +54,7 @@ class Asking:
 
     def patched(
         self, facts: Sequence[Fact], patch: Patch, decode: int, reads: bool = True
-    ) -> Asked:
+    ) -> Answers:
         """With a patch on, which also ``reads`` the plan's text."""
         ends = patch.provenance["settings"]["end_of_answer"]
         first, before = self._before(facts, ends, decode)
@@ -65,15 +65,15 @@ class Asking:
             after = examiner.examine(self._known, decode)
             said = self._surprise(examiner.trunk) if reads else None
         both = {} if plain is None or said is None else {"unedited": plain, "edited": said}
-        return Asked(rows_of(self._known, before, after), both)
+        return Answers(rows_of(self._known, before, after), both)
 
-    def read_by(self, facts: Sequence[Fact], encoder: Encoder, decode: int) -> Asked:
+    def read_by(self, facts: Sequence[Fact], encoder: Encoder, decode: int) -> Answers:
         """The unedited model, its prompts as another encoder reads them."""
         first, before = self._before(facts, encoder.end_of_answer, decode)
         examiner = self._examiner(usual_sites(self.loaded.model), encoder.end_of_answer)
         examiner.measures_against(first)
         examiner.encoder = encoder
-        return Asked(rows_of(self._known, before, examiner.examine(self._known, decode)), {})
+        return Answers(rows_of(self._known, before, examiner.examine(self._known, decode)), {})
 
     def known(self, facts: Sequence[Fact]) -> FactSet:
         """The facts as the plan aims them.

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from malmend.bench.asking import Asked, Asking
+from malmend.bench.asking import Answers, Asking
 from malmend.bench.context import ContextEncoder
 from malmend.bench.plan import Cell
-from malmend.bench.way import Way, way_of
+from malmend.bench.planned_method import PlannedMethod, planned_method
 from malmend.commands.edit import edit
 from malmend.evaluation.protocols import scores
 from malmend.evaluation.replies import FactRow, Replies
@@ -34,7 +34,7 @@ FAILING = ("ES", "GS", "LS")
 class _Done:
     """What the edits of a cell gave."""
 
-    asked: list[Asked]
+    asked: list[Answers]
     patches: list[Patch]
     edit_seconds: float
     memory: int | None
@@ -51,13 +51,13 @@ def run_cell(
     asking: Asking, cell: Cell, facts: Sequence[Fact], progress: Progress
 ) -> dict[str, Any]:
     """A row of results, as plain values."""
-    way, start = way_of(cell.name, cell.given), time.perf_counter()
+    how, start = planned_method(cell.name, cell.given), time.perf_counter()
     draws = [list(facts)] if cell.protocol == "together" else [[fact] for fact in facts]
     done = _Done([], [], 0.0, None)
     for index, draw in enumerate(draws):
         left = max(0, asking.plan.decode - index)
         together = len(draws) == 1
-        done = _one(asking, way, draw, left, done, progress if together else silent, together)
+        done = _one(asking, how, draw, left, done, progress if together else silent, together)
         if not together:
             progress("each fact alone", (index + 1) / len(draws))
     rows = [_of(index, row) for index, row in enumerate(r for one in done.asked for r in one.rows)]
@@ -84,7 +84,7 @@ def run_cell(
 
 def _one(
     asking: Asking,
-    way: Way,
+    how: PlannedMethod,
     facts: list[Fact],
     decode: int,
     done: _Done,
@@ -92,9 +92,9 @@ def _one(
     reads: bool,
 ) -> _Done:
     """Facts that are edited together, behind those that are done; ``reads`` as in Asking."""
-    if way.context is not None:
+    if how.context is not None:
         encoder = encoder_for(asking.loaded)
-        behind = ContextEncoder(encoder, list(asking.known(facts)), way.context.shown)
+        behind = ContextEncoder(encoder, list(asking.known(facts)), how.context.shown)
         asked = asking.read_by(facts, behind, decode)
         return replace(done, asked=[*done.asked, asked])
     plan = asking.plan
@@ -102,12 +102,12 @@ def _one(
         edited = edit(
             asking.loaded,
             facts,
-            editor=way.editor,
-            settings=way.settings,
-            method=way.method,
+            editor=how.editor,
+            settings=how.settings,
+            method=how.method,
             alternative=plan.alternative,
             away=plan.away,
-            refine=way.refine,
+            refine=how.refine,
             progress=progress,
         )
     asked = asking.patched(facts, edited.patch, decode, reads)

@@ -14,12 +14,12 @@ from typing import Any
 
 from malmend.bench.cell import drawn
 from malmend.bench.plan import Cell, Plan
-from malmend.bench.way import source_of, way_of
+from malmend.bench.planned_method import planned_method, source_of
 from malmend.editors.refine import SETTLING, UNSAID
 from malmend.facts.fact import Fact
 from malmend.models.identity import tokenizer_digest
 from malmend.models.load import LoadedModel
-from malmend.workbench import shipped
+from malmend.workbench import shipped_editors
 
 SMALL = ("*.json", "*.jinja", "*.model", "*.txt")  # of a model's files, what is not its weights
 
@@ -45,9 +45,12 @@ def asked(plan: Plan) -> list[Any]:
 
 def unsaid(cell: Cell) -> list[object]:
     """What the cell depends on beside what its plan says."""
-    way, count = way_of(cell.name, cell.given), cell.size if cell.protocol == "together" else 1
-    of_editor = way.method is None and way.context is None
-    settles = of_editor and way.refine.of("causal", count).rounds
+    how, count = (
+        planned_method(cell.name, cell.given),
+        cell.size if cell.protocol == "together" else 1,
+    )
+    of_editor = how.method is None and how.context is None
+    settles = of_editor and how.refine.of("causal", count).rounds
     return [*UNSAID, *SETTLING] if settles else UNSAID
 
 
@@ -71,12 +74,12 @@ def _editor(cell: Cell) -> list[str]:
 
     Which of the package's editors is meant is known only with the model's weights.
     """
-    way = way_of(cell.name, cell.given)
-    if way.editor == "none" or way.method is not None or way.context is not None:
+    how = planned_method(cell.name, cell.given)
+    if how.editor == "none" or how.method is not None or how.context is not None:
         return ["", ""]
-    if way.editor == "auto":
-        return [*map(_digest, sorted(shipped("editors").glob("*/editor.json")))]
-    return [_digest(Path(way.editor) / name) for name in ("editor.json", "editor.safetensors")]
+    if how.editor == "auto":
+        return [_digest(one / "editor.json") for one in shipped_editors()]
+    return [_digest(Path(how.editor) / name) for name in ("editor.json", "editor.safetensors")]
 
 
 def _weights(model: str) -> list[tuple[str, int, int]]:

@@ -16,7 +16,7 @@ One YAML file::
       memit: {most: 256}
       mine: {class: "mymodule:MyMethod", share: 0.3}
 
-What may stand under a method's name: way.py.
+What may stand under a method's name: planned_method.py.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
-from malmend.bench.way import way_of
+from malmend.bench.planned_method import planned_method
 from malmend.errors import MalmendError, nearest
 from malmend.facts.entry import short
 from malmend.files import reason
@@ -215,7 +215,7 @@ def _method_faults(methods: object) -> Iterator[Fault]:
 def _refused(name: str, given: Any) -> str | None:
     """Why a method cannot be made, as a line of faults, and what to do."""
     try:
-        way_of(name, given)
+        planned_method(name, given)
     except MalmendError as error:
         said = str(error).removesuffix(".")
     else:

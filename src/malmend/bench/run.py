@@ -15,10 +15,10 @@ from malmend.bench.asking import Asking
 from malmend.bench.cell import drawn, run_cell
 from malmend.bench.making import asked, key_of, making, unsaid
 from malmend.bench.plan import Cell, Plan, read_plan
+from malmend.bench.planned_method import named_method, planned_method
 from malmend.bench.plot import plot
 from malmend.bench.results import NAME, Results
 from malmend.bench.table import Row, failures, latest, markdown
-from malmend.bench.way import named_method, way_of
 from malmend.editors.checkpoint import load_editor
 from malmend.editors.training_folder import check_unlike
 from malmend.errors import SHOWN, MalmendError, counted, is_out_of_memory
@@ -202,7 +202,7 @@ def _check_files(plan: Plan) -> None:
 
 def _check_editor(name: str, given: Mapping[str, Any]) -> None:
     """Raises MalmendError where a method's editor is not there, or is of another method."""
-    editor = way_of(name, given).editor
+    editor = planned_method(name, given).editor
     if editor in ("auto", "none"):
         return
     trained = trained_method(editor)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +9,14 @@ from rich.markup import escape
 
 from malmend import ledger as actions
 from malmend.cli import show
-from malmend.cli.options import add_editor_settings, derive, parse, parser_of, take_editor_settings
+from malmend.cli.options import (
+    add_editor,
+    add_editor_settings,
+    derive,
+    parse,
+    parser_of,
+    take_editor_settings,
+)
 from malmend.errors import LedgerError, MalmendError, counted, nearest
 from malmend.ledger import Entry, Generation
 
@@ -61,12 +67,7 @@ def _init(arguments: list[str]) -> None:
     parser.add_argument("model", type=str, help="name, folder or GGUF file")
     own = {"ledger", "model", "editor", "settings", "method", "told", "rule"}
     derive(parser, actions.init, own)
-    parser.add_argument(
-        "--editor",
-        type=str,
-        default="auto",
-        help="an editor's folder; none; or auto, the one that is shipped for this model",
-    )
+    add_editor(parser)
     parser.add_argument("--method", type=str, default="malmen", help="malmen; others do not add up")
     parser.add_class_arguments(actions.StopRule, "rule")
     add_editor_settings(parser, {"network", "method"})
@@ -74,31 +75,19 @@ def _init(arguments: list[str]) -> None:
     rule, method = actions.StopRule(**given.pop("rule")), given["method"]
     settings = take_editor_settings({**given, "method": "malmen"}, network=False)
     given = {name: value for name, value in given.items() if not hasattr(settings, name)}
-    untouched = settings == EditorSettings()
-    with show.bars() as bars:
-        actions.init(
-            **given,
-            method=method,
-            settings=None if untouched else settings,
-            rule=rule,
-            progress=bars,
-            told=show.status,
-        )
+    given |= {"settings": None if settings == EditorSettings() else settings}
+    show.with_bars(actions.init, {**given, "method": method, "rule": rule})
     show.status(f"Ledger: {given['ledger']}, generation 0, no facts.")
 
 
 def _add(arguments: list[str]) -> None:
     given = parse(_with_model("add", actions.add, {"facts"}), arguments)
-    with show.bars() as bars:
-        done = actions.add(**given, progress=bars, told=show.status)
-    _changed(done)
+    _changed(show.with_bars(actions.add, given))
 
 
 def _replace(arguments: list[str]) -> None:
     given = parse(_with_model("replace", actions.replace, {"facts"}), arguments)
-    with show.bars() as bars:
-        done = actions.replace(**given, progress=bars, told=show.status)
-    _changed(done)
+    _changed(show.with_bars(actions.replace, given))
 
 
 def _revoke(arguments: list[str]) -> None:
@@ -125,15 +114,15 @@ def _patch(arguments: list[str]) -> None:
     parser = _parser("patch")
     parser.add_argument("--out", type=str, required=True, help="path of the patch to write")
     given = parse(parser, arguments)
-    with show.bars() as bars:
-        made = actions.patch(**given, progress=bars, told=show.status)
+    made = show.with_bars(actions.patch, given)
     count, generation = made.provenance["facts"], made.provenance["generation"]
     empty = " The shift is zero: the model with it is the base, bit for bit." * (not count)
     show.say(f"Patch of generation {generation}, {_facts(count)}: {given['out']}.{empty}")
 
 
 def _list(arguments: list[str]) -> None:
-    from malmend.files import writable, written_beside
+    from malmend.facts.objects import write_facts
+    from malmend.files import writable
 
     parser = _parser("list")
     derive(parser, actions.list_facts, {"ledger"})
@@ -159,16 +148,8 @@ def _list(arguments: list[str]) -> None:
     if not entries:
         show.say("The ledger holds no fact.")
     if out is not None:
-        with written_beside(out) as beside:
-            beside.write_text("".join(map(_line, entries)), encoding="utf-8")
+        write_facts((one.fact for one in entries), out)
         show.say(f"Facts file: {out}")
-
-
-def _line(entry: Entry) -> str:
-    """A fact in malmend's own format."""
-    fields = {"id": entry.id, "prompt": entry.prompt, "answer": entry.answer}
-    about = {} if entry.subject is None else {"subject": entry.subject}
-    return json.dumps(fields | about, ensure_ascii=False) + "\n"
 
 
 def _history(arguments: list[str]) -> None:

@@ -84,7 +84,17 @@ def derive(parser: Any, function: Callable[..., Any], skip: set[str]) -> None:
     )
 
 
-def add_editor_settings(parser: Any, skip: Collection[str] = ()) -> None:
+def add_editor(parser: Any) -> None:
+    """``--editor``: which one edits."""
+    parser.add_argument(
+        "--editor",
+        type=str,
+        default="auto",
+        help="an editor's folder; none; or auto, the one that is shipped for this model",
+    )
+
+
+def add_editor_settings(parser: Any, skip: Collection[str]) -> None:
     """The fields of EditorSettings as options."""
     from malmend.editors.settings import EditorSettings
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from malmend.cli.options import (
+    add_editor,
     add_editor_settings,
     add_methods,
     derive,
@@ -152,12 +153,7 @@ def _edit(arguments: list[str], what: str) -> None:
     own = {"model", "facts", "out", "editor", "settings", "method", "processes", "told"}
     derive(parser, edit, own)
     parser.add_argument("--out", type=str, required=True, help="path of the patch to write")
-    parser.add_argument(
-        "--editor",
-        type=str,
-        default="auto",
-        help="an editor's folder; none; or auto, the one that is shipped for this model",
-    )
+    add_editor(parser)
     add_editor_settings(parser, {"network", "method"})
     add_methods(parser)
     given = parse(parser, arguments)
@@ -171,19 +167,11 @@ def _edit(arguments: list[str], what: str) -> None:
         )
     if method is not None:
         refuse_several(f"--method {method.name}")
+    given |= {"settings": None if untouched else settings, "method": method}
     with joined() as processes:
         if not processes.is_first:
             show.silence()
-        with show.bars() as bars:
-            result = edit(
-                **given,
-                settings=None if untouched else settings,
-                method=method,
-                processes=processes,
-                progress=bars,
-                told=show.status,
-            )
-        show.edited(result)
+        show.edited(show.with_bars(edit, {**given, "processes": processes}))
 
 
 def _eval(arguments: list[str], what: str) -> None:
@@ -209,8 +197,7 @@ def _eval(arguments: list[str], what: str) -> None:
         page_folder(folder, *inputs)
         if path is not None:
             check_apart(path, folder)
-    with show.bars() as bars:
-        result = evaluate(**given, progress=bars, told=show.status)
+    result = show.with_bars(evaluate, given)
     # First what a full disk leaves: of hours of asking something is always seen.
     show_report.report(result)
     if path is not None:
@@ -271,10 +258,7 @@ def _demo(arguments: list[str], what: str) -> None:
 
     parser = parser_of("demo", what)
     derive(parser, demo, {"told"})
-    given = parse(parser, arguments)
-    with show.bars() as bars:
-        result = demo(**given, progress=bars, told=show.status)
-    show_report.demonstrated(result)
+    show_report.demonstrated(show.with_bars(demo, parse(parser, arguments)))
 
 
 # What runs each command, and what it does, for a person.  A string is a module of malmend.cli with

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from malmend.cli.options import derive, parse, parser_of
 
@@ -19,10 +19,7 @@ def export(arguments: list[str], what: str) -> None:
     kinds = Literal["lora", "merged"]
     parser.add_argument("--to", type=kinds, required=True, help="an adapter or a whole model")
     parser.add_argument("--model", type=str, help="the base, where the patch's name is not its own")
-    given: dict[str, Any] = parse(parser, arguments)
-    with show.bars() as bars:
-        result = export(**given, progress=bars, told=show.status)
-    show_shipping.exported(result)
+    show_shipping.exported(show.with_bars(export, parse(parser, arguments)))
 
 
 def push(arguments: list[str], what: str) -> None:
@@ -46,10 +43,7 @@ def diff(arguments: list[str], what: str) -> None:
     parser.add_argument("model", type=str, help="name, folder or GGUF file")
     parser.add_argument("other", type=str, help="name, folder or GGUF file")
     derive(parser, diff, {"model", "other", "told"})
-    given = parse(parser, arguments)
-    with show.bars() as bars:
-        result = diff(**given, progress=bars, told=show.status)
-    show_shipping.differing(result)
+    show_shipping.differing(show.with_bars(diff, parse(parser, arguments)))
 
 
 def conflicts(arguments: list[str], what: str) -> None:
@@ -64,7 +58,4 @@ def conflicts(arguments: list[str], what: str) -> None:
     parser.add_argument(
         "--facts", type=str, nargs="+", default=[], help="a facts file for each patch, in order"
     )
-    given = parse(parser, arguments)
-    with show.bars() as bars:
-        result = conflicts(**given, progress=bars, told=show.status)
-    show_shipping.conflicting(result)
+    show_shipping.conflicting(show.with_bars(conflicts, parse(parser, arguments)))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
@@ -37,6 +37,7 @@ class _Terminal(Console):
         return super().render_str(harmless(text), **kept)
 
 
+Result = TypeVar("Result")
 LONGEST = 300  # characters of a text that an inspection shows
 
 OUT = _Terminal(emoji=False, highlight=False)
@@ -68,6 +69,12 @@ def bars() -> Iterator[Any]:
     finally:
         if tasks:
             shown.stop()
+
+
+def with_bars(function: Callable[..., Result], given: Mapping[str, Any]) -> Result:
+    """What a command's function gives, while it says how far it is and what comes next."""
+    with bars() as report:
+        return function(**given, progress=report, told=status)
 
 
 def silence() -> None:

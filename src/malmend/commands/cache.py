@@ -51,9 +51,8 @@ def cache(clear: bool = False) -> CacheResult:
     folder = cache_folder()
     found = tuple(_of(folder, kind, what) for kind, what in CACHED.items())
     stale = tuple(stale_copies())
-    for kind in (
-        CACHED if clear else ()
-    ):  # never what else lies in a folder that MALMEND_CACHE names
+    # Never what else lies in a folder that MALMEND_CACHE names.
+    for kind in CACHED if clear else ():
         for path in (folder / kind).glob("*"):
             if is_written(path):  # what is left of a killed run goes
                 continue

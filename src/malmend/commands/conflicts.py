@@ -18,7 +18,7 @@ from malmend.patch import Patch, by_one_thread
 from malmend.progress import Progress, silent
 from malmend.shipping.adapter import based_on, read_patch
 from malmend.shipping.conflict import Meeting, meetings, stacked
-from malmend.shipping.layers import exportable
+from malmend.shipping.layers import check_exportable
 from malmend.shipping.measure import Asking, Measured, bench_for, check_decoded, measured
 from malmend.workbench import aimed, checked_facts, encoder_for, opened, others_asked
 
@@ -98,7 +98,7 @@ def conflicts(
     loaded = opened(model, dtype, device)
     known = {name: based_on(patch, loaded) for name, patch in read.items()}
     for patch in known.values():
-        exportable(loaded, patch, force)
+        check_exportable(loaded, patch, force)
     met, forms = meetings(known), {"stacked": stacked(known, loaded.fingerprint)}
     found, asking = {}, dict[str, Asking]()
     for (name, patch), (end, chosen) in zip(known.items(), asked, strict=False):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from malmend.facts.continuations import as_rows
 from malmend.facts.continuations import continuations as parted
 from malmend.facts.fact import Fact, Skipped
+from malmend.facts.objects import write_facts
 from malmend.facts.readers import read_text
-from malmend.files import writable, written_beside
+from malmend.files import writable
 from malmend.given import checked
 from malmend.models.load import LoadedModel
 from malmend.patch import by_one_thread
@@ -52,7 +51,5 @@ def continuations(
     path = writable(out, text, model)
     words = read_text(text)
     facts, skipped = parted(encoder_for(model, "none"), words, tokens, prompt_tokens, limit)
-    with written_beside(path) as beside:
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in as_rows(facts)]
-        beside.write_text("".join(lines), encoding="utf-8")
+    write_facts(facts, path)
     return ContinuationsResult(tuple(facts), path, tuple(skipped))

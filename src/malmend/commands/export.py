@@ -22,7 +22,7 @@ from malmend.progress import Progress, silent
 from malmend.shipping.adapter import based_on, read_patch
 from malmend.shipping.card import CARD, card
 from malmend.shipping.export import Cutting, export_adapter, export_merged
-from malmend.shipping.layers import exportable
+from malmend.shipping.layers import check_exportable
 from malmend.shipping.measure import Asking, Measured, bench_for, check_decoded, measured, plain
 from malmend.shipping.merged import base_dtype, cast_copy
 from malmend.shipping.record import write_record
@@ -106,7 +106,7 @@ def export(
     cutting = _cutting(rank, text, known)
     loaded = opened(base)
     patch = based_on(patch, loaded)
-    exportable(loaded, patch, force)
+    check_exportable(loaded, patch, force)
     bench = bench_for(loaded, [patch], encoder_for(loaded, end).end_of_answer, trunk)
     if known is not None:
         known = aimed(bench, known, aims["away"])

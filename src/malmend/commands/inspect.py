@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from malmend.editors.checkpoint import load_editor
+from malmend.editors.folder import said_in
 from malmend.errors import MalmendError
 from malmend.evaluation.page import FIGURES, PAGE
 from malmend.facts.entry import short
 from malmend.facts.fact import training_digests
 from malmend.facts.lint import leaks, unseen
-from malmend.facts.readers import beside, read_facts
+from malmend.facts.readers import nearest_file, read_facts
 from malmend.files import reason
 from malmend.given import checked
 from malmend.ledgers.tables import FILE as LEDGER
@@ -97,7 +98,7 @@ def inspect(
         return read(path)
     _check_is_read(path)
     if path.suffix.startswith(FILES) and not path.is_dir():
-        hint = beside(path) or "."
+        hint = nearest_file(path) or "."
         raise MalmendError(f"There is no file {thing}{hint} Give a file, or a model's name.")
     return model()
 
@@ -166,8 +167,7 @@ def _trained(path: Path) -> Inspection:
     method = trained_method(path)
     assert method is not None
     ends = method.end_of_answer  # reads the whole folder
-    about = json.loads((path / "editor.json").read_text(encoding="utf-8"))
-    return Inspection("editor", str(path), {**about, "end_of_answer": ends})
+    return Inspection("editor", str(path), {**said_in(path), "end_of_answer": ends})
 
 
 def _patch(path: Path) -> Inspection:

@@ -12,12 +12,12 @@ from typing import Any
 
 from malmend.editors.calibration import CalibrationSettings
 from malmend.editors.checkpoint import SavedEditor, load_editor, save_editor
-from malmend.editors.drawing import check_trainable
 from malmend.editors.editor import Editor
 from malmend.editors.resuming import check_run, rounds_otherwise, run_of
 from malmend.editors.settings import EditorSettings
 from malmend.editors.train_settings import TrainSettings
 from malmend.editors.training import StepRecord, Trainer, estimate_seconds, rehearse, step_bytes
+from malmend.editors.training_facts import check_trainable
 from malmend.editors.training_folder import (
     check_folder,
     check_steps,
@@ -33,7 +33,7 @@ from malmend.facts.readers import given_questions
 from malmend.files import reason
 from malmend.given import checked
 from malmend.material import calibrated
-from malmend.models.budget import MemoryPlan, Work, check_memory, watched
+from malmend.models.budget import MemoryPlan, Work, check_memory, plan_memory, watched
 from malmend.models.load import LoadedModel
 from malmend.models.store import ActivationStore
 from malmend.models.trunk import TrunkSettings
@@ -50,7 +50,6 @@ from malmend.workbench import (
     lay_out,
     opened,
     trunk_folder,
-    within_memory,
 )
 
 
@@ -158,7 +157,7 @@ def train(
             start, bench.trunk, bench.encoder, known, others, training, store, processes
         )
         about = _about(bench, known, others, training)
-        about["calibration_sha256"] = found.read
+        about["calibration_sha256"] = found.digest
         for line in (*skipped_said(known.skipped), *unseen_said(unseen(known))):
             told(line)
         records = _resumed(trainer, folder, about, told)
@@ -185,7 +184,8 @@ def _within(
     questions = bench.encoder.encode_all(fact.question for fact in facts)
     extra = step_bytes(start, bench.trunk, training, questions)
     work = Work(questions, start.settings.tokens, extra, partial(rehearse, bench.trunk))
-    return within_memory(bench, memory, work)
+    plan = plan_memory(bench.trunk, memory, work)
+    return bench.within(plan), plan
 
 
 def _trained(

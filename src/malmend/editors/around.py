@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from malmend.editors.calibration import CalibrationSettings
+from malmend.editors.editor import by_tokens
 from malmend.files import written_beside
 from malmend.numerics.prior import Prior
 
@@ -38,10 +39,7 @@ class Around:
         ridge = 1.0 if text_KK is None else weights[0] * text_KK.diagonal().mean().item()
         return Prior(
             ridge=settings.ridge * ridge,
-            weights=tuple(
-                weight * (tokens if term == "wording" else 1)
-                for weight, term in zip(weights, known, strict=True)
-            ),
+            weights=by_tokens(weights, list(known), tokens),
             matrices_KK=tuple(known.values()),
             device=device,
         )

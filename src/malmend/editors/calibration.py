@@ -90,7 +90,7 @@ class CalibrationSettings:
 class Calibration:
     """The result: statistics by site name, starting values, and every pair that was tried.
 
-    ``read``: digest of the facts, questions, text and settings that it is of, where it is known.
+    ``digest``: of of the facts, questions, text and settings that it is of, where it is known.
     """
 
     statistics: dict[str, SiteStatistics]
@@ -98,7 +98,7 @@ class Calibration:
     weights: tuple[float, ...]
     ridge: float
     tried: tuple[dict[str, float], ...] = ()
-    read: str = ""
+    digest: str = ""
 
     def editor(self, settings: EditorSettings, trunk: Trunk, seed: int = 0) -> Editor:
         """An untrained editor that starts from these values."""

@@ -43,12 +43,12 @@ def calibration_key(
         "sites": [site.name for site in trunk.sites],
         # Of the network what the statistics are read by, not its size.
         "editor": {**asdict(editor_settings), "network": editor_settings.network.normalise},
-        **read(settings, facts, text, general),
+        **inputs_of(settings, facts, text, general),
     }
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def read(
+def inputs_of(
     settings: CalibrationSettings, facts: Sequence[Fact], text: str, general: Sequence[Question]
 ) -> dict[str, Any]:
     """What a calibration reads, whatever its model and editor, as plain values."""

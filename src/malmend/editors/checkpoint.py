@@ -7,7 +7,6 @@ holds what resuming needs and may be deleted.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -20,7 +19,8 @@ from malmend.editors.editor import Editor, SiteStatistics
 from malmend.editors.folder import (
     identity_of,
     read_folder,
-    settings_of,
+    said_in,
+    settings_from,
     weights_in,
     whole,
     write_folder,
@@ -70,7 +70,7 @@ def seen_in_training(folder: Path, identity: str, facts: Sequence[Fact]) -> int 
     None where it is not the editor of this identity that lies there.
     """
     try:
-        about = json.loads((folder / "editor.json").read_text(encoding="utf-8"))
+        about = said_in(folder)
         return _seen(about, facts) if identity_of(weights_in(folder, about)) == identity else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None  # whoever reads it next says what is wrong
@@ -192,8 +192,8 @@ def _settings(raw: Mapping[str, Any]) -> EditorSettings:
                 f"The editor has an unknown setting {name!r}{nearest(name, known)}; it was written "
                 "by a newer version of malmend, use that."
             )
-    descent, network = raw["descent"], settings_of(NetworkSettings, raw["network"])
-    descent = None if descent is None else settings_of(Descent, descent)
+    descent, network = raw["descent"], settings_from(NetworkSettings, raw["network"])
+    descent = None if descent is None else settings_from(Descent, descent)
     given = {**raw, "network": network, "descent": descent}
-    settings: EditorSettings = settings_of(EditorSettings, given)
+    settings: EditorSettings = settings_from(EditorSettings, given)
     return settings

@@ -161,10 +161,7 @@ class Editor(nn.Module):
         weights = (self.log_weights_SP[site] + self.powers_SP[site] * size).exp().tolist()
         return Prior(
             ridge=self.log_ridge_S[site].exp().item(),
-            weights=tuple(
-                weight * (tokens if term == "wording" else 1)
-                for weight, term in zip(weights, self.terms, strict=True)
-            ),
+            weights=by_tokens(weights, self.terms, tokens),
             matrices_KK=tuple(getattr(self, f"prior_{term}_{site}") for term in self.terms),
             device=self.device,
         )
@@ -296,6 +293,12 @@ class Editor(nn.Module):
                 f"The editor was made for the layers {_listed(wanted)}, this model offers "
                 f"{_listed(found)}; train or calibrate an editor for this model."
             )
+
+
+def by_tokens(weights: Sequence[float], terms: Sequence[str], tokens: int) -> tuple[float, ...]:
+    """The weights of a prior's terms; the wording's is taken N times, as in equation (13)."""
+    pairs = zip(weights, terms, strict=True)
+    return tuple(weight * (tokens if term == "wording" else 1) for weight, term in pairs)
 
 
 def log_size(tokens: int) -> float:

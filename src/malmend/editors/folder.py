@@ -83,7 +83,7 @@ def whole(what: object, otherwise: str) -> Iterator[None]:
         raise EditorError(f"{what} is damaged ({reason(error)}); {otherwise}.") from error
 
 
-def settings_of(kind: Callable[..., Any], said: Mapping[str, Any]) -> Any:
+def settings_from(kind: Callable[..., Any], said: Mapping[str, Any]) -> Any:
     """Settings that a folder says; what is wrong with them makes it a damaged one."""
     try:
         return kind(**said)

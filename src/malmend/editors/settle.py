@@ -163,7 +163,7 @@ def rehearse(trunk: Trunk, questions: Sequence[Encoded]) -> None:
     weight_grads(trunk, [Term(questions, saying(trunk), 1.0)])
 
 
-def beside(trunk: Trunk, held: Sequence[Encoded]) -> int:
+def settling_bytes(trunk: Trunk, held: Sequence[Encoded]) -> int:
     """Bytes of E, both moments, S, W + S, two gradients and L, of all sites, and of what is held.
 
     That is what the output layer reads of these questions, as :class:`Held` keeps it.  On an

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from malmend.editors.checkpoint import check_finite
-from malmend.editors.drawing import check_trainable, drawn
 from malmend.editors.editor import Editor
 from malmend.editors.folder import whole
 from malmend.editors.metaloss import Judged, MetaLoss, meta_loss
@@ -38,6 +37,7 @@ from malmend.editors.resuming import (
     state_with,
 )
 from malmend.editors.train_settings import TrainSettings
+from malmend.editors.training_facts import check_trainable, drawn
 from malmend.errors import EditorError, MalmendError
 from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact, Question

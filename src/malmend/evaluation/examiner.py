@@ -157,8 +157,7 @@ class Examiner:
                 one, question = encoded[index], questions[index]
                 part = slice(start, start + len(one.sources))
                 start = part.stop
-                # Of a question without an answer, the next token is what must not move.
-                counted = slice(part.start, part.start + max(one.counted, 1))
+                counted = slice(part.start, part.start + one.predictions)
                 if question in held and remember:
                     known = states_AH[counted].cpu().clone()
                     self._before[question] = (tuple(top[counted]), known)
@@ -277,5 +276,5 @@ class _Forced:
             exact=float(all(counted)) if counted else None,
             with_end=bool(right) and all(right),
             prompt_ids=one.prompt,
-            predicted=tuple(top[: max(one.counted, 1)]),
+            predicted=tuple(top[: one.predictions]),
         )

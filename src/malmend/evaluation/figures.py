@@ -55,11 +55,6 @@ class Line:
     count: str = ""  # the share as a count, where it is not of all questions
 
     @property
-    def meaning(self) -> str:
-        """The protocol, in words."""
-        return PROTOCOLS.get(self.metric, "")
-
-    @property
     def is_share(self) -> bool:
         """Whether the value is a share, and so shown in percent."""
         return self.metric in SHARES
@@ -82,11 +77,6 @@ class Panel:
 
     metric: str
     rows: tuple[Line, ...]
-
-    @property
-    def meaning(self) -> str:
-        """The protocol, in words."""
-        return PROTOCOLS.get(self.metric, "")
 
     @property
     def spoken(self) -> str:

@@ -22,6 +22,7 @@ from malmend.errors import MalmendError, counted
 from malmend.evaluation import figures, view
 from malmend.evaluation.report import Report
 from malmend.files import synced, writable, writable_folder, written_beside
+from malmend.given import checked
 
 PAGE, FIGURES = "index.html", "report.json"
 LONGEST_SHOWN = 600  # characters of a text in the table of what moved
@@ -42,7 +43,8 @@ def write_page(report: Report, folder: str | Path) -> Path:
     return folder / PAGE
 
 
-def page_folder(folder: str | Path, *inputs: object) -> Path:
+@checked()
+def page_folder(report: str | Path, *inputs: object) -> Path:
     """Checks before long work that a page can be written; ``inputs`` must not be written over.
 
     A folder that is not there is made with the page.
@@ -51,10 +53,8 @@ def page_folder(folder: str | Path, *inputs: object) -> Path:
         MalmendError: the folder has no name, cannot be made or written into, or an input would be
             lost.
     """
-    if not str(folder):
-        raise MalmendError("report is empty, expected a path; give one.")
-    is_new = not Path(folder).exists()
-    folder = writable_folder(folder)
+    is_new = not Path(report).exists()
+    folder = writable_folder(report)
     for name in (PAGE, FIGURES):
         writable(folder / name, *inputs)
     if is_new:

@@ -7,11 +7,11 @@ to the text, and any text of a user's can be.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from malmend.errors import FactsError, MalmendError
 from malmend.facts.fact import Fact, Question, Skipped
-from malmend.facts.lint import default_id, same_prompt
+from malmend.facts.lint import default_id, prompt_key
 from malmend.facts.tokens import Encoder
 
 TRIED = 32  # places in a line at which prompt and answer may part
@@ -54,7 +54,7 @@ def continuations(
         if parted is None:
             continue
         fact = Fact(default_id(parted.prompt), parted.prompt, parted.answer or "", line=number)
-        earlier = found.setdefault(same_prompt(fact.prompt), fact)
+        earlier = found.setdefault(prompt_key(fact.prompt), fact)
         if earlier is not fact:
             skipped.append(Skipped(fact, earlier))
     if not found:
@@ -82,8 +82,3 @@ def _fits(encoder: Encoder, question: Question, tokens: int) -> bool:
         return encoder.encode(question).counted == tokens
     except MalmendError:  # a sign that the tokenizer does not know
         return False
-
-
-def as_rows(facts: Sequence[Fact]) -> list[dict[str, str]]:
-    """Objects of malmend's own format."""
-    return [{"id": f.id, "prompt": f.prompt, "answer": f.answer} for f in facts]

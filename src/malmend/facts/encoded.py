@@ -69,6 +69,11 @@ class Encoded:
         return self.answer_end - self.answer_start
 
     @property
+    def predictions(self) -> int:
+        """How many count: of the counted labels, or where there is none of the next token."""
+        return max(self.counted, 1)
+
+    @property
     def prompt(self) -> tuple[int, ...]:
         """The ids before the answer."""
         return self.ids[: self.answer_start]

@@ -45,7 +45,7 @@ CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class FileEntry:
     """One object of a file, with the checks on its fields; what is wrong goes to ``faults``."""
 
     where: str  # "facts.jsonl:3", or "zsre.json:41: entry 3"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from malmend.errors import nearest
 from malmend.facts import lint
-from malmend.facts.entry import Entry, described, short
+from malmend.facts.entry import FileEntry, described, short
 from malmend.facts.fact import Fact, Question, same_answer
 
 OWN_FIELDS = (
@@ -40,7 +40,7 @@ def telling(fields: dict[str, object]) -> str | None:
     return found
 
 
-def told(entries: Sequence[Entry]) -> list[str | None]:
+def told(entries: Sequence[FileEntry]) -> list[str | None]:
     """The format of each object, or None where none of its fields tells one."""
     names = [telling(entry.fields) for entry in entries]
     formats = [FORMATS[name] if name else None for name in names]
@@ -52,7 +52,7 @@ def told(entries: Sequence[Entry]) -> list[str | None]:
     return [owner if b else f for f, b in zip(formats, bare, strict=True)]
 
 
-def likely(entries: Sequence[Entry]) -> str | None:
+def likely(entries: Sequence[FileEntry]) -> str | None:
     """The format of a file in which the telling field is missing everywhere."""
     names = {name for entry in entries for name in entry.fields}
     if "unrel_ans" in names:
@@ -64,7 +64,7 @@ def likely(entries: Sequence[Entry]) -> str | None:
     return OWN if names.intersection(OWN_FIELDS) else None
 
 
-def _nearly_claims(entries: Sequence[Entry]) -> bool:
+def _nearly_claims(entries: Sequence[FileEntry]) -> bool:
     """Whether a file has labels, and the fields that would tell its format only misspelt."""
     names = {name for entry in entries for name in entry.fields}
     unknown = names.difference(OWN_FIELDS, CLAIM_FIELDS)
@@ -72,7 +72,7 @@ def _nearly_claims(entries: Sequence[Entry]) -> bool:
     return bool(names & {"label", "alt"}) and any(nearest(name, tells) for name in unknown)
 
 
-def _misspelt(entry: Entry, valid: Sequence[str]) -> None:
+def _misspelt(entry: FileEntry, valid: Sequence[str]) -> None:
     """A fault for every unknown field whose name is nearly that of one that is not there.
 
     These formats come with any number of other fields, so only such a one is likely misspelt.
@@ -84,7 +84,7 @@ def _misspelt(entry: Entry, valid: Sequence[str]) -> None:
             entry.faults.append((entry.line, fault))
 
 
-def own_fact(entry: Entry) -> Fact | None:
+def own_fact(entry: FileEntry) -> Fact | None:
     """The fact of an object in malmend's own format, or None where it has faults."""
     entry.only(entry.fields, OWN_FIELDS)
     prompt, answer, given = entry.required("prompt"), entry.required("answer"), entry.optional("id")
@@ -112,7 +112,7 @@ def own_fact(entry: Entry) -> Fact | None:
     )
 
 
-def mend_fact(entry: Entry) -> Fact | None:
+def mend_fact(entry: FileEntry) -> Fact | None:
     """The fact of an object of MEND's zsRE files, or None where it has faults."""
     _misspelt_of_mend(entry)
     prompt, answer = entry.required("src"), entry.first("answers")
@@ -123,20 +123,20 @@ def mend_fact(entry: Entry) -> Fact | None:
     return _benchmark_fact(entry, prompt, answer, _alt(entry), paraphrases, question)
 
 
-def _misspelt_of_mend(entry: Entry) -> None:
+def _misspelt_of_mend(entry: FileEntry) -> None:
     """As :func:`_misspelt`; a file has 'rephrase' or 'rephrases', and either is enough."""
     either = ("rephrase", "rephrases")
     there = any(name in entry.fields for name in either)
     _misspelt(entry, [name for name in MEND_FIELDS if not (there and name in either)])
 
 
-def _alt(entry: Entry) -> str | None:
+def _alt(entry: FileEntry) -> str | None:
     """The field 'alt'; these files write '' for no alternative."""
     return entry.optional("alt") if entry.fields.get("alt") != "" else None
 
 
 def _benchmark_fact(
-    entry: Entry,
+    entry: FileEntry,
     prompt: str | None,
     answer: str | None,
     alternative: str | None,
@@ -163,7 +163,7 @@ def _benchmark_fact(
     )
 
 
-def nq_fact(entry: Entry) -> Fact | None:
+def nq_fact(entry: FileEntry) -> Fact | None:
     """The fact of an NQ-open object, or None where it has faults."""
     _misspelt(entry, NQ_FIELDS)
     question, answer = entry.required("question"), entry.first("answer")
@@ -177,7 +177,7 @@ def nq_fact(entry: Entry) -> Fact | None:
     return Fact(lint.default_id(prompt), prompt, answer, line=entry.number)
 
 
-def claim_fact(entry: Entry) -> Fact | None:
+def claim_fact(entry: FileEntry) -> Fact | None:
     """The fact of an object of MALMEN's FEVER files, or None where it has faults."""
     _misspelt(entry, CLAIM_FIELDS)
     prompt, paraphrases, alternative = entry.required("prompt"), _wordings(entry), _alt(entry)
@@ -190,7 +190,7 @@ def claim_fact(entry: Entry) -> Fact | None:
     return _benchmark_fact(entry, prompt, answer, alternative, paraphrases, question)
 
 
-def kilt_fact(entry: Entry) -> Fact | None:
+def kilt_fact(entry: FileEntry) -> Fact | None:
     """The fact of an object of KILT's FEVER files, or None where it has faults."""
     _misspelt(entry, KILT_FIELDS)
     prompt, answer, number = entry.required("input"), _first_output(entry), entry.fields.get("id")
@@ -212,27 +212,27 @@ def kilt_fact(entry: Entry) -> Fact | None:
     )
 
 
-def own_question(entry: Entry) -> Question | None:
+def own_question(entry: FileEntry) -> Question | None:
     """The question of an object in malmend's own format; its answer may be absent."""
     entry.only(entry.fields, OWN_FIELDS)
     prompt, answer = entry.required("prompt"), entry.optional("answer")
     return None if prompt is None else Question(prompt, answer)
 
 
-def mend_question(entry: Entry) -> Question | None:
+def mend_question(entry: FileEntry) -> Question | None:
     """The unrelated question of an object of MEND's zsRE files."""
     _misspelt_of_mend(entry)
     return _loc(entry)
 
 
-def _loc(entry: Entry) -> Question | None:
+def _loc(entry: FileEntry) -> Question | None:
     # as it stands: the field's data has no question mark here, and adding one changes the question
     prompt = entry.required("loc")
     answer = None if entry.fields.get("loc_ans") is None else entry.first("loc_ans")
     return None if prompt is None else Question(prompt, answer)
 
 
-def nq_question(entry: Entry) -> Question | None:
+def nq_question(entry: FileEntry) -> Question | None:
     """The question of an NQ-open object, with the prefix that ``loc`` has in MEND's files."""
     _misspelt(entry, NQ_FIELDS)
     question = entry.required("question")
@@ -240,7 +240,7 @@ def nq_question(entry: Entry) -> Question | None:
     return None if question is None else Question(f"nq question: {question.strip()}", answer)
 
 
-def claim_question(entry: Entry) -> Question | None:
+def claim_question(entry: FileEntry) -> Question | None:
     """The unrelated claim of an object of MALMEN's FEVER files, or else the claim itself."""
     _misspelt(entry, CLAIM_FIELDS)
     if entry.fields.get("unrel_prompt") is not None:
@@ -249,7 +249,7 @@ def claim_question(entry: Entry) -> Question | None:
     return None if prompt is None else Question(prompt, label)
 
 
-def kilt_question(entry: Entry) -> Question | None:
+def kilt_question(entry: FileEntry) -> Question | None:
     """The claim of an object of KILT's FEVER files; its label may be absent."""
     _misspelt(entry, KILT_FIELDS)
     prompt = entry.required("input")
@@ -257,12 +257,12 @@ def kilt_question(entry: Entry) -> Question | None:
     return None if prompt is None else Question(prompt, answer)
 
 
-def _unrelated_claim(entry: Entry) -> Question | None:
+def _unrelated_claim(entry: FileEntry) -> Question | None:
     prompt, label = entry.required("unrel_prompt"), entry.optional("unrel_ans")
     return None if prompt is None else Question(prompt, label)
 
 
-def _wordings(entry: Entry) -> tuple[str, ...]:
+def _wordings(entry: FileEntry) -> tuple[str, ...]:
     """The other wordings of a claim: a list of them, or one string."""
     value = entry.fields.get("equiv_prompt")
     one = entry.text("equiv_prompt", value) if isinstance(value, str) else None
@@ -270,7 +270,7 @@ def _wordings(entry: Entry) -> tuple[str, ...]:
     return tuple(dict.fromkeys(texts))
 
 
-def _first_output(entry: Entry) -> str | None:
+def _first_output(entry: FileEntry) -> str | None:
     """The answer of the first of KILT's outputs that has one."""
     value, before = entry.fields.get("output"), len(entry.faults)
     if "output" not in entry.fields:
@@ -289,7 +289,9 @@ def _first_output(entry: Entry) -> str | None:
 
 
 # How an object of each format is read: as a fact, and as a question that must not move.
-READERS: dict[str, tuple[Callable[[Entry], Fact | None], Callable[[Entry], Question | None]]] = {
+READERS: dict[
+    str, tuple[Callable[[FileEntry], Fact | None], Callable[[FileEntry], Question | None]]
+] = {
     OWN: (own_fact, own_question),
     MEND: (mend_fact, mend_question),
     NQ: (nq_fact, nq_question),

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from malmend.errors import counted
-from malmend.facts.entry import EXPECTED, Entry, Faults, short
+from malmend.facts.entry import EXPECTED, Faults, FileEntry, short
 from malmend.facts.fact import Fact, Question, Skipped, in_one_form, same_answer
 
 # Soft hyphen, grapheme joiner, zero width space, marks of direction, fillers, separators of lines
@@ -21,11 +21,8 @@ UNSEEN = re.compile(
 )
 
 
-def same_prompt(prompt: str) -> str:
-    """The key under which two prompts are the same prompt.
-
-    Case is kept: "us" and "US" are different prompts to a model.
-    """
+def prompt_key(prompt: str) -> str:
+    """What two prompts that are one have alike; case is kept: "us" and "US" are two to a model."""
     return in_one_form(prompt)
 
 
@@ -46,7 +43,7 @@ def skip_repeats(facts: Iterable[Fact]) -> tuple[tuple[Fact, ...], tuple[Skipped
     first: dict[str, Fact] = {}
     skipped = []
     for fact in facts:
-        prompt = same_prompt(fact.prompt)
+        prompt = prompt_key(fact.prompt)
         if prompt in first:  # the same object given twice is a repeat too
             skipped.append(Skipped(fact, first[prompt]))
         else:
@@ -88,10 +85,10 @@ def leaks(facts: Sequence[Fact], others: Sequence[Question] = ()) -> list[str]:
     """
     edited: dict[str, tuple[str, Fact]] = {}
     for fact in facts:
-        edited.setdefault(same_prompt(fact.prompt).casefold(), ("edit prompt", fact))
+        edited.setdefault(prompt_key(fact.prompt).casefold(), ("edit prompt", fact))
     for fact in facts:
         for prompt in fact.paraphrases:
-            edited.setdefault(same_prompt(prompt).casefold(), ("paraphrase", fact))
+            edited.setdefault(prompt_key(prompt).casefold(), ("paraphrase", fact))
     asked: list[tuple[str, Fact | None, Question]]
     asked = [(f"fact {f.id!r}: unrelated", f, question) for f in facts for question in f.unrelated]
     asked += [(f"fact {f.id!r}: neighbour", f, one) for f in facts for one in f.neighbours]
@@ -99,7 +96,7 @@ def leaks(facts: Sequence[Fact], others: Sequence[Question] = ()) -> list[str]:
     asked += [("locality", None, question) for question in others]
     warnings = []
     for where, asker, question in asked:
-        found = edited.get(same_prompt(question.prompt).casefold())
+        found = edited.get(prompt_key(question.prompt).casefold())
         if found:
             role, other = found
             owner = "the same fact" if other is asker else f"fact {other.id!r}"
@@ -116,12 +113,12 @@ def wordings(facts: Sequence[Fact]) -> Iterator[tuple[Fact, str]]:
     What it scores is not whether the fact is known in other words.  Prompts are the same where
     those of two facts would be.
     """
-    edited = {same_prompt(fact.prompt): fact for fact in facts}
+    edited = {prompt_key(fact.prompt): fact for fact in facts}
     first: dict[str, Fact] = {}
     for fact in facts:
         seen: set[str] = set()
         for text in fact.paraphrases:
-            prompt = same_prompt(text)
+            prompt = prompt_key(text)
             other = edited.get(prompt) or first.setdefault(prompt, fact)
             answers = f"whose answer is {short(other.answer)}, not {short(fact.answer)}"
             agrees = same_answer(other.answer, fact.answer)
@@ -178,12 +175,12 @@ def taken_ids(facts: Iterable[Fact]) -> Iterator[tuple[Fact, Fact]]:
     for fact in facts:
         other = first.setdefault(fact.id, fact)
         # a repeated prompt without ids has one default id twice: it is skipped, not refused
-        repeats = same_prompt(fact.prompt) == same_prompt(other.prompt)
+        repeats = prompt_key(fact.prompt) == prompt_key(other.prompt)
         if other is not fact and not (repeats and fact.id == default_id(fact.prompt)):
             yield fact, other
 
 
-def repeated_ids(facts: Iterable[Fact], entries: dict[int, Entry]) -> Faults:
+def repeated_ids(facts: Iterable[Fact], entries: dict[int, FileEntry]) -> Faults:
     """A fault per fact of :func:`taken_ids`; ``entries`` are found by ``Fact.line``."""
     faults: Faults = []
     for fact, other in taken_ids(facts):
@@ -193,7 +190,7 @@ def repeated_ids(facts: Iterable[Fact], entries: dict[int, Entry]) -> Faults:
     return faults
 
 
-def repeated_prompts(skipped: tuple[Skipped, ...], entries: dict[int, Entry]) -> Faults:
+def repeated_prompts(skipped: tuple[Skipped, ...], entries: dict[int, FileEntry]) -> Faults:
     """A fault per skipped fact, with both places; ``entries`` are found by ``Fact.line``."""
     faults: Faults = []
     for skip in skipped:

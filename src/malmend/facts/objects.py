@@ -1,19 +1,22 @@
-"""The JSON objects of a facts file's text, with their places, or what stands in their place."""
+"""The JSON objects of a facts file: those of a text, with their places, and those of facts."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 
-from malmend.facts.entry import Entry, Faults, broken, described, once
+from malmend.facts.entry import Faults, FileEntry, broken, described, once
+from malmend.facts.fact import Fact
 from malmend.facts.formats import FORMATS, OWN_FIELDS
+from malmend.files import written_beside
 
 OBJECT = "give an object with 'prompt' and 'answer', or with the fields of another format"
 
 
-def entries_of(text: str, source: str, faults: Faults) -> list[Entry]:
+def entries_of(text: str, source: str, faults: Faults) -> list[FileEntry]:
     """Every object of a JSON list or of JSON Lines; what is none goes to ``faults``."""
     if is_list(text):
         return list(_list_entries(text, source, faults))
@@ -23,6 +26,15 @@ def entries_of(text: str, source: str, faults: Faults) -> list[Entry]:
         faults.append(whole)
         return []
     return list(_line_entries(text, source, faults))
+
+
+def write_facts(facts: Iterable[Fact], path: str | Path) -> None:
+    """Writes what is edited of facts, and their subjects, in malmend's own format."""
+    with written_beside(path) as beside, beside.open("w", encoding="utf-8") as file:
+        for fact in facts:
+            fields = {"id": fact.id, "prompt": fact.prompt, "answer": fact.answer}
+            about = {} if fact.subject is None else {"subject": fact.subject}
+            file.write(json.dumps(fields | about, ensure_ascii=False) + "\n")
 
 
 def wrapped(fields: Mapping[str, object]) -> str | None:
@@ -89,7 +101,7 @@ def is_facts(text: str) -> bool:
     return isinstance(value[0] if isinstance(value, list) and value else value, dict)
 
 
-def _line_entries(text: str, source: str, faults: Faults) -> Iterator[Entry]:
+def _line_entries(text: str, source: str, faults: Faults) -> Iterator[FileEntry]:
     # only "\n" ends a line: str.splitlines would also cut at U+2028, which JSON strings may hold
     refused = {number for number, _ in faults}  # which are no UTF-8
     for number, line in enumerate(text.split("\n"), start=1):
@@ -102,10 +114,10 @@ def _line_entries(text: str, source: str, faults: Faults) -> Iterator[Entry]:
             fault = f"{where}: {broken(error)}; give one whole JSON object per line"
             faults += [] if number in refused else [(number, fault)]
         else:
-            yield from _object(Entry(where, number, number, {}, faults), value)
+            yield from _object(FileEntry(where, number, number, {}, faults), value)
 
 
-def _list_entries(text: str, source: str, faults: Faults) -> Iterator[Entry]:
+def _list_entries(text: str, source: str, faults: Faults) -> Iterator[FileEntry]:
     # entry by entry, because json.loads on the whole does not tell at which line an entry starts
     decode = json.JSONDecoder(object_pairs_hook=once).raw_decode
     position, counted, line, number, mark = _past_space(text, text.index("[") + 1), 0, 1, 0, ","
@@ -122,7 +134,7 @@ def _list_entries(text: str, source: str, faults: Faults) -> Iterator[Entry]:
             faults.append((at, fault))
             return
         where = f"{source}:{line}: entry {number}"
-        yield from _object(Entry(where, line, number, {}, faults), value)
+        yield from _object(FileEntry(where, line, number, {}, faults), value)
         position = _past_space(text, position)
         mark, position = text[position : position + 1], position + 1
     if mark != "]":
@@ -139,7 +151,7 @@ def _past_space(text: str, position: int) -> int:
     return found.end() if found else position
 
 
-def _object(place: Entry, value: object) -> Iterator[Entry]:
+def _object(place: FileEntry, value: object) -> Iterator[FileEntry]:
     if isinstance(value, dict):
         place.single(value)
         yield replace(place, fields=value)

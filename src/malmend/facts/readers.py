@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from malmend.errors import FactsError, MalmendError, counted, nearest
 from malmend.facts import lint
-from malmend.facts.entry import Entry, Faults, short
+from malmend.facts.entry import Faults, FileEntry, short
 from malmend.facts.fact import Fact, FactSet, Question
 from malmend.facts.formats import CLAIMS, OWN, OWN_FIELDS, READERS, likely, own_fact, telling, told
 from malmend.facts.objects import entries_of, has_objects, is_facts, is_list, looks_like, wrapped
@@ -94,11 +94,11 @@ def given_facts(facts: Sequence[Fact], limit: int | None = None, strict: bool = 
     return FactSet(read.source, kept[:limit], (*read.skipped, *skipped))
 
 
-def _as_entry(fact: Fact, faults: Faults) -> Entry:
+def _as_entry(fact: Fact, faults: Faults) -> FileEntry:
     """A fact from Python as an object of malmend's own format, to be checked as one."""
     given = {name: value for name, value in asdict(fact).items() if name in OWN_FIELDS}
     fields = {name: list(v) if isinstance(v, tuple) else v for name, v in given.items()}
-    return Entry(fact.where, 0, 0, fields, faults)
+    return FileEntry(fact.where, 0, 0, fields, faults)
 
 
 def _check_are_facts(known: FactSet) -> None:
@@ -167,7 +167,7 @@ def read_text(path: str | Path) -> str:
     return text.replace("\r\n", "\n")
 
 
-def _typed_entries(text: str, source: str, faults: Faults) -> tuple[list[Entry], str]:
+def _typed_entries(text: str, source: str, faults: Faults) -> tuple[list[FileEntry], str]:
     """The entries of the file's format, and the format's name."""
     entries = entries_of(text, source, faults)
     if not entries and (other := looks_like(text)):
@@ -223,7 +223,7 @@ def _read_bytes(path: str | Path) -> bytes:
     try:
         return Path(path).read_bytes()
     except FileNotFoundError:
-        what = f"there is no such file{beside(path) or '; check the path'}"
+        what = f"there is no such file{nearest_file(path) or '; check the path'}"
     except IsADirectoryError:
         what = "is a folder; give a file"
     except PermissionError:
@@ -233,7 +233,7 @@ def _read_bytes(path: str | Path) -> bytes:
     return _refuse(str(path), [(1, f"{path}: {what}")])
 
 
-def beside(path: str | Path) -> str:
+def nearest_file(path: str | Path) -> str:
     """The file of the same folder whose name is nearest, as a hint."""
     folder, name = os.path.split(path)
     try:

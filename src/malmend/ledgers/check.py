@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from malmend.errors import FactsError, counted, nearest
 from malmend.facts.entry import short
 from malmend.facts.fact import Fact, FactSet, same_answer
-from malmend.facts.lint import same_prompt
+from malmend.facts.lint import prompt_key
 from malmend.ledgers.entries import Entry
 
 HINTED = 3  # faults that name a nearest prompt, which all active ones are searched for
@@ -19,11 +19,11 @@ def unlike(active: Sequence[Entry], known: FactSet, strict: bool) -> tuple[list[
     Raises:
         FactsError: with every fact that contradicts an active one, or has its id.
     """
-    by_prompt = {same_prompt(entry.prompt): entry for entry in active}
+    by_prompt = {prompt_key(entry.prompt): entry for entry in active}
     by_id = {entry.id: entry for entry in active}
     fresh, duplicates, faults = [], [], []
     for fact in known:
-        other = by_prompt.get(same_prompt(fact.prompt))
+        other = by_prompt.get(prompt_key(fact.prompt))
         if other is not None and same_answer(fact.answer, other.answer):
             duplicates.append(fact)
             if strict:
@@ -54,11 +54,11 @@ def paired(
     Raises:
         FactsError: with every fact whose prompt no active one has, or whose id another one has.
     """
-    by_prompt = {same_prompt(entry.prompt): entry for entry in active}
+    by_prompt = {prompt_key(entry.prompt): entry for entry in active}
     by_id = {entry.id: entry for entry in active}
     pairs, duplicates, faults = [], [], list[str]()
     for fact in known:
-        prompt = same_prompt(fact.prompt)
+        prompt = prompt_key(fact.prompt)
         other = by_prompt.get(prompt)
         if other is None:
             near = nearest(prompt, by_prompt) if len(faults) < HINTED else ""

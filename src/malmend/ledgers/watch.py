@@ -117,16 +117,13 @@ class Watch:
 
     @torch.no_grad()
     def _first_choices(self) -> list[int]:
-        """The model's, at the counted tokens of the general questions.
-
-        Of a question without an answer the next token is what should stay.
-        """
+        """The model's, at the tokens of the general questions that count."""
         found: dict[int, list[int]] = {}
         for indices, batch in self._bench.trunk.batches(self._general):
             top = self._bench.trunk.logits(batch).argmax(-1).tolist()
             for index in indices:
                 one = self._general[index]
-                found[index] = top[: max(one.counted, 1)]
+                found[index] = top[: one.predictions]
                 top = top[len(one.sources) :]
             self._count(len(indices))
         return [token for index in sorted(found) for token in found[index]]

@@ -17,7 +17,7 @@ from malmend.methods.trained import check_trained
 from malmend.models.device import wide_device
 from malmend.models.load import LoadedModel
 from malmend.progress import Progress, silent
-from malmend.workbench import SHIPPED, Workbench, shipped, shipped_editor
+from malmend.workbench import SHIPPED, Workbench, shipped_editor, shipped_editors
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,10 +150,7 @@ def choose(
 def _folder_of(editor: str | Path) -> str | Path:
     """Where an editor lies that is named by its folder, or as patches name the package's own."""
     name = str(editor)
-    carried = {
-        f"{SHIPPED}{one.parent.name}": one.parent
-        for one in shipped("editors").glob("*/editor.json")
-    }
+    carried = {f"{SHIPPED}{one.name}": one for one in shipped_editors()}
     if name in carried or Path(editor).exists():
         return carried.get(name, editor)
     if name.startswith(SHIPPED):

@@ -25,12 +25,12 @@ from malmend.methods.by_editor import find_by_editor, refinable
 from malmend.methods.editor_choice import Choice
 from malmend.methods.method import Found
 from malmend.methods.settling import Holding
-from malmend.models.budget import MemoryPlan, Work, rows_of
+from malmend.models.budget import MemoryPlan, Work, plan_memory, rows_of
 from malmend.models.load import LoadedModel
 from malmend.models.sites import Site, around
 from malmend.processes import ALONE, Processes
 from malmend.progress import Progress
-from malmend.workbench import Workbench, within_memory
+from malmend.workbench import Workbench
 
 # Fields of RefineSettings that settling alone reads, and that later solves alone do.
 OF_SETTLING = ("steps", "wordings", "hold", "around")
@@ -145,12 +145,12 @@ class ByEditor:
         """Whether layers beside the editor's own are descended too."""
         return self.settles and self.refine.around and self.choice.settings.sites is None
 
-    def beside(self, bench: Workbench, facts: Sequence[Fact]) -> int:
+    def settling_bytes(self, bench: Workbench, facts: Sequence[Fact]) -> int:
         """Bytes that a memory's plan has to leave beside micro-batches and captured tensors."""
         if not self.settles:
             return 0
         lines = self.lines(bench.encoder, facts)[: lines_for(self.refine.steps)]
-        return settle.beside(bench.trunk, self.processes.share(lines))
+        return settle.settling_bytes(bench.trunk, self.processes.share(lines))
 
     def within(
         self, bench: Workbench, facts: Sequence[Fact], memory: str | None
@@ -163,13 +163,12 @@ class ByEditor:
         work = Work(
             questions,
             self.choice.settings.tokens,
-            extra=self.beside(bench, facts),
+            extra=self.settling_bytes(bench, facts),
             also=partial(self.rehearse, bench),
             rows=self.rows(bench, mine, questions),
         )
-        within, plan = within_memory(self.own(bench), memory, work)
-        trunk = bench.trunk.again(within.trunk.settings, within.trunk.room)
-        return replace(bench, trunk=trunk), plan
+        plan = plan_memory(self.own(bench).trunk, memory, work)
+        return bench.within(plan), plan
 
     def rows(self, bench: Workbench, facts: Sequence[Fact], questions: Sequence[Encoded]) -> int:
         """How many rows a solve of these facts has at most, whose questions these are."""

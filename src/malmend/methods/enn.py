@@ -42,7 +42,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from malmend.editors.checkpoint import check_trained_for
-from malmend.editors.folder import read_folder, settings_of, whole
+from malmend.editors.folder import read_folder, settings_from, whole
 from malmend.errors import EditorError
 from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact
@@ -170,7 +170,11 @@ def _read(folder: str) -> tuple[dict[str, Any], EnnSettings, dict[str, Tensor]]:
         checked(tensors, {**sites, "log_rates": [len(sites)]})
         if not isinstance(about["base"], str):
             raise ValueError("its base is no digest")
-        return {**about, "identity": identity}, settings_of(EnnSettings, about["settings"]), tensors
+        return (
+            {**about, "identity": identity},
+            settings_from(EnnSettings, about["settings"]),
+            tensors,
+        )
 
 
 def _check_method(folder: str, about: Mapping[str, Any]) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from malmend.editors.drawing import check_trainable, drawn
 from malmend.editors.folder import whole, write_folder
 from malmend.editors.resuming import (
     AGAIN,
@@ -26,6 +25,7 @@ from malmend.editors.resuming import (
     save_training,
     state_with,
 )
+from malmend.editors.training_facts import check_trainable, drawn
 from malmend.errors import MalmendError
 from malmend.facts.encoded import Encoded
 from malmend.facts.fact import Fact, Question

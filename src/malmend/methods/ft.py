@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from malmend.editors.drawing import batches
 from malmend.editors.keymoments import end_of
 from malmend.editors.metaloss import Judged, meta_loss
+from malmend.editors.training_facts import batches
 from malmend.facts.fact import Fact
 from malmend.facts.tokens import EndOfAnswer
 from malmend.given import check_fields, check_range, check_seed

@@ -43,7 +43,7 @@ from torch.nn.functional import layer_norm
 from transformers import PreTrainedModel
 
 from malmend.editors.checkpoint import check_trained_for
-from malmend.editors.folder import read_folder, settings_of, whole
+from malmend.editors.folder import read_folder, settings_from, whole
 from malmend.editors.metaloss import Judged, meta_loss
 from malmend.errors import EditorError
 from malmend.facts.encoded import Encoded
@@ -244,7 +244,7 @@ class Ke:
         folder = Path(self.folder)
         with whole(f"The editor in {folder}", "train it again"):
             about, tensors, identity = read_folder(folder, _check_method)
-            settings = settings_of(KeSettings, about["settings"])
+            settings = settings_from(KeSettings, about["settings"])
             network = Network(settings, tensors["marks_2H"].shape[1], about["sites"])
             fill(network, tensors)
             if not isinstance(about["base"], str):

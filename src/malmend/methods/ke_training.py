@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from malmend.editors.drawing import check_trainable, drawn
 from malmend.editors.folder import whole, write_folder
 from malmend.editors.metaloss import Judged, meta_loss
 from malmend.editors.resuming import (
@@ -27,6 +26,7 @@ from malmend.editors.resuming import (
     save_training,
     state_with,
 )
+from malmend.editors.training_facts import check_trainable, drawn
 from malmend.errors import EditorError
 from malmend.facts.fact import Fact, Question
 from malmend.methods.ke import KeSettings, Network, fill, heard, shifts_of

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from malmend.editors.drawing import batches
+from malmend.editors.training_facts import batches
 from malmend.facts.encoded import collate
 from malmend.facts.fact import Fact
 from malmend.facts.tokens import EndOfAnswer

@@ -72,10 +72,7 @@ def step_length(aim_F: Tensor, pull_F: Tensor, longest_F: Tensor | None) -> tupl
 
 
 class _Chosen:
-    """The chosen tokens of a micro-batch, as the sites of one side see them.
-
-    Letters: Q chosen tokens.
-    """
+    """The chosen tokens of a micro-batch, as the sites of one side see them."""
 
     def __init__(
         self,

@@ -21,7 +21,7 @@ NO_MATTER |= {"transformers_version"}
 State = tuple[tuple[int, int], ...]
 
 
-def settings_of(model: PreTrainedModel) -> dict[str, Any]:
+def _configuration(model: PreTrainedModel) -> dict[str, Any]:
     """The configuration, without where it lay and by what it was written."""
     settings: dict[str, Any] = model.config.to_dict()
     for name in ("_name_or_path", "transformers_version"):
@@ -31,7 +31,7 @@ def settings_of(model: PreTrainedModel) -> dict[str, Any]:
 
 def configuration_of(model: PreTrainedModel) -> dict[str, Any]:
     """Of the configuration, by dotted names and as JSON, what changes what the model computes."""
-    said = json.dumps(settings_of(model), default=str)
+    said = json.dumps(_configuration(model), default=str)
     return dict(sorted(_dotted(json.loads(said, parse_constant=str))))  # infinity is no JSON
 
 
@@ -113,7 +113,7 @@ def digest(model: PreTrainedModel) -> str:
 
     The fingerprint would not do: it is the same for weights that differ below bfloat16.
     """
-    said = json.dumps(settings_of(model), sort_keys=True, default=str)
+    said = json.dumps(_configuration(model), sort_keys=True, default=str)
     return _bits(hashlib.sha256(said.encode()), model)
 
 

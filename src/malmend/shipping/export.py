@@ -48,7 +48,7 @@ def export_adapter(
 
     Args:
         bench: the base, cut at the patch's sites.
-        patch: checked by :func:`malmend.shipping.layers.exportable`.
+        patch: checked by :func:`malmend.shipping.layers.check_exportable`.
         folder: to write into.
         cutting: to which rank.
         progress: called with stage and share done.
@@ -78,7 +78,7 @@ def export_merged(
 
     Args:
         bench: the base, cut at the patch's sites.
-        patch: checked by :func:`malmend.shipping.layers.exportable`.
+        patch: checked by :func:`malmend.shipping.layers.check_exportable`.
         folder: to write into.
         dtype: of the weights in it.
         progress: called with stage and share done.

@@ -12,23 +12,18 @@ from malmend.models.sites import Site, shared_with, stack_of
 from malmend.patch import Patch, check_base, sites_of
 
 
-def exportable(loaded: LoadedModel, patch: Patch, force: bool = False) -> list[Site]:
-    """The patch's sites, each a plain linear layer with a weight of its own.
+def check_exportable(loaded: LoadedModel, patch: Patch, force: bool = False) -> None:
+    """Raises PatchError unless every layer is a plain linear one of a block, with its own weight.
 
-    Raises:
-        PatchError: the patch was made for another base (unless ``force``) or other layers, or a
-            layer of it is tied to another, no linear one, quantised, or in no block.
+    So it does where the patch is for another base (unless ``force``) or other layers.
     """
     check_base(loaded, patch, force)
-    sites = sites_of(loaded.model, patch)
-    for site in sites:
-        why = not_plain(loaded, site)
-        if why is not None:
+    for site in sites_of(loaded.model, patch):
+        if (why := not_plain(loaded, site)) is not None:
             raise PatchError(
                 f"{site.name} {why}, so that its shift cannot be exported; make the patch again "
                 "without that layer."
             )
-    return [placed(loaded, site) for site in sites]
 
 
 def placed(loaded: LoadedModel, site: Site) -> Site:

@@ -28,7 +28,7 @@ OF_CELL = ("method", "class", "editor", "most")  # beside a method's own setting
 
 
 @dataclass(frozen=True)
-class Way:
+class PlannedMethod:
     """How a cell is edited: the words of :func:`malmend.edit`; or facts in prompts instead."""
 
     editor: str = "auto"
@@ -38,7 +38,7 @@ class Way:
     context: InContext | None = None
 
 
-def way_of(name: str, given: Mapping[str, Any]) -> Way:
+def planned_method(name: str, given: Mapping[str, Any]) -> PlannedMethod:
     """A method's settings put together.
 
     Raises:
@@ -67,11 +67,11 @@ def way_of(name: str, given: Mapping[str, Any]) -> Way:
             "names another method."
         )
     if "class" in given:
-        return Way(method=_made(name, _imported(name, given["class"]), own))
+        return PlannedMethod(method=_made(name, _imported(name, given["class"]), own))
     if method in METHODS:
-        return Way(method=_made(name, METHODS[method], own))
+        return PlannedMethod(method=_made(name, METHODS[method], own))
     if method == "context":
-        return Way(context=_made(name, InContext, own))
+        return PlannedMethod(context=_made(name, InContext, own))
     if "editor" not in given:
         check_trained(method)
     if method not in EDITORS:
@@ -92,21 +92,23 @@ def _check_kinds(name: str, given: Mapping[str, Any]) -> None:
         )
 
 
-def _by_editor(name: str, given: Mapping[str, Any], own: Mapping[str, Any], method: str) -> Way:
+def _by_editor(
+    name: str, given: Mapping[str, Any], own: Mapping[str, Any], method: str
+) -> PlannedMethod:
     """A trained editor, or one without a network by its settings, and how it solves."""
     solves = {one.name for one in fields(RefineSettings)}
     refine = _made(name, RefineSettings, {k: v for k, v in own.items() if k in solves})
     rest = {key: value for key, value in own.items() if key not in solves}
     editor = str(given.get("editor") or "auto")
     if not rest and method == "malmen":
-        return Way(editor=editor, refine=refine)
+        return PlannedMethod(editor=editor, refine=refine)
     if editor not in ("auto", "none"):
         raise MalmendError(
             f"The plan's method {name!r} names an editor, which brings its own settings; leave out "
             f"{', '.join(sorted(rest))}."
         )
     settings = _made(name, EditorSettings, {"method": method, **rest}, {"network"}, solves)
-    return Way(editor="none", settings=settings, refine=refine)
+    return PlannedMethod(editor="none", settings=settings, refine=refine)
 
 
 def named_method(name: str, given: Mapping[str, Any]) -> str | None:
