@@ -90,7 +90,7 @@ class CalibrationSettings:
 class Calibration:
     """The result: statistics by site name, starting values, and every pair that was tried.
 
-    ``digest``: of of the facts, questions, text and settings that it is of, where it is known.
+    ``digest``: of the facts, questions, text and settings that it is of, where it is known.
     """
 
     statistics: dict[str, SiteStatistics]
